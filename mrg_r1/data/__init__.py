@@ -1,0 +1,1 @@
+"""Studies: manifests, converters, images, and the loader, the only place that calls the processor."""

@@ -1,0 +1,127 @@
+"""Many rendered radiographs into a folder: in parallel, resumable, and never two settings in one folder.
+
+Kept free of torch: every worker process imports this module anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mrg_r1 import __version__
+from mrg_r1.data.progress import progress
+from mrg_r1.phantom.findings import render
+
+SETTINGS_FILE = "prepare.json"
+_CHUNK = 32  # images a worker takes at a time
+_COMPRESSION = 1  # noise does not compress; the highest zlib level takes ten times as long for 3 % less
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """One radiograph to render."""
+
+    path: Path  # a PNG, 8-bit greyscale
+    drawn: tuple[int | None, ...]  # 14 file values, CheXbert's order
+    index: int  # with the seed, all that the anatomy and the noise depend on
+
+
+def claim_folder(output: Path, settings: Mapping[str, Any], *, images: int, side: int) -> None:
+    """Make a folder ready for `images` renderings of side x side pixels and write its settings.
+
+    Args:
+        output: the folder; made if absent.
+        settings: JSON values that the images depend on; None where nothing depends on it yet, to be settled by a later run.
+            The package's version is added.
+        images: how many images at most will be written.
+        side: pixels.
+
+    Raises:
+        ValueError: the folder was made with other settings, or holds a dataset without settings.
+        OSError: it cannot be made or written, or its disk has no room for the images.
+    """
+    settings = {**settings, "mrg_r1": __version__}
+    path = output / SETTINGS_FILE
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error}); remove the folder or choose another output") from error
+        keys = [key for key in settings if found.get(key) is not None and found[key] != settings[key]]
+        if keys:
+            differing = "; ".join(f"`{key}` was {found.get(key)!r}, asked for {settings.get(key)!r}" for key in keys)
+            raise ValueError(f"{output}: made with other settings ({differing}); choose another output or remove the folder")
+    elif any((output / name).exists() for name in ("manifest.jsonl", "images")):
+        raise ValueError(f"{output}: holds a manifest or images but no {SETTINGS_FILE}; choose another output or remove the folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(output).free
+        needed = images * (side * side + 4096)  # noise: about a byte a pixel, and the rest of the last block
+        if free < needed:
+            raise OSError(f"needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; free some or choose another output")
+        write_json(path, settings)
+    except OSError as error:
+        raise OSError(f"{output}: cannot be written: {error.strerror or error}") from error
+
+
+def render_files(renderings: Sequence[Rendering], *, seed: int, side: int, workers: int) -> int:
+    """Render those whose file does not exist yet. Each file appears whole or not at all.
+
+    Args:
+        renderings: any number; folders are made.
+        seed: with each rendering's index, decides every pixel, so neither order nor `workers` matters.
+        side: pixels of the square image.
+        workers: processes; 1 renders in this one.
+
+    Returns:
+        How many were rendered now.
+    """
+    there = {path for folder in {rendering.path.parent for rendering in renderings} for path in _files(folder)}
+    missing = [rendering for rendering in renderings if rendering.path not in there]
+    job = partial(_render, seed=seed, side=side)
+    workers = min(workers, len(missing) // (2 * _CHUNK))  # starting a process costs more than a few images
+    if workers <= 1:
+        for rendering in progress(missing, "rendering", total=len(missing)):
+            job(rendering)
+        return len(missing)
+    # spawn: a process that has run torch holds threads that do not survive a fork
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for _ in progress(pool.map(job, missing, chunksize=_CHUNK), "rendering", total=len(missing)):
+            pass
+    return len(missing)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with os.scandir(folder) as entries:
+        return [folder / entry.name for entry in entries]
+
+
+def _render(rendering: Rendering, *, seed: int, side: int) -> None:
+    pixels = render(rendering.drawn, seed=seed, index=rendering.index, side=side)
+    temporary = rendering.path.with_name(f"{rendering.path.name}.{os.getpid()}.tmp")
+    try:
+        Image.fromarray(pixels).save(temporary, format="PNG", compress_level=_COMPRESSION)
+        os.replace(temporary, rendering.path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,285 @@
+"""The manifest: one study a line of JSON (spec section 7), read strictly so that bad data is refused before training.
+
+A file enters, `Study` objects leave; `write_manifest` is the way back. Nothing here opens an image except `check_images`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mrg_r1.data.images import ImageError, check_image
+from mrg_r1.data.progress import progress
+from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
+from mrg_r1.types import Study, StudyImage
+
+SHOWN_PROBLEMS = 10
+VIEWS = ("frontal", "lateral", None)
+_TEXT_KEYS = ("id", "patient_id", "report", "split")
+_OPTIONAL_TEXT_KEYS = ("findings", "impression", "indication", "comparison", "prior")
+KEYS = frozenset((*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS, "images", "labels", "rendered"))
+
+Refuse = Callable[[str, str], None]  # field, what is wrong with it and the remedy
+
+
+class ManifestError(ValueError):
+    """What is wrong with a manifest or its images: one problem a line, the first `SHOWN_PROBLEMS` of them."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        lines = self.problems[:SHOWN_PROBLEMS]
+        if len(self.problems) > SHOWN_PROBLEMS:
+            lines.append(f"... and more; only the first {SHOWN_PROBLEMS} are shown")
+        super().__init__("\n".join(lines))
+
+
+def read_manifest(path: Path, *, split: str | None = None) -> list[Study]:
+    """Read and check a manifest. The whole file is checked, whichever split is asked for.
+
+    Args:
+        path: JSONL; image paths in it are relative to its folder. Blank lines are passed over.
+        split: keep only the studies of this split; None keeps all.
+
+    Returns:
+        The studies in file order, at least one, image paths absolute.
+
+    Raises:
+        ManifestError: a line that is not a JSON object, unknown or missing keys, values of the wrong type, an empty report,
+            a study without images, labels that are not 14 of 1, 0, -1 and null, an id that stands twice, a `prior` that is
+            missing or another patient's, no study in the file or the split. Names file, line, study, field, value and remedy.
+        OSError: the file cannot be read.
+    """
+    folder = path.absolute().parent
+    problems: list[str] = []
+    studies: list[Study] = []
+    line_of: dict[str, int] = {}  # every id met, also of studies that were refused
+    patient_of: dict[str, str] = {}
+    priors: list[tuple[int, Study]] = []
+    splits: dict[str, int] = {}
+
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if len(problems) > SHOWN_PROBLEMS:
+                raise ManifestError(problems)
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            record = _record(line, where, problems)
+            if record is None:
+                continue
+            study_id = record.get("id")
+            if isinstance(study_id, str):
+                where += f", study {study_id!r}"
+                if study_id in line_of:
+                    problems.append(f"{where}, field `id`: stands on line {line_of[study_id]} too; give every study its own id")
+                    continue
+                line_of[study_id] = number
+            if fault := _wrong_keys(record):
+                problems.append(f"{where}: {fault}")
+                continue
+            study, faults = _study(record, folder)
+            problems += [f"{where}, field `{field}`: {fault}" for field, fault in faults]
+            if study is None:
+                continue
+            patient_of[study.id] = study.patient_id
+            splits[study.split] = splits.get(study.split, 0) + 1
+            if study.prior is not None:
+                priors.append((number, study))
+            if split is None or study.split == split:
+                studies.append(study)
+
+    for number, study in priors:
+        where = f"{path}, line {number}, study {study.id!r}, field `prior`"
+        if study.prior == study.id:
+            problems.append(f"{where}: a study cannot be its own prior; write null or an earlier study's id")
+        elif study.prior not in line_of:
+            problems.append(f"{where}: no study {study.prior!r} in this file; add it or write null")
+        elif study.prior in patient_of and patient_of[study.prior] != study.patient_id:
+            other = patient_of[study.prior]
+            problems.append(f"{where}: {study.prior!r} is of patient {other!r}, not {study.patient_id!r}; write null or the right id")
+    if problems:
+        raise ManifestError(problems)
+    if not studies:
+        if split is None or not splits:
+            raise ManifestError([f"{path}: no study in the file; write it again with `mrg-r1 prepare`"])
+        found = ", ".join(f"{name} ({count:,})" for name, count in splits.items())
+        raise ManifestError([f"{path}: no study of split {split!r}; the file has {found}"])
+    return studies
+
+
+def write_manifest(path: Path, studies: Iterable[Study]) -> None:
+    """Write studies as a manifest, whole or not at all; image paths are written relative to its folder.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = path.absolute().parent
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for study in studies:
+                file.write(json.dumps(_record_of(study, folder), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_images(studies: Sequence[Study], *, sample: int | None = None) -> None:
+    """Read every image of the studies once: there, an image, whole.
+
+    Args:
+        studies: any number.
+        sample: check the images of only this many studies, evenly spread over the sequence; None checks all.
+
+    Raises:
+        ManifestError: one line a bad image, with the study's id, the file and the remedy.
+    """
+    if sample is not None and sample < len(studies):
+        studies = [studies[i * len(studies) // sample] for i in range(sample)]
+    images = [(image.path, study.id) for study in studies for image in study.images]
+    problems: list[str] = []
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
+        found = pool.map(lambda image: _image_problem(*image), images)
+        for problem in progress(found, "checking images", total=len(images)):
+            if problem is not None:
+                problems.append(problem)
+                if len(problems) > SHOWN_PROBLEMS:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    break
+    if problems:
+        raise ManifestError(problems)
+
+
+def _image_problem(path: Path, study_id: str) -> str | None:
+    try:
+        check_image(path, study_id)
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+def _record(line: bytes, where: str, problems: list[str]) -> dict[str, Any] | None:
+    """One line as a JSON object, or None and a problem."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        problems.append(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
+        return None
+    except json.JSONDecodeError as error:
+        problems.append(f"{where}: broken JSON ({error.msg} at column {error.colno}); mend or remove the line")
+        return None
+    if not isinstance(record, dict):
+        problems.append(f"{where}: {_shown(record)} is not a JSON object; every line is one study")
+        return None
+    return record
+
+
+def _wrong_keys(record: dict[str, Any]) -> str | None:
+    unknown, missing = sorted(record.keys() - KEYS), sorted(KEYS - record.keys())
+    if not unknown and not missing:
+        return None
+    parts = [f"unknown keys {unknown}"] * bool(unknown) + [f"missing keys {missing} (null where not known)"] * bool(missing)
+    return f"{', '.join(parts)}; a study has exactly the keys {sorted(KEYS)}"
+
+
+def _study(record: dict[str, Any], folder: Path) -> tuple[Study | None, list[tuple[str, str]]]:
+    """A record as a Study, or None; with every fault of it as field and message."""
+    faults: list[tuple[str, str]] = []
+
+    def refuse(field: str, message: str) -> None:
+        faults.append((field, message))
+
+    for key in (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS):
+        value = record[key]
+        if value is None and key in _OPTIONAL_TEXT_KEYS:
+            continue
+        if not isinstance(value, str):
+            refuse(key, f"{_shown(value)} is not a string; write it in quotes{' or null' if key in _OPTIONAL_TEXT_KEYS else ''}")
+        elif key in _TEXT_KEYS and not value.strip():
+            remedy = "write the text to learn or take the study out" if key == "report" else "give it a value"
+            refuse(key, f"empty ({value!r}); {remedy}")
+        elif key in ("id", "prior") and value != value.strip():
+            refuse(key, f"{value!r} begins or ends with white space; take it out, label CSVs are joined on the id")
+        elif any("\ud800" <= letter <= "\udfff" for letter in value):
+            refuse(key, f"{_shown(value)} has half a surrogate pair; write the text as UTF-8")
+    if not isinstance(record["rendered"], bool):
+        refuse("rendered", f"{_shown(record['rendered'])}; write true for a phantom and false for a radiograph")
+    images = _images(record["images"], folder, refuse)
+    said, drawn = _labels(record["labels"], refuse)
+    if faults:
+        return None, faults
+    texts = {key: record[key] for key in (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS)}
+    return Study(**texts, images=images, said=said, drawn=drawn, rendered=record["rendered"]), faults
+
+
+def _images(value: Any, folder: Path, refuse: Refuse) -> tuple[StudyImage, ...]:
+    if not isinstance(value, list) or not value:
+        refuse("images", f'{_shown(value)}; a study needs a list of at least one {{"path": ..., "view": ...}}')
+        return ()
+    images = []
+    for index, image in enumerate(value):
+        field = f"images[{index}]"
+        if not isinstance(image, dict) or image.keys() != {"path", "view"}:
+            refuse(field, f'{_shown(image)}; write {{"path": ..., "view": "frontal", "lateral" or null}}')
+        elif not isinstance(image["path"], str) or not image["path"] or "\0" in image["path"]:
+            refuse(f"{field}.path", f"{_shown(image['path'])}; write the file's path relative to the manifest")
+        elif image["view"] not in VIEWS:
+            refuse(f"{field}.view", f'{_shown(image["view"])}; write "frontal", "lateral" or null')
+        else:
+            images.append(StudyImage(Path(os.path.normpath(folder / image["path"])), image["view"]))
+    return tuple(images)
+
+
+def _labels(value: Any, refuse: Refuse) -> tuple[tuple[int | None, ...] | None, tuple[int | None, ...] | None]:
+    if not isinstance(value, dict) or value.keys() != {"said", "drawn"}:
+        refuse("labels", f'{_shown(value)}; write {{"said": ..., "drawn": ...}}, each 14 values or null')
+        return None, None
+    return _fourteen(value["said"], "labels.said", refuse), _fourteen(value["drawn"], "labels.drawn", refuse)
+
+
+def _fourteen(value: Any, field: str, refuse: Refuse) -> tuple[int | None, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != len(OBSERVATIONS):
+        length = f"{len(value)} values" if isinstance(value, list) else _shown(value)
+        refuse(field, f"{length}; write {len(OBSERVATIONS)}, one an observation in CheXbert's order, or null")
+        return None
+    # bool is an int in Python, and true == 1
+    wrong = [item for item in value if item is not None and (not isinstance(item, int) or isinstance(item, bool))]
+    if wrong:
+        refuse(field, f"{_shown(wrong[0])} is no label value; write 1 (positive), 0 (negative), -1 (uncertain) or null")
+        return None
+    try:
+        classes_of_values(value)
+    except ValueError as error:
+        refuse(field, str(error))
+        return None
+    return tuple(value)
+
+
+def _record_of(study: Study, folder: Path) -> dict[str, Any]:
+    return {
+        "id": study.id,
+        "patient_id": study.patient_id,
+        "images": [{"path": Path(os.path.relpath(image.path, folder)).as_posix(), "view": image.view} for image in study.images],
+        "findings": study.findings,
+        "impression": study.impression,
+        "indication": study.indication,
+        "comparison": study.comparison,
+        "report": study.report,
+        "split": study.split,
+        "labels": {"said": study.said, "drawn": study.drawn},
+        "rendered": study.rendered,
+        "prior": study.prior,
+    }
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,137 @@
+"""DeepSpeed ZeRO around the policy: the optimizer, accumulation, and the one place where losses are scaled.
+
+`ds_configs/*.json` are the user's; their "auto" values are filled in from the recipe. The optimizer is torch's AdamW, handed
+in: DeepSpeed's own would be compiled on first use. Learning rates are a pure function of the step, so resuming needs none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mrg_r1.engine.ranks import Ranks
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class Engine:
+    """A module under ZeRO.
+
+    Args:
+        module: the policy; its parameters that require gradients are trained.
+        config: path of a DeepSpeed configuration, stage 1 or 2.
+        accumulation: backward passes in one optimizer step, the same on every rank.
+
+    Raises:
+        ValueError: a configuration that contradicts the recipe, or a ZeRO stage that is not supported; names file and key.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        ranks: Ranks,
+        config: Path,
+        dtype: torch.dtype,
+        learning_rate: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        max_grad_norm: float,
+        accumulation: int,
+        micro_batch_size: int,
+        warmup_steps: int = 0,
+        schedule: Schedule = "constant",
+        total_steps: int = 1,
+    ) -> None:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        self.ranks = ranks
+        self.accumulation = accumulation
+        self.learning_rate, self.warmup_steps, self.schedule, self.total_steps = learning_rate, warmup_steps, schedule, total_steps
+        self.trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        if not self.trainable:
+            raise ValueError("no parameter requires a gradient: put LoRA on the policy, or train all parameters")
+        filled = fill_config(
+            config,
+            {
+                "train_micro_batch_size_per_gpu": micro_batch_size,
+                "gradient_accumulation_steps": accumulation,
+                "train_batch_size": micro_batch_size * accumulation * ranks.world_size,
+                "gradient_clipping": max_grad_norm,
+                "bf16.enabled": dtype == torch.bfloat16,
+            },
+        )
+        self.stage: int = filled["zero_optimization"]["stage"]
+        optimizer = torch.optim.AdamW(self.trainable.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        self._engine, self.optimizer, _, _ = deepspeed.initialize(model=module, config=filled, optimizer=optimizer)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, with whatever ZeRO needs around it."""
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss_share: Tensor) -> None:
+        """Add the gradient of this micro-batch's share of the *global* loss.
+
+        DeepSpeed divides by the accumulation steps and averages over ranks; a share is already divided by the global count, so
+        both are undone here, and nowhere else.
+        """
+        self._engine.backward(loss_share * (self.accumulation * self.ranks.world_size))
+
+    def micro_step(self) -> None:
+        """Close one backward pass; the last of an accumulation updates the weights."""
+        self._engine.step()
+
+    def grad_norm(self) -> float:
+        """Global gradient norm of the last update, before clipping."""
+        return float(self._engine.get_global_grad_norm())
+
+    def set_learning_rate(self, step: int) -> float:
+        """Learning rate of an outer step, by warm-up and schedule; it is set and returned."""
+        rate = scheduled_rate(self.learning_rate, step, warmup=self.warmup_steps, total=self.total_steps, schedule=self.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+
+def scheduled_rate(peak: float, step: int, *, warmup: int, total: int, schedule: Schedule) -> float:
+    """Linear warm-up over `warmup` steps, then constant, or down to a tenth of the peak at step `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    share = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (0.1 + 0.9 * share)
+
+
+def fill_config(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Read a DeepSpeed configuration and put the recipe's values where it says "auto" or nothing.
+
+    Raises:
+        ValueError: not JSON, a value that contradicts the recipe, or a stage other than 1 and 2.
+    """
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2):
+        raise ValueError(f"{path}: zero_optimization.stage is {stage!r}; stages 1 and 2 are supported")
+    if "optimizer" in config or "scheduler" in config:
+        raise ValueError(f"{path}: optimizer and scheduler come from the recipe (optimizer.*); remove them here")
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        node = config
+        for section in sections:
+            node = node.setdefault(section, {})
+        if node.get(name, "auto") not in ("auto", value):
+            raise ValueError(f'{path}: {key} is {node[name]!r}, the recipe makes it {value!r}; write "auto" or change the recipe')
+        node[name] = value
+    return config

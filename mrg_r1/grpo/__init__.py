@@ -1,0 +1,1 @@
+"""GRPO as pure functions: tensors in, tensors and metrics out."""

@@ -1,0 +1,1 @@
+"""What a report says: the 14 observations, CheXbert, and training a labeler."""

@@ -1,0 +1,1 @@
+"""Phantoms: chest radiographs rendered from labels, and what is said of them."""

@@ -1,0 +1,109 @@
+"""One phantom study from (preset, seed, index): labels first, then what is said of them, then the words.
+
+Nothing here draws: `findings.render` takes `drawn` with the same seed and index. Truth (`drawn`) and text (`said`) are kept
+apart, because a report is silent, unsure or shorter than the truth, and metrics are given against each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mrg_r1.labels.observations import NO_FINDING
+from mrg_r1.phantom.findings import (
+    CARDIOMEGALY,
+    LABELS_STREAM,
+    LUNG_LESION,
+    PLEURAL_EFFUSION,
+    PNEUMOTHORAX,
+    SUPPORT_DEVICES,
+    WORDING_STREAM,
+    keyed_generator,
+    sample_traits,
+)
+from mrg_r1.phantom.wording import write_report
+
+PRESETS: tuple[str, ...] = ("five",)
+FIVE_FINDINGS: tuple[int, ...] = (CARDIOMEGALY, LUNG_LESION, PNEUMOTHORAX, PLEURAL_EFFUSION, SUPPORT_DEVICES)
+
+_PREVALENCE = 0.35  # of each of the five
+_SAID_POSITIVE, _SAID_UNCERTAIN = 0.93, 0.05  # of the findings that are there; the rest is silence
+_SAID_NEGATIVE = 0.85  # of the findings that are not there; the rest is silence
+# Correlations of the latent normal variables, ours: mild versions of what goes together in hospital series.
+_CORRELATIONS: dict[tuple[int, int], float] = {
+    (CARDIOMEGALY, PLEURAL_EFFUSION): 0.40,
+    (CARDIOMEGALY, SUPPORT_DEVICES): 0.20,
+    (LUNG_LESION, PLEURAL_EFFUSION): 0.10,
+    (PNEUMOTHORAX, SUPPORT_DEVICES): 0.35,
+    (PLEURAL_EFFUSION, SUPPORT_DEVICES): 0.15,
+}
+
+
+@dataclass(frozen=True)
+class PhantomStudy:
+    """One study without its image. Label values are 1, 0, -1 or None, in CheXbert's order of 14."""
+
+    index: int
+    drawn: tuple[int | None, ...]  # 14: 1 or 0, the truth; No Finding 1 or None
+    said: tuple[int | None, ...]  # 14: what the report says; observations outside the preset are not spoken of
+    report: str
+    patient_id: str  # one patient a study
+
+
+def sample_study(preset: str, seed: int, index: int, *, wording: str = "train") -> PhantomStudy:
+    """Study `index` of the endless data set (`preset`, `seed`).
+
+    Args:
+        preset: "five": five findings, each in 35 % of studies, in reports of at most 45 words.
+        seed: 0 or greater.
+        index: 0 or greater; studies do not depend on each other.
+        wording: "train", "heldout" or "all", as `wording.write_report`'s; it changes the report alone.
+
+    Returns:
+        The same study for the same arguments.
+
+    Raises:
+        ValueError: an unknown preset or wording, a negative seed or index.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r}; allowed are {', '.join(PRESETS)}")
+    rng = keyed_generator(seed, index, LABELS_STREAM)
+    # Gaussian copula: exact prevalences, chosen correlations
+    latent = _copula() @ rng.standard_normal(len(FIVE_FINDINGS))
+    present = latent < NormalDist().inv_cdf(_PREVALENCE)
+    speech = rng.random(len(FIVE_FINDINGS))
+    drawn: list[int | None] = [0] * NO_FINDING
+    said: list[int | None] = [None] * NO_FINDING
+    for i, observation in enumerate(FIVE_FINDINGS):
+        drawn[observation] = int(present[i])
+        said[observation] = _say(bool(present[i]), float(speech[i]))
+    drawn.append(_no_finding(drawn))
+    said.append(_no_finding(said))
+    report = write_report(said, sample_traits(seed, index), keyed_generator(seed, index, WORDING_STREAM), wording=wording)
+    return PhantomStudy(index, tuple(drawn), tuple(said), report, f"phantom-{seed}-{index:06d}")
+
+
+def _say(present: bool, u: float) -> int | None:
+    if present:
+        return 1 if u < _SAID_POSITIVE else -1 if u < _SAID_POSITIVE + _SAID_UNCERTAIN else None
+    return 0 if u < _SAID_NEGATIVE else None
+
+
+def _no_finding(values: Sequence[int | None]) -> int | None:
+    """CheXbert's rule: 1 where none of the 13 but Support Devices is positive or uncertain, else blank."""
+    return None if any(value in (1, -1) for i, value in enumerate(values) if i != SUPPORT_DEVICES) else 1
+
+
+@lru_cache(maxsize=1)
+def _copula() -> NDArray[np.float64]:
+    """[5, 5] Cholesky factor of the latent correlations."""
+    correlation = np.eye(len(FIVE_FINDINGS))
+    for (a, b), value in _CORRELATIONS.items():
+        i, j = FIVE_FINDINGS.index(a), FIVE_FINDINGS.index(b)
+        correlation[i, j] = correlation[j, i] = value
+    return np.asarray(np.linalg.cholesky(correlation), dtype=np.float64)

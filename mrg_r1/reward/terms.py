@@ -1,0 +1,211 @@
+"""Reward terms: labels and texts in, one float32 a report out (spec section 2). No torch, no labeler, no policy.
+
+Each function is pure and scores N reports against N references, row by row. A report that is missing (malformed) never gets
+here: the stage gives it 0. Negative findings count: see `ccs`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pycocoevalcap.rouge.rouge import Rouge
+from sacrebleu.metrics.bleu import BLEU
+
+from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE
+
+Floats = NDArray[np.float32]
+CustomTerm = Callable[[list[str | None], list[str], NDArray[np.int64], NDArray[np.int64]], Floats]
+
+
+def ccs(generated: NDArray[np.int8], reference: NDArray[np.int8]) -> Floats:
+    """Clinical cosine similarity of signed vectors.
+
+    >>> ccs(np.array([[1, -1, 0] + [0] * 10], dtype=np.int8), np.array([[1, 1, 0] + [0] * 10], dtype=np.int8))
+    array([0.], dtype=float32)
+
+    Args:
+        generated: [N, 13] int8 in {-1, 0, 1}, from `mrg_r1.labels.observations.signed_vector`.
+        reference: [N, 13] int8, likewise.
+
+    Returns:
+        [N] float32 in [-1, 1]: the cosine. Both vectors zero gives 1 (the reports agree that there is nothing to say), one
+        zero gives 0.
+
+    Raises:
+        ValueError: shapes that are not equal [N, 13], or a value outside -1, 0, 1.
+
+    Source: arXiv 2512.16145; the two cases of zero vectors are ours.
+    """
+    if generated.shape != reference.shape or generated.ndim != 2 or generated.shape[1] != NO_FINDING:
+        raise ValueError(f"signed vectors of shape {generated.shape} and {reference.shape}; expected the same [N, {NO_FINDING}]")
+    for name, vectors in (("generated", generated), ("reference", reference)):
+        if vectors.size and (vectors.min() < -1 or vectors.max() > 1):
+            raise ValueError(f"{name}: signed vectors hold values outside -1, 0, 1; make them with signed_vector(classes)")
+    a, b = generated.astype(np.int64), reference.astype(np.int64)
+    dot, squares_a, squares_b = (a * b).sum(axis=1), (a * a).sum(axis=1), (b * b).sum(axis=1)
+    # One square root of an integer product: exactly 1 for equal vectors, exactly symmetric.
+    norms = np.sqrt((squares_a * squares_b).astype(np.float64))
+    cosine = dot / np.where(norms == 0, 1.0, norms)
+    return np.where((squares_a == 0) & (squares_b == 0), 1.0, cosine).astype(np.float32)
+
+
+def mccs(ccs: Floats, margin: float) -> Floats:
+    """CCS above a margin, `max((CCS - m) / (1 - m), 0)`.
+
+    Args:
+        ccs: [N] float32 in [-1, 1].
+        margin: m, 0 <= m < 1. What a report gains by naming the usual negatives without looking lies mostly below it.
+
+    Returns:
+        [N] float32 in [0, 1].
+
+    Raises:
+        ValueError: a margin outside [0, 1).
+
+    Source: arXiv 2512.16145.
+    """
+    if not 0 <= margin < 1:
+        raise ValueError(f"margin {margin}; expected 0 <= margin < 1")
+    return np.maximum((ccs.astype(np.float64) - margin) / (1 - margin), 0.0).astype(np.float32)
+
+
+def ce_f1(classes_generated: NDArray[np.int64], classes_reference: NDArray[np.int64]) -> Floats:
+    """Per-report F1 over the 13 positives: 2 TP / (2 TP + FP + FN).
+
+    Args:
+        classes_generated: [N, 14] classes; only class 1 is positive (uncertain is not). No Finding is left out.
+        classes_reference: [N, 14] likewise.
+
+    Returns:
+        [N] float32 in [0, 1]; 1 where neither report has a positive.
+
+    Raises:
+        ValueError: shapes that are not equal [N, 14].
+    """
+    shape = classes_generated.shape
+    if shape != classes_reference.shape or len(shape) != 2 or shape[1] != len(OBSERVATIONS):
+        raise ValueError(f"classes of shape {shape} and {classes_reference.shape}; expected the same [N, {len(OBSERVATIONS)}]")
+    a, b = classes_generated[:, :NO_FINDING] == POSITIVE, classes_reference[:, :NO_FINDING] == POSITIVE
+    found, said = (a & b).sum(axis=1), a.sum(axis=1) + b.sum(axis=1)  # TP, 2 TP + FP + FN
+    return np.where(said == 0, 1.0, 2 * found / np.maximum(said, 1)).astype(np.float32)
+
+
+def bleu4(generated: Sequence[str], references: Sequence[str]) -> Floats:
+    """Sentence BLEU of up to four-grams with exponential smoothing, 13a tokens, case kept.
+
+    A report of fewer than four tokens is scored on the orders it has (sacrebleu's effective order, its sentence-level default).
+
+    Args:
+        generated: N texts.
+        references: N texts.
+
+    Returns:
+        [N] float32 in [0, 1]; 0 for an empty text.
+
+    Raises:
+        ValueError: unequal numbers of texts.
+
+    Source: sacrebleu; smoothing method 3 of Chen and Cherry, WMT 2014 (W14-3346).
+    """
+    bleu = BLEU(smooth_method="exp", effective_order=True)
+    # a perfect match comes out as 100.00000000000004
+    scores = [min(bleu.sentence_score(text, [reference]).score / 100, 1.0) for text, reference in zip(generated, references, strict=True)]
+    return np.array(scores, dtype=np.float32)
+
+
+def rouge_l(generated: Sequence[str], references: Sequence[str]) -> Floats:
+    """ROUGE-L, beta 1.2, over words separated by whitespace; case and punctuation kept.
+
+    With P and R the longest common subsequence over the lengths: (1 + beta^2) P R / (R + beta^2 P).
+
+    Args:
+        generated: N texts.
+        references: N texts.
+
+    Returns:
+        [N] float32 in [0, 1]; 0 for an empty text.
+
+    Raises:
+        ValueError: unequal numbers of texts.
+
+    Source: Lin, 2004 (W04-1013), as pycocoevalcap computes it.
+    """
+    rouge = Rouge()
+    scores = []
+    for text, reference in zip(generated, references, strict=True):
+        # pycocoevalcap splits at single spaces, so that a double space or an empty text would count as a word
+        words, reference_words = " ".join(text.split()), " ".join(reference.split())
+        scores.append(rouge.calc_score([words], [reference_words]) if words and reference_words else 0.0)
+    return np.array(scores, dtype=np.float32)
+
+
+def length(generated: Sequence[str], references: Sequence[str]) -> Floats:
+    """How close a report's length comes to its reference's, min / max of the word counts (ours).
+
+    Symmetric in too long and too short by the same factor: half and double both give 0.5.
+
+    Args:
+        generated: N texts.
+        references: N texts.
+
+    Returns:
+        [N] float32 in [0, 1]: 1 for equal counts (also 0 and 0), 0 where only one text is empty.
+
+    Raises:
+        ValueError: unequal numbers of texts.
+    """
+    counts = [(len(text.split()), len(reference.split())) for text, reference in zip(generated, references, strict=True)]
+    return np.array([min(pair) / max(pair) if max(pair) else 1.0 for pair in counts], dtype=np.float32)
+
+
+def load_callable(name: str) -> CustomTerm:
+    """A user's own term, named `module:function`.
+
+    The function is called once a batch as `function(generated, references, labels, reference_labels)`: N report texts (None
+    where malformed; what such a report earns is the function's decision), N reference texts, int64 [N, 14] classes of each
+    (-1 throughout a row whose report is malformed), and returns N finite numbers. The module is imported from Python's
+    path; importing it runs its code.
+
+    Args:
+        name: `package.module:function`.
+
+    Returns:
+        The function with its answer checked: [N] float32, else a ValueError that names the term.
+
+    Raises:
+        ValueError: a name that is not `module:function`, a module that cannot be found, or a function that is not in it or not
+            callable. An exception inside the module's own code is passed on as it is.
+    """
+    module_name, separator, function_name = name.partition(":")
+    if not (separator and module_name and function_name.isidentifier()):
+        raise ValueError(f"reward term {name!r}: expected 'module:function', such as 'my_terms:brevity'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise  # the module was found, something that it imports was not
+        raise ValueError(f"reward term {name!r}: no module {error.name!r} on Python's path; install it or set PYTHONPATH") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"reward term {name!r}: {module_name} has no function {function_name!r}")
+
+    def checked(
+        generated: list[str | None], references: list[str], labels: NDArray[np.int64], reference_labels: NDArray[np.int64]
+    ) -> Floats:
+        return _as_floats(name, function(generated, references, labels, reference_labels), len(generated))
+
+    return checked
+
+
+def _as_floats(name: str, answer: ArrayLike, expected: int) -> Floats:
+    """A user's answer as [expected] float32. Whether the numbers are finite is for the stage, which knows the studies."""
+    try:
+        values = np.asarray(answer, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward term {name!r} returned {type(answer).__name__}, which is not a sequence of numbers: {error}") from error
+    if values.shape != (expected,):
+        raise ValueError(f"reward term {name!r} returned shape {values.shape}; expected ({expected},), one number a report")
+    return values.astype(np.float32)

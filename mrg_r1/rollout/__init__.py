@@ -1,0 +1,1 @@
+"""Rollout: sampling a group of reports a study, by hand."""

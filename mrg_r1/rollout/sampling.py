@@ -1,0 +1,48 @@
+"""Keyed sampling: a completion's random numbers depend on (seed, step, study, member) and on nothing else.
+
+The same study gets the same numbers on any rank, in any batch and any order, so a run can be cut differently, resumed or
+replayed member by member.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def keyed_uniforms(*, seed: int, step: int, study_ids: Sequence[str], group_size: int, length: int, attempt: int = 0) -> Tensor:
+    """Uniform numbers of each completion, one a token.
+
+    Args:
+        attempt: 0, or the how-many-th resampling of a zero-signal group.
+
+    Returns:
+        [B * group_size, length] float64 in [0, 1), on the CPU; member g of study b is row b * group_size + g.
+    """
+    rows = []
+    for study_id in study_ids:
+        for member in range(group_size):
+            key = hashlib.sha256(f"{seed}|{step}|{study_id}|{member}|{attempt}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") & (2**63 - 1))
+            rows.append(torch.rand(length, generator=generator, dtype=torch.float64))
+    return torch.stack(rows)
+
+
+def sample_tokens(log_probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one token a row by inverting the distribution function.
+
+    Args:
+        log_probs: [R, V] normalised; -inf where a token can never be drawn.
+        uniforms: [R] in [0, 1).
+
+    Returns:
+        [R] int64. A token of probability 0 is never drawn, also where rounding puts u at the very end.
+    """
+    cumulative = log_probs.double().exp().cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # The last ids may be banned: their cumulative equals the total, so u * total must stay strictly below it.
+    target = torch.minimum(uniforms.to(cumulative).unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)

@@ -1,0 +1,278 @@
+"""What every launch sets up before its first step: checks, studies, policy, labeler, prompts; and what it leaves at the end.
+
+Checks come first and models last, so that bad input costs seconds and not hours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from mrg_r1.config import Recipe, RecipeError, check_recipe, dump_recipe
+from mrg_r1.data.loader import PromptBuilder, PromptWords
+from mrg_r1.data.study import check_images, read_manifest
+from mrg_r1.engine.checkpoint import write_text_atomically
+from mrg_r1.engine.ranks import Ranks
+from mrg_r1.engine.zero import Engine
+from mrg_r1.evaluate import evaluate, evaluation_table, short_summary, write_evaluation
+from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.policy.adapters import load_adapter, merge_adapter
+from mrg_r1.policy.load import Policy, load_image_processor, load_policy
+from mrg_r1.reward.stage import RewardStage
+from mrg_r1.tracking.log import Clock, RunLog, write_environment
+from mrg_r1.types import Study
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NEEDED_BYTES = 64 * 1024**2  # logs, completions and pages; checkpoints are added
+
+
+@dataclass
+class Run:
+    """Everything that a launch works with. `policy` has no LoRA yet."""
+
+    recipe: Recipe
+    ranks: Ranks
+    directory: Path
+    studies: dict[str, list[Study]]  # by split: the recipe's train, val and test
+    policy: Policy
+    build: PromptBuilder
+    stage: RewardStage
+    labeler: Labeler
+    dtype: torch.dtype
+    notes: list[str] = field(default_factory=list)
+
+    def evaluate(self, studies: list[Study], *, title: str, samples: int | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Greedy reports of `studies` under the policy as it stands, and their scores."""
+        was_training = self.policy.training
+        self.policy.eval()
+        answer = evaluate(
+            self.policy,
+            studies,
+            build=self.build,
+            stage=self.stage,
+            labeler=self.labeler,
+            ranks=self.ranks,
+            max_new_tokens=self.recipe.rollout.max_new_tokens,
+            batch_size=self.recipe.evaluation.batch_size,
+            seed=self.recipe.seed,
+            bootstrap_samples=samples or self.recipe.evaluation.bootstrap_samples,
+            train_reports=[study.report for study in self.studies["train"]] if samples is None else None,
+            title=title,
+        )
+        self.policy.train(was_training)
+        return answer
+
+    def evaluate_test(self, name: str, *, title: str) -> dict[str, Any]:
+        """Evaluate the test split into RUN/evaluation/NAME.json, or read what an interrupted run left there."""
+        path = self.directory / "evaluation" / f"{name}.json"
+        done = self.ranks.agree(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+        if done is not None:
+            result: dict[str, Any] = done
+            return result
+        result, predictions = self.evaluate(self.studies["test"][: self.recipe.evaluation.max_test_studies], title=title)
+        if self.ranks.is_main:
+            write_evaluation(path.parent, name, result, predictions)
+        self.ranks.barrier()
+        return result
+
+    def validate(self) -> dict[str, Any]:
+        """Scores on the validation split; few bootstrap samples, since only the point values are read."""
+        result, _ = self.evaluate(self.studies["val"][: self.recipe.evaluation.max_studies], title="validating", samples=100)
+        return result
+
+    def write_summary(self, content: dict[str, Any]) -> None:
+        """RUN/summary.json, by rank 0."""
+        if self.ranks.is_main:
+            write_text_atomically(self.directory / "summary.json", json.dumps(content, indent=1) + "\n")
+
+
+def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "evaluate"]) -> Run:
+    """Check everything that can be checked, then load what the run needs.
+
+    Raises:
+        RecipeError, ManifestError, ValueError: bad input, named; before any model is loaded.
+    """
+    check_recipe(recipe, world_size=ranks.world_size, task=task)
+    studies = _read_studies(recipe, ranks)
+    _claim_directory(recipe, ranks)
+    dtype = _DTYPES[recipe.policy.dtype]
+    labeler = Labeler.load(recipe.reward.labeler, tokenizer=recipe.reward.tokenizer, device=recipe.reward.device)
+    policy = load_policy(
+        recipe.policy.path, dtype=dtype, attention=recipe.policy.attention, temperature=recipe.rollout.temperature
+    ).to(ranks.device)
+    if recipe.policy.adapter is not None:
+        merge_adapter(policy, recipe.policy.adapter)
+    if recipe.policy.gradient_checkpointing:
+        policy.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.base.enable_input_require_grads()
+    words = PromptWords(
+        instruction=recipe.prompt.words,
+        show_view=recipe.prompt.show_view,
+        context=tuple(recipe.data.context),
+        max_tokens=recipe.prompt.max_tokens,
+    )
+    processor = load_image_processor(recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
+    return Run(
+        recipe=recipe,
+        ranks=ranks,
+        directory=recipe.output_dir,
+        studies=studies,
+        policy=policy,
+        build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words),
+        stage=RewardStage(
+            labeler,
+            weights=recipe.reward.weights,
+            margin=recipe.reward.margin,
+            format_style=recipe.reward.format,
+            mode=recipe.prompt.mode,
+            normalise=recipe.reward.normalise,
+        ),
+        labeler=labeler,
+        dtype=dtype,
+    )
+
+
+def build_engine(run: Run, *, rows: int) -> Engine:
+    """DeepSpeed around the policy; `rows` are those of one optimizer step on one rank."""
+    recipe = run.recipe
+    micro = recipe.engine.micro_batch_size
+    return Engine(
+        run.policy,
+        ranks=run.ranks,
+        config=recipe.engine.deepspeed,
+        dtype=run.dtype,
+        learning_rate=recipe.optimizer.learning_rate,
+        weight_decay=recipe.optimizer.weight_decay,
+        betas=recipe.optimizer.betas,
+        max_grad_norm=recipe.optimizer.max_grad_norm,
+        accumulation=-(-rows // micro),
+        micro_batch_size=micro,
+        warmup_steps=recipe.optimizer.warmup_steps,
+        schedule=recipe.optimizer.schedule,
+        total_steps=recipe.steps,
+    )
+
+
+def open_log(run: Run, start: int) -> RunLog:
+    """The run's log on rank 0, silent on the others."""
+    tracking = run.recipe.tracking
+    return RunLog(
+        run.directory,
+        active=run.ranks.is_main,
+        steps=run.recipe.steps,
+        wandb_mode=tracking.wandb,
+        wandb_project=tracking.wandb_project,
+        config=run.recipe.model_dump(mode="json"),
+        start_step=start,
+    )
+
+
+def finish(
+    run: Run,
+    log: RunLog,
+    clock: Clock,
+    *,
+    stage: int,
+    before: dict[str, Any] | None,
+    after: dict[str, Any] | None,
+    best: dict[str, Any] | None,
+) -> None:
+    """RUN/summary.json and the closing table."""
+    rendered = after["rendered"] if after else 0
+    run.write_summary(
+        {
+            "before": None if before is None else short_summary(before),
+            "after": None if after is None else short_summary(after),
+            "seconds": {name: round(seconds, 2) for name, seconds in clock.totals.items()},
+            "steps": run.recipe.steps,
+            "best": best,
+            "world_size": run.ranks.world_size,
+            "zero_stage": stage,
+            "seed": run.recipe.seed,
+            "note": f"{rendered} of {after['n']} test studies are rendered phantoms" if after and rendered else None,
+            "status": "complete",
+        }
+    )
+    if after is not None:
+        log.console.print(evaluation_table(after, "test split after training"))
+    log.close()
+
+
+def is_finished(run: Run) -> bool:
+    """True, on every rank, where RUN holds the summary of a complete run; says so."""
+    path = run.directory / "summary.json"
+    done: bool = run.ranks.agree(path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "complete")
+    if done and run.ranks.is_main:
+        print(f"{run.directory}: this run is complete; remove it or set another output_dir to train again")
+    return done
+
+
+def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
+    """Evaluate the recipe's test split under its policy and, where RUN has one, RUN/adapter; leaves RUN/evaluation/SPLIT.json."""
+    run = open_run(recipe, ranks, task="evaluate")
+    adapter = run.directory / "adapter"
+    if (adapter / "adapter_config.json").is_file():
+        load_adapter(run.policy, adapter)
+    split = recipe.data.test_split
+    result, predictions = run.evaluate(run.studies["test"][: recipe.evaluation.max_test_studies], title=f"evaluating {split}")
+    if ranks.is_main:
+        write_evaluation(run.directory / "evaluation", split, result, predictions)
+        Console().print(evaluation_table(result, f"{split} split"))
+
+
+def _read_studies(recipe: Recipe, ranks: Ranks) -> dict[str, list[Study]]:
+    """The recipe's three splits; rank 0 opens every image once, and its verdict is everybody's."""
+    names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
+    everything = read_manifest(recipe.data.manifest)
+    studies = {part: [study for study in everything if study.split == name] for part, name in names.items()}
+    needed = ["train"] + (["val"] if recipe.evaluation.every or recipe.sft.stop_at else []) + (["test"] if recipe.evaluation.test else [])
+    for part in needed:
+        if not studies[part]:
+            found = sorted({study.split for study in everything})
+            raise RecipeError(
+                f"data.{part}_split {names[part]!r}: {recipe.data.manifest} has no study of that split; it has {found}"
+            )
+    problem = None
+    if ranks.is_main and recipe.data.check_images:
+        try:
+            check_images([study for part in needed for study in studies[part]])
+        except ValueError as error:
+            problem = str(error)
+    problem = ranks.agree(problem)
+    if problem is not None:
+        raise RecipeError(problem)
+    return studies
+
+
+def _claim_directory(recipe: Recipe, ranks: Ranks) -> None:
+    """Make RUN, refuse a disk that cannot hold it, and write what the run is."""
+    problem = None
+    if ranks.is_main:
+        try:
+            recipe.output_dir.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(recipe.output_dir).free
+            weights = sum(path.stat().st_size for path in recipe.policy.path.glob("*.safetensors"))
+            # LoRA is small beside the weights it adapts; all parameters mean live, master and two moments, twice while one is replaced
+            needed = _NEEDED_BYTES + (weights * 8 * (recipe.checkpoint.keep + 1) if recipe.sft.trainable == "all" else weights // 2)
+            if free < needed:
+                problem = (
+                    f"output_dir {recipe.output_dir}: {free / 1e9:.2f} GB free on that disk, about {needed / 1e9:.2f} GB needed for "
+                    "checkpoints; free some, lower checkpoint.keep or set another output_dir"
+                )
+            elif not os.access(recipe.output_dir, os.W_OK):
+                problem = f"output_dir {recipe.output_dir}: not writable"
+            else:
+                write_text_atomically(recipe.output_dir / "config.yaml", dump_recipe(recipe))
+                write_environment(recipe.output_dir, world_size=ranks.world_size, device=str(ranks.device), seed=recipe.seed)
+        except OSError as error:
+            problem = f"output_dir {recipe.output_dir}: cannot be written ({error.strerror}); set another output_dir"
+    problem = ranks.agree(problem)
+    if problem is not None:
+        raise RecipeError(problem)

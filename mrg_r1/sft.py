@@ -1,0 +1,144 @@
+"""Supervised fine-tuning: the token-level baseline, and the cold start that GRPO needs (spec section 3).
+
+The loss is the mean over all target tokens of the global batch of -log p, of the very distribution that a rollout samples.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrg_r1.config import Recipe, RecipeError
+from mrg_r1.data.loader import StudyLoader
+from mrg_r1.engine.checkpoint import load_checkpoint, save_checkpoint
+from mrg_r1.engine.ranks import Ranks
+from mrg_r1.engine.zero import Engine
+from mrg_r1.labels.observations import NO_FINDING
+from mrg_r1.phantom.wording import think_text
+from mrg_r1.policy.adapters import add_lora, save_adapter
+from mrg_r1.policy.load import save_policy
+from mrg_r1.report_format import target_text
+from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run
+from mrg_r1.tracking.log import Clock
+from mrg_r1.types import Study
+
+
+def sft_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, clock: Clock) -> dict[str, tuple[Tensor, Tensor]]:
+    """One optimizer step on this rank's share of the batch. Returns metrics as (sum, count) pairs."""
+    micro = run.recipe.engine.micro_batch_size
+    with clock.phase("load"):
+        prompts = loader.batch(step)
+        targets = [target_ids(run, study) for study in loader.studies_of(step)]
+        ids = torch.full((len(targets), max(map(len, targets))), run.policy.pad_id)  # [B, C]
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, target in enumerate(targets):
+            ids[row, : len(target)] = torch.tensor(target)
+            mask[row, : len(target)] = True
+        tokens = float(run.ranks.sum(mask.sum()))
+    total = torch.zeros((), dtype=torch.float64)
+    with clock.phase("update"):
+        for rows in torch.arange(len(ids)).split(micro):
+            part = prompts.select(rows.tolist()).to(run.ranks.device)
+            part_ids, part_mask = ids[rows].to(run.ranks.device), mask[rows].to(run.ranks.device)
+            study_of_row = torch.arange(len(part), device=run.ranks.device)
+            logp, _ = engine(part, run.policy.encode_images(part), part_ids, part_mask, study_of_row)
+            engine.backward(-logp.sum() / tokens)
+            engine.micro_step()
+            total -= logp.detach().double().sum().cpu()
+    return {"loss": (total, mask.sum()), "sft/target_tokens": (mask.sum(), torch.tensor(float(len(targets))))}
+
+
+def target_ids(run: Run, study: Study) -> list[int]:
+    """The ids to learn for a study, EOS last.
+
+    Raises:
+        RecipeError: think mode on a study without labels to think of, or a target longer than a completion may be.
+    """
+    recipe, think = run.recipe, None
+    if recipe.prompt.mode == "think":
+        if not study.rendered or study.said is None:
+            raise RecipeError(
+                f"study {study.id}: SFT in think mode needs a rendered study with said labels, from which the think text is made; real data "
+                "has no think text: use prompt.mode=plain for SFT, or let GRPO's prompt and format reward alone bring the think block"
+            )
+        think = think_text(study.said, range(NO_FINDING))
+    text = target_text(study.report, think, recipe.prompt.mode)
+    ids: list[int] = run.policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [run.policy.tokenizer.eos_token_id]
+    if len(ids) > recipe.rollout.max_new_tokens:
+        raise RecipeError(
+            f"study {study.id}: a target of {len(ids)} tokens, rollout.max_new_tokens is {recipe.rollout.max_new_tokens}; "
+            "raise it (a cut target would teach the policy not to end)"
+        )
+    return ids
+
+
+def train(recipe: Recipe, ranks: Ranks) -> None:
+    """Run or resume an SFT recipe. Leaves RUN/adapter (LoRA) or RUN/policy (all parameters, a checkpoint directory)."""
+    clock = Clock()
+    with clock.phase("start"):
+        run = open_run(recipe, ranks, task="sft")
+    if is_finished(run):
+        return
+    before = run.evaluate_test("test_before", title="evaluating before") if recipe.evaluation.test and recipe.evaluation.before else None
+    with clock.phase("start"):
+        if recipe.sft.trainable == "lora":
+            add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
+        else:
+            run.policy.requires_grad_(True)
+        engine = build_engine(run, rows=recipe.sft.batch_size // ranks.world_size)
+        record = load_checkpoint(engine, run.directory / "checkpoints") or {"step": 0, "best": None, "seconds": {}, "stopped": None}
+    start, best, stopped = record["step"], record["best"], record["stopped"]
+    clock = Clock({**record["seconds"], "start": clock.totals["start"] + record["seconds"].get("start", 0.0)})
+    loader = StudyLoader(
+        run.studies["train"],
+        run.build,
+        seed=recipe.seed,
+        batch_size=recipe.sft.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        skip=recipe.sft.skip_studies,
+    )
+    log = open_log(run, start)
+    if start:
+        log.say(f"resuming {run.directory} after step {start} of {recipe.steps}")
+    run.policy.train()
+
+    for step in range(start, recipe.steps):
+        if stopped is not None:
+            break
+        began = time.perf_counter()
+        rate = engine.set_learning_rate(step)
+        parts = sft_step(step, run=run, engine=engine, loader=loader, clock=clock)
+        metrics: dict[str, Any] = run.ranks.reduce_metrics(parts) | {"policy/grad_norm": engine.grad_norm(), "policy/learning_rate": rate}
+        clock.totals["training"] = clock.totals.get("training", 0.0) + time.perf_counter() - began
+        if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0:
+            with clock.phase("validation"):
+                result = run.validate()
+            metrics |= {f"validation/{key}": result[key] for key in ("disease_micro13", "disease_macro13", "mean_reward", "format_rate")}
+            if recipe.sft.stop_at is not None and result["disease_micro13"] >= recipe.sft.stop_at:
+                stopped = f"validation disease_micro13 {result['disease_micro13']:.3f} reached sft.stop_at {recipe.sft.stop_at}"
+        if recipe.sft.max_seconds is not None and ranks.agree(clock.totals["training"] >= recipe.sft.max_seconds):
+            stopped = f"sft.max_seconds {recipe.sft.max_seconds} reached"
+        if stopped is not None or step + 1 == recipe.steps or (step + 1) % recipe.checkpoint.every == 0:
+            with clock.phase("checkpoint"):
+                best = {"step": step + 1, "score": None}
+                extra = {"best": best, "seconds": clock.totals, "seed": recipe.seed, "world_size": ranks.world_size, "stopped": stopped}
+                save_checkpoint(engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep)
+        log.log(step, metrics | clock.end_step())
+
+    loader.close()
+    if stopped is not None:
+        log.say(f"stopped early: {stopped}")
+    elif recipe.sft.stop_at is not None:
+        log.say(f"sft.stop_at {recipe.sft.stop_at} was not reached in {recipe.steps} steps")
+    if ranks.is_main:
+        if recipe.sft.trainable == "lora":
+            save_adapter(run.policy, run.directory / "adapter")
+        else:
+            save_policy(run.policy, run.directory / "policy", source=recipe.policy.path)
+    ranks.barrier()
+    after = run.evaluate_test("test", title="evaluating after") if recipe.evaluation.test else None
+    finish(run, log, clock, stage=engine.stage, before=before, after=after, best=best)

@@ -1,0 +1,1 @@
+"""Tables: rows are recipes over seeds."""

@@ -1,0 +1,1 @@
+"""Tracking: the run as JSONL, terminal lines and pages."""

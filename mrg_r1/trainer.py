@@ -1,0 +1,221 @@
+"""The GRPO loop (spec section 3). `grpo_step` is one step on one screen, in the order in which a study travels."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrg_r1.config import Recipe
+from mrg_r1.data.loader import StudyLoader
+from mrg_r1.engine.checkpoint import load_checkpoint, save_checkpoint
+from mrg_r1.engine.ranks import Ranks
+from mrg_r1.engine.zero import Engine
+from mrg_r1.evaluate import short_summary
+from mrg_r1.grpo.advantages import batch_moments, group_advantages, per_term_advantages, std_of_moments, zero_signal
+from mrg_r1.grpo.loss import Metrics, grpo_loss, loss_denominator, merge_metrics
+from mrg_r1.policy.adapters import add_lora, reference, restore_adapter, save_adapter
+from mrg_r1.policy.scoring import score_group
+from mrg_r1.reward.service import InProcessRewards, RewardService
+from mrg_r1.rollout.decode import rollout
+from mrg_r1.rollout.resample import resample_groups
+from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run
+from mrg_r1.tracking.completions import write_completions
+from mrg_r1.tracking.log import Clock
+from mrg_r1.types import Completions, Experience, Rewards
+
+
+def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewards: RewardService, clock: Clock) -> dict[str, Any]:
+    """One step: B studies in, one or more updates of the policy out. Returns this rank's metrics as (sum, count) pairs."""
+    recipe, policy = run.recipe, run.policy
+    grpo, micro = recipe.grpo, recipe.engine.micro_batch_size
+
+    with clock.phase("load"):
+        prompts = loader.batch(step).to(run.ranks.device)  # B studies, on this rank
+    with clock.phase("vision"):
+        vision = policy.encode_images(prompts)  # once an image, reused by every pass below
+    with clock.phase("rollout"):
+        sampling = {"group_size": grpo.group_size, "max_new_tokens": recipe.rollout.max_new_tokens, "seed": recipe.seed, "step": step}
+        completions = rollout(policy, prompts, vision, **sampling)  # [B, G, C]
+    with clock.phase("reward"):
+        ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references)
+        for attempt in range(1, grpo.max_resample + 1):
+            rows = zero_signal(rewards.result(ticket).total).nonzero().squeeze(1).tolist()
+            if rows:
+                completions = resample_groups(policy, prompts, vision, completions, rows, attempt=attempt, **sampling)
+            ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references)
+            if not rows:
+                break
+    reference_logp = old_logp = None
+    if grpo.beta > 0:
+        with clock.phase("reference"), reference(policy):  # adapters off, while the labeler works
+            reference_logp = score_group(policy, prompts, vision, completions, micro_batch_size=micro)
+    if grpo.inner_iterations * grpo.minibatches > 1:
+        with clock.phase("old"):  # later updates need the rollout's log-probs; a single one has them at hand (trap 16)
+            old_logp = score_group(policy, prompts, vision, completions, micro_batch_size=micro)
+    with clock.phase("reward"):
+        judged = rewards.result(ticket)  # terms and total, [B, G]
+        advantages = global_advantages(judged, recipe, run.ranks).to(policy.device)  # [B, G]
+
+    experience = Experience(prompts, vision, completions, judged, advantages, reference_logp, old_logp)
+    with clock.phase("update"):
+        parts = update(experience, recipe=recipe, engine=engine, ranks=run.ranks)
+    if recipe.tracking.completions_every and step % recipe.tracking.completions_every == 0:
+        folder = run.directory / "completions"
+        write_completions(folder, step=step, rank=run.ranks.rank, prompts=prompts, completions=completions, rewards=judged)
+    return parts | group_metrics(completions, judged)
+
+
+def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ranks) -> Metrics:
+    """`inner_iterations` passes over the rollout, each in `minibatches` optimizer steps, each in micro-batches of rows."""
+    grpo, done = recipe.grpo, experience.completions
+    length = done.token_ids.shape[2]
+    ids, mask, sampled = (tensor.view(-1, length) for tensor in (done.token_ids, done.mask, done.logp))  # [R, C]
+    if grpo.mask_truncated:
+        mask = mask & done.ended.view(-1, 1)  # out of numerator and denominator both
+    advantages = experience.advantages.view(-1)
+    old, ref = (None if tensor is None else tensor.view(-1, length) for tensor in (experience.old_logp, experience.reference_logp))
+    study_of_row = torch.arange(len(experience.prompts), device=ids.device).repeat_interleave(grpo.group_size)
+
+    minibatches = torch.arange(len(ids), device=ids.device).chunk(grpo.minibatches)
+    local = torch.stack([loss_denominator(mask[rows], grpo.aggregation).cpu() for rows in minibatches])
+    denominators = ranks.sum(local).tolist()  # so that every loss is a global mean (trap 5)
+    parts: list[Metrics] = []
+    for _ in range(grpo.inner_iterations):
+        for rows, denominator in zip(minibatches, denominators, strict=True):
+            for part in rows.split(recipe.engine.micro_batch_size):
+                logp, entropy = engine(experience.prompts, experience.vision, ids[part], done.mask.view(-1, length)[part], study_of_row[part])
+                loss, metrics = grpo_loss(
+                    logp=logp,
+                    old_logp=None if old is None else old[part],
+                    reference_logp=None if ref is None else ref[part],
+                    advantages=advantages[part],
+                    mask=mask[part],
+                    aggregation=grpo.aggregation,
+                    denominator=denominator,
+                    max_length=recipe.rollout.max_new_tokens,
+                    clip_low=grpo.clip_low,
+                    clip_high=grpo.clip_high,
+                    beta=grpo.beta,
+                    ratio=grpo.ratio,
+                    sampled_logp=sampled[part],
+                    correction=grpo.correction,
+                    tis_cap=grpo.correction_cap,
+                )
+                engine.backward(loss)
+                engine.micro_step()
+                kept = mask[part].sum().double()
+                metrics["entropy"] = (entropy.masked_fill(~mask[part], 0.0).double().sum(), kept)
+                # a share of the global loss: summed over micro-batches and ranks, counted once an update and not once a rank
+                metrics["loss"] = (loss.detach().double(), torch.tensor(1.0 / (engine.accumulation * ranks.world_size)))
+                parts.append(metrics)
+    names = {"loss": "loss", "logp_gap": "sampling/logp_gap", "logp_gap_max": "sampling/logp_gap_max"}
+    return {names.get(name, f"policy/{name}"): pair for name, pair in merge_metrics(parts).items()}
+
+
+def global_advantages(judged: Rewards, recipe: Recipe, ranks: Ranks) -> Tensor:
+    """[B, G] advantages, of the total or of each term in its group; the batch's std, where asked for, is that of all ranks."""
+    scale = recipe.grpo.advantage_scale
+    values = {"total": judged.total} if recipe.reward.normalise == "total" else judged.terms
+    stds = None
+    if scale == "batch":
+        moments = ranks.sum(torch.stack([batch_moments(rewards) for rewards in values.values()]))
+        stds = {name: std_of_moments(row) for name, row in zip(values, moments, strict=True)}
+    if recipe.reward.normalise == "total":
+        return group_advantages(judged.total, scale=scale, batch_std=None if stds is None else stds["total"])
+    return per_term_advantages(judged.terms, judged.weights, scale=scale, batch_stds=stds)
+
+
+def group_metrics(completions: Completions, judged: Rewards) -> Metrics:
+    """What the groups look like, as (sum, count) over completions or groups."""
+    reports = [[text for text in group if text is not None] for group in judged.report_texts]
+    groups, members = judged.total.shape
+    count, rows = torch.tensor(float(groups * members)), torch.tensor(float(groups))
+
+    def mean(values: Tensor) -> tuple[Tensor, Tensor]:
+        return values.double().sum().cpu(), torch.tensor(float(values.numel()))
+
+    metrics: Metrics = {f"reward/{name}": mean(values) for name, values in judged.terms.items()}
+    metrics["reward/total"] = mean(judged.total)
+    metrics["reward/std"] = mean(judged.total.std(dim=1))  # inside the groups
+    metrics["groups/zero_signal"] = mean(zero_signal(judged.total))
+    metrics["groups/distinct"] = (torch.tensor(float(sum(len(set(group)) for group in reports))) / members, rows)
+    metrics["groups/malformed"] = (count - sum(len(group) for group in reports), count)
+    metrics["groups/truncated"] = mean(~completions.ended)
+    metrics["groups/length"] = mean(completions.lengths)
+    metrics["groups/no_finding"] = mean(judged.labels[..., 13] == 1)
+    return metrics
+
+
+def train(recipe: Recipe, ranks: Ranks) -> None:
+    """Run or resume a GRPO recipe: evaluate, train, validate, keep the best adapter, evaluate again."""
+    clock = Clock()
+    with clock.phase("start"):
+        run = open_run(recipe, ranks, task="grpo")
+    if is_finished(run):
+        return
+    before = run.evaluate_test("test_before", title="evaluating before") if recipe.evaluation.test and recipe.evaluation.before else None
+
+    with clock.phase("start"):
+        add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
+        rows = recipe.grpo.studies_per_step // ranks.world_size * recipe.grpo.group_size // recipe.grpo.minibatches
+        engine = build_engine(run, rows=rows)
+        record = load_checkpoint(engine, run.directory / "checkpoints") or {"step": 0, "best": None, "seconds": {}}
+    start, best = record["step"], record["best"]
+    clock = Clock({**record["seconds"], "start": clock.totals["start"] + record["seconds"].get("start", 0.0)})
+    loader = StudyLoader(
+        run.studies["train"],
+        run.build,
+        seed=recipe.seed,
+        batch_size=recipe.grpo.studies_per_step,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        skip=recipe.sft.skip_studies,
+    )
+    rewards = InProcessRewards(run.stage)
+    log = open_log(run, start)
+    if start:
+        log.say(f"resuming {run.directory} after step {start} of {recipe.steps}")
+    run.policy.train()
+
+    for step in range(start, recipe.steps):
+        rate = engine.set_learning_rate(step)
+        parts = grpo_step(step, run=run, engine=engine, loader=loader, rewards=rewards, clock=clock)
+        metrics = ranks.reduce_metrics(parts) | {"policy/grad_norm": engine.grad_norm(), "policy/learning_rate": rate}
+        last = step + 1 == recipe.steps
+        if last or (recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0):
+            with clock.phase("validation"):
+                best = keep_best(run, best, step=step + 1, metrics=metrics)
+        if last or (step + 1) % recipe.checkpoint.every == 0:
+            with clock.phase("checkpoint"):
+                extra = {"best": best, "seconds": clock.totals, "seed": recipe.seed, "world_size": ranks.world_size}
+                save_checkpoint(engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep)
+        log.log(step, metrics | clock.end_step())
+
+    loader.close()
+    restore_adapter(run.policy, run.directory / "adapter")  # the best one, not the last
+    after = run.evaluate_test("test", title="evaluating after") if recipe.evaluation.test else None
+    finish(run, log, clock, stage=engine.stage, before=before, after=after, best=best)
+
+
+def keep_best(run: Run, best: dict[str, Any] | None, *, step: int, metrics: dict[str, Any]) -> dict[str, Any] | None:
+    """Validate; where the score is the best so far, the adapter of RUN becomes this one. Without a validation split, the last is kept."""
+    score: float | None = None
+    if run.studies["val"]:
+        result = run.validate()
+        score = result[run.recipe.evaluation.select] if run.recipe.evaluation.select in result else None
+        score = result["definitions"][run.recipe.evaluation.select]["f1"] if score is None else score
+        metrics |= {f"validation/{key}": value for key, value in short_summary(result).items() if value is not None}
+        metrics |= {"validation/labeler_gap": result["labeler_gap"], "validation/no_finding_rate": result["no_finding_rate"]}
+    if best is None or score is None or score > best["score"]:
+        best = {"step": step, "score": score}
+        if run.ranks.is_main:
+            fresh = run.directory / ".adapter.tmp"
+            shutil.rmtree(fresh, ignore_errors=True)
+            save_adapter(run.policy, fresh)
+            shutil.rmtree(run.directory / "adapter", ignore_errors=True)
+            fresh.rename(run.directory / "adapter")
+        run.ranks.barrier()
+    return best

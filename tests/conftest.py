@@ -1,0 +1,93 @@
+"""Fixtures made by code: a tiny policy, studies with rendered radiographs of unequal size, prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mrg_r1.data.loader import PromptBuilder, PromptWords
+from mrg_r1.policy.adapters import add_lora
+from mrg_r1.policy.load import Policy, load_image_processor, load_policy
+from mrg_r1.policy.tiny import create_tiny_policy
+from mrg_r1.types import Study, StudyImage
+
+TEXTS = [
+    "The heart is enlarged. No pleural effusion.",
+    "There is a left pleural effusion. The lungs are clear.",
+    "No pneumothorax is seen. A pacemaker is present.",
+    "Write the findings of this chest X-ray. Frontal view: Lateral view: Indication: cough",
+    "<think>heart enlarged</think><report>The heart is enlarged.</report>",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_policy_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer policy whose generation config is near-greedy, as published checkpoints' are."""
+    directory = tmp_path_factory.mktemp("tiny-policy")
+    create_tiny_policy(directory, TEXTS * 20, vocabulary=400, image_side=112, hidden=64, layers=2, seed=0)
+    return directory
+
+
+@pytest.fixture
+def policy(tiny_policy_directory: Path) -> Policy:
+    """The tiny policy without LoRA, fp32, frozen."""
+    return load_policy(tiny_policy_directory, dtype=torch.float32)
+
+
+@pytest.fixture
+def lora_policy(policy: Policy) -> Policy:
+    """With LoRA whose B is not zero: with PEFT's own start, policy and reference would be equal and tests vacuous."""
+    add_lora(policy, rank=4, alpha=8, seed=0)
+    torch.manual_seed(1)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return policy
+
+
+def make_study(folder: Path, name: str, sides: list[tuple[int, int]], report: str = "The heart is enlarged.") -> Study:
+    """A study with one noise image for each (height, width)."""
+    rng = np.random.default_rng([len(name), *name.encode()])
+    images = []
+    for number, (height, width) in enumerate(sides):
+        path = folder / f"{name}-{number}.png"
+        Image.fromarray(rng.integers(0, 255, (height, width), dtype=np.uint8)).save(path)
+        images.append(StudyImage(path, "frontal" if number == 0 else "lateral"))
+    return Study(id=name, patient_id=f"p-{name}", images=tuple(images), report=report, split="train")
+
+
+@pytest.fixture
+def studies(tmp_path: Path) -> list[Study]:
+    """Four studies: prompts of unequal length, one with two images of unequal size."""
+    return [
+        make_study(tmp_path, "a", [(84, 84)]),
+        make_study(tmp_path, "b", [(84, 56), (112, 112)]),
+        make_study(tmp_path, "c", [(56, 112)]),
+        make_study(tmp_path, "d", [(112, 84)]),
+    ]
+
+
+@pytest.fixture
+def build(tiny_policy_directory: Path) -> Callable[[Policy], PromptBuilder]:
+    """The prompt builder of a policy."""
+
+    def make(policy: Policy, **words: object) -> PromptBuilder:
+        processor = load_image_processor(tiny_policy_directory, min_pixels=56 * 56, max_pixels=112 * 112)
+        return PromptBuilder(
+            tokenizer=policy.tokenizer,
+            image_processor=processor,
+            positions=policy.positions,
+            words=PromptWords(**{"instruction": "Write the findings of this chest X-ray.", **words}),  # type: ignore[arg-type]
+        )
+
+    return make

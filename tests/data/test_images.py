@@ -1,0 +1,172 @@
+"""Radiographs as people have them come out as upright 8-bit RGB; broken ones are refused by name."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mrg_r1.data.images import ImageError, check_image, load_image
+from tests.shared_data import shared_data
+
+
+def saved(folder: Path, image: Image.Image, name: str = "image.png", **options: object) -> Path:
+    image.save(folder / name, **options)
+    return folder / name
+
+
+def noise(height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width), dtype=np.uint8))
+
+
+def pixels(path: Path) -> np.ndarray:
+    image = load_image(path, "s")
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def test_the_content_and_not_the_extension_decides_the_format(tmp_path: Path) -> None:
+    image = noise(20, 30)
+    path = saved(tmp_path, image, "wrong.jpg", format="PNG")
+    assert np.array_equal(pixels(path), np.stack([np.asarray(image)] * 3, axis=-1))
+    assert load_image(shutil.copy(path, tmp_path / "none"), "s").size == (30, 20)
+
+
+def test_transparency_is_laid_over_black(tmp_path: Path) -> None:
+    array = np.full((1, 3, 4), 200, dtype=np.uint8)
+    array[0, :, 3] = (255, 0, 51)  # opaque, clear, one fifth
+    assert pixels(saved(tmp_path, Image.fromarray(array, "RGBA")))[0, :, 0].tolist() == [200, 0, 40]
+    grey = np.array([[[200, 255], [200, 0]]], dtype=np.uint8)
+    assert pixels(saved(tmp_path, Image.fromarray(grey, "LA")))[0, :, 1].tolist() == [200, 0]
+
+
+def test_palettes_are_resolved(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putdata([1, 0])
+    assert pixels(saved(tmp_path, image)).tolist() == [[[200, 100, 50], [10, 20, 30]]]
+    assert pixels(saved(tmp_path, image, transparency=1)).tolist() == [[[0, 0, 0], [10, 20, 30]]]
+
+
+def test_twelve_bits_in_a_sixteen_bit_file_use_the_whole_range(tmp_path: Path) -> None:
+    array = np.array([[0, 1024, 4095]], dtype=np.uint16)
+    for name in ("image.png", "image.tif"):
+        assert pixels(saved(tmp_path, Image.fromarray(array), name))[0, :, 0].tolist() == [0, 64, 255]
+    assert pixels(saved(tmp_path, Image.fromarray(np.array([[-1.0, 0.0, 1.0]], dtype=np.float32)), "f.tif"))[0, :, 2].tolist() == [0, 128, 255]
+
+
+def test_a_constant_sixteen_bit_image_is_black_and_not_a_division_by_zero(tmp_path: Path) -> None:
+    assert pixels(saved(tmp_path, Image.fromarray(np.full((4, 4), 900, dtype=np.uint16)))).max() == 0
+
+
+def test_a_pixel_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, Image.fromarray(np.array([[np.nan, 1.0]], dtype=np.float32)), "f.tif")
+    with pytest.raises(ImageError, match="not finite"):
+        load_image(path, "s")
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.new("L", (40, 20))
+    image.paste(255, (0, 0, 20, 20))  # bright on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to see it upright
+    array = pixels(saved(tmp_path, image, "image.jpg", exif=exif, quality=95))
+    assert array.shape == (40, 20, 3)
+    assert array[:18].min() > 240 and array[22:].max() < 15  # bright on top
+
+
+@pytest.mark.parametrize(("mode", "value", "expected"), [("1", 1, 255), ("L", 77, 77), ("CMYK", (0, 0, 0, 0), 255)])
+def test_other_modes_become_rgb(tmp_path: Path, mode: str, value: object, expected: int) -> None:
+    path = saved(tmp_path, Image.new(mode, (8, 8), value), "image.tif")
+    assert (pixels(path) == expected).all()
+
+
+@pytest.mark.parametrize("name", ["image.png", "image.jpg", "image.tif", "image.webp"])
+@pytest.mark.parametrize("share", [0.3, 0.95])
+def test_truncated_files_are_refused(tmp_path: Path, name: str, share: float) -> None:
+    path = saved(tmp_path, noise(200, 200).convert("RGB"), name)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    for read in (load_image, check_image):
+        with pytest.raises(ImageError) as error:
+            read(path, "study-7")
+        assert "study 'study-7'" in str(error.value) and str(path) in str(error.value) and "; " in str(error.value)
+
+
+def test_a_flipped_byte_is_found_by_the_check(tmp_path: Path) -> None:
+    path = saved(tmp_path, noise(64, 64), compress_level=0)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match="damaged"):
+        check_image(path, "s")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file"),
+        (b"", "empty"),
+        (b"<html>404 not found</html>", "not an image"),
+        (b"\0" * 128 + b"DICM" + b"\0" * 64, "DICOM"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # would start Ghostscript
+    ],
+)
+def test_what_is_no_image_is_refused_with_a_remedy(tmp_path: Path, content: bytes | None, expected: str) -> None:
+    path = tmp_path / "image.png"
+    if content is not None:
+        path.write_bytes(content)
+    for read in (load_image, check_image):
+        with pytest.raises(ImageError) as error:
+            read(path, "study-7")
+        assert expected in str(error.value) and "study 'study-7'" in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_folder_in_place_of_an_image_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image(tmp_path, "s")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A valid PNG that promises width x height pixels and carries none of them."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [9_100, 50_000])
+def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path: Path, side: int) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(side, side))
+    for read in (load_image, check_image):
+        with pytest.raises(ImageError, match="too many pixels"):
+            read(path, "s")
+
+
+def test_a_strip_that_the_image_processor_would_refuse_is_refused_with_its_study(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="study 's'.*one side more than 200 times"):
+        load_image(saved(tmp_path, Image.new("L", (2010, 10))), "s")
+
+
+def test_every_real_radiograph_loads_at_its_own_size_and_its_first_half_is_refused(tmp_path: Path) -> None:
+    folder = shared_data()
+    paths = sorted(path for path in (folder / "radiographs").iterdir() if path.suffix != ".csv")
+    paths += sorted((folder / "iu_xray" / "images").iterdir())
+    assert len(paths) > 60
+    for path in paths:
+        check_image(path, path.name)
+        image = load_image(path, path.name)
+        assert image.mode == "RGB" and min(image.size) > 200
+        assert np.asarray(image).std() > 10  # neither black nor white
+        half = tmp_path / "half"
+        half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(ImageError):
+            load_image(half, path.name)

@@ -1,0 +1,141 @@
+"""Rollout: keyed sampling, EOS, banned ids, and a generation config that must not be obeyed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mrg_r1.rollout.decode import greedy, rollout
+from mrg_r1.rollout.resample import resample_groups
+from mrg_r1.rollout.sampling import keyed_uniforms, sample_tokens
+
+
+def sample(policy, prompts, **changes):
+    options = {"group_size": 4, "max_new_tokens": 10, "seed": 0, "step": 0} | changes
+    return rollout(policy, prompts, policy.encode_images(prompts), **options)
+
+
+def test_near_greedy_generation_config_is_not_obeyed(policy, studies, build):
+    """Trap 1: temperature 1e-6 and top_k 1 stand in the checkpoint; the group differs all the same, with the model's entropy."""
+    assert policy.base.generation_config.temperature == 1e-6 and policy.base.generation_config.top_k == 1
+    prompts = build(policy)(studies[:1])
+    completions = sample(policy, prompts, group_size=256, max_new_tokens=1)
+    first = completions.token_ids[0, :, 0]
+    with torch.no_grad():
+        vision = policy.encode_images(prompts)
+        _, entropy = policy(prompts, vision, first[:1, None], torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, dtype=torch.long))
+    # minus the mean sampled log-prob estimates the entropy; its standard error is the std of the log-probs over sqrt(256)
+    error = completions.logp[0, :, 0].std() / 16
+    assert len(first.unique()) > 50
+    assert abs(-completions.logp[0, :, 0].mean() - entropy[0, 0]) < 5 * error
+
+
+def test_banned_ids_are_never_sampled(policy, studies, build):
+    """Trap 11: with every logit pushed towards the image token it still is not drawn."""
+    with torch.no_grad():
+        head = policy.base.lm_head
+        head.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)  # untie: the embedding must stay
+        head.weight[policy.image_token_id] = head.weight.abs().max() * 50
+    completions = sample(policy, build(policy)(studies), group_size=16)
+    assert not policy.banned[completions.token_ids[completions.mask]].any()
+    assert torch.isfinite(completions.logp).all()
+
+
+def test_completion_does_not_depend_on_batch_order_or_group(policy, studies, build):
+    """Keyed sampling; and trap 7: member g of a study is the same wherever the study stands."""
+    prompts = build(policy)(studies)
+    together = sample(policy, prompts)
+    for b, study in enumerate(studies):
+        alone = sample(policy, build(policy)([study]))
+        for g in range(4):
+            assert alone.texts[0][g] == together.texts[b][g]
+    shuffled = sample(policy, prompts.select([3, 1, 0, 2]))
+    assert shuffled.texts == [together.texts[b] for b in (3, 1, 0, 2)]
+    smaller = sample(policy, prompts, group_size=2)
+    assert smaller.texts == [group[:2] for group in together.texts]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"step": 1}, {"attempt": 1}])
+def test_every_part_of_the_key_changes_the_sample(policy, studies, build, change):
+    prompts = build(policy)(studies[:1])
+    assert sample(policy, prompts).texts != sample(policy, prompts, **change).texts
+
+
+
+
+@pytest.mark.parametrize("eos_index", [0, 1])
+def test_eos_ends_a_row_and_is_scored(policy, studies, build, eos_index):
+    """Trap 8: two EOS ids, one of which is the pad id; the EOS is in the mask, what follows is not."""
+    eos = policy.eos_ids[eos_index]
+    assert policy.pad_id in policy.eos_ids and len(policy.eos_ids) == 2
+    head = policy.next_token_logits
+
+    def eager_to_end(hidden):
+        logits = head(hidden)
+        logits[:, eos] += 6.0
+        return logits
+
+    policy.next_token_logits = eager_to_end
+    completions = sample(policy, build(policy)(studies), group_size=16, max_new_tokens=12)
+    assert completions.ended.float().mean() > 0.5
+    lengths = completions.lengths
+    assert lengths.min() < lengths.max(), "rows of unequal length, so that compaction took place"
+    for b in range(4):
+        for g in range(16):
+            ids, length = completions.token_ids[b, g], int(lengths[b, g])
+            ends = torch.isin(ids[:length], torch.tensor(policy.eos_ids)).nonzero().flatten().tolist()
+            assert completions.mask[b, g, :length].all() and not completions.mask[b, g, length:].any()
+            assert ends == ([length - 1] if completions.ended[b, g] else [])
+            assert torch.all(completions.token_ids[b, g, length:] == policy.pad_id)
+            assert torch.all(completions.logp[b, g, length:] == 0)
+            assert completions.ended[b, g] or length == 12
+
+
+def test_ids_trained_on_are_the_ids_sampled(policy, studies, build):
+    """Trap 21: decode-encode is not the identity for random byte sequences; ids are kept, never re-tokenised."""
+    completions = sample(policy, build(policy)(studies), group_size=8)
+    changed = 0
+    for b in range(4):
+        for g in range(8):
+            ids = completions.token_ids[b, g][completions.mask[b, g]].tolist()
+            assert completions.texts[b][g] == policy.tokenizer.decode(ids, skip_special_tokens=True)
+            changed += policy.tokenizer(completions.texts[b][g], add_special_tokens=False)["input_ids"] != ids
+    assert changed > 0, "the test needs samples whose text encodes to other ids"
+
+
+def test_greedy_takes_the_most_probable_token(policy, studies, build):
+    prompts = build(policy)(studies)
+    vision = policy.encode_images(prompts)
+    best = greedy(policy, prompts, vision, max_new_tokens=6)
+    with torch.no_grad():
+        for token in range(10, 200, 10):  # no other first token is more probable
+            ids = torch.full((4, 1), token)
+            logp, _ = policy(prompts, vision, ids, torch.ones(4, 1, dtype=torch.bool), torch.arange(4))
+            assert torch.all(logp[:, 0] <= best.logp[:, 0, 0] + 1e-6)
+
+
+def test_resampled_groups_replace_only_their_studies(policy, studies, build):
+    prompts = build(policy)(studies)
+    vision = policy.encode_images(prompts)
+    options = {"group_size": 3, "max_new_tokens": 8, "seed": 0, "step": 0}
+    first = rollout(policy, prompts, vision, **options)
+    again = resample_groups(policy, prompts, vision, first, [1, 3], attempt=1, **options)
+    fresh = rollout(policy, prompts, vision, attempt=1, **options)
+    assert again.texts == [first.texts[0], fresh.texts[1], first.texts[2], fresh.texts[3]]
+
+
+def test_sampling_follows_the_distribution():
+    log_probs = torch.tensor([[0.5, 0.25, 0.0, 0.25, 0.0]]).log()
+    uniforms = keyed_uniforms(seed=0, step=0, study_ids=["a"], group_size=4000, length=1)[:, 0]
+    drawn = sample_tokens(log_probs.expand(4000, -1), uniforms)
+    counts = np.bincount(drawn, minlength=5) / 4000
+    assert counts[2] == 0 and counts[4] == 0
+    assert np.abs(counts - np.array([0.5, 0.25, 0, 0.25, 0])).max() < 0.03
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
+def test_a_token_of_probability_zero_is_not_drawn_at_the_ends(uniform):
+    log_probs = torch.tensor([[0.0, 1 / 3, 1 / 3, 1 / 3, 0.0]]).log()
+    drawn = int(sample_tokens(log_probs, torch.tensor([uniform], dtype=torch.float64)))
+    assert drawn == (1 if uniform == 0 else 3)
