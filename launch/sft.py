@@ -1,4 +1,4 @@
-"""Fine-tune a policy on reports (SFT): the cold start and the token-level baseline: `deepspeed launch/sft.py RECIPE.yaml [key=value ...]`."""
+"""Fine-tune a policy on reports (SFT), the cold start and baseline: `deepspeed launch/sft.py RECIPE.yaml [key=value ...]`."""
 
 from mrg_r1.launching import run_on_ranks
 from mrg_r1.sft import train

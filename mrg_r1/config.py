@@ -36,16 +36,22 @@ class DataSection(_Section):
     val_split: str = Field("val", description="Split for validation and for choosing the best adapter. ours")
     test_split: str = Field("test", description="Split that the closing evaluation uses. ours")
     min_pixels: int = Field(56 * 56, ge=28 * 28, description="Smaller images are enlarged to this area. ours")
-    max_pixels: int = Field(262_144, ge=28 * 28, description="Larger images are reduced to this area (published peers: 262,144 to 401,408). ours")
+    max_pixels: int = Field(
+        262_144, ge=28 * 28, description="Larger images are reduced to this area (published peers: 262,144 to 401,408). ours"
+    )
     context: list[Literal["indication", "comparison"]] = Field([], description="Study context written into the prompt. ours")
     check_images: bool = Field(True, description="Open every image once before training, so that a truncated one is named now. ours")
 
 
 class PromptSection(_Section):
-    mode: Literal["think", "plain"] = Field("think", description="think: <think> then <report>; plain: the completion is the report. paper (think)")
+    mode: Literal["think", "plain"] = Field(
+        "think", description="think: <think> then <report>; plain: the completion is the report. paper (think)"
+    )
     instruction: str | None = Field(None, description="The words after the images; None takes the mode's own. ours")
     show_view: bool = Field(True, description="Write the view (frontal, lateral) before its image where it is known. ours")
-    max_tokens: int = Field(4096, ge=8, description="Longer prompts are refused with the study's id, never cut (a cut image is worse). ours")
+    max_tokens: int = Field(
+        4096, ge=8, description="Longer prompts are refused with the study's id, never cut (a cut image is worse). ours"
+    )
 
     @property
     def words(self) -> str:
@@ -62,7 +68,9 @@ class PolicySection(_Section):
     path: Path = Field(description="Directory of a Qwen2.5-VL checkpoint (config.json, safetensors, tokenizer). yours")
     adapter: Path | None = Field(None, description="Cold-start LoRA adapter, merged before training: it is part of the reference. ours")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Precision of the weights in the forward pass. ours")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="Attention of the language model and the vision tower. ours")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention of the language model and the vision tower. ours"
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory. ours")
     lora: LoraSection = Field(default_factory=LoraSection, description="LoRA on all linear layers of the language model. paper (LoRA)")
 
@@ -90,7 +98,9 @@ class GrpoSection(_Section):
     inner_iterations: int = Field(1, ge=1, description="mu: passes over each rollout. ours")
     clip_low: float = Field(0.2, gt=0, lt=1, description="eps_low of the clipped ratio. ours")
     clip_high: float = Field(0.28, gt=0, description="eps_high of the clipped ratio (DAPO). ours")
-    ratio: Literal["token", "sequence"] = Field("token", description="token: GRPO; sequence: GSPO, wants clip_low and clip_high near 3e-4. ours")
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="token: GRPO; sequence: GSPO, wants clip_low and clip_high near 3e-4. ours"
+    )
     beta: float = Field(0.02, ge=0, description="Weight of the KL to the reference; 0 leaves the reference pass out. ours")
     aggregation: Literal["grpo", "dapo", "dr_grpo"] = Field("grpo", description="How token losses become one number (spec section 3). ours")
     advantage_scale: Literal["group", "batch", "none"] = Field("group", description="What the centred reward is divided by. paper (group)")
@@ -116,11 +126,14 @@ class RewardSection(_Section):
     tokenizer: str | None = Field(None, description="Tokenizer directory for a CheXbert checkpoint file (bert-base-uncased). yours")
     device: str = Field("cpu", description="Physical device of the labeler: cpu, cuda:7 or a UUID. ours")
     weights: dict[str, float] = Field(
-        {"mccs": 0.75, "format": 0.25}, description="Terms and weights: mccs, ccs, ce_f1, bleu4, rouge_l, length, format, module:function. paper"
+        {"mccs": 0.75, "format": 0.25},
+        description="Terms and weights: mccs, ccs, ce_f1, bleu4, rouge_l, length, format, module:function. paper",
     )
     margin: float = Field(0.5, ge=0, lt=1, description="m of MCCS; the paper's value is not known. ours")
     format: Literal["binary", "graded"] = Field("binary", description="Format reward: all rules, or the share of them kept. ours")
-    normalise: Literal["total", "per_term"] = Field("total", description="Normalise the weighted sum, or each term in its group before summing. ours")
+    normalise: Literal["total", "per_term"] = Field(
+        "total", description="Normalise the weighted sum, or each term in its group before summing. ours"
+    )
 
 
 class OptimizerSection(_Section):
@@ -128,20 +141,26 @@ class OptimizerSection(_Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay. ours")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas. ours")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up. ours")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After warm-up, to a tenth of the peak at the last step. ours")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="After warm-up, to a tenth of the peak at the last step. ours"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this. ours")
 
 
 class SftSection(_Section):
     trainable: Literal["lora", "all"] = Field("lora", description="Train LoRA, or every parameter (a random tiny policy needs all). ours")
     batch_size: int = Field(32, ge=1, description="Studies a step over all ranks. ours")
-    stop_at: float | None = Field(None, gt=0, le=1, description="Stop once validation disease_micro13 F1 reaches this (early-stopped cold start). ours")
+    stop_at: float | None = Field(
+        None, gt=0, le=1, description="Stop once validation disease_micro13 F1 reaches this (early-stopped cold start). ours"
+    )
     max_seconds: float | None = Field(None, gt=0, description="Stop after this many seconds of training steps (equal-time controls). ours")
     skip_studies: int = Field(0, ge=0, description="Start this far into the seeded stream of studies. ours")
 
 
 class EngineSection(_Section):
-    deepspeed: Path = Field(Path("ds_configs/zero2.json"), description="DeepSpeed configuration; `auto` values are filled in from the recipe. ours")
+    deepspeed: Path = Field(
+        Path("ds_configs/zero2.json"), description="DeepSpeed configuration; `auto` values are filled in from the recipe. ours"
+    )
     micro_batch_size: int = Field(8, ge=1, description="Completions (SFT: studies) a forward pass on each rank. ours")
 
 
@@ -274,7 +293,9 @@ def check_checkpoint_directory(path: Path) -> None:
     if model_type != "qwen2_5_vl":
         raise RecipeError(f"policy.path {path}: config.json says model_type {model_type!r}; a Qwen2.5-VL checkpoint says 'qwen2_5_vl'")
     if not any(path.glob("*.safetensors")):
-        raise RecipeError(f"policy.path {path}: no *.safetensors there; the download is incomplete, or the weights are a pickle (not loaded)")
+        raise RecipeError(
+            f"policy.path {path}: no *.safetensors there; the download is incomplete, or the weights are a pickle (not loaded)"
+        )
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -331,4 +352,8 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{key}: required, and not set"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    return message if message.startswith(key) else f"{key}: {message}" + ("" if problem["type"] == "value_error" else f" (got {problem['input']!r})")
+    return (
+        message
+        if message.startswith(key)
+        else f"{key}: {message}" + ("" if problem["type"] == "value_error" else f" (got {problem['input']!r})")
+    )

@@ -165,7 +165,9 @@ def short_summary(result: dict[str, Any]) -> dict[str, float | None]:
 def write_evaluation(directory: Path, name: str, result: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> None:
     """Write `directory/NAME.json` and `directory/NAME_predictions.jsonl`."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(directory / f"{name}_predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
+    write_text_atomically(
+        directory / f"{name}_predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    )
     write_text_atomically(directory / f"{name}.json", json.dumps(result, indent=1) + "\n")
 
 

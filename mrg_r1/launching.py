@@ -20,7 +20,7 @@ from mrg_r1.engine.ranks import Ranks, finish_ranks, start_ranks
 def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None) -> None:
     """Parse the command line, join the ranks, run the task.
 
-    A bad recipe or bad data (ValueError, OSError) prints its message, once, and exits with 2 on every rank; anything else keeps its traceback.
+    A bad recipe or bad data prints its message once and exits with 2; anything else keeps its traceback.
     """
     parser = argparse.ArgumentParser(
         description=description,

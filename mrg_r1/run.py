@@ -104,9 +104,9 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     _claim_directory(recipe, ranks)
     dtype = _DTYPES[recipe.policy.dtype]
     labeler = Labeler.load(recipe.reward.labeler, tokenizer=recipe.reward.tokenizer, device=recipe.reward.device)
-    policy = load_policy(
-        recipe.policy.path, dtype=dtype, attention=recipe.policy.attention, temperature=recipe.rollout.temperature
-    ).to(ranks.device)
+    policy = load_policy(recipe.policy.path, dtype=dtype, attention=recipe.policy.attention, temperature=recipe.rollout.temperature).to(
+        ranks.device
+    )
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
     if recipe.policy.gradient_checkpointing:
@@ -191,6 +191,7 @@ def finish(
             "before": None if before is None else short_summary(before),
             "after": None if after is None else short_summary(after),
             "seconds": {name: round(seconds, 2) for name, seconds in clock.totals.items()},
+            "training_seconds": round(clock.training_seconds, 2),
             "steps": run.recipe.steps,
             "best": best,
             "world_size": run.ranks.world_size,
@@ -236,9 +237,7 @@ def _read_studies(recipe: Recipe, ranks: Ranks) -> dict[str, list[Study]]:
     for part in needed:
         if not studies[part]:
             found = sorted({study.split for study in everything})
-            raise RecipeError(
-                f"data.{part}_split {names[part]!r}: {recipe.data.manifest} has no study of that split; it has {found}"
-            )
+            raise RecipeError(f"data.{part}_split {names[part]!r}: {recipe.data.manifest} has no study of that split; it has {found}")
     problem = None
     if ranks.is_main and recipe.data.check_images:
         try:

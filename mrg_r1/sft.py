@@ -5,7 +5,6 @@ The loss is the mean over all target tokens of the global batch of -log p, of th
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -61,8 +60,8 @@ def target_ids(run: Run, study: Study) -> list[int]:
     if recipe.prompt.mode == "think":
         if not study.rendered or study.said is None:
             raise RecipeError(
-                f"study {study.id}: SFT in think mode needs a rendered study with said labels, from which the think text is made; real data "
-                "has no think text: use prompt.mode=plain for SFT, or let GRPO's prompt and format reward alone bring the think block"
+                f"study {study.id}: SFT in think mode needs a rendered study with said labels, from which the think text is made; real "
+                "data has no think text: use prompt.mode=plain, or let GRPO's prompt and format reward alone bring the think block"
             )
         think = think_text(study.said, range(NO_FINDING))
     text = target_text(study.report, think, recipe.prompt.mode)
@@ -82,7 +81,10 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         run = open_run(recipe, ranks, task="sft")
     if is_finished(run):
         return
-    before = run.evaluate_test("test_before", title="evaluating before") if recipe.evaluation.test and recipe.evaluation.before else None
+    with clock.phase("evaluation"):
+        before = (
+            run.evaluate_test("test_before", title="evaluating before") if recipe.evaluation.test and recipe.evaluation.before else None
+        )
     with clock.phase("start"):
         if recipe.sft.trainable == "lora":
             add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
@@ -91,7 +93,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         engine = build_engine(run, rows=recipe.sft.batch_size // ranks.world_size)
         record = load_checkpoint(engine, run.directory / "checkpoints") or {"step": 0, "best": None, "seconds": {}, "stopped": None}
     start, best, stopped = record["step"], record["best"], record["stopped"]
-    clock = Clock({**record["seconds"], "start": clock.totals["start"] + record["seconds"].get("start", 0.0)})
+    clock.add(record["seconds"])  # of the run before it was interrupted
     loader = StudyLoader(
         run.studies["train"],
         run.build,
@@ -109,18 +111,16 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     for step in range(start, recipe.steps):
         if stopped is not None:
             break
-        began = time.perf_counter()
         rate = engine.set_learning_rate(step)
         parts = sft_step(step, run=run, engine=engine, loader=loader, clock=clock)
-        metrics: dict[str, Any] = run.ranks.reduce_metrics(parts) | {"policy/grad_norm": engine.grad_norm(), "policy/learning_rate": rate}
-        clock.totals["training"] = clock.totals.get("training", 0.0) + time.perf_counter() - began
+        metrics: dict[str, Any] = {**ranks.reduce_metrics(parts), "policy/grad_norm": engine.grad_norm(), "policy/learning_rate": rate}
         if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0:
             with clock.phase("validation"):
                 result = run.validate()
             metrics |= {f"validation/{key}": result[key] for key in ("disease_micro13", "disease_macro13", "mean_reward", "format_rate")}
             if recipe.sft.stop_at is not None and result["disease_micro13"] >= recipe.sft.stop_at:
                 stopped = f"validation disease_micro13 {result['disease_micro13']:.3f} reached sft.stop_at {recipe.sft.stop_at}"
-        if recipe.sft.max_seconds is not None and ranks.agree(clock.totals["training"] >= recipe.sft.max_seconds):
+        if recipe.sft.max_seconds is not None and ranks.agree(clock.training_seconds >= recipe.sft.max_seconds):
             stopped = f"sft.max_seconds {recipe.sft.max_seconds} reached"
         if stopped is not None or step + 1 == recipe.steps or (step + 1) % recipe.checkpoint.every == 0:
             with clock.phase("checkpoint"):
@@ -140,5 +140,6 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         else:
             save_policy(run.policy, run.directory / "policy", source=recipe.policy.path)
     ranks.barrier()
-    after = run.evaluate_test("test", title="evaluating after") if recipe.evaluation.test else None
+    with clock.phase("evaluation"):
+        after = run.evaluate_test("test", title="evaluating after") if recipe.evaluation.test else None
     finish(run, log, clock, stage=engine.stage, before=before, after=after, best=best)

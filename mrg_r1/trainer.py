@@ -86,7 +86,9 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
     for _ in range(grpo.inner_iterations):
         for rows, denominator in zip(minibatches, denominators, strict=True):
             for part in rows.split(recipe.engine.micro_batch_size):
-                logp, entropy = engine(experience.prompts, experience.vision, ids[part], done.mask.view(-1, length)[part], study_of_row[part])
+                logp, entropy = engine(
+                    experience.prompts, experience.vision, ids[part], done.mask.view(-1, length)[part], study_of_row[part]
+                )
                 loss, metrics = grpo_loss(
                     logp=logp,
                     old_logp=None if old is None else old[part],
@@ -156,7 +158,10 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         run = open_run(recipe, ranks, task="grpo")
     if is_finished(run):
         return
-    before = run.evaluate_test("test_before", title="evaluating before") if recipe.evaluation.test and recipe.evaluation.before else None
+    with clock.phase("evaluation"):
+        before = (
+            run.evaluate_test("test_before", title="evaluating before") if recipe.evaluation.test and recipe.evaluation.before else None
+        )
 
     with clock.phase("start"):
         add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
@@ -164,7 +169,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         engine = build_engine(run, rows=rows)
         record = load_checkpoint(engine, run.directory / "checkpoints") or {"step": 0, "best": None, "seconds": {}}
     start, best = record["step"], record["best"]
-    clock = Clock({**record["seconds"], "start": clock.totals["start"] + record["seconds"].get("start", 0.0)})
+    clock.add(record["seconds"])  # of the run before it was interrupted
     loader = StudyLoader(
         run.studies["train"],
         run.build,
@@ -183,7 +188,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     for step in range(start, recipe.steps):
         rate = engine.set_learning_rate(step)
         parts = grpo_step(step, run=run, engine=engine, loader=loader, rewards=rewards, clock=clock)
-        metrics = ranks.reduce_metrics(parts) | {"policy/grad_norm": engine.grad_norm(), "policy/learning_rate": rate}
+        metrics: dict[str, Any] = {**ranks.reduce_metrics(parts), "policy/grad_norm": engine.grad_norm(), "policy/learning_rate": rate}
         last = step + 1 == recipe.steps
         if last or (recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0):
             with clock.phase("validation"):
@@ -196,7 +201,8 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
 
     loader.close()
     restore_adapter(run.policy, run.directory / "adapter")  # the best one, not the last
-    after = run.evaluate_test("test", title="evaluating after") if recipe.evaluation.test else None
+    with clock.phase("evaluation"):
+        after = run.evaluate_test("test", title="evaluating after") if recipe.evaluation.test else None
     finish(run, log, clock, stage=engine.stage, before=before, after=after, best=best)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrg_r1.report_format import PLAIN_RULES, THINK_RULES, format_score, parse, target_text
@@ -81,9 +81,11 @@ def test_plain_mode_is_the_whole_text_and_asks_for_its_end(
     assert format_score(parsed, "graded", ended=ended) == graded
 
 
-PIECES = st.lists(st.sampled_from(["<think>", "</think>", "<report>", "</report>", "SECRET", "words", " ", "\n"]), max_size=12)
+TAGS_AND_WORDS = ["<think>", "</think>", "<report>", "</report>", "heart", " "]
+PIECES = st.lists(st.sampled_from(TAGS_AND_WORDS), max_size=7)
 
 
+@settings(deadline=None)
 @given(PIECES)
 def test_think_text_never_becomes_the_report(pieces: list[str]) -> None:
     """Every piece that stands while a think block is open is marked; no mark may reach the labeler."""
@@ -96,6 +98,7 @@ def test_think_text_never_becomes_the_report(pieces: list[str]) -> None:
     assert report is None or ("THOUGHT" not in report and "<" not in report)
 
 
+@settings(deadline=None)
 @given(PIECES)
 def test_full_format_means_a_report_and_a_think_text(pieces: list[str]) -> None:
     parsed = parse("".join(pieces), "think")
@@ -108,6 +111,7 @@ def test_full_format_means_a_report_and_a_think_text(pieces: list[str]) -> None:
 TEXTS = st.text(alphabet="abc .\n<>/", min_size=1, max_size=40).filter(lambda text: text.strip() != "")
 
 
+@settings(deadline=None)
 @given(report=TEXTS, think=TEXTS)
 def test_targets_are_read_back_with_full_format(report: str, think: str) -> None:
     parsed = parse(target_text(report, think, "think"), "think")

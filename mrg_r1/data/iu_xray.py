@@ -83,6 +83,7 @@ def prepare_iu_xray(
             "labels": _fingerprint(labels) if labels else None,
         },
         images=sum(entry.id in labels for entry in entries),
+        seed=seed,
         side=side,
     )
     read = [entry for entry in entries if entry.report.strip()]
@@ -116,7 +117,7 @@ def prepare_iu_xray(
             if entry.id in refused:
                 file.write(json.dumps({"id": entry.id, "split": entry.split, "reason": refused[entry.id]}, ensure_ascii=False) + "\n")
     if not kept:
-        first = next(iter(refused))
+        first = entries[0].id
         raise ValueError(
             f"{annotation}: all {len(entries):,} studies were refused, the first, {first!r}, because: {refused[first]}. "
             f"Every reason stands in {output / 'refused.jsonl'}; the reports stand in {output / 'reports.csv'}"

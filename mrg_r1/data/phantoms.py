@@ -51,7 +51,7 @@ def write_phantoms(output: Path, *, preset: str, seed: int, side: int, splits: M
             raise ValueError(f"split {name!r}: {count} studies; a split needs at least one")
     total = sum(splits.values())
     settings = {"dataset": "phantom", "preset": preset, "seed": seed, "side": side, "splits": [list(split) for split in splits.items()]}
-    claim_folder(output, settings, images=total, side=side)
+    claim_folder(output, settings, images=total, seed=seed, side=side)
 
     manifest = output / "manifest.jsonl"
     split_of = [name for name, count in splits.items() for _ in range(count)]

@@ -20,10 +20,12 @@ from PIL import Image
 
 from mrg_r1 import __version__
 from mrg_r1.data.progress import progress
+from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.phantom.findings import render
 
 SETTINGS_FILE = "prepare.json"
 _CHUNK = 32  # images a worker takes at a time
+_WORTH_A_WORKER = 256  # starting a process takes as long as some tens of images
 _COMPRESSION = 1  # noise does not compress; the highest zlib level takes ten times as long for 3 % less
 
 
@@ -36,7 +38,7 @@ class Rendering:
     index: int  # with the seed, all that the anatomy and the noise depend on
 
 
-def claim_folder(output: Path, settings: Mapping[str, Any], *, images: int, side: int) -> None:
+def claim_folder(output: Path, settings: Mapping[str, Any], *, images: int, seed: int, side: int) -> None:
     """Make a folder ready for `images` renderings of side x side pixels and write its settings.
 
     Args:
@@ -44,12 +46,14 @@ def claim_folder(output: Path, settings: Mapping[str, Any], *, images: int, side
         settings: JSON values that the images depend on; None where nothing depends on it yet, to be settled by a later run.
             The package's version is added.
         images: how many images at most will be written.
-        side: pixels.
+        seed: of the images.
+        side: their pixels.
 
     Raises:
-        ValueError: the folder was made with other settings, or holds a dataset without settings.
+        ValueError: a seed or side that cannot be rendered, a folder made with other settings, or a dataset without settings.
         OSError: it cannot be made or written, or its disk has no room for the images.
     """
+    render([None] * len(OBSERVATIONS), seed=seed, index=0, side=side)  # refuses what it cannot draw before the folder is touched
     settings = {**settings, "mrg_r1": __version__}
     path = output / SETTINGS_FILE
     if path.is_file():
@@ -89,7 +93,7 @@ def render_files(renderings: Sequence[Rendering], *, seed: int, side: int, worke
     there = {path for folder in {rendering.path.parent for rendering in renderings} for path in _files(folder)}
     missing = [rendering for rendering in renderings if rendering.path not in there]
     job = partial(_render, seed=seed, side=side)
-    workers = min(workers, len(missing) // (2 * _CHUNK))  # starting a process costs more than a few images
+    workers = min(workers, len(missing) // _WORTH_A_WORKER)
     if workers <= 1:
         for rendering in progress(missing, "rendering", total=len(missing)):
             job(rendering)

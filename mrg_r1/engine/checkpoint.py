@@ -70,10 +70,14 @@ def load_checkpoint(engine: Engine, directory: Path) -> dict[str, Any] | None:
         return None
     path = directory / latest.read_text(encoding="utf-8").strip()
     if not (path / "state.json").is_file() or not (path / "state.safetensors").is_file():
-        raise CheckpointError(f"{latest}: names {path.name}, which is not there or not whole; point `latest` at an older step_N, or remove it")
+        raise CheckpointError(
+            f"{latest}: names {path.name}, which is not there or not whole; point `latest` at an older step_N, or remove it"
+        )
     record: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if record["sha256"] != _digest(path / "state.safetensors"):
-        raise CheckpointError(f"{path}: state.safetensors is damaged (its digest is not the recorded one); point `latest` at an older step_N")
+        raise CheckpointError(
+            f"{path}: state.safetensors is damaged (its digest is not the recorded one); point `latest` at an older step_N"
+        )
     state = load_file(path / "state.safetensors")
     expected = {f"{kind}/{name}" for name in engine.trainable for kind in ("live", "master", *_MOMENTS)}
     if set(state) != expected:
@@ -116,7 +120,9 @@ def _create_optimizer_state(engine: Engine) -> None:
     for group in groups:
         group["lr"], group["weight_decay"] = 0.0, 0.0
     for _ in range(engine.accumulation):
-        nothing = sum((parameter.float().sum() * 0.0 for parameter in engine.trainable.values()), torch.zeros((), device=engine.ranks.device))
+        nothing = sum(
+            (parameter.float().sum() * 0.0 for parameter in engine.trainable.values()), torch.zeros((), device=engine.ranks.device)
+        )
         engine.backward(nothing)
         engine.micro_step()
     for group, (rate, decay) in zip(groups, kept, strict=True):

@@ -13,16 +13,14 @@ from functools import lru_cache
 from math import ceil, floor
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from mrg_r1.phantom.vessels import VESSEL_VARIANTS, Floats, floats, stroke_pixels, vessel_templates
 
 APEX = -0.80  # y of the lung apices
 WIDEST = 0.42  # y below which the rib cage stays wide
 _RIB_PITCH = 0.165  # vertical distance between ribs
 _TABLE = 64  # entries of the periodic rib profile
-_VESSEL_VARIANTS = 4
-_MARGIN = 0.15  # half-image units that the vessel templates extend beyond the image, so that they can be shifted
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def sample_chest(rng: np.random.Generator) -> Chest:
         gain=between(11, 0.92, 1.05),
         gamma=between(12, 0.88, 1.15),
         noise=between(13, 0.010, 0.020),
-        vessels=int(u[14] * _VESSEL_VARIANTS),
+        vessels=int(u[14] * VESSEL_VARIANTS),
         bubble=between(15, 0.07, 0.12),
     )
 
@@ -176,11 +174,6 @@ def expose(layers: Layers, rng: np.random.Generator) -> NDArray[np.uint8]:
     return image.astype(np.uint8)
 
 
-def floats(values: ArrayLike) -> Floats:
-    """Nested numbers as a float32 array."""
-    return np.asarray(values, dtype=np.float32)
-
-
 def ramp(distance: Floats, width: float) -> Floats:
     """A soft edge: 0 below -width / 2, 1 above width / 2, linear between; same shape as `distance`."""
     return _clip01(distance * np.float32(1 / width) + np.float32(0.5))
@@ -196,33 +189,6 @@ def stroke(layers: Layers, target: Floats, points: Floats, radius: float, value:
     """
     columns, rows = layers.pixel(points[:, 0], points[:, 1])
     stroke_pixels(target, np.stack([columns, rows], axis=1), max(radius * layers.side / 2, 0.6), value)
-
-
-def stroke_pixels(target: Floats, points: Floats, radius: float, value: float) -> None:
-    """As `stroke`, in pixels: `points` [N, 2] (column, row), `radius` in pixels."""
-    steps = np.hypot(*np.diff(points, axis=0).T)
-    along = np.concatenate([[0.0], np.cumsum(steps)])
-    count = max(int(along[-1] / 0.75), 2)
-    at = np.linspace(0.0, along[-1], count)
-    columns = np.interp(at, along, points[:, 0])
-    rows = np.interp(at, along, points[:, 1])
-    reach = np.arange(-int(radius + 1.5), int(radius + 1.5) + 1)
-    # [count, k, 1] rows and [count, 1, k] columns of the stamped pixels
-    row = np.rint(rows).astype(np.int64)[:, None, None] + reach[None, :, None]
-    column = np.rint(columns).astype(np.int64)[:, None, None] + reach[None, None, :]
-    distance = np.hypot(row - rows[:, None, None], column - columns[:, None, None])
-    ink = (np.clip(radius + 0.5 - distance, 0, 1) * value).astype(np.float32)
-    inside = (ink > 0) & (row >= 0) & (row < target.shape[0]) & (column >= 0) & (column < target.shape[1])
-    np.maximum.at(target, (np.broadcast_to(row, inside.shape)[inside], np.broadcast_to(column, inside.shape)[inside]), ink[inside])
-
-
-def bezier(points: list[tuple[float, float]], count: int = 32) -> Floats:
-    """[count, 2] points of the Bezier curve with the given control points (de Casteljau)."""
-    t = np.linspace(0, 1, count, dtype=np.float32)[:, None]
-    levels = [np.broadcast_to(floats(point), (count, 2)) for point in points]
-    while len(levels) > 1:
-        levels = [a + (b - a) * t for a, b in zip(levels[:-1], levels[1:], strict=True)]
-    return floats(levels[0])
 
 
 def cage_half_width(chest: Chest, y: float) -> float:
@@ -345,66 +311,9 @@ def _clavicles(layers: Layers) -> None:
 
 def _vessels(chest: Chest, side: int) -> Floats:
     """[S, S] the markings template under this chest's own shift; a copy, since findings change it."""
-    template = _vessel_templates(side)[chest.vessels]
+    template = vessel_templates(side)[chest.vessels]
     margin = (template.shape[0] - side) // 2
     half = side / 2
     row = margin - int(round(chest.shift_y * half))
     column = margin - int(round(chest.shift_x * half))
     return template[row : row + side, column : column + side].copy()
-
-
-@lru_cache(maxsize=8)
-def _vessel_templates(side: int) -> tuple[Floats, ...]:
-    """Lung markings at one size: vessels branching from the hila, and a faint texture. Made once a size, the same everywhere."""
-    margin = int(np.ceil(_MARGIN * side / 2))
-    full = side + 2 * margin
-    templates = []
-    for variant in range(_VESSEL_VARIANTS):
-        rng = np.random.default_rng([20251216, variant])
-        layer = np.zeros((full, full), dtype=np.float32)
-        for lateral in (-1.0, 1.0):
-            hilum = (lateral * 0.20, -0.02 if lateral > 0 else 0.03)
-            for angle in np.linspace(-1.35, 1.35, 8) + rng.uniform(-0.16, 0.16, 8):
-                _vessel(layer, rng, hilum, lateral, float(angle), 0.55, 0.012, side, margin)
-            hub = floats([[hilum[0], hilum[1] - 0.08], [hilum[0] + 0.02 * lateral, hilum[1] + 0.10]])
-            stroke_pixels(layer, _template_pixels(hub, side, margin), 0.045 * side / 2, 0.6)
-        coarse = rng.standard_normal((full // 4 + 2, full // 4 + 2)).astype(np.float32)
-        texture = np.kron(coarse, np.ones((4, 4), dtype=np.float32))[:full, :full]
-        layer = _blur(layer, max(1, round(side / 160))) + 0.10 * _blur(texture, 3)
-        templates.append(layer.astype(np.float32))
-    return tuple(templates)
-
-
-def _vessel(
-    layer: Floats,
-    rng: np.random.Generator,
-    start: tuple[float, float],
-    lateral: float,
-    angle: float,
-    length: float,
-    radius: float,
-    side: int,
-    margin: int,
-) -> None:
-    """One tapering vessel and its branches, drawn from `start` outwards; angle 0 points laterally, positive down."""
-    if length < 0.07:
-        return
-    bend = rng.uniform(-0.35, 0.35)
-    end = (start[0] + lateral * length * 0.55 * np.cos(angle), start[1] + length * 0.55 * np.sin(angle))
-    middle = ((start[0] + end[0]) / 2 - bend * (end[1] - start[1]) * 0.3, (start[1] + end[1]) / 2 + bend * (end[0] - start[0]) * 0.3)
-    brightness = float(np.clip(0.75 * radius / 0.012, 0.2, 0.75))
-    stroke_pixels(layer, _template_pixels(bezier([start, middle, end], 8), side, margin), max(radius * side / 2, 0.5), brightness)
-    for turn in (-0.38, 0.34):
-        _vessel(layer, rng, end, lateral, angle + turn + rng.uniform(-0.25, 0.25), length * 0.66, radius * 0.62, side, margin)
-
-
-def _template_pixels(points: Floats, side: int, margin: int) -> Floats:
-    return ((points + 1) * np.float32(side / 2) + np.float32(margin - 0.5)).astype(np.float32)
-
-
-def _blur(layer: Floats, passes: int) -> Floats:
-    """Binomial smoothing, wrapping at the edges (the margin hides the wrap)."""
-    for _ in range(passes):
-        for axis in (0, 1):
-            layer = 0.5 * layer + 0.25 * (np.roll(layer, 1, axis) + np.roll(layer, -1, axis))
-    return layer.astype(np.float32)

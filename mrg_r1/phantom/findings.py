@@ -17,16 +17,15 @@ from mrg_r1.phantom.anatomy import (
     APEX,
     Chest,
     Layers,
-    bezier,
     build_layers,
     cage_half_width,
     expose,
-    floats,
     ramp,
     rib_brightness,
     sample_chest,
     stroke,
 )
+from mrg_r1.phantom.vessels import bezier, floats
 
 ENLARGED_CARDIOMEDIASTINUM, CARDIOMEGALY, LUNG_OPACITY, LUNG_LESION, EDEMA, CONSOLIDATION, PNEUMONIA = range(7)
 ATELECTASIS, PNEUMOTHORAX, PLEURAL_EFFUSION, PLEURAL_OTHER, FRACTURE, SUPPORT_DEVICES = range(7, NO_FINDING)
@@ -94,7 +93,8 @@ def render(drawn: Sequence[int | None], *, seed: int, index: int, side: int) -> 
         side: pixels of each side, at least 32.
 
     Returns:
-        [side, side] uint8 grey levels, bright is dense. The same arguments give the same bytes.
+        [side, side] uint8 grey levels, bright is dense. The same arguments give the same bytes on one machine; between
+        processors numpy's float32 functions may differ in the last bit, so a grey level here and there by one.
 
     Raises:
         ValueError: not 14 values, another value than 1, 0, -1 and None, a negative seed or index, or a side below 32.
@@ -266,7 +266,7 @@ def _pleural_effusion(layers: Layers, trait: Trait, strength: float) -> None:
         left, right = sorted((sign * -0.02, sign * 0.95))
         rows, columns = layers.box(left, right, level - 0.5, 1.3)
         wall, y = layers.wall[rows, columns], layers.y[rows]
-        surface = np.float32(level) - np.float32(0.30) * np.exp(-np.maximum(wall, 0) * np.float32(1 / 0.13))
+        surface = np.float32(level) - np.float32(0.20 + 0.12 * trait.grade) * np.exp(-np.maximum(wall, 0) * np.float32(1 / 0.13))
         fluid = ramp(y - surface, 0.05) * ramp(layers.x[rows, columns] * np.float32(sign) - np.float32(0.05), 0.06)
         fluid *= np.float32(strength)
         layers.air[rows, columns] *= np.float32(1) - np.float32(0.96) * fluid

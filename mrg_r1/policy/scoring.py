@@ -54,9 +54,7 @@ def token_logp(policy: Policy, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def score_group(
-    policy: Policy, prompts: Prompts, vision: VisionFeatures, completions: Completions, *, micro_batch_size: int
-) -> Tensor:
+def score_group(policy: Policy, prompts: Prompts, vision: VisionFeatures, completions: Completions, *, micro_batch_size: int) -> Tensor:
     """[B, G, C] float32 log-probs without gradient, in micro-batches of rows; for the reference and the old policy."""
     studies, group, length = completions.token_ids.shape
     ids, mask = completions.token_ids.view(-1, length), completions.mask.view(-1, length)

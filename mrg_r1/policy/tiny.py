@@ -64,9 +64,7 @@ def create_tiny_policy(
     tokenizer = _learn_tokenizer(texts, vocabulary)
     model = _random_model(tokenizer, hidden=hidden, layers=layers, seed=seed)
     # What published checkpoints carry: a near-greedy generation config. A trainer that listens to it samples G equal reports (trap 1).
-    model.generation_config.update(
-        do_sample=True, temperature=1e-6, top_k=1, repetition_penalty=1.05, eos_token_id=[2, 0], pad_token_id=0
-    )
+    model.generation_config.update(do_sample=True, temperature=1e-6, top_k=1, repetition_penalty=1.05, eos_token_id=[2, 0], pad_token_id=0)
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output, safe_serialization=True)
     tokenizer.save_pretrained(output)

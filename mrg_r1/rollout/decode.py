@@ -101,9 +101,7 @@ def _decode(
     length = int(mask.sum(dim=1).max())
     shape = (len(prompts), group_size, length)
     token_ids, mask, logp = token_ids[:, :length], mask[:, :length], logp[:, :length]
-    texts = policy.tokenizer.batch_decode(
-        [row[kept].tolist() for row, kept in zip(token_ids, mask, strict=True)], skip_special_tokens=True
-    )
+    texts = policy.tokenizer.batch_decode([row[kept].tolist() for row, kept in zip(token_ids, mask, strict=True)], skip_special_tokens=True)
     return Completions(
         token_ids=token_ids.view(shape).contiguous(),
         mask=mask.view(shape).contiguous(),

@@ -17,9 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
+
+WandbMode = Literal["off", "offline", "online"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,15 @@ class RunLog:
     """
 
     def __init__(
-        self, directory: Path, *, active: bool, steps: int, wandb_mode: str, wandb_project: str, config: dict[str, Any], start_step: int = 0
+        self,
+        directory: Path,
+        *,
+        active: bool,
+        steps: int,
+        wandb_mode: WandbMode,
+        wandb_project: str,
+        config: dict[str, Any],
+        start_step: int = 0,
     ) -> None:
         self.directory, self.active, self.steps = directory, active, steps
         self.console = Console(stderr=True, quiet=not active)
@@ -93,8 +103,8 @@ class RunLog:
 class Clock:
     """Seconds by phase: of the step at hand, and of the whole run."""
 
-    def __init__(self, totals: dict[str, float] | None = None) -> None:
-        self.totals: dict[str, float] = dict(totals or {})
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
         self._step: dict[str, float] = {}
 
     @contextmanager
@@ -106,6 +116,16 @@ class Clock:
             seconds = time.perf_counter() - began
             self.totals[name] = self.totals.get(name, 0.0) + seconds
             self._step[name] = self._step.get(name, 0.0) + seconds
+
+    def add(self, totals: dict[str, float]) -> None:
+        """Seconds that an interrupted run had spent before."""
+        for name, seconds in totals.items():
+            self.totals[name] = self.totals.get(name, 0.0) + seconds
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds inside training steps: everything but start, validation, checkpoints and evaluation."""
+        return sum(seconds for name, seconds in self.totals.items() if name not in ("start", "validation", "checkpoint", "evaluation"))
 
     def end_step(self) -> dict[str, float]:
         """`time/PHASE` of the step that ends here."""
@@ -141,7 +161,7 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _start_wandb(directory: Path, mode: str, project: str, config: dict[str, Any]) -> Any:
+def _start_wandb(directory: Path, mode: WandbMode, project: str, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
@@ -149,6 +169,7 @@ def _start_wandb(directory: Path, mode: str, project: str, config: dict[str, Any
         return None
     # numbers only: no code, no console capture (a completion could be printed), no system probes of the machine
     settings = wandb.Settings(console="off", disable_code=True, disable_git=True, save_code=False, silent=True)
+    assert mode != "off"
     return wandb.init(project=project, name=directory.name, dir=directory, mode=mode, config=config, settings=settings)
 
 

@@ -6,6 +6,7 @@ import shutil
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from mrg_r1.data.images import ImageError, check_image, load_image
 from tests.shared_data import shared_data
 
 
-def saved(folder: Path, image: Image.Image, name: str = "image.png", **options: object) -> Path:
+def saved(folder: Path, image: Image.Image, name: str = "image.png", **options: Any) -> Path:
     image.save(folder / name, **options)
     return folder / name
 
@@ -34,7 +35,8 @@ def test_the_content_and_not_the_extension_decides_the_format(tmp_path: Path) ->
     image = noise(20, 30)
     path = saved(tmp_path, image, "wrong.jpg", format="PNG")
     assert np.array_equal(pixels(path), np.stack([np.asarray(image)] * 3, axis=-1))
-    assert load_image(shutil.copy(path, tmp_path / "none"), "s").size == (30, 20)
+    shutil.copy(path, tmp_path / "none")
+    assert load_image(tmp_path / "none", "s").size == (30, 20)
 
 
 def test_transparency_is_laid_over_black(tmp_path: Path) -> None:
@@ -57,7 +59,8 @@ def test_twelve_bits_in_a_sixteen_bit_file_use_the_whole_range(tmp_path: Path) -
     array = np.array([[0, 1024, 4095]], dtype=np.uint16)
     for name in ("image.png", "image.tif"):
         assert pixels(saved(tmp_path, Image.fromarray(array), name))[0, :, 0].tolist() == [0, 64, 255]
-    assert pixels(saved(tmp_path, Image.fromarray(np.array([[-1.0, 0.0, 1.0]], dtype=np.float32)), "f.tif"))[0, :, 2].tolist() == [0, 128, 255]
+    floats = Image.fromarray(np.array([[-1.0, 0.0, 1.0]], dtype=np.float32))
+    assert pixels(saved(tmp_path, floats, "float.tif"))[0, :, 2].tolist() == [0, 128, 255]
 
 
 def test_a_constant_sixteen_bit_image_is_black_and_not_a_division_by_zero(tmp_path: Path) -> None:
@@ -81,7 +84,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "value", "expected"), [("1", 1, 255), ("L", 77, 77), ("CMYK", (0, 0, 0, 0), 255)])
-def test_other_modes_become_rgb(tmp_path: Path, mode: str, value: object, expected: int) -> None:
+def test_other_modes_become_rgb(tmp_path: Path, mode: str, value: Any, expected: int) -> None:
     path = saved(tmp_path, Image.new(mode, (8, 8), value), "image.tif")
     assert (pixels(path) == expected).all()
 

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -65,6 +65,7 @@ def test_a_small_but_real_difference_is_a_signal() -> None:
     assert group_advantages(rewards)[0, 1].item() == pytest.approx(0.5 / (1 / math.sqrt(2) + 1), rel=1e-3)
 
 
+@settings(deadline=None)
 @given(rows())
 def test_advantages_sum_to_zero_and_keep_the_order(values: list[list[float]]) -> None:
     rewards = torch.tensor(values)
@@ -76,6 +77,7 @@ def test_advantages_sum_to_zero_and_keep_the_order(values: list[list[float]]) ->
         assert (advantage[reward.argsort()].diff() >= 0).all()
 
 
+@settings(deadline=None)
 @given(rows(), st.randoms(use_true_random=False))
 def test_groups_do_not_touch_each_other(values: list[list[float]], random: object) -> None:
     rewards = torch.tensor(values)
@@ -85,6 +87,7 @@ def test_groups_do_not_touch_each_other(values: list[list[float]], random: objec
     assert torch.equal(together, alone)
 
 
+@settings(deadline=None)
 @given(rows())
 def test_moments_added_over_ranks_give_the_global_std(values: list[list[float]]) -> None:
     ranks = [batch_moments(torch.tensor(row)) for row in values]

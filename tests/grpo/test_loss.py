@@ -212,7 +212,7 @@ def test_k3_stays_finite_far_from_the_reference(difference: float) -> None:
     assert logp.grad is not None
     assert torch.isfinite(value).all() and value.item() > 0
     assert torch.isfinite(logp.grad).all()
-    assert math.copysign(1, logp.grad.item()) == -math.copysign(1, difference)  # descending moves the policy to the reference
+    assert logp.grad.item() * difference < 0  # descending moves the policy to the reference; never 0, or it would be let go
 
 
 def test_k3_beyond_the_clamp_is_its_tangent() -> None:
@@ -231,6 +231,7 @@ def test_k3_is_the_papers_below_the_clamp_and_exact_near_zero() -> None:
     assert k3(torch.tensor([1e-4]), torch.zeros(1)).item() == pytest.approx(5.0e-9, rel=0.02)
 
 
+@settings(deadline=None)
 @given(st.floats(-60, 60), st.floats(-60, 60))
 def test_k3_is_never_negative_and_grows_away_from_zero(a: float, b: float) -> None:
     values = k3(torch.tensor([a, b]), torch.zeros(2))

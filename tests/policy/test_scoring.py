@@ -76,7 +76,12 @@ def test_logp_follows_its_study_when_prompts_are_permuted_and_sliced(lora_policy
     for b in range(4):
         one = prompts.select([b])
         alone, _ = score_completions(
-            lora_policy, one, lora_policy.encode_images(one), completions.token_ids[b], completions.mask[b], torch.zeros(3, dtype=torch.long)
+            lora_policy,
+            one,
+            lora_policy.encode_images(one),
+            completions.token_ids[b],
+            completions.mask[b],
+            torch.zeros(3, dtype=torch.long),
         )
         torch.testing.assert_close(alone, whole[b], atol=1e-5, rtol=0)
 
@@ -147,7 +152,9 @@ def test_entropy_is_that_of_the_sampled_distribution(policy, studies, build):
     prompts = build(policy)(studies[:2])
     vision, completions = rolled_out(policy, prompts, group_size=2)
     length = completions.token_ids.shape[2]
-    _, entropy = policy(prompts, vision, completions.token_ids.view(-1, length), completions.mask.view(-1, length), torch.tensor([0, 0, 1, 1]))
+    _, entropy = policy(
+        prompts, vision, completions.token_ids.view(-1, length), completions.mask.view(-1, length), torch.tensor([0, 0, 1, 1])
+    )
     kept = int((~policy.banned).sum())
     first = entropy[:, 0]
     assert torch.all(first > 0) and torch.all(first <= torch.log(torch.tensor(float(kept))) + 1e-5)

@@ -126,8 +126,8 @@ def test_plain_mode_labels_the_whole_text_and_wants_its_end() -> None:
 def test_rows_stay_with_their_own_study() -> None:
     words = ["cardiomegaly", "edema", "consolidation", "pneumothorax"]
     texts = [[think(word) for word in words] for _ in words]
-    rewards = stage().score(texts, torch.ones(4, 4, dtype=torch.bool), words)
-    assert torch.equal(rewards.terms["mccs"], torch.eye(4))
+    rewards = stage(weights={"mccs": 1.0, "rouge_l": 1.0}).score(texts, torch.ones(4, 4, dtype=torch.bool), words)
+    assert torch.equal(rewards.terms["mccs"], torch.eye(4)) and torch.equal(rewards.terms["rouge_l"], torch.eye(4))
 
 
 # --- a failure stops the run (trap 22) --------------------------------------------------------------------------------

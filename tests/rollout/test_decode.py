@@ -62,8 +62,6 @@ def test_every_part_of_the_key_changes_the_sample(policy, studies, build, change
     assert sample(policy, prompts).texts != sample(policy, prompts, **change).texts
 
 
-
-
 @pytest.mark.parametrize("eos_index", [0, 1])
 def test_eos_ends_a_row_and_is_scored(policy, studies, build, eos_index):
     """Trap 8: two EOS ids, one of which is the pad id; the EOS is in the mask, what follows is not."""

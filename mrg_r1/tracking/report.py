@@ -1,0 +1,93 @@
+"""The closing table of a run: before against after, beside its control, and the gain over seeds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """RUN/summary.json.
+
+    Raises:
+        ValueError: no summary there, or a run that has not ended.
+    """
+    path = run / "summary.json"
+    if not path.is_file():
+        raise ValueError(f"{run}: no summary.json; the run has not ended, or this is not a run's folder")
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if summary.get("after") is None:
+        raise ValueError(f"{run}: its summary has no `after`; the recipe did not evaluate the test split (evaluation.test)")
+    return summary
+
+
+def print_report(runs: Sequence[Path], *, control: Path | None = None) -> None:
+    """Print before and after of each run; with a control, beside it; with several runs, the mean gain and its spread.
+
+    Raises:
+        ValueError: as `read_summary`.
+    """
+    console = Console()
+    summaries = [read_summary(run) for run in runs]
+    for run, summary in zip(runs, summaries, strict=True):
+        # a run keeps its control in RUN/control
+        beside = control if control is not None and len(runs) == 1 else run / "control"
+        console.print(_before_after(run, summary, read_summary(beside) if (beside / "summary.json").is_file() else None))
+        seconds = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
+        console.print(f"seconds by phase: {seconds}; {summary['world_size']} ranks, ZeRO-{summary['zero_stage']}, seed {summary['seed']}")
+        if summary["note"]:
+            console.print(summary["note"])
+    if len(runs) > 1:
+        controls = [read_summary(run / "control") for run in runs if (run / "control" / "summary.json").is_file()]
+        console.print(_gains(summaries, controls if len(controls) == len(runs) else None))
+
+
+def training_seconds(run: Path) -> float:
+    """Seconds that a run spent in its training steps; what an equal-time control gets."""
+    return float(read_summary(run)["training_seconds"])
+
+
+def _before_after(run: Path, summary: dict[str, Any], control: dict[str, Any] | None) -> Table:
+    table = Table(title=f"{run}: test split, greedy reports")
+    table.add_column("")
+    for name in ("before", "after", "change", *(("control: further SFT", "change") if control else ())):
+        table.add_column(name, justify="right")
+    for key, after in summary["after"].items():
+        before = (summary["before"] or {}).get(key)
+        cells = [_number(before), _number(after), _change(before, after)]
+        if control:
+            cells += [_number(control["after"][key]), _change(before, control["after"][key])]
+        table.add_row(key, *cells)
+    return table
+
+
+def _gains(summaries: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]] | None) -> Table:
+    table = Table(title=f"gain over {len(summaries)} seeds: mean (least to most)")
+    table.add_column("")
+    table.add_column("GRPO", justify="right")
+    if controls:
+        table.add_column("control: further SFT", justify="right")
+    for key in summaries[0]["after"]:
+        cells = [_spread([summary["after"][key] - summary["before"][key] for summary in summaries])]
+        if controls:
+            cells.append(_spread([one["after"][key] - summary["before"][key] for one, summary in zip(controls, summaries, strict=True)]))
+        table.add_row(key, *cells)
+    return table
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return "-" if before is None or after is None else f"{after - before:+.3f}"

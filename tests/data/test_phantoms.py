@@ -1,0 +1,145 @@
+"""`write_phantoms`: drawn truth and said labels kept apart, splits that never overlap, the same seed the same bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mrg_r1.data import phantoms
+from mrg_r1.data.phantoms import write_phantoms
+from mrg_r1.data.study import check_images, read_manifest
+from mrg_r1.labels.observations import classes_of_values, read_labels_csv
+from mrg_r1.labels.training import read_reports_csv
+from mrg_r1.phantom.findings import render
+from mrg_r1.types import Study
+
+SPLITS = {"train": 12, "val": 3, "test": 4}
+SIDE = 32
+
+
+def write(output: Path, **changes: object) -> Path:
+    keywords: dict[str, object] = {"preset": "five", "seed": 3, "side": SIDE, "splits": SPLITS, "workers": 1, **changes}
+    return write_phantoms(output, **keywords)  # type: ignore[arg-type]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("phantoms") / "five"
+    assert write(output) == output / "manifest.jsonl"
+    return output
+
+
+@pytest.fixture(scope="module")
+def studies(dataset: Path) -> list[Study]:
+    return read_manifest(dataset / "manifest.jsonl")
+
+
+def test_every_split_has_its_studies_and_no_two_share_one(studies: list[Study]) -> None:
+    assert {split: sum(study.split == split for study in studies) for split in SPLITS} == SPLITS
+    for values in ([study.id for study in studies], [study.patient_id for study in studies], [study.images for study in studies]):
+        assert len(set(values)) == len(studies)
+
+
+def test_the_image_shows_the_drawn_truth(dataset: Path, studies: list[Study]) -> None:
+    check_images(studies)
+    for index, study in enumerate(studies):
+        (image,) = study.images
+        assert study.rendered and study.drawn is not None and image.view == "frontal"
+        assert image.path == dataset / "images" / study.split / f"{study.id}.png"
+        with Image.open(image.path) as opened:
+            assert np.array_equal(np.asarray(opened), render(study.drawn, seed=3, index=index, side=SIDE))
+
+
+def test_drawn_and_said_are_both_kept_and_differ_where_a_report_is_silent(studies: list[Study]) -> None:
+    drawn = {value for study in studies for value in study.drawn or ()}
+    said = [value for study in studies for value in (study.said or ())[:13]]
+    assert drawn <= {0, 1, None} and None in said and 0 in said
+    assert any(study.drawn != study.said for study in studies)
+
+
+def test_the_csvs_for_the_labeler_say_what_the_train_reports_say(dataset: Path, studies: list[Study]) -> None:
+    train = [study for study in studies if study.split == "train"]
+    assert read_reports_csv(dataset / "reports.csv") == {study.id: study.report for study in train}
+    assert read_labels_csv(dataset / "labels.csv") == {study.id: classes_of_values(study.said or ()) for study in train}
+
+
+def test_the_held_out_texts_belong_to_no_split(dataset: Path, studies: list[Study]) -> None:
+    reports, labels = read_reports_csv(dataset / "heldout_reports.csv"), read_labels_csv(dataset / "heldout_labels.csv")
+    assert reports.keys() == labels.keys() and len(reports) == phantoms.HELD_OUT_TEXTS
+    assert not reports.keys() & {study.id for study in studies}
+    assert not set(reports.values()) & {study.report for study in studies}
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(dataset: Path, tmp_path: Path) -> None:
+    write(tmp_path / "same")
+    assert tree(tmp_path / "same") == tree(dataset)
+    write(tmp_path / "other", seed=4)
+    other = tree(tmp_path / "other")
+    assert all(other[name] != content for name, content in tree(dataset).items() if name.startswith("images"))
+
+
+def test_a_finished_dataset_is_not_made_again(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("work was done")
+
+    for name in ("sample_study", "render_files", "contact_sheet", "write_manifest"):
+        monkeypatch.setattr(phantoms, name, never)
+    before = tree(dataset)
+    assert write(dataset) == dataset / "manifest.jsonl"
+    assert tree(dataset) == before
+
+
+def test_an_interrupted_dataset_is_completed_to_the_same_bytes(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Path] = []
+    whole = phantoms.render_files
+
+    def interrupted(renderings, **keywords):  # type: ignore[no-untyped-def]
+        whole(renderings[:5], **keywords)
+        done.extend(rendering.path for rendering in renderings[:5])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(phantoms, "render_files", interrupted)
+        write(tmp_path)
+    assert not (tmp_path / "manifest.jsonl").exists()
+    stamps = [path.stat().st_mtime_ns for path in done]
+    write(tmp_path)
+    assert tree(tmp_path) == tree(dataset)
+    assert [path.stat().st_mtime_ns for path in done] == stamps  # taken up, not done again
+
+
+def test_an_image_that_was_deleted_comes_back(dataset: Path, tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "images" / "val" / "phantom-000013.png").unlink()
+    write(tmp_path)
+    assert tree(tmp_path) == tree(dataset)
+
+
+def test_a_folder_made_with_other_settings_is_refused(dataset: Path) -> None:
+    for change in ({"seed": 4}, {"side": 64}, {"splits": {"train": 13}}):
+        with pytest.raises(ValueError, match="made with other settings"):
+            write(dataset, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preset": "fvie"}, "'fvie'; the presets are five"),
+        ({"splits": {}}, "no splits"),
+        ({"splits": {"train": 0}}, "'train': 0 studies"),
+        ({"splits": {"../train": 1}}, "'../train'"),
+        ({"side": 8}, "side"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / "new", **change)
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mrg_r1.phantom.contact_sheet import contact_sheet
+from mrg_r1.phantom.findings import render
+
+
+def test_the_sheet_has_a_normal_row_and_one_for_every_observation(tmp_path: Path) -> None:
+    contact_sheet(tmp_path / "sheet.png", side=64, values=(1, -1))
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (14 * (64 + 16), 2 * 64)
+    assert (sheet[:64, :64] == render([None] * 14, seed=0, index=0, side=64)).all()
+    contact_sheet(tmp_path / "again.png", side=64, values=(1, -1))
+    assert (tmp_path / "sheet.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
+def test_examples_that_show_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one example"):
+        contact_sheet(tmp_path / "sheet.png", values=(0,))

@@ -1,0 +1,108 @@
+"""Two real ranks under ZeRO: the same global batch cut six ways, metrics over ranks, checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks.tasks import GROUP, fixed_experience, fixed_policy
+
+pytestmark = pytest.mark.ranks
+
+RECIPE = """
+output_dir: {out}
+steps: 1
+data: {{manifest: none}}
+policy: {{path: none, dtype: float32}}
+rollout: {{max_new_tokens: 13}}
+grpo: {{group_size: 4, beta: 0.1, clip_low: 0.2, clip_high: 0.28}}
+reward: {{labeler: none}}
+"""
+
+
+def oracle(directory: Path, images: Path, aggregation: str) -> tuple[float, float]:
+    """Loss and gradient norm of the whole batch in one process, written row by row from spec section 3."""
+    policy = fixed_policy(str(directory))
+    experience = fixed_experience(policy, str(directory), str(images), [0, 1, 2, 3])
+    done = experience.completions
+    length = done.token_ids.shape[2]
+    rows_of = torch.arange(4).repeat_interleave(GROUP)
+    logp, _ = policy(experience.prompts, experience.vision, done.token_ids.view(-1, length), done.mask.view(-1, length), rows_of)
+    old, ref = experience.old_logp.reshape(-1, length), experience.reference_logp.reshape(-1, length)
+    rows, tokens = [], []
+    for row in range(4 * GROUP):
+        advantage = experience.advantages.view(-1)[row]
+        for t in range(int(done.mask.view(-1, length)[row].sum())):
+            ratio = torch.exp(logp[row, t] - old[row, t])
+            clipped = min(max(ratio, torch.tensor(0.8)), torch.tensor(1.28))
+            gap = ref[row, t] - logp[row, t]
+            tokens.append((row, -torch.min(ratio * advantage, clipped * advantage) + 0.1 * (torch.exp(gap) - gap - 1)))
+    for row in range(4 * GROUP):
+        rows.append([loss for at, loss in tokens if at == row])
+    everything = torch.stack([loss for _, loss in tokens])
+    loss = {
+        "grpo": lambda: torch.stack([torch.stack(row).mean() for row in rows]).mean(),
+        "dapo": lambda: everything.mean(),
+        "dr_grpo": lambda: everything.sum() / (len(rows) * 13),
+    }[aggregation]()
+    loss.backward()
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in policy.parameters() if p.grad is not None))
+    return float(loss), float(norm)
+
+
+@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
+def test_loss_and_gradient_are_the_same_however_the_batch_is_cut(pool, tiny_policy_directory, tmp_path, aggregation):
+    """Trap 5: two ranks of unequal token counts, micro-batches of 8, 3 and 1, ZeRO 1 and 2, against one process and its own formula."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(out=tmp_path))
+    images = tmp_path / "images"
+    loss, norm = oracle(tiny_policy_directory, images, aggregation)
+    weights = []
+    cuts = [(8, 2), (3, 2), (1, 2), (8, 1)] if aggregation == "grpo" else [(3, 2)]
+    for micro, stage in cuts:
+        overrides = [f"engine.micro_batch_size={micro}", f"engine.deepspeed=ds_configs/zero{stage}.json", f"grpo.aggregation={aggregation}"]
+        answers = pool.run(
+            "update_on_ranks", directory=str(tiny_policy_directory), images=str(images), recipe=str(recipe), overrides=overrides
+        )
+        for answer in answers:
+            assert answer["losses"][0] == pytest.approx(loss, abs=2e-6)
+            assert answer["norms"][0] == pytest.approx(norm, rel=2e-5)
+            weights.append(torch.tensor(answer["weights"]))
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], atol=2e-5, rtol=0)
+
+
+def test_metrics_weigh_ranks_by_their_counts(pool):
+    """Trap 20: 1 value of mean 1 on rank 0 and 3 of mean 3 on rank 1 make 2.5, not 2."""
+    for answer in pool.run("reduce_unequal"):
+        assert answer == {"mean": 2.5, "largest_max": 5.0, "nothing": None, "only_rank_one": 4.0}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_checkpoint_resumes_every_later_loss(pool, tiny_policy_directory, tmp_path, stage):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(out=tmp_path))
+    answers = pool.run(
+        "save_and_load",
+        directory=str(tiny_policy_directory),
+        images=str(tmp_path / "images"),
+        recipe=str(recipe),
+        checkpoints=str(tmp_path / "checkpoints"),
+        overrides=[f"engine.deepspeed=ds_configs/zero{stage}.json"],
+    )
+    for answer in answers:
+        assert answer["resumed"] == answer["straight"] and len(set(answer["straight"])) == 3
+        assert answer["equal"] and answer["note"] == "one" and answer["step"] == 1
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_1"]
+    assert not any(path.suffix in {".pt", ".pkl", ".bin"} for path in tmp_path.rglob("*"))
+
+
+def test_groups_stay_whole_over_ranks(pool):
+    """Trap 7: the ranks' studies of a step are the global batch, in order, whoever asks."""
+    from mrg_r1.data.loader import rank_indices
+
+    for step in (0, 4):
+        first, second = pool.run("indices", step=step)
+        assert first + second == rank_indices(10, seed=3, step=step, batch_size=4, rank=0, world_size=1)
