@@ -61,13 +61,15 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser,
         "report",
         help="what a run learned, before and after",
-        description="Print what a run learned: its metrics before and after, beside its baselines and, if given, a control run.",
+        description="Print what a run learned: its metrics before and after, beside a control run where there is one. Of several runs\n"
+        "(seeds of one experiment) the mean gain and its spread.",
         examples="""
         mrg-r1 report runs/demo
+        mrg-r1 report runs/demo-0 runs/demo-1 runs/demo-2
         mrg-r1 report runs/demo --control runs/demo-sft-only
         """,
     )
-    report.add_argument("run_folder", type=Path, metavar="RUN", help="output_dir of a run")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run")
     report.add_argument("--control", type=Path, metavar="RUN", help="a run to compare with, such as more SFT for the same time")
     report.set_defaults(run=_report)
     return parser
@@ -85,11 +87,11 @@ def _add_prepare(commands: Any) -> None:
         "labels apart: `drawn`, the truth, and `said`, what the report says. Interrupted, the same command goes on.",
         examples="""
         mrg-r1 prepare phantom -o data/five --preset five --splits train=4000,val=256,test=512 --side 112 --seed 0
-        mrg-r1 prepare phantom -o data/full --preset full --side 224
+        mrg-r1 prepare phantom -o data/try --splits train=200,val=20,test=20
         """,
     )
     _add_output(phantom, "folder to write: manifest.jsonl, images/, reports.csv, labels.csv, contact_sheet.png")
-    phantom.add_argument("--preset", default="five", help="five: five findings that a small policy can see; full: all 13 (default: five)")
+    phantom.add_argument("--preset", default="five", help="five: five findings that a small policy can see, in short reports (default)")
     phantom.add_argument(
         "--splits",
         type=_splits,
@@ -161,7 +163,7 @@ def _add_labeler(commands: Any) -> None:
     train.add_argument("reports", type=Path, metavar="REPORTS.csv")
     train.add_argument("labels", type=Path, metavar="LABELS.csv")
     _add_output(train, "folder to write the labeler to")
-    train.add_argument("--size", default="small", help="of the network (default: small)")
+    train.add_argument("--size", default="small", help="tiny or small, the network (default: small)")
     train.add_argument("--max-minutes", type=float, metavar="MINUTES", help="stop in time and keep the best so far")
     train.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
     train.add_argument("--seed", type=_seed, default=0, help="(default: 0)")
@@ -311,7 +313,11 @@ def _labeler_train(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         max_minutes=arguments.max_minutes,
     )
-    print(f"{arguments.output}: {json.dumps(result)}")
+    print(
+        f"{arguments.output}: trained on {result['training_reports']:,} reports in {result['seconds']:.0f} s; on "
+        f"{result['validation_reports']:,} others micro-F1 of the positives {result['best']['micro_f1']:.3f}, "
+        f"classes right {result['best']['classes_right']:.3f} (per observation in training.json)"
+    )
 
 
 def _label(arguments: argparse.Namespace) -> None:
@@ -347,7 +353,12 @@ def _load_labeler(arguments: argparse.Namespace) -> Labeler:
 def _report(arguments: argparse.Namespace) -> None:
     from mrg_r1.tracking.report import print_report
 
-    print_report(arguments.run_folder, arguments.control)
+    control = arguments.control
+    if control is not None and len(arguments.runs) > 1:
+        raise ValueError(f"--control {control}: goes with one run, {len(arguments.runs)} were given; leave it out or report run by run")
+    if control is not None and not (control / "summary.json").is_file():
+        raise ValueError(f"{control}: no summary.json in it; give the output_dir of a run that has ended")
+    print_report(arguments.runs, control=control)
 
 
 if __name__ == "__main__":

@@ -148,8 +148,7 @@ def summarise(
     }
     drawn_rows = [row["drawn"] for row in predictions]
     if all(row is not None for row in drawn_rows):
-        drawn = np.array([classes_of_values(row) for row in drawn_rows])
-        truth = truth_scores(predicted, drawn)
+        truth = truth_scores(predicted, drawn_rows)
         result["truth"] = {name: asdict(score) for name, score in truth.items()}
         result["disease_micro13_truth"], result["disease_macro13_truth"] = truth["disease_micro13"].f1, truth["disease_macro13"].f1
         # a policy that fools its labeler widens this (trap 26)

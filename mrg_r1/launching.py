@@ -7,10 +7,12 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers.utils import logging as transformers_logging
 
 from mrg_r1.config import Recipe, RecipeError, describe_fields, load_recipe
 from mrg_r1.data.study import ManifestError
@@ -22,6 +24,8 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
 
     A bad recipe or bad data prints its message once and exits with 2; anything else keeps its traceback.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's and transformers' own calls of their own old names
+    transformers_logging.disable_progress_bar()
     parser = argparse.ArgumentParser(
         description=description,
         epilog="Keys of a recipe:\n\n" + describe_fields().replace("%", "%%"),

@@ -231,6 +231,11 @@ def test_files_that_are_not_there_are_named_without_a_traceback(capsys: pytest.C
     assert not (tmp_path / "out.csv").exists()
 
 
+def test_a_control_that_cannot_be_shown_is_refused_and_not_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "no summary.json" in refused(capsys, "report", tmp_path, "--control", tmp_path / "nowhere")
+    assert "goes with one run" in refused(capsys, "report", tmp_path, tmp_path, "--control", tmp_path)
+
+
 def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(*_: object, **__: object) -> None:
         raise KeyError("fault")

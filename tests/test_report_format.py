@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,31 +83,28 @@ def test_plain_mode_is_the_whole_text_and_asks_for_its_end(
     assert format_score(parsed, "graded", ended=ended) == graded
 
 
-TAGS_AND_WORDS = ["<think>", "</think>", "<report>", "</report>", "heart", " "]
-PIECES = st.lists(st.sampled_from(TAGS_AND_WORDS), max_size=7)
+TAGS = ["<think>", "</think>", "<report>", "</report>"]
+EVERY_SHORT_COMPLETION = [pieces for count in range(7) for pieces in itertools.product([*TAGS, "heart"], repeat=count)]
 
 
-@settings(deadline=None)
-@given(PIECES)
-def test_think_text_never_becomes_the_report(pieces: list[str]) -> None:
-    """Every piece that stands while a think block is open is marked; no mark may reach the labeler."""
-    opened = False
-    text = ""
-    for piece in pieces:
-        opened = piece == "<think>" or (opened and piece != "</think>")
-        text += piece if piece.startswith("<") or not opened else "THOUGHT"
-    report = parse(text, "think").report
-    assert report is None or ("THOUGHT" not in report and "<" not in report)
+def test_think_text_never_becomes_the_report() -> None:
+    """Words that stand while a think block is open are marked; no mark and no tag may reach the labeler."""
+    reports = 0
+    for pieces in EVERY_SHORT_COMPLETION:
+        opened = False
+        text = ""
+        for piece in pieces:
+            opened = piece == "<think>" or (opened and piece != "</think>")
+            text += "THOUGHT" if opened and piece == "heart" else piece
+        report = parse(text, "think").report
+        assert report is None or ("THOUGHT" not in report and "<" not in report), text
+        reports += report is not None
+    assert reports > 100  # the test is not vacuous
 
 
-@settings(deadline=None)
-@given(PIECES)
-def test_full_format_means_a_report_and_a_think_text(pieces: list[str]) -> None:
-    parsed = parse("".join(pieces), "think")
-    graded = format_score(parsed, "graded", ended=True)
-    assert 0.0 <= graded <= 1.0
-    if format_score(parsed, "binary", ended=True) == 1.0:
-        assert graded == 1.0 and parsed.report is not None and parsed.think is not None
+def test_full_format_means_a_think_text_then_a_report_and_nothing_else() -> None:
+    full = {pieces for pieces in EVERY_SHORT_COMPLETION if format_score(parse("".join(pieces), "think"), "binary", ended=True) == 1.0}
+    assert full == {("<think>", "heart", "</think>", "<report>", "heart", "</report>")}
 
 
 TEXTS = st.text(alphabet="abc .\n<>/", min_size=1, max_size=40).filter(lambda text: text.strip() != "")

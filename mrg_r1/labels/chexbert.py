@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import re
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -91,7 +94,7 @@ class Labeler:
         # A stored tokenizer may carry its own truncation and padding (MiniLM's cuts at 128); both are done here instead.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._cls, self._sep, self._pad = (_special_id(tokenizer, token, name) for token in ("[CLS]", "[SEP]", "[PAD]"))
+        self._cls, self._sep, self._pad = (special_id(tokenizer, token, name) for token in ("[CLS]", "[SEP]", "[PAD]"))
         rows = model.bert.config.vocab_size
         if tokenizer.get_vocab_size() > rows:
             raise ValueError(
@@ -154,7 +157,7 @@ class Labeler:
 
         Args:
             texts: N reports; whitespace is collapsed, an empty one is [CLS][SEP], a long one is cut at `max_tokens` with [SEP] last.
-            progress: show a bar while labelling (on a terminal only).
+            progress: show a bar while labelling (on a terminal, outside CI).
 
         Raises:
             TypeError: `texts` is one string, or an element is not a string.
@@ -168,10 +171,10 @@ class Labeler:
         ids = self.encode(distinct)
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # the largest batch first: memory runs out at once or never
         batches = list(_batches(order, ids))
-        hidden = not (progress and Console(stderr=True).is_terminal)
+        quiet = not progress or "CI" in os.environ or not sys.stderr.isatty()
         computed = [
-            self.model(*self._pad_batch([ids[row] for row in batch])).float()
-            for batch in track(batches, description=f"labelling with {self.name}", console=Console(stderr=True), disable=hidden)
+            self.model(*self.pad([ids[row] for row in batch])).float()
+            for batch in track(batches, description=f"labelling with {self.name}", console=Console(stderr=True), disable=quiet)
         ]
         result = torch.empty(len(ids), len(OBSERVATIONS), 4)
         if computed:
@@ -188,7 +191,7 @@ class Labeler:
         encoded = self._tokenizer.encode_batch(collapsed, is_pretokenized=False, add_special_tokens=False)
         return [[self._cls, *encoding.ids[: self.max_tokens - 2], self._sep] for encoding in encoded]
 
-    def _pad_batch(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Rows of ids -> ids [N, L] and mask [N, L], int64, on the labeler's device."""
         lengths = np.array([len(row) for row in rows])
         mask = np.arange(lengths.max()) < lengths[:, None]  # [N, L]
@@ -332,7 +335,7 @@ def _read_tokenizer(source: str) -> Tokenizer:
         raise FileNotFoundError(f"{folder}: neither tokenizer.json nor vocab.txt in it; give the directory of the model's tokenizer")
     try:
         return Tokenizer.from_pretrained(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # unreachable, or no name that the hub could know
         raise FileNotFoundError(
             f"tokenizer {source!r} is no directory here and could not be had from the Hugging Face hub ({type(error).__name__}); offline, "
             f"give a directory with tokenizer.json or vocab.txt (for a published CheXbert, {PUBLISHED_VOCABULARY}'s)"
@@ -349,7 +352,8 @@ def bert_tokenizer(words: models.WordPiece) -> Tokenizer:
     return tokenizer
 
 
-def _special_id(tokenizer: Tokenizer, token: str, name: str) -> int:
+def special_id(tokenizer: Tokenizer, token: str, name: str) -> int:
+    """The id of `token`; ValueError, naming the labeler, where the vocabulary has none."""
     found = tokenizer.token_to_id(token)
     if found is None:
         raise ValueError(f"{name}: the tokenizer has no {token}; a BERT vocabulary is needed")
@@ -363,6 +367,12 @@ def _require_uncased(tokenizer: Tokenizer, embeddings: int, source: str) -> None
     if cased is not None or tokenizer.encode("Effusion").ids != tokenizer.encode("effusion").ids:
         evidence = f"it has {cased!r}" if cased is not None else "it keeps capitals"
         raise ValueError(f"tokenizer {source!r} is cased ({evidence}); a published CheXbert needs {PUBLISHED_VOCABULARY}'s")
+    if len(vocabulary) < embeddings:
+        warnings.warn(
+            f"tokenizer {source!r} has {len(vocabulary)} entries and the checkpoint {embeddings} embeddings; labels are right only where "
+            f"its entries are {PUBLISHED_VOCABULARY}'s first",
+            stacklevel=3,
+        )
     if embeddings == _PUBLISHED_VOCABULARY_SIZE == len(vocabulary):
         for token, expected in _PUBLISHED_SPECIAL_IDS.items():
             if vocabulary.get(token) != expected:

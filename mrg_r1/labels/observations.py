@@ -100,6 +100,8 @@ def read_labels_csv(path: Path) -> dict[str, list[int]]:
                 raise ValueError(f"{where}: empty id")
             if study_id in labels:
                 raise ValueError(f"{where}: id {study_id!r} stands twice; keep one of the rows")
+            if None in row or None in row.values():  # a shifted or cut row would else be read as blanks
+                raise ValueError(f"{where}, id {study_id!r}: the row has more or fewer fields than the {len(columns)} columns")
             try:
                 labels[study_id] = classes_of_values([_parse_value(row[name]) for name in OBSERVATIONS])
             except ValueError as error:

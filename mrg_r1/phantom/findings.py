@@ -172,7 +172,7 @@ def _lung_lesion(layers: Layers, trait: Trait, strength: float) -> None:
     """A round, sharply bounded, dense nodule or mass."""
     for sign in trait.signs:
         y = _height(trait)
-        radius = 0.105 + 0.06 * trait.grade
+        radius = 0.14 + 0.07 * trait.grade
         x = _in_lung(layers.chest, sign, y, 0.40 + 0.25 * trait.jitter[0])
         rows, columns = layers.box(x - 1.2 * radius, x + 1.2 * radius, y - 1.2 * radius, y + 1.2 * radius)
         distance = np.hypot(layers.x[rows, columns] - np.float32(x), layers.y[rows] - np.float32(y))
@@ -246,16 +246,16 @@ def _pneumothorax(layers: Layers, trait: Trait, strength: float) -> None:
         rows, columns = layers.box(left, right, -0.9, 0.8)
         wall, y = layers.wall[rows, columns], layers.y[rows]
         upper = np.clip((np.float32(0.55) - y) * np.float32(1 / 1.1), 0, 1)
-        depth = np.float32(0.05) + np.float32(0.15 + 0.15 * trait.grade) * upper
+        depth = np.float32(0.08) + np.float32(0.22 + 0.15 * trait.grade) * upper
         # the lung also sinks away from the apex
-        gap = np.minimum(wall - depth, y - np.float32(APEX + 0.16 + 0.20 * trait.grade))
+        gap = np.minimum(wall - depth, y - np.float32(APEX + 0.22 + 0.20 * trait.grade))
         outside = ramp(-gap, 0.02)
         air = layers.air[rows, columns]
         line = np.clip(np.float32(1) - np.abs(gap) * np.float32(1 / max(0.018, 1.6 / layers.side)), 0, 1) * np.clip(air, 0, 1)
         layers.vessels[rows, columns] *= np.float32(1) - np.float32(strength) * outside
         layers.bone[rows, columns] += np.float32(0.26 * strength) * line
         # the free air is darker, the collapsing lung denser
-        air *= np.float32(1) + np.float32(strength) * (np.float32(0.38) * outside - np.float32(0.20))
+        air *= np.float32(1) + np.float32(strength) * (np.float32(0.55) * outside - np.float32(0.25))
 
 
 def _pleural_effusion(layers: Layers, trait: Trait, strength: float) -> None:

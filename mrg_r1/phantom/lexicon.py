@@ -159,7 +159,15 @@ NOUN_FRAMES: dict[str, dict[int, tuple[str, ...]]] = {
             "{np}{where}.",
             "There {be} also {NP}{where}.",
         ),
-        0: ("No {np}.", "There is no {np}.", "No {np} is seen.", "No {np} is present.", "{np} is not seen.", "No evidence of {np}.", "{np} is absent."),
+        0: (
+            "No {np}.",
+            "There is no {np}.",
+            "No {np} is seen.",
+            "No {np} is present.",
+            "{np} is not seen.",
+            "No evidence of {np}.",
+            "{np} is absent.",
+        ),
         -1: ("Possible {np}{where}.", "There may be {NP}{where}.", "{np}{where} cannot be excluded.", "{NP}{where} {be} possible."),
     },
     "heldout": {
@@ -183,7 +191,13 @@ CLAUSE_FRAMES: dict[str, dict[int, tuple[str, ...]]] = {
     },
 }
 PAIR_FRAMES: dict[str, tuple[str, ...]] = {
-    "train": ("No {a} or {b}.", "There is no {a} or {b}.", "No {a} or {b} is seen.", "No evidence of {a} or {b}.", "{a} and {b} are not seen."),
+    "train": (
+        "No {a} or {b}.",
+        "There is no {a} or {b}.",
+        "No {a} or {b} is seen.",
+        "No evidence of {a} or {b}.",
+        "{a} and {b} are not seen.",
+    ),
     "heldout": ("There is no {a} and no {b}.", "No {a} and no {b}.", "{a} and {b} are absent.", "{a} and {b} are not present."),
 }
 NORMAL: dict[str, tuple[str, ...]] = {

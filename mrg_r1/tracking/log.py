@@ -34,6 +34,8 @@ _LINE = {  # what the terminal shows of a step: title -> metric
     "entropy": "policy/entropy",
     "length": "groups/length",
     "zero-signal": "groups/zero_signal",
+    "| val F1": "validation/disease_micro13",
+    "val reward": "validation/mean_reward",
 }
 
 

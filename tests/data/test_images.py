@@ -101,13 +101,16 @@ def test_truncated_files_are_refused(tmp_path: Path, name: str, share: float) ->
         assert "study 'study-7'" in str(error.value) and str(path) in str(error.value) and "; " in str(error.value)
 
 
-def test_a_flipped_byte_is_found_by_the_check(tmp_path: Path) -> None:
+def test_a_flipped_pixel_is_found_when_training_reads_it_and_a_flipped_checksum_by_the_check(tmp_path: Path) -> None:
     path = saved(tmp_path, noise(64, 64), compress_level=0)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ImageError, match="damaged"):
-        check_image(path, "s")
+    whole = path.read_bytes()
+    for position, reads in ((len(whole) // 2, (load_image, check_image)), (len(whole) - 13, (check_image,))):  # 12 bytes of IEND are last
+        data = bytearray(whole)
+        data[position] ^= 1
+        path.write_bytes(data)
+        for read in reads:
+            with pytest.raises(ImageError, match="damaged"):
+                read(path, "s")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from mrg_r1.labels.training import read_reports_csv
 from mrg_r1.types import Study
 from tests.shared_data import shared_data
 
-REPORT = "Heart size normal. XXXX opacity,  maybe\nedema."
+REPORT = "Heart size normal. XXXX opacity,  maybe\nedema. "
 NORMAL = [0] * 13 + [1]
 
 

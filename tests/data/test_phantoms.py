@@ -14,6 +14,7 @@ from mrg_r1.data.study import check_images, read_manifest
 from mrg_r1.labels.observations import classes_of_values, read_labels_csv
 from mrg_r1.labels.training import read_reports_csv
 from mrg_r1.phantom.findings import render
+from mrg_r1.phantom.sampler import sample_study
 from mrg_r1.types import Study
 
 SPLITS = {"train": 12, "val": 3, "test": 4}
@@ -70,10 +71,12 @@ def test_the_csvs_for_the_labeler_say_what_the_train_reports_say(dataset: Path, 
     assert read_labels_csv(dataset / "labels.csv") == {study.id: classes_of_values(study.said or ()) for study in train}
 
 
-def test_the_held_out_texts_belong_to_no_split(dataset: Path, studies: list[Study]) -> None:
+def test_the_held_out_texts_are_held_out_in_wording_and_belong_to_no_split(dataset: Path, studies: list[Study]) -> None:
     reports, labels = read_reports_csv(dataset / "heldout_reports.csv"), read_labels_csv(dataset / "heldout_labels.csv")
     assert reports.keys() == labels.keys() and len(reports) == phantoms.HELD_OUT_TEXTS
     assert not reports.keys() & {study.id for study in studies}
+    for study_id, report in reports.items():
+        assert report == sample_study("five", 3, int(study_id.removeprefix("phantom-")), wording="heldout").report
     assert not set(reports.values()) & {study.report for study in studies}
 
 

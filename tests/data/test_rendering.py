@@ -108,6 +108,16 @@ def test_a_broken_settings_file_is_refused(tmp_path: Path) -> None:
         claim(tmp_path)
 
 
+def test_settings_that_cannot_be_written_leave_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="cannot be written: No space left on device"):
+        claim(tmp_path)
+    assert contents(tmp_path) == {}
+
+
 def free(amount: int) -> Callable[[Path], SimpleNamespace]:
     return lambda _: SimpleNamespace(free=amount)
 

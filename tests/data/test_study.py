@@ -214,7 +214,7 @@ def test_a_dataset_can_be_moved(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "there" / "manifest.jsonl")[0].images[0].path == tmp_path / "there" / "images" / "a.png"
 
 
-def test_a_write_that_fails_leaves_the_old_manifest_and_nothing_else(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_the_old_manifest_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "manifest.jsonl"
     write_manifest(path, [Study("a", "p", (StudyImage(tmp_path / "a.png"),), "Clear.", "train")])
     before = path.read_bytes()
@@ -223,8 +223,14 @@ def test_a_write_that_fails_leaves_the_old_manifest_and_nothing_else(tmp_path: P
         yield Study("b", "p", (StudyImage(tmp_path / "b.png"),), "Clear.", "train")
         raise KeyboardInterrupt
 
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
     with pytest.raises(KeyboardInterrupt):
         write_manifest(path, interrupted())
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_manifest(path, [])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
