@@ -55,10 +55,10 @@ demo-seeds:  ## the demo and its control over three seeds, and the mean gain
 
 $(DEMO)/phantoms/manifest.jsonl: | $(READY)
 	@mkdir -p $(DEMO)
-	$(BIN)/mrg-r1 prepare phantom -o $(DEMO)/phantoms --preset five --splits sft=3000,train=4000,val=256,test=512 --side 84 --seed $(SEED)
+	$(BIN)/mrg-r1 prepare phantom -o $(DEMO)/phantoms --preset five --splits sft=4000,train=2400,val=256,test=512 --side 84 --seed $(SEED)
 
 $(DEMO)/labeler/training.json: $(DEMO)/phantoms/manifest.jsonl
-	OMP_NUM_THREADS=2 $(BIN)/mrg-r1 labeler train $(DEMO)/phantoms/reports.csv $(DEMO)/phantoms/labels.csv -o $(DEMO)/labeler --seed $(SEED)
+	OMP_NUM_THREADS=2 $(BIN)/mrg-r1 labeler train $(DEMO)/phantoms/reports.csv $(DEMO)/phantoms/labels.csv -o $(DEMO)/labeler --seed $(SEED) --max-minutes 1.5
 
 $(DEMO)/tiny-policy/config.json: $(DEMO)/phantoms/manifest.jsonl
 	$(BIN)/mrg-r1 prepare tiny-policy -o $(DEMO)/tiny-policy --manifest $(DEMO)/phantoms/manifest.jsonl --side 84 --seed $(SEED)

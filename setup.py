@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["mrg_r1", "mrg_r1.*"]),
+    package_data={"mrg_r1.tracking": ["templates/*.j2"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19",
@@ -27,6 +28,8 @@ setup(
         "rich>=13",
         "sacrebleu>=2.4",
         "pycocoevalcap>=1.2",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
     ],
     extras_require={
         "wandb": ["wandb>=0.19"],

@@ -27,6 +27,7 @@ from mrg_r1.policy.adapters import load_adapter, merge_adapter
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.reward.stage import RewardStage
 from mrg_r1.tracking.log import Clock, RunLog, write_environment
+from mrg_r1.tracking.page import write_page
 from mrg_r1.types import Study
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -203,6 +204,8 @@ def finish(
     )
     if after is not None:
         log.console.print(evaluation_table(after, "test split after training"))
+    if run.ranks.is_main:
+        log.say(f"page: {write_page(run.directory, run.studies['test'])}")
     log.close()
 
 

@@ -11,9 +11,10 @@ from mrg_r1.data.study import write_manifest
 from mrg_r1.labels.observations import classes_of_values, write_labels_csv
 from mrg_r1.labels.training import write_reports_csv
 from mrg_r1.phantom.contact_sheet import contact_sheet
-from mrg_r1.phantom.sampler import PRESETS, PhantomStudy, sample_study
+from mrg_r1.phantom.sampler import PRESETS, PhantomStudy, sample_balanced, sample_study
 from mrg_r1.types import Study, StudyImage
 
+LABELER_TEXTS = 14_000  # reports to train a labeler on: texts are cheap, and wording this varied wants many
 HELD_OUT_TEXTS = 400  # reports in wordings that no split uses: how well a labeler reads what it was not taught
 
 
@@ -21,8 +22,8 @@ def write_phantoms(output: Path, *, preset: str, seed: int, side: int, splits: M
     """Write a phantom dataset; an interrupted one is taken up where it stopped.
 
     Studies are numbered through the splits in their order, so that no two splits share one. The folder receives
-    `images/SPLIT/ID.png`, `manifest.jsonl`, `contact_sheet.png`, `reports.csv` and `labels.csv` (what the train split's
-    reports say, for `labeler train`), `heldout_reports.csv` and `heldout_labels.csv` (`HELD_OUT_TEXTS` texts in the
+    `images/SPLIT/ID.png`, `manifest.jsonl`, `contact_sheet.png`, `reports.csv` and `labels.csv` (`LABELER_TEXTS`
+    texts of no split and what they say, for `labeler train`; every other one says positive, negative, uncertain and nothing equally often), `heldout_reports.csv` and `heldout_labels.csv` (`HELD_OUT_TEXTS` texts in the
     held-out wording, without images), and `prepare.json`, the settings.
 
     Args:
@@ -63,10 +64,12 @@ def write_phantoms(output: Path, *, preset: str, seed: int, side: int, splits: M
     renderings = [Rendering(path, tuple(phantom.drawn), phantom.index) for path, phantom in zip(paths, phantoms, strict=True)]
     render_files(renderings, seed=seed, side=side, workers=workers)
 
-    _write_texts(output, "", (phantom for phantom, split in zip(phantoms, split_of, strict=True) if split == "train"))
     held_out = (sample_study(preset, seed, index, wording="heldout") for index in range(total, total + HELD_OUT_TEXTS))
+    start = total + HELD_OUT_TEXTS
+    taught = ((sample_balanced if index % 2 else sample_study)(preset, seed, index) for index in range(start, start + LABELER_TEXTS))
+    _write_texts(output, "", taught)
     _write_texts(output, "heldout_", held_out)
-    contact_sheet(output / "contact_sheet.png", side=side, seed=seed)
+    contact_sheet(output / "contact_sheet.png", seed=seed)
     write_manifest(manifest, [_study(*parts) for parts in zip(phantoms, split_of, paths, strict=True)])
     return manifest
 

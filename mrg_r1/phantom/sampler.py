@@ -34,6 +34,8 @@ FIVE_FINDINGS: tuple[int, ...] = (CARDIOMEGALY, LUNG_LESION, PNEUMOTHORAX, PLEUR
 _PREVALENCE = 0.35  # of each of the five
 _SAID_POSITIVE, _SAID_UNCERTAIN = 0.93, 0.05  # of the findings that are there; the rest is silence
 _SAID_NEGATIVE = 0.85  # of the findings that are not there; the rest is silence
+_STATES: tuple[int | None, ...] = (1, 0, -1, None)
+_STATE_SHARES = (0.30, 0.30, 0.25, 0.15)  # of `sample_balanced`
 # Correlations of the latent normal variables, ours: mild versions of what goes together in hospital series.
 _CORRELATIONS: dict[tuple[int, int], float] = {
     (CARDIOMEGALY, PLEURAL_EFFUSION): 0.40,
@@ -82,6 +84,25 @@ def sample_study(preset: str, seed: int, index: int, *, wording: str = "train") 
     for i, observation in enumerate(FIVE_FINDINGS):
         drawn[observation] = int(present[i])
         said[observation] = _say(bool(present[i]), float(speech[i]))
+    drawn.append(_no_finding(drawn))
+    said.append(_no_finding(said))
+    report = write_report(said, sample_traits(seed, index), keyed_generator(seed, index, WORDING_STREAM), wording=wording)
+    return PhantomStudy(index, tuple(drawn), tuple(said), report, f"phantom-{seed}-{index:06d}")
+
+
+def sample_balanced(preset: str, seed: int, index: int, *, wording: str = "train") -> PhantomStudy:
+    """A report for training a labeler, whose findings are said positive, negative, uncertain or not at all about equally often.
+
+    Uncertain statements are one in fifty findings of `sample_study`: too few to learn to read them from. There is no truth behind
+    these texts, so `drawn` says of each finding what the text says, an uncertain one counting as drawn.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r}; allowed are {', '.join(PRESETS)}")
+    choices = keyed_generator(seed, index, LABELS_STREAM).choice(len(_STATES), size=len(FIVE_FINDINGS), p=_STATE_SHARES)
+    said: list[int | None] = [None] * NO_FINDING
+    for observation, state in zip(FIVE_FINDINGS, choices, strict=True):
+        said[observation] = _STATES[state]
+    drawn: list[int | None] = [int(value in (1, -1)) for value in said]
     drawn.append(_no_finding(drawn))
     said.append(_no_finding(said))
     report = write_report(said, sample_traits(seed, index), keyed_generator(seed, index, WORDING_STREAM), wording=wording)

@@ -12,6 +12,7 @@ import torch
 from sklearn.metrics import f1_score
 from transformers import BertConfig
 
+from mrg_r1.labels import training
 from mrg_r1.labels.chexbert import CheXbert, Labeler
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, classes_of_values, read_labels_csv, write_labels_csv
 from mrg_r1.labels.training import observation_scores, read_reports_csv, start_local, train_labeler, train_tokenizer, write_reports_csv
@@ -69,6 +70,23 @@ def test_the_same_seed_gives_the_same_labeler_and_leaves_the_callers_seeds(tmp_p
     assert first["fingerprint"] == second["fingerprint"] != other["fingerprint"]
 
 
+def test_the_best_pass_is_kept_and_the_lower_loss_decides_between_equals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([(0.2, 1.0), (0.9, 3.0), (0.9, 2.0), (0.9, 2.5), (0.1, 0.5)])
+    seen: list[torch.Tensor] = []
+
+    def validate(run: training._Run, texts: object, classes: object) -> dict[str, float]:
+        seen.append(run.model.linear_heads[0].get_parameter("weight").detach().clone())
+        micro_f1, loss = next(scores)
+        return {"micro_f1": micro_f1, "validation_loss": loss, "classes_right": 0.0}
+
+    monkeypatch.setattr(training._Run, "_validate", validate)
+    reports, labels = write_toy(tmp_path, 40)
+    summary = train_labeler(reports, labels, tmp_path / "labeler", size="tiny", passes=5)
+    kept = Labeler.load(tmp_path / "labeler").model.linear_heads[0].get_parameter("weight")
+    assert [torch.equal(kept, weight) for weight in seen] == [False, False, True, False, False]
+    assert summary["best"]["pass"] == 3
+
+
 def test_time_ends_the_training_with_a_labeler_that_loads(tmp_path: Path) -> None:
     reports, labels = write_toy(tmp_path, 60)
     summary = train_labeler(reports, labels, tmp_path / "labeler", size="tiny", passes=100_000, max_minutes=0.02)
@@ -124,7 +142,7 @@ def test_reports_survive_the_csv(tmp_path: Path) -> None:
         ("id,text\n1,clear\n", "`id` and `report` are needed"),
         ("id,report\n1,clear\n1,clear\n", r"reports\.csv, line 3: id '1' stands twice"),
         ("id,report\n,clear\n", r"reports\.csv, line 2: empty id"),
-        ("id,report\n1,clear\n2\n", r"reports\.csv, line 3, id '2': the row ends before its report"),
+        ("id,report\n1,clear\n2\n", r"reports\.csv, line 3, id '2': the row ends before its last column"),
         ("id,report\n1,clear, and dry\n", r"reports\.csv, line 2, id '1': .*quotes"),
     ],
 )
