@@ -55,10 +55,10 @@ demo-seeds:  ## the demo and its control over three seeds, and the mean gain
 
 $(DEMO)/phantoms/manifest.jsonl: | $(READY)
 	@mkdir -p $(DEMO)
-	$(BIN)/mrg-r1 prepare phantom -o $(DEMO)/phantoms --preset five --splits sft=4000,train=2400,val=256,test=512 --side 84 --seed $(SEED)
+	$(BIN)/mrg-r1 prepare phantom -o $(DEMO)/phantoms --preset five --splits sft=4000,train=1920,val=256,test=512 --side 84 --seed $(SEED)
 
 $(DEMO)/labeler/training.json: $(DEMO)/phantoms/manifest.jsonl
-	OMP_NUM_THREADS=2 $(BIN)/mrg-r1 labeler train $(DEMO)/phantoms/reports.csv $(DEMO)/phantoms/labels.csv -o $(DEMO)/labeler --seed $(SEED) --max-minutes 1.5
+	$(BIN)/mrg-r1 labeler train $(DEMO)/phantoms/reports.csv $(DEMO)/phantoms/labels.csv -o $(DEMO)/labeler --seed $(SEED) --passes 5
 
 $(DEMO)/tiny-policy/config.json: $(DEMO)/phantoms/manifest.jsonl
 	$(BIN)/mrg-r1 prepare tiny-policy -o $(DEMO)/tiny-policy --manifest $(DEMO)/phantoms/manifest.jsonl --side 84 --seed $(SEED)
@@ -74,6 +74,39 @@ $(DEMO)/summary.json: $(DEMO)/sft/summary.json
 $(DEMO)/control/summary.json: $(DEMO)/summary.json
 	$(LAUNCH) launch/sft.py launch/recipes/demo_control.yaml output_dir=$(DEMO)/control policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) \
 		sft.max_seconds=$$($(BIN)/mrg-r1 report $(DEMO) --training-seconds)
+
+# ---- real IU X-Ray reports over rendered radiographs: IU holds annotation.json and chexbert_labels_train_val.csv
+
+IUP := runs/iu-phantom
+
+iu-phantom: $(IUP)/summary.json  ## the same on real IU X-Ray reports, their radiographs rendered from labels (IU=folder)
+	@$(BIN)/mrg-r1 report $(IUP)
+
+$(IUP)/texts/reports.csv: | $(READY)
+	test -f $(IU)/annotation.json || { echo "IU=$(IU): no annotation.json there; give the folder of R2Gen's IU X-Ray files: make iu-phantom IU=..." >&2; exit 2; }
+	$(BIN)/mrg-r1 prepare iu-xray $(IU)/annotation.json -o $(IUP)/texts
+	cp $(IUP)/texts/reports_train.csv $(IUP)/texts/reports_labelled.csv
+	tail -n +2 $(IUP)/texts/reports_val.csv >> $(IUP)/texts/reports_labelled.csv
+
+$(IUP)/labeler/training.json: $(IUP)/texts/reports.csv
+	$(BIN)/mrg-r1 labeler train $(IUP)/texts/reports_labelled.csv $(IU)/chexbert_labels_train_val.csv -o $(IUP)/labeler --passes 15
+
+# Nobody publishes the test labels: the labeler reads them, and the radiographs of the test split are rendered from what it read.
+$(IUP)/texts/test_labels.csv: $(IUP)/labeler/training.json
+	$(BIN)/mrg-r1 label $(IUP)/texts/reports_test.csv --labeler $(IUP)/labeler -o $@
+
+$(IUP)/data/manifest.jsonl: $(IUP)/texts/test_labels.csv
+	$(BIN)/mrg-r1 prepare iu-xray $(IU)/annotation.json -o $(IUP)/data --side 112 \
+		--render-missing $(IU)/chexbert_labels_train_val.csv --render-missing $(IUP)/texts/test_labels.csv
+
+$(IUP)/tiny-policy/config.json: $(IUP)/data/manifest.jsonl
+	$(BIN)/mrg-r1 prepare tiny-policy -o $(IUP)/tiny-policy --manifest $(IUP)/data/manifest.jsonl
+
+$(IUP)/sft/summary.json: $(IUP)/tiny-policy/config.json
+	$(LAUNCH) launch/sft.py launch/recipes/iu_phantom_sft.yaml
+
+$(IUP)/summary.json: $(IUP)/sft/summary.json
+	$(LAUNCH) launch/train.py launch/recipes/iu_phantom.yaml
 
 # ---- tests
 

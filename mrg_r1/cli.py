@@ -181,6 +181,7 @@ def _add_labeler(commands: Any) -> None:
     train.add_argument("labels", type=Path, metavar="LABELS.csv")
     _add_output(train, "folder to write the labeler to")
     train.add_argument("--size", default="small", help="tiny or small, the network (default: small)")
+    train.add_argument("--passes", type=int, metavar="N", help="over the reports (default: 20, or more where the reports are few)")
     train.add_argument("--max-minutes", type=float, metavar="MINUTES", help="stop in time and keep the best so far")
     train.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
     train.add_argument("--seed", type=_seed, default=0, help="(default: 0)")
@@ -328,6 +329,7 @@ def _labeler_train(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         size=arguments.size,
         device=arguments.device,
+        passes=arguments.passes,
         max_minutes=arguments.max_minutes,
     )
     print(

@@ -14,7 +14,7 @@ from mrg_r1.phantom.contact_sheet import contact_sheet
 from mrg_r1.phantom.sampler import PRESETS, PhantomStudy, sample_balanced, sample_study
 from mrg_r1.types import Study, StudyImage
 
-LABELER_TEXTS = 14_000  # reports to train a labeler on: texts are cheap, and wording this varied wants many
+LABELER_TEXTS = 10_000  # reports to train a labeler on: texts are cheap, and wording this varied wants many
 HELD_OUT_TEXTS = 400  # reports in wordings that no split uses: how well a labeler reads what it was not taught
 
 
