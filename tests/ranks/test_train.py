@@ -1,0 +1,91 @@
+"""GRPO on two real ranks: interrupted and resumed, and every switch of the method taken once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.ranks
+
+
+def metrics(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def completions(run: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((run / "completions").iterdir())}
+
+
+def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_path):
+    """Two steps, a stop, two more: the same numbers, completions and adapter as four in a row; and what section 8 says a run leaves."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    pool.run("train", recipe=str(world.recipe(straight)), overrides=["evaluation.every=2"])
+    recipe = str(world.recipe(stopped, name="other.yaml"))
+    pool.run("train", recipe=recipe, overrides=["evaluation.every=2", "steps=2", "evaluation.test=false"])
+    (stopped / "summary.json").unlink()  # the run was killed before it could say that it had ended
+    pool.run("train", recipe=recipe, overrides=["evaluation.every=2"])
+
+    assert metrics(straight) == metrics(stopped) and len(metrics(straight)) == 4
+    assert completions(straight) == completions(stopped) and len(completions(straight)) == 8
+    one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (straight, stopped))
+    assert one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
+
+    left = {path.relative_to(straight).as_posix() for path in straight.rglob("*") if path.is_file()}
+    wanted = ["config.yaml", "environment.json", "metrics.jsonl", "summary.json", "page/index.html", "checkpoints/latest"]
+    wanted += ["adapter/adapter_config.json", "evaluation/test.json", "evaluation/test_predictions.jsonl", "checkpoints/step_4/state.json"]
+    assert set(wanted) <= left
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["world_size"] == 2 and summary["zero_stage"] == 2 and summary["status"] == "complete"
+    for side in ("before", "after"):
+        keys = {"disease_micro13", "disease_macro13", "disease_micro13_truth", "disease_macro13_truth", "mean_reward", "format_rate"}
+        assert keys | {"distinct_share"} == summary[side].keys()
+
+
+def test_members_of_a_group_stand_together_with_their_terms(pool, world, tmp_path):
+    """Trap 7 in what a run writes: each study's three members on one rank, each step the loader's studies."""
+    run = tmp_path / "run"
+    pool.run("train", recipe=str(world.recipe(run)), overrides=["steps=2", "evaluation.test=false"])
+    for step in range(2):
+        seen: list[str] = []
+        for rank in range(2):
+            rows = [json.loads(line) for line in (run / "completions" / f"step_{step:06d}_rank{rank}.jsonl").read_text().splitlines()]
+            assert [row["member"] for row in rows] == [0, 1, 2] * 2
+            studies = [row["study"] for row in rows]
+            assert studies == [studies[0]] * 3 + [studies[3]] * 3
+            seen += studies[::3]
+            for row in rows:
+                assert row["total"] == pytest.approx(0.75 * row["terms"]["mccs"] + 0.25 * row["terms"]["length"], abs=1e-5)
+        assert len(set(seen)) == 4
+        logged = metrics(run)[step]
+        assert logged["reward/total"] == pytest.approx(0.75 * logged["reward/mccs"] + 0.25 * logged["reward/length"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["grpo.inner_iterations=2", "grpo.minibatches=2", "grpo.aggregation=dapo"],
+        ["grpo.ratio=sequence", "grpo.clip_low=3e-4", "grpo.clip_high=4e-4", "grpo.advantage_scale=batch"],
+        ["reward.normalise=per_term", "grpo.advantage_scale=batch", "grpo.correction=tis"],
+        ["grpo.beta=0", "grpo.advantage_scale=none", "grpo.aggregation=dr_grpo", "grpo.mask_truncated=true"],
+        ["grpo.max_resample=2", "reward.weights={mccs: 1.0}", "rollout.temperature=0.7", "policy.gradient_checkpointing=true"],
+        ["prompt.mode=think", "reward.weights={mccs: 0.75, format: 0.25}", "reward.format=graded", "policy.dtype=bfloat16"],
+        ["reward.weights={ce_f1: 1.0, bleu4: 0.5, rouge_l: 0.5, ccs: 0.1}", "engine.deepspeed=ds_configs/zero1.json"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_switch_of_the_method_runs(pool, world, tmp_path, overrides):
+    run = tmp_path / "run"
+    pool.run("train", recipe=str(world.recipe(run)), overrides=["steps=1", "evaluation.test=false", *overrides])
+    (row,) = metrics(run)
+    assert row["sampling/logp_gap"] < (0.05 if "policy.dtype=bfloat16" in overrides else 1e-4)
+    first = row["policy/ratio"]  # of all updates of the step: 1 where there is only one
+    assert first == pytest.approx(1, abs=1e-6 if "grpo.inner_iterations=2" not in overrides else 0.5)
+    if "grpo.beta=0" in overrides:
+        assert "policy/kl" not in row
+    elif len(overrides) and "grpo.inner_iterations=2" not in overrides:
+        assert row["policy/kl"] == pytest.approx(0, abs=1e-6)  # LoRA's B is 0 at the start
+    assert row["policy/grad_norm"] >= 0

@@ -1,0 +1,123 @@
+"""The scripts a person starts, as they are started: bad input, a kill, a second start, one and four ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+
+
+def command(script: str, recipe: Path, *overrides: str, ranks: int = 2) -> list[str]:
+    port = str(random.randint(20000, 40000))
+    return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, f"launch/{script}.py", str(recipe), *overrides]
+
+
+def launch(*arguments, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments, **options), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+
+
+def steps_of(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("grpo.grup_size=4", "did you mean grpo.group_size?"), ("grpo.studies_per_step=5", "does not divide over 2 ranks; take 4 or 6")],
+)
+def test_bad_recipe_ends_all_ranks_with_one_message(world, tmp_path, override, words):
+    done = launch("train", world.recipe(tmp_path / "run"), override)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0 and output.count(words) == 1 and "Traceback" not in output
+
+
+def test_killed_run_goes_on_and_ends_as_if_nothing_had_happened(world, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    overrides = ["steps=6", "evaluation.test=false", "evaluation.every=3", "checkpoint.every=1"]
+    assert launch("train", world.recipe(straight), *overrides).returncode == 0
+    recipe = world.recipe(killed, name="killed.yaml")
+    process = subprocess.Popen(
+        command("train", recipe, *overrides),
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while not (killed / "checkpoints" / "step_3").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-9", "-f", str(recipe)], check=False)  # the launcher starts ranks in sessions of their own
+    process.wait()
+    time.sleep(1)
+    assert not (killed / "summary.json").exists()
+    again = launch("train", recipe, *overrides)
+    assert again.returncode == 0 and "resuming" in again.stdout + again.stderr
+    assert steps_of(killed) == steps_of(straight)
+    third = launch("train", recipe, *overrides)
+    assert third.returncode == 0 and "this run is complete" in third.stdout
+
+
+def test_one_two_and_four_ranks_sample_the_same_and_take_the_same_step(world, tmp_path):
+    runs = []
+    for ranks in (1, 2, 4):
+        run = tmp_path / f"ranks{ranks}"
+        done = launch("train", world.recipe(run, name=f"{ranks}.yaml"), "steps=2", "evaluation.test=false", ranks=ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
+        runs.append(run)
+    texts = []
+    for run in runs:
+        rows = [json.loads(line) for path in sorted((run / "completions").glob("step_000000_*")) for line in path.read_text().splitlines()]
+        texts.append({(row["study"], row["member"]): row["text"] for row in rows})
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 12
+    for run in runs[1:]:
+        for mine, other in zip(steps_of(runs[0]), steps_of(run), strict=True):
+            for name in ("loss", "reward/total", "policy/grad_norm", "policy/entropy", "groups/length"):
+                assert mine[name] == pytest.approx(other[name], abs=2e-5), name
+
+
+def test_sft_of_all_parameters_leaves_a_policy_that_grpo_starts_from(world, tmp_path):
+    sft, grpo = tmp_path / "sft", tmp_path / "grpo"
+    recipe = world.recipe(sft, name="sft.yaml")
+    overrides = ["sft.trainable=all", "rollout.max_new_tokens=80", "prompt.mode=think", "steps=3", "evaluation.test=false"]
+    assert launch("sft", recipe, *overrides).returncode == 0
+    losses = [row["loss"] for row in steps_of(sft)]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    done = launch("train", world.recipe(grpo), f"policy.path={sft}/policy", "steps=1", "prompt.mode=think")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (grpo / "evaluation" / "test.json").is_file() and (grpo / "page" / "index.html").is_file()
+    evaluated = launch("evaluate", grpo / "config.yaml")
+    assert evaluated.returncode == 0 and "disease_micro13" in evaluated.stdout
+
+
+def test_sft_adapter_is_merged_as_a_cold_start(world, tmp_path):
+    sft, grpo = tmp_path / "sft", tmp_path / "grpo"
+    overrides = ["rollout.max_new_tokens=80", "steps=3", "evaluation.test=false", "sft.max_seconds=1000"]
+    assert launch("sft", world.recipe(sft, name="sft.yaml"), *overrides).returncode == 0
+    done = launch("train", world.recipe(grpo), f"policy.adapter={sft}/adapter", "steps=1", "evaluation.test=false")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = steps_of(grpo)
+    assert row["policy/kl"] == pytest.approx(0, abs=1e-6)  # the reference has the cold start too
+
+
+def test_help_explains_every_key():
+    done = subprocess.run([sys.executable, "launch/train.py", "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "grpo.group_size  (default 8; ours)" in done.stdout and "arXiv" not in done.stderr

@@ -1,0 +1,150 @@
+"""The loop in one process: inner iterations, a reward that fails, advantages over ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mrg_r1.trainer as trainer
+from mrg_r1.config import load_recipe
+from mrg_r1.grpo.advantages import group_advantages
+from mrg_r1.policy.scoring import score_group
+from mrg_r1.reward.service import InProcessRewards
+from mrg_r1.reward.stage import RewardError, RewardStage
+from mrg_r1.rollout.decode import rollout
+from mrg_r1.tracking.log import Clock
+from mrg_r1.types import Experience, Rewards
+from tests.conftest import OneRank
+
+
+class PlainEngine:
+    """An engine of plain SGD: what `update` needs of one."""
+
+    accumulation = 1
+
+    def __init__(self, policy, rate=0.5):
+        self.policy = policy
+        self.optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=rate)
+
+    def __call__(self, *args):
+        return self.policy(*args)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def micro_step(self):
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def rewards_of(total):
+    return Rewards(total, {"a": total}, {"a": 1.0}, torch.zeros(*total.shape, 14, dtype=torch.long), [[None] * total.shape[1]] * len(total))
+
+
+@pytest.fixture
+def experience(lora_policy, studies, build):
+    prompts = build(lora_policy)(studies)
+    vision = lora_policy.encode_images(prompts)
+    done = rollout(lora_policy, prompts, vision, group_size=4, max_new_tokens=8, seed=0, step=0)
+    total = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
+    old = score_group(lora_policy, prompts, vision, done, micro_batch_size=16)
+    return Experience(prompts, vision, done, rewards_of(total), group_advantages(total), None, old)
+
+
+def recipe_of(world, tmp_path, *overrides):
+    return load_recipe(world.recipe(tmp_path / "run"), ["grpo.group_size=4", "engine.micro_batch_size=16", "grpo.beta=0", *overrides])
+
+
+def test_old_logp_stays_the_rollouts_in_every_inner_iteration(lora_policy, experience, world, tmp_path, monkeypatch):
+    """Trap 16: with mu 3 the ratio's denominator is the rollout's in all three, while the policy moves."""
+    olds, ratios = [], []
+    inner = trainer.grpo_loss
+
+    def recording(**arguments):
+        loss, metrics = inner(**arguments)
+        olds.append(arguments["old_logp"].clone())
+        ratios.append(float(metrics["ratio"][0] / metrics["ratio"][1]))
+        return loss, metrics
+
+    monkeypatch.setattr(trainer, "grpo_loss", recording)
+    before = experience.old_logp.clone()
+    recipe = recipe_of(world, tmp_path, "grpo.inner_iterations=3")
+    trainer.update(experience, recipe=recipe, engine=PlainEngine(lora_policy), ranks=OneRank())
+    assert len(olds) == 3 and all(torch.equal(old, before.view_as(old)) for old in olds)
+    assert ratios[0] == pytest.approx(1, abs=1e-6) and abs(ratios[2] - 1) > 1e-4
+
+
+def test_first_update_moves_towards_the_better_reports(lora_policy, experience, world, tmp_path):
+    """Trap 4: at ratio 1 the loss says nothing, but the gradient is alive: better reports become more probable, worse ones less."""
+    ids = experience.completions
+    logp = [score_group(lora_policy, experience.prompts, experience.vision, ids, micro_batch_size=16).sum(-1)]
+    once = replace(experience, old_logp=None)
+    metrics = trainer.update(once, recipe=recipe_of(world, tmp_path), engine=PlainEngine(lora_policy, rate=0.05), ranks=OneRank())
+    assert float(metrics["policy/ratio"][0] / metrics["policy/ratio"][1]) == pytest.approx(1, abs=1e-6)
+    logp.append(score_group(lora_policy, experience.prompts, experience.vision, ids, micro_batch_size=16).sum(-1))
+    change = (logp[1] - logp[0]).flatten()
+    assert torch.corrcoef(torch.stack([change, experience.advantages.flatten()]))[0, 1] > 0.5
+
+
+def test_truncated_completions_leave_the_loss_when_masked(lora_policy, experience, world, tmp_path):
+    experience.completions.ended[:] = False
+    metrics = trainer.update(
+        experience, recipe=recipe_of(world, tmp_path, "grpo.mask_truncated=true"), engine=PlainEngine(lora_policy), ranks=OneRank()
+    )
+    assert float(metrics["loss"][0]) == 0 and float(metrics["policy/entropy"][1]) == 0
+
+
+class BrokenLabeler:
+    def label(self, texts):
+        raise MemoryError("the labeler's device is full")
+
+
+def test_a_reward_that_fails_stops_the_step_and_names_the_studies(lora_policy, studies, build, world, tmp_path):
+    """Trap 22: never a silent zero."""
+    recipe = recipe_of(world, tmp_path)
+    stage = RewardStage(BrokenLabeler(), weights={"mccs": 1.0}, mode="plain")
+    prompts = build(lora_policy)(studies)
+
+    class Loader:
+        def batch(self, step):
+            return prompts
+
+    class FakeRun:
+        ranks, policy, directory = OneRank(), lora_policy, tmp_path
+
+    FakeRun.recipe = recipe
+    weights = torch.cat([p.detach().flatten() for p in lora_policy.parameters()])
+    with pytest.raises(RewardError, match="the labeler failed on the reports of studies a, b, c, d: MemoryError"):
+        trainer.grpo_step(
+            0, run=FakeRun(), engine=PlainEngine(lora_policy), loader=Loader(), rewards=InProcessRewards(stage), clock=Clock()
+        )
+    assert torch.equal(weights, torch.cat([p.detach().flatten() for p in lora_policy.parameters()]))
+
+
+def test_per_term_normalisation_keeps_a_term_alive_beside_a_saturated_one(world, tmp_path):
+    """Trap 24, the advantages' half: format is 1 for everyone, findings differ, and the advantage is the findings' own."""
+    findings = torch.tensor([[0.0, 0.2, 0.4, 0.6]])
+    judged = Rewards(
+        findings + 1, {"mccs": findings, "format": torch.ones(1, 4)}, {"mccs": 1.0, "format": 1.0}, torch.zeros(1, 4, 14), [[]]
+    )
+    for normalise in ("total", "per_term"):
+        advantages = trainer.global_advantages(judged, recipe_of(world, tmp_path, f"reward.normalise={normalise}"), OneRank())
+        torch.testing.assert_close(advantages, group_advantages(findings), atol=1e-3, rtol=0)
+
+
+def test_group_metrics_count_reports_and_groups():
+    total = torch.tensor([[0.5, 0.5], [0.0, 1.0]])
+    judged = rewards_of(total)
+    judged.report_texts = [["same", "same"], ["one", None]]
+    judged.labels[1, 0, 13] = 1
+
+    class Done:
+        ended = torch.tensor([[True, True], [True, False]])
+        lengths = torch.tensor([[3, 5], [4, 8]])
+
+    means = {name: float(total / count) for name, (total, count) in trainer.group_metrics(Done, judged).items()}
+    assert means["groups/zero_signal"] == 0.5 and means["groups/malformed"] == 0.25 and means["groups/truncated"] == 0.25
+    assert means["groups/distinct"] == 0.5 and means["groups/length"] == 5 and means["groups/no_finding"] == 0.25
+    assert means["reward/total"] == 0.5 and means["reward/a"] == 0.5
