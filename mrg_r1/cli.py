@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run")
     report.add_argument("--control", type=Path, metavar="RUN", help="a run to compare with, such as more SFT for the same time")
-    report.add_argument("--training-seconds", action="store_true", help="print only the seconds spent in training steps, for an equal-time control")
+    report.add_argument(
+        "--training-seconds", action="store_true", help="print only the seconds spent in training steps, for an equal-time control"
+    )
     report.set_defaults(run=_report)
     _add_page(commands)
     return parser
@@ -82,7 +84,7 @@ def _add_page(commands: Any) -> None:
         commands.add_parser,
         "page",
         help="a run as one HTML file",
-        description="Write RUN/page/index.html: curves, the clinical table and study cards in one file without network. Works while the run runs.\n"
+        description="Write RUN/page/index.html: curves, the clinical table and study cards in one file without network.\n"
         "It holds reports and radiographs: treat it as patient data.",
         examples="""
         mrg-r1 page runs/demo

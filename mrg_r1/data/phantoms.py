@@ -23,8 +23,8 @@ def write_phantoms(output: Path, *, preset: str, seed: int, side: int, splits: M
 
     Studies are numbered through the splits in their order, so that no two splits share one. The folder receives
     `images/SPLIT/ID.png`, `manifest.jsonl`, `contact_sheet.png`, `reports.csv` and `labels.csv` (`LABELER_TEXTS`
-    texts of no split and what they say, for `labeler train`; every other one says positive, negative, uncertain and nothing equally often), `heldout_reports.csv` and `heldout_labels.csv` (`HELD_OUT_TEXTS` texts in the
-    held-out wording, without images), and `prepare.json`, the settings.
+    texts of no split and what they say, for `labeler train`; every other one by `sample_balanced`), `heldout_reports.csv` and
+    `heldout_labels.csv` (`HELD_OUT_TEXTS` texts in the held-out wording), and `prepare.json`, the settings.
 
     Args:
         output: folder to write.

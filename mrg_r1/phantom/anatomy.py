@@ -228,7 +228,7 @@ def _axis(side: int) -> Floats:
 def _cage(chest: Chest, y: Floats) -> Floats:
     """[S, 1] inner half-width of the rib cage: a superellipse from the apex down to the widest point."""
     above = np.clip((np.float32(WIDEST) - y) / np.float32(WIDEST - APEX), 0, 1)
-    return np.float32(chest.half_width) * np.sqrt(1 - above**np.float32(2.3)).astype(np.float32)
+    return np.float32(chest.half_width) * np.sqrt(1 - above ** np.float32(2.3)).astype(np.float32)
 
 
 def _medial(chest: Chest, y: Floats) -> Floats:

@@ -84,10 +84,7 @@ def sample_study(preset: str, seed: int, index: int, *, wording: str = "train") 
     for i, observation in enumerate(FIVE_FINDINGS):
         drawn[observation] = int(present[i])
         said[observation] = _say(bool(present[i]), float(speech[i]))
-    drawn.append(_no_finding(drawn))
-    said.append(_no_finding(said))
-    report = write_report(said, sample_traits(seed, index), keyed_generator(seed, index, WORDING_STREAM), wording=wording)
-    return PhantomStudy(index, tuple(drawn), tuple(said), report, f"phantom-{seed}-{index:06d}")
+    return _spoken(drawn, said, seed, index, wording)
 
 
 def sample_balanced(preset: str, seed: int, index: int, *, wording: str = "train") -> PhantomStudy:
@@ -103,6 +100,11 @@ def sample_balanced(preset: str, seed: int, index: int, *, wording: str = "train
     for observation, state in zip(FIVE_FINDINGS, choices, strict=True):
         said[observation] = _STATES[state]
     drawn: list[int | None] = [int(value in (1, -1)) for value in said]
+    return _spoken(drawn, said, seed, index, wording)
+
+
+def _spoken(drawn: list[int | None], said: list[int | None], seed: int, index: int, wording: str) -> PhantomStudy:
+    """The study of 13 drawn and 13 said values, with No Finding and the words."""
     drawn.append(_no_finding(drawn))
     said.append(_no_finding(said))
     report = write_report(said, sample_traits(seed, index), keyed_generator(seed, index, WORDING_STREAM), wording=wording)

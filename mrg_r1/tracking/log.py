@@ -89,7 +89,9 @@ class RunLog:
         pace = (time.monotonic() - self._began) / (step - self._first + 1)
         parts = [f"{title} {_short(metrics[name])}" for title, name in _LINE.items() if metrics.get(name) is not None]
         left = int(pace * (self.steps - step - 1))
-        self.console.print(f"step {step + 1}/{self.steps}  {'  '.join(parts)}  {left // 60}:{left % 60:02d} left", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"step {step + 1}/{self.steps}  {'  '.join(parts)}  {left // 60}:{left % 60:02d} left", highlight=False, soft_wrap=True
+        )
 
     def say(self, text: str) -> None:
         """One line on the terminal."""
