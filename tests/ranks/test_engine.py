@@ -49,7 +49,7 @@ def oracle(directory: Path, images: Path, aggregation: str) -> tuple[float, floa
     }[aggregation]()
     loss.backward()
     norm = torch.sqrt(sum(p.grad.square().sum() for p in policy.parameters() if p.grad is not None))
-    return float(loss), float(norm)
+    return loss.item(), norm.item()
 
 
 @pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])

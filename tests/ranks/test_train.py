@@ -70,7 +70,7 @@ def test_members_of_a_group_stand_together_with_their_terms(pool, world, tmp_pat
         ["grpo.inner_iterations=2", "grpo.minibatches=2", "grpo.aggregation=dapo"],
         ["grpo.ratio=sequence", "grpo.clip_low=3e-4", "grpo.clip_high=4e-4", "grpo.advantage_scale=batch"],
         ["reward.normalise=per_term", "grpo.advantage_scale=batch", "grpo.correction=tis"],
-        ["grpo.beta=0", "grpo.advantage_scale=none", "grpo.aggregation=dr_grpo", "grpo.mask_truncated=true"],
+        ["grpo.beta=0", "grpo.advantage_scale=none", "grpo.aggregation=dr_grpo"],
         ["grpo.max_resample=2", "reward.weights={mccs: 1.0}", "rollout.temperature=0.7", "policy.gradient_checkpointing=true"],
         ["prompt.mode=think", "reward.weights={mccs: 0.75, format: 0.25}", "reward.format=graded", "policy.dtype=bfloat16"],
         ["reward.weights={ce_f1: 1.0, bleu4: 0.5, rouge_l: 0.5, ccs: 0.1}", "engine.deepspeed=ds_configs/zero1.json"],
@@ -89,3 +89,11 @@ def test_every_switch_of_the_method_runs(pool, world, tmp_path, overrides):
     elif len(overrides) and "grpo.inner_iterations=2" not in overrides:
         assert row["policy/kl"] == pytest.approx(0, abs=1e-6)  # LoRA's B is 0 at the start
     assert row["policy/grad_norm"] >= 0
+
+
+def test_a_step_whose_completions_are_all_truncated_and_masked_changes_nothing(pool, world, tmp_path):
+    """A random policy hardly ever ends in 8 tokens: nothing is kept anywhere, the loss is 0 and not 0 / 0."""
+    run = tmp_path / "run"
+    pool.run("train", recipe=str(world.recipe(run)), overrides=["steps=1", "evaluation.test=false", "grpo.mask_truncated=true"])
+    (row,) = metrics(run)
+    assert row["groups/truncated"] == 1 and row["loss"] == 0 and row["policy/grad_norm"] == 0 and row["policy/entropy"] is None
