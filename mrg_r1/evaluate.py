@@ -173,18 +173,19 @@ def write_evaluation(directory: Path, name: str, result: dict[str, Any], predict
 def evaluation_table(result: dict[str, Any], title: str) -> Table:
     """Every definition with its interval, beside the baselines."""
     table = Table(title=f"{title}: F1 by definition, {result['n']} studies" + (", rendered phantoms" if result["rendered"] else ""))
-    table.add_column("definition")
-    for name in ("precision", "recall", "F1", "95 % interval", "constant normal", "blank", "random train", "references"):
-        table.add_column(name, justify="right")
+    table.add_column("definition", no_wrap=True)
+    for name in ("P", "R", "F1", "95 % of F1", "normal", "blank", "random", "itself"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.caption = "right, the F1 of baselines: every report No Finding; every report blank; a random training report; the references against themselves"
     for name, score in result["definitions"].items():
         compared = [result["baselines"][key] for key in ("constant_normal", "blank", "random_train", "reference")]
         low, high = score["f1_ci"]
         table.add_row(
             name,
             *(f"{score[key]:.3f}" for key in ("precision", "recall", "f1")),
-            f"{low:.3f} to {high:.3f}",
+            f"{low:.3f}-{high:.3f}",
             *("-" if entry is None else f"{entry[name]['f1']:.3f}" for entry in compared),
         )
     for name, score in result.get("truth", {}).items():
-        table.add_row(f"{name} (drawn truth)", *(f"{score[key]:.3f}" for key in ("precision", "recall", "f1")), *["-"] * 5)
+        table.add_row(f"{name} (truth)", *(f"{score[key]:.3f}" for key in ("precision", "recall", "f1")), *["-"] * 5)
     return table

@@ -62,7 +62,8 @@ class RunLog:
         start_step: int = 0,
     ) -> None:
         self.directory, self.active, self.steps = directory, active, steps
-        self.console = Console(stderr=True, quiet=not active)
+        # a pipe or a log file has no width: wide enough for the closing table
+        self.console = Console(stderr=True, quiet=not active, width=None if sys.stderr.isatty() else 120)
         self._wandb: Any = None
         self._began = time.monotonic()
         self._first: int | None = None
