@@ -176,7 +176,7 @@ def evaluation_table(result: dict[str, Any], title: str) -> Table:
     table.add_column("definition", no_wrap=True)
     for name in ("P", "R", "F1", "95 % of F1", "normal", "blank", "random", "itself"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.caption = "right, the F1 of baselines: every report No Finding; every report blank; a random training report; the references against themselves"
+    table.caption = "right: F1 of every report No Finding, every report blank, a random training report, the references against themselves"
     for name, score in result["definitions"].items():
         compared = [result["baselines"][key] for key in ("constant_normal", "blank", "random_train", "reference")]
         low, high = score["f1_ci"]
