@@ -140,17 +140,17 @@ def labeler(phantoms: Path) -> Path:
 
 def test_label_writes_one_row_a_report_in_order(phantoms: Path, labeler: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "labels.csv"
-    assert cli.main(["label", str(phantoms / "reports.csv"), "--labeler", str(labeler), "-o", str(output)]) == 0
-    assert list(read_labels_csv(output)) == list(read_reports_csv(phantoms / "reports.csv"))
+    assert cli.main(["label", str(phantoms / "heldout_reports.csv"), "--labeler", str(labeler), "-o", str(output)]) == 0
+    assert list(read_labels_csv(output)) == list(read_reports_csv(phantoms / "heldout_reports.csv"))
 
 
 def test_score_labels_reports_where_it_is_given_reports(
     capsys: pytest.CaptureFixture[str], phantoms: Path, labeler: Path, tmp_path: Path
 ) -> None:
-    reports = phantoms / "reports.csv"
+    reports = phantoms / "heldout_reports.csv"
     code, out, _ = run(capsys, "score", reports, reports, "--labeler", labeler, "--train", reports, "--json", tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert code == 0 and scores["n"] == 40 and scores["labeler"]["name"] == labeler.name
+    assert code == 0 and scores["n"] == 400 and scores["labeler"]["name"] == labeler.name
     # a file against itself: whatever the labeler reads, micro F1 is 1 (or 0 if it reads no positive at all)
     assert scores["definitions"]["r2gen_micro14"]["f1"] in (0.0, 1.0)
     assert scores["baselines"]["random_train"].keys() == DEFINITIONS and scores["random_train_reason"] is None

