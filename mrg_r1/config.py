@@ -161,7 +161,11 @@ class EngineSection(_Section):
     deepspeed: Path = Field(
         Path("ds_configs/zero2.json"), description="DeepSpeed configuration; `auto` values are filled in from the recipe. ours"
     )
-    micro_batch_size: int = Field(8, ge=1, description="Completions (SFT: studies) a forward pass on each rank. ours")
+    micro_batch_tokens: int = Field(
+        8192,
+        ge=1,
+        description="Tokens of one forward and backward pass on a rank: prompts, once a study, and completions. ours",
+    )
 
 
 class EvaluationSection(_Section):

@@ -111,8 +111,7 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
     if recipe.policy.gradient_checkpointing:
-        policy.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy.base.enable_input_require_grads()
+        policy.checkpoint_gradients()
     words = PromptWords(
         instruction=recipe.prompt.words,
         show_view=recipe.prompt.show_view,
@@ -140,10 +139,9 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     )
 
 
-def build_engine(run: Run, *, rows: int) -> Engine:
-    """DeepSpeed around the policy; `rows` are those of one optimizer step on one rank."""
+def build_engine(run: Run) -> Engine:
+    """DeepSpeed around the policy."""
     recipe = run.recipe
-    micro = recipe.engine.micro_batch_size
     return Engine(
         run.policy,
         ranks=run.ranks,
@@ -153,8 +151,6 @@ def build_engine(run: Run, *, rows: int) -> Engine:
         weight_decay=recipe.optimizer.weight_decay,
         betas=recipe.optimizer.betas,
         max_grad_norm=recipe.optimizer.max_grad_norm,
-        accumulation=-(-rows // micro),
-        micro_batch_size=micro,
         warmup_steps=recipe.optimizer.warmup_steps,
         schedule=recipe.optimizer.schedule,
         total_steps=recipe.steps,

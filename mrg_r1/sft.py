@@ -19,6 +19,7 @@ from mrg_r1.labels.observations import NO_FINDING
 from mrg_r1.phantom.wording import think_text
 from mrg_r1.policy.adapters import add_lora, save_adapter
 from mrg_r1.policy.load import save_policy
+from mrg_r1.policy.scoring import micro_batches
 from mrg_r1.report_format import target_text
 from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run
 from mrg_r1.tracking.log import Clock
@@ -27,7 +28,6 @@ from mrg_r1.types import Study
 
 def sft_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, clock: Clock) -> dict[str, tuple[Tensor, Tensor]]:
     """One optimizer step on this rank's share of the batch. Returns metrics as (sum, count) pairs."""
-    micro = run.recipe.engine.micro_batch_size
     with clock.phase("load"):
         prompts = loader.batch(step)
         targets = [target_ids(run, study) for study in loader.studies_of(step)]
@@ -39,13 +39,15 @@ def sft_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, clock:
         tokens = float(run.ranks.sum(mask.sum()))
     total = torch.zeros((), dtype=torch.float64)
     with clock.phase("update"):
-        for rows in torch.arange(len(ids)).split(micro):
+        budget, own = run.recipe.engine.micro_batch_tokens, torch.arange(len(ids))
+        passes = max(run.ranks.gather(len(micro_batches(prompts, mask, own, token_budget=budget))))  # ranks meet in each
+        plan = micro_batches(prompts, mask, own, token_budget=budget, at_least=passes)
+        for number, rows in enumerate(plan):
             part = prompts.select(rows.tolist()).to(run.ranks.device)
             part_ids, part_mask = ids[rows].to(run.ranks.device), mask[rows].to(run.ranks.device)
             study_of_row = torch.arange(len(part), device=run.ranks.device)
             logp, _ = engine(part, run.policy.encode_images(part), part_ids, part_mask, study_of_row)
-            engine.backward(-logp.sum() / tokens)
-            engine.micro_step()
+            engine.backward(-logp.sum() / tokens, last=number + 1 == len(plan))
             total -= logp.detach().double().sum().cpu()
     return {"loss": (total, mask.sum()), "sft/target_tokens": (mask.sum(), torch.tensor(float(len(targets))))}
 
@@ -90,7 +92,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
         else:
             run.policy.requires_grad_(True)
-        engine = build_engine(run, rows=recipe.sft.batch_size // ranks.world_size)
+        engine = build_engine(run)
         record = load_checkpoint(engine, run.directory / "checkpoints") or {"step": 0, "best": None, "seconds": {}, "stopped": None}
     start, best, stopped = record["step"], record["best"], record["stopped"]
     clock.add(record["seconds"])  # of the run before it was interrupted

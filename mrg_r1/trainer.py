@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mrg_r1.evaluate import short_summary
 from mrg_r1.grpo.advantages import batch_moments, group_advantages, per_term_advantages, std_of_moments, zero_signal
 from mrg_r1.grpo.loss import Metrics, grpo_loss, loss_denominator, merge_metrics
 from mrg_r1.policy.adapters import add_lora, reference, restore_adapter, save_adapter
-from mrg_r1.policy.scoring import score_group
+from mrg_r1.policy.scoring import micro_batches, score_group
 from mrg_r1.reward.service import InProcessRewards, RewardService
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.resample import resample_groups
@@ -30,7 +31,7 @@ from mrg_r1.types import Completions, Experience, Rewards
 def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewards: RewardService, clock: Clock) -> dict[str, Any]:
     """One step: B studies in, one or more updates of the policy out. Returns this rank's metrics as (sum, count) pairs."""
     recipe, policy = run.recipe, run.policy
-    grpo, micro = recipe.grpo, recipe.engine.micro_batch_size
+    grpo, budget = recipe.grpo, recipe.engine.micro_batch_tokens
 
     with clock.phase("load"):
         prompts = loader.batch(step).to(run.ranks.device)  # B studies, on this rank
@@ -51,10 +52,10 @@ def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewar
     reference_logp = old_logp = None
     if grpo.beta > 0:
         with clock.phase("reference"), reference(policy):  # adapters off, while the labeler works
-            reference_logp = score_group(policy, prompts, vision, completions, micro_batch_size=micro)
+            reference_logp = score_group(policy, prompts, vision, completions, token_budget=budget)
     if grpo.inner_iterations * grpo.minibatches > 1:
         with clock.phase("old"):  # later updates need the rollout's log-probs; a single one has them at hand (trap 16)
-            old_logp = score_group(policy, prompts, vision, completions, micro_batch_size=micro)
+            old_logp = score_group(policy, prompts, vision, completions, token_budget=budget)
     with clock.phase("reward"):
         judged = rewards.result(ticket)  # terms and total, [B, G]
         advantages = global_advantages(judged, recipe, run.ranks).to(policy.device)  # [B, G]
@@ -69,7 +70,7 @@ def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewar
 
 
 def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ranks) -> Metrics:
-    """`inner_iterations` passes over the rollout, each in `minibatches` optimizer steps, each in micro-batches of rows."""
+    """`inner_iterations` passes over the rollout, each in `minibatches` optimizer steps, each in passes of `micro_batch_tokens`."""
     grpo, done = recipe.grpo, experience.completions
     length = done.token_ids.shape[2]
     ids, mask, sampled = (tensor.view(-1, length) for tensor in (done.token_ids, done.mask, done.logp))  # [R, C]
@@ -79,16 +80,16 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
     old, ref = (None if tensor is None else tensor.view(-1, length) for tensor in (experience.old_logp, experience.reference_logp))
     study_of_row = torch.arange(len(experience.prompts), device=ids.device).repeat_interleave(grpo.group_size)
 
+    scored = done.mask.view(-1, length)
     minibatches = torch.arange(len(ids), device=ids.device).chunk(grpo.minibatches)
     local = torch.stack([loss_denominator(mask[rows], grpo.aggregation).cpu() for rows in minibatches])
     denominators = ranks.sum(local).tolist()  # so that every loss is a global mean (trap 5)
+    plans = equal_plans(experience, minibatches, token_budget=recipe.engine.micro_batch_tokens, ranks=ranks)
     parts: list[Metrics] = []
     for _ in range(grpo.inner_iterations):
-        for rows, denominator in zip(minibatches, denominators, strict=True):
-            for part in rows.split(recipe.engine.micro_batch_size):
-                logp, entropy = engine(
-                    experience.prompts, experience.vision, ids[part], done.mask.view(-1, length)[part], study_of_row[part]
-                )
+        for plan, denominator in zip(plans, denominators, strict=True):
+            for number, part in enumerate(plan):
+                logp, entropy = engine(experience.prompts, experience.vision, ids[part], scored[part], study_of_row[part])
                 loss, metrics = grpo_loss(
                     logp=logp,
                     old_logp=None if old is None else old[part],
@@ -106,15 +107,33 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
                     correction=grpo.correction,
                     tis_cap=grpo.correction_cap,
                 )
-                engine.backward(loss)
-                engine.micro_step()
+                engine.backward(loss, last=number + 1 == len(plan))
                 kept = mask[part].sum().double()
                 metrics["entropy"] = (entropy.masked_fill(~mask[part], 0.0).double().sum(), kept)
                 # a share of the global loss: summed over micro-batches and ranks, counted once an update and not once a rank
-                metrics["loss"] = (loss.detach().double(), torch.tensor(1.0 / (engine.accumulation * ranks.world_size)))
+                metrics["loss"] = (loss.detach().double(), torch.tensor(1.0 / (len(plan) * ranks.world_size)))
                 parts.append(metrics)
     names = {"loss": "loss", "logp_gap": "sampling/logp_gap", "logp_gap_max": "sampling/logp_gap_max"}
     return {names.get(name, f"policy/{name}"): pair for name, pair in merge_metrics(parts).items()}
+
+
+def equal_plans(experience: Experience, minibatches: Sequence[Tensor], *, token_budget: int, ranks: Ranks) -> list[list[Tensor]]:
+    """The forward passes of each minibatch as tensors of rows: as many on every rank, which meet in each backward pass."""
+    done = experience.completions
+    mask = done.mask.flatten(0, 1)
+    study_of_row = torch.arange(len(done.mask), device=mask.device).repeat_interleave(done.mask.shape[1])
+
+    def plans(counts: Sequence[int]) -> list[list[Tensor]]:
+        return [
+            [
+                rows[part]
+                for part in micro_batches(experience.prompts, mask[rows], study_of_row[rows], token_budget=token_budget, at_least=count)
+            ]
+            for rows, count in zip(minibatches, counts, strict=True)
+        ]
+
+    mine = [len(plan) for plan in plans([1] * len(minibatches))]
+    return plans([max(counts) for counts in zip(*ranks.gather(mine), strict=True)])
 
 
 def global_advantages(judged: Rewards, recipe: Recipe, ranks: Ranks) -> Tensor:
@@ -165,8 +184,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
 
     with clock.phase("start"):
         add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
-        rows = recipe.grpo.studies_per_step // ranks.world_size * recipe.grpo.group_size // recipe.grpo.minibatches
-        engine = build_engine(run, rows=rows)
+        engine = build_engine(run)
         record = load_checkpoint(engine, run.directory / "checkpoints") or {"step": 0, "best": None, "seconds": {}}
     start, best = record["step"], record["best"]
     clock.add(record["seconds"])  # of the run before it was interrupted

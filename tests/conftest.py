@@ -123,7 +123,7 @@ class World:
                     "reward": {"labeler": str(self.folder / "labeler"), "weights": {"mccs": 0.75, "length": 0.25, "format": 0.0}},
                     "optimizer": {"learning_rate": 1e-2},
                     "sft": {"batch_size": 4},
-                    "engine": {"micro_batch_size": 4},
+                    "engine": {"micro_batch_tokens": 96},
                     "evaluation": {"batch_size": 8, "bootstrap_samples": 100},
                     "tracking": {"wandb": "off"},
                     "checkpoint": {"every": 2},

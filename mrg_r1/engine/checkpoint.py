@@ -119,12 +119,8 @@ def _create_optimizer_state(engine: Engine) -> None:
     kept = [(group["lr"], group["weight_decay"]) for group in groups]
     for group in groups:
         group["lr"], group["weight_decay"] = 0.0, 0.0
-    for _ in range(engine.accumulation):
-        nothing = sum(
-            (parameter.float().sum() * 0.0 for parameter in engine.trainable.values()), torch.zeros((), device=engine.ranks.device)
-        )
-        engine.backward(nothing)
-        engine.micro_step()
+    nothing = sum((parameter.float().sum() * 0.0 for parameter in engine.trainable.values()), torch.zeros((), device=engine.ranks.device))
+    engine.backward(nothing, last=True)
     for group, (rate, decay) in zip(groups, kept, strict=True):
         group["lr"], group["weight_decay"] = rate, decay
 

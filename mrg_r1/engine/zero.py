@@ -26,7 +26,6 @@ class Engine:
     Args:
         module: the policy; its parameters that require gradients are trained.
         config: path of a DeepSpeed configuration, stage 1 or 2.
-        accumulation: backward passes in one optimizer step, the same on every rank.
 
     Raises:
         ValueError: a configuration that contradicts the recipe, or a ZeRO stage that is not supported; names file and key.
@@ -43,8 +42,6 @@ class Engine:
         weight_decay: float,
         betas: tuple[float, float],
         max_grad_norm: float,
-        accumulation: int,
-        micro_batch_size: int,
         warmup_steps: int = 0,
         schedule: Schedule = "constant",
         total_steps: int = 1,
@@ -53,7 +50,6 @@ class Engine:
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.ranks = ranks
-        self.accumulation = accumulation
         self.learning_rate, self.warmup_steps, self.schedule, self.total_steps = learning_rate, warmup_steps, schedule, total_steps
         self.trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         if not self.trainable:
@@ -61,9 +57,10 @@ class Engine:
         filled = fill_config(
             config,
             {
-                "train_micro_batch_size_per_gpu": micro_batch_size,
-                "gradient_accumulation_steps": accumulation,
-                "train_batch_size": micro_batch_size * accumulation * ranks.world_size,
+                # Micro-batches are cut by tokens, so that their number changes from step to step: `backward` says which is the last.
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "train_batch_size": ranks.world_size,
                 "gradient_clipping": max_grad_norm,
                 "bf16.enabled": dtype == torch.bfloat16,
             },
@@ -76,16 +73,14 @@ class Engine:
         """The module's forward, with whatever ZeRO needs around it."""
         return self._engine(*args, **kwargs)
 
-    def backward(self, loss_share: Tensor) -> None:
-        """Add the gradient of this micro-batch's share of the *global* loss.
+    def backward(self, loss_share: Tensor, *, last: bool) -> None:
+        """Add the gradient of this micro-batch's share of the *global* loss; the `last` of an optimizer step updates the weights.
 
-        DeepSpeed divides by the accumulation steps and averages over ranks; a share is already divided by the global count, so
-        both are undone here, and nowhere else.
+        Every rank must make equally many calls before its last one: ZeRO-2 and 3 meet in each. DeepSpeed averages over ranks; a share
+        is already divided by the global count, so that is undone here, and nowhere else.
         """
-        self._engine.backward(loss_share * (self.accumulation * self.ranks.world_size))
-
-    def micro_step(self) -> None:
-        """Close one backward pass; the last of an accumulation updates the weights."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss_share * self.ranks.world_size)
         self._engine.step()
 
     def grad_norm(self) -> float:

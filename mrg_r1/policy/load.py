@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from mrg_r1.policy.plain import score_rows
 from mrg_r1.policy.positions import RotaryPositions
 from mrg_r1.policy.scoring import score_completions
 from mrg_r1.policy.vision import encode_images
@@ -38,6 +39,7 @@ class Policy(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.temperature = temperature
+        self.recompute = False  # gradient checkpointing
         config = self.base.config
         self.image_token_id: int = config.image_token_id
         self.positions = RotaryPositions(config.image_token_id, config.vision_config.spatial_merge_size)
@@ -83,14 +85,22 @@ class Policy(nn.Module):
         Returns:
             [..., vocabulary] float32, divided by the temperature, -inf at banned ids.
         """
-        logits = self.base.lm_head(hidden).float() / self.temperature
+        logits: Tensor = self.base.lm_head(hidden).float()
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
         return logits.masked_fill(self.banned, float("-inf"))
 
     def forward(
         self, prompts: Prompts, vision: VisionFeatures, token_ids: Tensor, mask: Tensor, study_of_row: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of completions; see `scoring.score_completions`."""
-        return score_completions(self, prompts, vision, token_ids, mask, study_of_row)
+        score = score_rows if self.base.lm_head.weight.requires_grad else score_completions  # all parameters trained, or LoRA
+        return score(self, prompts, vision, token_ids, mask, study_of_row)
+
+    def checkpoint_gradients(self) -> None:
+        """Keep each layer's input only and compute the rest again in the backward pass."""
+        self.recompute = True
+        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def load_policy(path: Path, *, dtype: torch.dtype, attention: str = "sdpa", temperature: float = 1.0) -> Policy:

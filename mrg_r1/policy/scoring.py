@@ -1,17 +1,24 @@
-"""Log-probs of completions under the policy: the teacher-forced pass behind old, reference and training log-probs."""
+"""Log-probs of completions under the policy: the teacher-forced pass behind old, reference and training log-probs.
+
+A study's prompt is computed once for all of its completions that are in the pass (`attention.SharedPrefixAttention`); `plain.py`
+is the same by the checkpoint's own modules with the prompt once a completion, and what this is tested against.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mrg_r1.policy.vision import embed_prompts
+from mrg_r1.policy.language import LanguageModel
+from mrg_r1.policy.packing import pack, plan_micro_batches
 from mrg_r1.types import Completions, Prompts, VisionFeatures
 
 if TYPE_CHECKING:
     from mrg_r1.policy.load import Policy
+
+_CHUNK_ELEMENTS = 2**26  # logits held at a time, 256 MiB in float32: 441 tokens of a vocabulary of 152,064
 
 
 def score_completions(
@@ -20,53 +27,94 @@ def score_completions(
     """Log-prob of each completion token given its study's prompt and the tokens before it.
 
     Args:
-        prompts, vision: B studies.
-        token_ids: [R, C] int64 completions of any of these studies, padded on the right.
-        mask: [R, C] bool, True on real tokens (EOS included).
+        prompts, vision: studies; those without a completion in `study_of_row` cost nothing.
+        token_ids: [R, C] int64 completions, padded on the right.
+        mask: [R, C] bool, True on real tokens (EOS included): a prefix of each row, which may be empty.
         study_of_row: [R] int64, the study in 0..B-1 that each completion belongs to.
 
     Returns:
         logp [R, C] float32 and entropy [R, C] float32 (nats, detached), both 0 where masked, of the distribution that
         `Policy.next_token_logits` defines: the same one that the rollout samples from (trap 2).
     """
-    length = int(mask.sum(dim=1).max()) if mask.any() else 1  # columns that are padding in every row cost nothing
-    ids, kept = token_ids[:, :length], mask[:, :length]
-    prompt_embeddings = embed_prompts(policy, prompts, vision)[study_of_row]  # [R, P, H]
-    steps = torch.arange(length - 1, device=ids.device)
-    positions = prompts.next_position[study_of_row, None] + steps  # [R, length - 1]; text goes on after the prompt
-    hidden = policy.language_model(
-        # the last token predicts nothing that is scored, so it is never an input
-        inputs_embeds=torch.cat([prompt_embeddings, policy.language_model.embed_tokens(ids[:, :-1])], dim=1),
-        attention_mask=torch.cat([prompts.attention_mask[study_of_row], kept[:, :-1].long()], dim=1),
-        position_ids=torch.cat([prompts.position_ids[:, study_of_row], positions.expand(3, -1, -1)], dim=2),
-        use_cache=False,
-    ).last_hidden_state[:, -length:]  # [R, length, H]; the last prompt token predicts the first completion token
-    logp, entropy = token_logp(policy, hidden[kept], ids[kept])
-    return _scatter(logp, kept, token_ids.shape), _scatter(entropy, kept, token_ids.shape)
+    lengths, study_list = mask.sum(dim=1).tolist(), study_of_row.tolist()
+    rows = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: (study_list[row], lengths[row]))
+    if not rows:
+        return torch.zeros(mask.shape, device=mask.device), torch.zeros(mask.shape, device=mask.device)
+    studies = sorted({study_list[row] for row in rows})
+    inputs = [[token_ids[row, : lengths[row] - 1] for row in rows if study_list[row] == study] for study in studies]
+    language = LanguageModel.read(policy)
+    packed = pack(policy, language, prompts.select(studies), vision.select(studies), inputs)
+    hidden = language.forward(packed.embeddings, packed.layout, recompute=policy.recompute and torch.is_grad_enabled())
+
+    # A first token is predicted by the prompt's last. A product with a 0/1 matrix copies a study's state to each of its completions,
+    # and its gradient adds them up in a fixed order, which indexing does not do on a GPU.
+    slots = torch.tensor([studies.index(study_list[row]) for row in rows], device=hidden.device)
+    firsts = torch.nn.functional.one_hot(slots, len(studies)).to(hidden.dtype) @ hidden[: len(studies)]
+    columns = token_ids.shape[1]
+    places = [torch.tensor([row * columns for row in rows])] + [torch.arange(1, lengths[row]) + row * columns for row in rows]
+    index = torch.cat(places).to(hidden.device)  # of each prediction in [R * C]
+    logp, entropy = token_logp(policy, torch.cat([firsts, hidden[len(studies) :]]), token_ids.flatten()[index])
+    empty = torch.zeros(mask.numel(), device=hidden.device)
+    return empty.index_copy(0, index, logp).view(mask.shape), empty.index_copy(0, index, entropy).view(mask.shape)
 
 
 def token_logp(policy: Policy, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, H] hidden states and [T] ids -> [T] log-probs (with gradient) and [T] entropies (without)."""
-    log_probs = policy.next_token_logits(hidden).log_softmax(dim=-1)
-    with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs.masked_fill(policy.banned, 0.0)).sum(dim=-1)
-    return log_probs.gather(1, ids.unsqueeze(1)).squeeze(1), entropy
+    """[T, H] hidden states and [T] ids -> [T] log-probs (with gradient) and [T] entropies (without), a chunk of tokens at a time."""
+    logp, entropy = _TokenLogp.apply(hidden, ids, policy, torch.is_grad_enabled() and hidden.requires_grad)
+    return logp, entropy
+
+
+class _TokenLogp(torch.autograd.Function):
+    """Log-softmax through a frozen head that never holds more than a chunk of tokens times the vocabulary.
+
+    The gradient of a log-prob with respect to its hidden state, (W[id] - sum_v p_v W[v]) / temperature, does not depend on what the
+    loss will make of it: it is taken while the chunk's probabilities are there, so that the head is not run again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, ids: Tensor, policy: Policy, gradient: bool) -> tuple[Tensor, Tensor]:
+        head = policy.base.lm_head.weight
+        logp = torch.empty(len(ids), device=hidden.device)
+        entropy = torch.empty(len(ids), device=hidden.device)
+        jacobian = torch.empty_like(hidden) if gradient else None
+        for part in torch.arange(len(ids)).split(max(1, _CHUNK_ELEMENTS // len(head))):
+            chunk = slice(int(part[0]), int(part[-1]) + 1)
+            log_probs = policy.next_token_logits(hidden[chunk]).log_softmax(dim=-1)
+            logp[chunk] = log_probs.gather(1, ids[chunk].unsqueeze(1)).squeeze(1)
+            probs = log_probs.exp()
+            entropy[chunk] = -(probs * log_probs.masked_fill_(policy.banned, 0.0)).sum(dim=-1)
+            if jacobian is not None:
+                expected = probs.to(head.dtype) @ head
+                torch.sub(head[ids[chunk]], expected, out=jacobian[chunk]).div_(policy.temperature)
+        ctx.save_for_backward(jacobian)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+        (jacobian,) = ctx.saved_tensors
+        return jacobian * grad.unsqueeze(1).to(jacobian.dtype), None, None, None
 
 
 @torch.no_grad()
-def score_group(policy: Policy, prompts: Prompts, vision: VisionFeatures, completions: Completions, *, micro_batch_size: int) -> Tensor:
-    """[B, G, C] float32 log-probs without gradient, in micro-batches of rows; for the reference and the old policy."""
+def score_group(policy: Policy, prompts: Prompts, vision: VisionFeatures, completions: Completions, *, token_budget: int) -> Tensor:
+    """[B, G, C] float32 log-probs without gradient, in passes of at most `token_budget` tokens; for the reference and the old policy."""
     studies, group, length = completions.token_ids.shape
     ids, mask = completions.token_ids.view(-1, length), completions.mask.view(-1, length)
     study_of_row = torch.arange(studies, device=ids.device).repeat_interleave(group)
-    pieces = [
-        score_completions(policy, prompts, vision, ids[rows], mask[rows], study_of_row[rows])[0]
-        for rows in torch.arange(len(ids), device=ids.device).split(micro_batch_size)
-    ]
-    return torch.cat(pieces).view(studies, group, length)
+    logp = torch.zeros(mask.shape, device=ids.device)
+    for rows in micro_batches(prompts, mask, study_of_row, token_budget=token_budget):
+        logp[rows] = score_completions(policy, prompts, vision, ids[rows], mask[rows], study_of_row[rows])[0]
+    return logp.view(studies, group, length)
 
 
-def _scatter(values: Tensor, kept: Tensor, shape: torch.Size) -> Tensor:
-    """Put [T] values back at the True places of kept [R, length], in a zero tensor of `shape` [R, C]."""
-    full = torch.zeros(shape, dtype=values.dtype, device=values.device)
-    return full.masked_scatter(torch.nn.functional.pad(kept, (0, shape[1] - kept.shape[1])), values)
+def micro_batches(prompts: Prompts, mask: Tensor, study_of_row: Tensor, *, token_budget: int, at_least: int = 1) -> list[Tensor]:
+    """Rows of [R, C] `mask` cut into passes by `plan_micro_batches`; each [rows of the pass] int64."""
+    plan = plan_micro_batches(
+        prompts.attention_mask.sum(dim=1).tolist(),
+        mask.sum(dim=1).tolist(),
+        study_of_row.tolist(),
+        token_budget=token_budget,
+        at_least=at_least,
+    )
+    return [torch.tensor(rows, device=mask.device) for rows in plan]

@@ -46,7 +46,7 @@ def test_sampled_logp_equals_scored_logp_equals_plain_forward(lora_policy, studi
     prompts = build(lora_policy)(studies)
     rolled_out(lora_policy, prompts.select([1, 2]), length=5)  # a rollout of another batch size leaves nothing behind
     vision, completions = rolled_out(lora_policy, prompts)
-    scored = score_group(lora_policy, prompts, vision, completions, micro_batch_size=5)
+    scored = score_group(lora_policy, prompts, vision, completions, token_budget=120)
     banned = [3, 4, 5, 6, 7]  # <|vision_start|> … <|video_pad|> in the order in which the tiny tokenizer lists them
     with torch.no_grad():
         plain = plain_forward_logp(lora_policy, prompts, completions, banned=banned, temperature=temperature)
@@ -59,7 +59,7 @@ def test_logp_follows_its_study_when_prompts_are_permuted_and_sliced(lora_policy
     """Trap 10: pixels must not drift from their prompts."""
     prompts = build(lora_policy)(studies)
     vision, completions = rolled_out(lora_policy, prompts)
-    whole = score_group(lora_policy, prompts, vision, completions, micro_batch_size=100)
+    whole = score_group(lora_policy, prompts, vision, completions, token_budget=10000)
     order = [2, 0, 3, 1]
     shuffled = prompts.select(order)
     assert shuffled.study_ids == ["c", "a", "d", "b"]
@@ -104,7 +104,7 @@ def test_ratio_is_one_with_dropout_configured_and_modes_toggled(lora_policy, stu
     prompts = build(lora_policy)(studies)
     lora_policy.eval()
     vision, completions = rolled_out(lora_policy, prompts)
-    old = score_group(lora_policy, prompts, vision, completions, micro_batch_size=4)
+    old = score_group(lora_policy, prompts, vision, completions, token_budget=100)
     lora_policy.train()
     length = completions.token_ids.shape[2]
     new, _ = lora_policy(
@@ -117,13 +117,13 @@ def test_ratio_is_one_with_dropout_configured_and_modes_toggled(lora_policy, stu
 def test_reference_is_bitwise_the_base_model(lora_policy, studies, build, tiny_policy_directory):
     prompts = build(lora_policy)(studies)
     vision, completions = rolled_out(lora_policy, prompts)
-    with_adapter = score_group(lora_policy, prompts, vision, completions, micro_batch_size=6)
+    with_adapter = score_group(lora_policy, prompts, vision, completions, token_budget=130)
     with reference(lora_policy):
-        off = score_group(lora_policy, prompts, vision, completions, micro_batch_size=6)
+        off = score_group(lora_policy, prompts, vision, completions, token_budget=130)
     from mrg_r1.policy.load import load_policy
 
     base = load_policy(tiny_policy_directory, dtype=torch.float32)
-    plain = score_group(base, prompts, base.encode_images(prompts), completions, micro_batch_size=6)
+    plain = score_group(base, prompts, base.encode_images(prompts), completions, token_budget=130)
     assert torch.equal(off, plain)
     assert (with_adapter - off).abs().max() > 1e-2
 

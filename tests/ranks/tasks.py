@@ -79,7 +79,6 @@ def update_on_ranks(ranks: Ranks, *, directory: str, images: str, recipe: str, o
     settings = load_recipe(Path(recipe), overrides)
     policy = fixed_policy(directory)
     experience = fixed_experience(policy, directory, images, [2 * ranks.rank, 2 * ranks.rank + 1])
-    micro = settings.engine.micro_batch_size
     engine = Engine(
         policy,
         ranks=ranks,
@@ -89,8 +88,6 @@ def update_on_ranks(ranks: Ranks, *, directory: str, images: str, recipe: str, o
         weight_decay=0.0,
         betas=(0.9, 0.95),
         max_grad_norm=1e9,
-        accumulation=-(-2 * GROUP // micro),
-        micro_batch_size=micro,
     )
     losses, norms = [], []
     for _ in range(2):
@@ -117,8 +114,6 @@ def save_and_load(ranks: Ranks, *, directory: str, images: str, recipe: str, che
             weight_decay=0.01,
             betas=(0.9, 0.95),
             max_grad_norm=1.0,
-            accumulation=1,
-            micro_batch_size=8,
         )
         return engine, experience, settings
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mrg_r1.policy.plain import score_rows
 from tests.ranks.tasks import GROUP, fixed_experience, fixed_policy
 
 pytestmark = pytest.mark.ranks
@@ -29,7 +30,9 @@ def oracle(directory: Path, images: Path, aggregation: str) -> tuple[float, floa
     done = experience.completions
     length = done.token_ids.shape[2]
     rows_of = torch.arange(4).repeat_interleave(GROUP)
-    logp, _ = policy(experience.prompts, experience.vision, done.token_ids.view(-1, length), done.mask.view(-1, length), rows_of)
+    logp, _ = score_rows(
+        policy, experience.prompts, experience.vision, done.token_ids.view(-1, length), done.mask.view(-1, length), rows_of
+    )
     old, ref = experience.old_logp.reshape(-1, length), experience.reference_logp.reshape(-1, length)
     rows, tokens = [], []
     for row in range(4 * GROUP):
@@ -54,15 +57,19 @@ def oracle(directory: Path, images: Path, aggregation: str) -> tuple[float, floa
 
 @pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
 def test_loss_and_gradient_are_the_same_however_the_batch_is_cut(pool, tiny_policy_directory, tmp_path, aggregation):
-    """Trap 5: two ranks of unequal token counts, micro-batches of 8, 3 and 1, ZeRO 1 and 2, against one process and its own formula."""
+    """Trap 5: two ranks of unequal token counts, one pass, a few, one a completion, ZeRO 1 and 2, against one process and the naive pass."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(out=tmp_path))
     images = tmp_path / "images"
     loss, norm = oracle(tiny_policy_directory, images, aggregation)
     weights = []
-    cuts = [(8, 2), (3, 2), (1, 2), (8, 1)] if aggregation == "grpo" else [(3, 2)]
-    for micro, stage in cuts:
-        overrides = [f"engine.micro_batch_size={micro}", f"engine.deepspeed=ds_configs/zero{stage}.json", f"grpo.aggregation={aggregation}"]
+    cuts = [(10_000, 2), (70, 2), (1, 2), (10_000, 1), (70, 1)] if aggregation == "grpo" else [(70, 2)]
+    for budget, stage in cuts:
+        overrides = [
+            f"engine.micro_batch_tokens={budget}",
+            f"engine.deepspeed=ds_configs/zero{stage}.json",
+            f"grpo.aggregation={aggregation}",
+        ]
         answers = pool.run(
             "update_on_ranks", directory=str(tiny_policy_directory), images=str(images), recipe=str(recipe), overrides=overrides
         )

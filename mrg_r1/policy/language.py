@@ -1,0 +1,275 @@
+"""The language model of Qwen2.5-VL as raw tensors: what rollout and scoring run instead of the checkpoint's modules.
+
+The weights stay where they are; this is a reading of them. Projections that share an input are one matrix, LoRA has a gradient of
+its own that never forms a full weight's, and the layers take packed tokens, so that a prompt is computed once for its group.
+Source of the architecture: Qwen2.5-VL (arXiv 2502.13923); that it equals transformers' modules is tested, not assumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mrg_r1.policy.attention import Layout, SharedPrefixAttention
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA pair and the rows of a projection's output that it adds to."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [rows, r]
+    rows: slice
+    scale: float
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One or several linear layers of the same input as one matrix, with their LoRA."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+    adapters: tuple[Adapter, ...] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        if not self.adapters:
+            return F.linear(x, self.weight, self.bias)
+        pairs = [tensor for adapter in self.adapters for tensor in (adapter.a, adapter.b)]
+        result: Tensor = _LoraLinear.apply(x, self, *pairs)
+        return result
+
+    def merged(self) -> Projection:
+        """The same with LoRA added in, in new memory: the policy's own weights are never touched."""
+        weight = self.weight.clone()
+        for adapter in self.adapters:
+            weight[adapter.rows].addmm_(adapter.b, adapter.a, alpha=adapter.scale)
+        return Projection(weight, self.bias)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x W' + b + scale * (x A') B' for frozen W and b; the gradients of A and B by thin products only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, projection: Projection, *pairs: Tensor) -> Tensor:
+        inner = x @ torch.cat(pairs[::2]).t()  # [T, sum of ranks]
+        y = F.linear(x, projection.weight, projection.bias)
+        for adapter, b, part in zip(projection.adapters, pairs[1::2], _ranks(inner, pairs), strict=True):
+            y[:, adapter.rows].addmm_(part, b.t(), alpha=adapter.scale)
+        ctx.save_for_backward(x, inner, *pairs)
+        ctx.projection = projection
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, *pairs = ctx.saved_tensors
+        d_inner, d_b = torch.empty_like(inner), []
+        for adapter, b, part, d_part in zip(
+            ctx.projection.adapters, pairs[1::2], _ranks(inner, pairs), _ranks(d_inner, pairs), strict=True
+        ):
+            share = grad[:, adapter.rows]
+            d_part.copy_(share @ b).mul_(adapter.scale)
+            d_b.append((share.t() @ part).mul_(adapter.scale))
+        d_a = (d_inner.t() @ x).split([a.shape[0] for a in pairs[::2]])
+        d_x = (grad @ ctx.projection.weight).addmm_(d_inner, torch.cat(pairs[::2])) if ctx.needs_input_grad[0] else None
+        return d_x, None, *(gradient for pair in zip(d_a, d_b, strict=True) for gradient in pair)
+
+
+def _ranks(inner: Tensor, pairs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """[T, sum of ranks] -> a view for each adapter."""
+    return inner.split([a.shape[0] for a in pairs[::2]], dim=1)
+
+
+class _Swiglu(torch.autograd.Function):
+    """silu(gate) * up of [T, 2 * intermediate]; keeps its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=1)
+        result = torch.empty_like(gate_up)
+        d_gate, d_up = result.chunk(2, dim=1)
+        torch.mul(grad, F.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
+        return result
+
+
+class _RmsNorm(torch.autograd.Function):
+    """x / rms(x) * weight with a frozen weight, float32 inside (arXiv 1910.07467)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, scale, weight = ctx.saved_tensors
+        normed, grad = x * scale, grad * weight.float()
+        mean = torch.linalg.vecdot(grad, normed).unsqueeze(-1).div_(x.shape[-1])
+        return torch.addcmul(grad, normed, mean, value=-1).mul_(scale).to(x.dtype), None, None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer."""
+
+    qkv: Projection
+    out: Projection
+    gate_up: Projection
+    down: Projection
+    norm_attention: Tensor  # [H]
+    norm_mlp: Tensor  # [H]
+
+    def merged(self) -> Layer:
+        return replace(self, qkv=self.qkv.merged(), out=self.out.merged(), gate_up=self.gate_up.merged(), down=self.down.merged())
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """The decoder's weights as they are now: read it anew after an update of adapters or a change between policy and reference."""
+
+    layers: tuple[Layer, ...]
+    norm: Tensor  # [H]
+    heads: int
+    head_size: int
+    epsilon: float
+    inverse_frequencies: Tensor  # [D / 2] float32
+    axis_of_frequency: Tensor  # [D / 2] int64: time, height or width
+
+    @classmethod
+    def read(cls, policy: Any) -> LanguageModel:
+        """The language model of a policy; its adapters as they stand, on or off.
+
+        Frozen projections that share an input are moved behind one another in memory once, and the modules' weights become views of
+        that: nothing is held twice.
+        """
+        model, config = policy.language_model, policy.base.config.text_config
+        layers = tuple(
+            Layer(
+                qkv=_projection([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
+                out=_projection([layer.self_attn.o_proj]),
+                gate_up=_projection([layer.mlp.gate_proj, layer.mlp.up_proj]),
+                down=_projection([layer.mlp.down_proj]),
+                norm_attention=layer.input_layernorm.weight,
+                norm_mlp=layer.post_attention_layernorm.weight,
+            )
+            for layer in model.layers
+        )
+        frequencies = model.rotary_emb.inv_freq.float()
+        sections = config.rope_parameters["mrope_section"]
+        return cls(
+            layers=layers,
+            norm=model.norm.weight,
+            heads=config.num_attention_heads,
+            head_size=2 * len(frequencies),
+            epsilon=config.rms_norm_eps,
+            inverse_frequencies=frequencies,
+            axis_of_frequency=torch.arange(3).repeat_interleave(torch.tensor(sections)).to(frequencies.device),
+        )
+
+    @property
+    def key_heads(self) -> int:
+        return (self.layers[0].qkv.weight.shape[0] // self.head_size - self.heads) // 2
+
+    def merged(self) -> LanguageModel:
+        """The same with LoRA folded into new matrices, for the rollout."""
+        return replace(self, layers=tuple(layer.merged() for layer in self.layers))
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """[3, T] multimodal positions -> cos and sin [T, 1, D / 2] float32 (Qwen2-VL, arXiv 2409.12191, section 2.1)."""
+        angles = positions[self.axis_of_frequency].t().float() * self.inverse_frequencies
+        return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        result: Tensor = _RmsNorm.apply(x, weight, self.epsilon)
+        return result
+
+    def mlp(self, layer: Layer, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H], the residual included."""
+        return x + layer.down(_Swiglu.apply(layer.gate_up(self.rms_norm(x, layer.norm_mlp))))
+
+    def forward(self, x: Tensor, layout: Layout, *, recompute: bool = False) -> Tensor:
+        """Run packed prompts and completions.
+
+        Args:
+            x: [T, H] embeddings in the order of `layout`.
+            recompute: gradient checkpointing: keep each layer's input only.
+
+        Returns:
+            [B + completion tokens, H] normalised hidden states: each prompt's last token, then every completion token.
+        """
+        for number in range(len(self.layers)):
+            x = checkpoint(self._layer, number, x, layout, use_reentrant=False) if recompute else self._layer(number, x, layout)
+        return self.rms_norm(x, self.norm)
+
+    def prompt_keys_values(self, x: Tensor, layout: Layout) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """The prefill: (keys, values), each [T, key heads, D], of every layer, and the last prompt tokens' hidden states [B, H]."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for number in range(len(self.layers)):
+            x = self._layer(number, x, layout, found)
+        return found, self.rms_norm(x, self.norm)
+
+    def _layer(self, number: int, x: Tensor, layout: Layout, found: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        layer, final = self.layers[number], number == len(self.layers) - 1
+        qkv = layer.qkv(self.rms_norm(x, layer.norm_attention)).view(len(x), -1, self.head_size)
+        attended: Tensor = SharedPrefixAttention.apply(qkv, layout, self.heads, final, found)
+        if final:  # past the last keys and values only the tokens that predict something go on
+            x = torch.cat([x[layout.last_prompt], x[layout.prompts.total :]])
+        return self.mlp(layer, x + layer.out(attended.flatten(1)))
+
+
+def _projection(modules: Sequence[Any]) -> Projection:
+    """Linear layers, wrapped by PEFT or not, as one projection; only adapters that are switched on take part."""
+    linears = [module.base_layer if isinstance(module, LoraLayer) else module for module in modules]
+    ends, start, adapters = [], 0, []
+    for module, linear in zip(modules, linears, strict=True):
+        ends.append(start + linear.weight.shape[0])
+        adapters += [
+            Adapter(module.lora_A[name].weight, module.lora_B[name].weight, slice(start, ends[-1]), module.scaling[name])
+            for name in _active(module)
+        ]
+        start = ends[-1]
+    biases = [linear.bias for linear in linears]
+    bias = None if biases[0] is None else torch.cat(biases) if len(biases) > 1 else biases[0]
+    return Projection(_one_matrix([linear.weight for linear in linears]), bias, tuple(adapters))
+
+
+def _active(module: Any) -> Iterator[str]:
+    if isinstance(module, LoraLayer) and not module.disable_adapters:
+        yield from (name for name in module.active_adapters if name in module.lora_A)
+
+
+def _one_matrix(weights: Sequence[Tensor]) -> Tensor:
+    """[sum of rows, in]: a view where the weights lie behind one another; frozen ones are moved there."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    if any(weight.requires_grad for weight in weights):
+        return torch.cat(list(weights))  # an optimizer holds them where they are
+    rows = [weight.shape[0] for weight in weights]
+    expected = first.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != expected or weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            fused = torch.cat([weight.data for weight in weights])
+            for target, part in zip(weights, fused.split(rows), strict=True):
+                target.data = part
+            return fused
+        expected += weight.numel() * weight.element_size()
+    return first.data.as_strided((sum(rows), first.shape[1]), (first.shape[1], 1))

@@ -1,0 +1,192 @@
+"""The decode step: one token for every row, over a prompt cache that a group shares and a static cache of its own.
+
+Rows stand in a rectangle [S studies, M members]; places without a row carry a dummy. Everything that a step reads and writes is a
+tensor of fixed shape, so that on a GPU a step is one CUDA graph, replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mrg_r1.policy.attention import rotate
+from mrg_r1.policy.language import LanguageModel, Layer
+from mrg_r1.rollout.sampling import sample_tokens
+
+Logits = Callable[[Tensor], Tensor]  # [R, H] -> [R, V] float32, the distribution that is sampled and scored
+_WIDTH_STEP = {"cpu": 16, "cuda": 128}  # own keys are read in multiples of this: a graph has one shape for many steps
+
+
+@dataclass
+class Answers:
+    """What was sampled, by row; the last row is the dummies'."""
+
+    token_ids: Tensor  # [R + 1, N] int64
+    logp: Tensor  # [R + 1, N] float32
+    mask: Tensor  # [R + 1, N] bool
+    ended: Tensor  # [R + 1] bool
+
+    @classmethod
+    def empty(cls, rows: int, length: int, *, pad_id: int, device: torch.device) -> Answers:
+        ended = torch.zeros(rows + 1, dtype=torch.bool, device=device)
+        ended[rows] = True
+        return cls(
+            token_ids=torch.full((rows + 1, length), pad_id, device=device),
+            logp=torch.zeros(rows + 1, length, device=device),
+            mask=torch.zeros(rows + 1, length, dtype=torch.bool, device=device),
+            ended=ended,
+        )
+
+
+class Decoder:
+    """Samples token after token for a rectangle of rows.
+
+    Args:
+        language: with LoRA merged.
+        embeddings: [V, H] of the vocabulary.
+        logits: hidden states to the logits that are sampled from.
+        prompt_cache: of each layer keys and values, each [S, key heads, P, D], prompts ending on the right.
+        prompt_mask: [S, P] bool, False on padding.
+        rows: [S, M] int64, the row of `answers` that each place writes; len(answers) - 1 in places without one.
+        next_position: [S] int64, the position of the first completion token.
+        uniforms: [R + 1, N] float64 in [0, 1), or None for the most probable token.
+        eos: [E] int64.
+    """
+
+    def __init__(
+        self,
+        language: LanguageModel,
+        *,
+        embeddings: Tensor,
+        logits: Logits,
+        prompt_cache: list[tuple[Tensor, Tensor]],
+        prompt_mask: Tensor,
+        rows: Tensor,
+        next_position: Tensor,
+        uniforms: Tensor | None,
+        eos: Tensor,
+        answers: Answers,
+    ) -> None:
+        self.language, self.embeddings, self.logits, self.eos = language, embeddings, logits, eos
+        self.uniforms, self.answers = uniforms, answers
+        self.length = answers.token_ids.shape[1]
+        # [S * key heads, D, P] and [S * key heads, P, D]: the layouts that the two products read
+        self.prompt_keys = [keys.transpose(2, 3).flatten(0, 1).contiguous() for keys, _ in prompt_cache]
+        self.prompt_values = [values.flatten(0, 1).contiguous() for _, values in prompt_cache]
+        self.prompt_bias = None if prompt_mask.all() else torch.where(prompt_mask, 0.0, float("-inf"))
+        self.rows = rows
+        self.next_position = next_position
+        places, device = rows.numel(), rows.device
+        shape = (places, language.key_heads, self.length, language.head_size)
+        self.own_keys = [torch.zeros(shape, dtype=keys.dtype, device=device) for keys, _ in prompt_cache]
+        self.own_values = [torch.zeros(shape, dtype=keys.dtype, device=device) for keys, _ in prompt_cache]
+        self.tokens = torch.zeros(places, dtype=torch.long, device=device)
+        self.step = torch.zeros(1, dtype=torch.long, device=device)  # the column that is written next
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph_shape: tuple[int, int] | None = None
+
+    def start(self, hidden: Tensor) -> None:
+        """Sample the first tokens from the prompts' last hidden states [S, H]."""
+        self._sample(hidden.repeat_interleave(self.rows.shape[1], dim=0))
+
+    def advance(self, written: int) -> None:
+        """One more token for every row, `written` of which are there already."""
+        unit = _WIDTH_STEP[self.rows.device.type]
+        width = min(self.length, -(-written // unit) * unit)
+        if not self.rows.is_cuda:
+            self._advance(width)
+            return
+        if self.graph_shape == (self.rows.numel(), width):
+            assert self.graph is not None
+            self.graph.replay()
+            return
+        self.graph = None
+        if self.graph_shape is not None and self.graph_shape[0] != self.rows.numel():
+            torch.cuda.synchronize()  # tensors of the graph before may be in use still
+        self._advance(width)  # the step itself, and the warm-up that capturing needs
+        self.graph_shape = (self.rows.numel(), width)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._advance(width)
+
+    def running(self) -> Tensor:
+        """[S, M] bool, the places whose row goes on."""
+        return ~self.answers.ended[self.rows]
+
+    def compact(self, running: Tensor) -> None:
+        """Drop studies and members that have ended: the rectangle becomes as small as the rows that run allow."""
+        members = int(running.sum(dim=1).max())
+        studies = running.any(dim=1).nonzero().squeeze(1)
+        order = running[studies].int().argsort(dim=1, descending=True, stable=True)[:, :members]  # running members first
+        rows = self.rows[studies].gather(1, order)
+        dummy = len(self.answers.ended) - 1
+        self.rows = torch.where(running[studies].gather(1, order), rows, dummy)
+        places = (studies.unsqueeze(1) * running.shape[1] + order).flatten()
+        heads = self.language.key_heads
+        blocks = (studies.unsqueeze(1) * heads + torch.arange(heads, device=studies.device)).flatten()
+        if len(studies) < len(running):
+            self.prompt_keys = [keys[blocks] for keys in self.prompt_keys]
+            self.prompt_values = [values[blocks] for values in self.prompt_values]
+            self.prompt_bias = None if self.prompt_bias is None else self.prompt_bias[studies]
+            self.next_position = self.next_position[studies]
+        self.own_keys = [keys[places] for keys in self.own_keys]
+        self.own_values = [values[places] for values in self.own_values]
+        self.tokens = self.tokens[places]
+
+    def _advance(self, width: int) -> None:
+        """Feed the last tokens, sample the next ones; own keys are read up to `width`."""
+        language, members = self.language, self.rows.shape[1]
+        position = (self.next_position + self.step - 1).repeat_interleave(members)  # of the tokens that are fed
+        cos, sin = language.rotation(position.expand(3, -1))
+        own_bias = torch.where(torch.arange(width, device=self.rows.device) < self.step, 0.0, float("-inf"))
+        x = F.embedding(self.tokens, self.embeddings)
+        for number, layer in enumerate(language.layers):
+            x = self._layer(number, layer, x, cos, sin, own_bias, width)
+        self._sample(language.rms_norm(x, language.norm))
+
+    def _layer(self, number: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, own_bias: Tensor, width: int) -> Tensor:
+        language, (studies, members) = self.language, self.rows.shape
+        heads, key_heads, size = language.heads, language.key_heads, language.head_size
+        share = heads // key_heads  # query heads of a key head
+        qkv = layer.qkv(language.rms_norm(x, layer.norm_attention)).view(len(x), -1, size)
+        qk = rotate(qkv[:, : heads + key_heads], cos, sin)
+        own_keys, own_values = self.own_keys[number], self.own_values[number]
+        own_keys.index_copy_(2, self.step - 1, qk[:, heads:].unsqueeze(2))
+        own_values.index_copy_(2, self.step - 1, qkv[:, heads + key_heads :].unsqueeze(2))
+
+        q = qk[:, :heads].reshape(-1, key_heads, share, size) * size**-0.5  # [S * M, K, share, D]
+        by_study = q.view(studies, members, key_heads, share, size).transpose(1, 2).reshape(studies * key_heads, members * share, size)
+        to_prompt = torch.bmm(by_study, self.prompt_keys[number])  # [S * K, M * share, P]: the prompt's keys are read once a study
+        if self.prompt_bias is not None:
+            to_prompt.view(studies, key_heads, members * share, -1).add_(self.prompt_bias[:, None, None].to(to_prompt.dtype))
+        to_own = torch.matmul(q, own_keys[:, :, :width].transpose(2, 3)) + own_bias.to(q.dtype)  # [S * M, K, share, width]
+        to_own = to_own.view(studies, members, key_heads, share, width).transpose(1, 2).reshape(len(by_study), -1, width)
+        weights = torch.cat([to_prompt, to_own], dim=2).softmax(dim=2, dtype=torch.float32).to(x.dtype)
+        seen = to_prompt.shape[2]
+        from_prompt = torch.bmm(weights[:, :, :seen], self.prompt_values[number])
+        own_weights = (
+            weights[:, :, seen:].view(studies, key_heads, members, share, width).transpose(1, 2).reshape(-1, key_heads, share, width)
+        )
+        from_own = torch.matmul(own_weights, own_values[:, :, :width])  # [S * M, K, share, D]
+        attended = from_prompt.view(studies, key_heads, members, share, size).transpose(1, 2).reshape(from_own.shape) + from_own
+        return language.mlp(layer, x + layer.out(attended.flatten(1)))
+
+    def _sample(self, hidden: Tensor) -> None:
+        answers, rows = self.answers, self.rows.flatten()
+        column = self.step.expand(len(rows))
+        log_probs = self.logits(hidden).log_softmax(dim=-1)  # [S * M, V]
+        if self.uniforms is None:
+            tokens = log_probs.argmax(dim=-1)
+        else:
+            tokens = sample_tokens(log_probs, self.uniforms[rows, column])
+        going = ~answers.ended[rows]  # the EOS itself is a token that was chosen, and is scored (trap 8)
+        answers.token_ids.index_put_((rows, column), torch.where(going, tokens, answers.token_ids[rows, column]))
+        answers.logp.index_put_((rows, column), log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1) * going)
+        answers.mask.index_put_((rows, column), going)
+        answers.ended.index_put_((rows,), ~going | (tokens.unsqueeze(1) == self.eos).any(dim=1))
+        self.tokens.copy_(tokens)
+        self.step += 1
