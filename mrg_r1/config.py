@@ -77,6 +77,11 @@ class PolicySection(_Section):
 
 class RolloutSection(_Section):
     max_new_tokens: int = Field(1024, ge=1, description="Longest completion. ours")
+    cache_tokens: int = Field(
+        262_144,
+        ge=1,
+        description="Tokens whose keys and values a rank holds while sampling (15 GB of a 7B model); more are sampled in parts. ours",
+    )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; the scoring passes divide by it too. ours")
     top_p: float = Field(1.0, description="Only 1 is allowed in training: the sampled and the scored distribution must be one. ours")
     top_k: int = Field(0, description="Only 0 is allowed in training, for the same reason. ours")

@@ -24,8 +24,10 @@ from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run
 from mrg_r1.tracking.completions import write_completions
-from mrg_r1.tracking.log import Clock
+from mrg_r1.tracking.log import Clock, RunLog
 from mrg_r1.types import Completions, Experience, Rewards
+
+LOGP_GAP_WARNING = 0.05  # nats; bf16 of a sound rollout is seen at 0.004 on average
 
 
 def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewards: RewardService, clock: Clock) -> dict[str, Any]:
@@ -38,7 +40,13 @@ def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewar
     with clock.phase("vision"):
         vision = policy.encode_images(prompts)  # once an image, reused by every pass below
     with clock.phase("rollout"):
-        sampling = {"group_size": grpo.group_size, "max_new_tokens": recipe.rollout.max_new_tokens, "seed": recipe.seed, "step": step}
+        sampling = {
+            "group_size": grpo.group_size,
+            "max_new_tokens": recipe.rollout.max_new_tokens,
+            "cache_tokens": recipe.rollout.cache_tokens,
+            "seed": recipe.seed,
+            "step": step,
+        }
         completions = rollout(policy, prompts, vision, **sampling)  # [B, G, C]
     with clock.phase("reward"):
         ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references)
@@ -216,12 +224,20 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
                 extra = {"best": best, "seconds": clock.totals, "seed": recipe.seed, "world_size": ranks.world_size}
                 save_checkpoint(engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep)
         log.log(step, metrics | clock.end_step())
+        warn_of_gap(log, step, metrics["sampling/logp_gap"], recipe.grpo.correction)
 
     loader.close()
     restore_adapter(run.policy, run.directory / "adapter")  # the best one, not the last
     with clock.phase("evaluation"):
         after = run.evaluate_test("test", title="evaluating after") if recipe.evaluation.test else None
     finish(run, log, clock, stage=engine.stage, before=before, after=after, best=best)
+
+
+def warn_of_gap(log: RunLog, step: int, gap: float | None, correction: str) -> None:
+    """Say where sampled and scored log-probs have come apart: the policy is then trained on samples of another one."""
+    if gap is not None and gap > LOGP_GAP_WARNING:
+        remedy = "grpo.correction=tis weights it out" if correction == "none" else "grpo.correction=tis weights what its cap allows"
+        log.say(f"step {step}: sampling/logp_gap {gap:.3f} nats a token on average, over {LOGP_GAP_WARNING}; {remedy}; float32 closes it")
 
 
 def keep_best(run: Run, best: dict[str, Any] | None, *, step: int, metrics: dict[str, Any]) -> dict[str, Any] | None:

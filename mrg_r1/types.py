@@ -118,6 +118,22 @@ class Completions:
         """[B, G] int64, tokens including the EOS."""
         return self.mask.sum(dim=-1)
 
+    @staticmethod
+    def join(parts: Sequence[Completions], *, pad_id: int) -> Completions:
+        """Completions of several batches of studies as those of one, padded to the longest."""
+        length = max(part.token_ids.shape[2] for part in parts)
+
+        def joined(tensors: list[Tensor], fill: float) -> Tensor:
+            return torch.cat([torch.nn.functional.pad(tensor, (0, length - tensor.shape[2]), value=fill) for tensor in tensors])
+
+        return Completions(
+            token_ids=joined([part.token_ids for part in parts], pad_id),
+            mask=joined([part.mask for part in parts], False),
+            logp=joined([part.logp for part in parts], 0.0),
+            ended=torch.cat([part.ended for part in parts]),
+            texts=[group for part in parts for group in part.texts],
+        )
+
 
 @dataclass
 class Rewards:

@@ -63,13 +63,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_runs: Runs, k_runs: Runs, *, causa
             q, k, v, q_runs.cumulative, k_runs.cumulative, q_runs.longest, k_runs.longest, 0.0, causal, False
         )
         return out, lse
-    out = torch.empty_like(q)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    outs, lses = [], []
     for queries, keys, count in _equal_runs(q_runs, k_runs):
-        piece, piece_lse = _forward(_heads_first(q[queries], count), *_expanded(k[keys], v[keys], count, q.shape[1]), causal)
-        out[queries] = piece.transpose(1, 2).reshape(-1, *q.shape[1:])
-        lse[:, queries] = piece_lse.transpose(0, 1).reshape(q.shape[1], -1)
-    return out, lse
+        piece, lse = _forward(_heads_first(q[queries], count), *_expanded(k[keys], v[keys], count, q.shape[1]), causal)
+        outs.append(piece.transpose(1, 2).reshape(-1, *q.shape[1:]))
+        lses.append(lse.transpose(0, 1).reshape(q.shape[1], -1))
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def attend_backward(

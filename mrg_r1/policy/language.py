@@ -100,10 +100,11 @@ class _Swiglu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=1)
-        result = torch.empty_like(gate_up)
+        result = torch.empty_like(gate_up)  # written in place: fresh memory costs more than the arithmetic
         d_gate, d_up = result.chunk(2, dim=1)
-        torch.mul(grad, F.silu(gate), out=d_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
+        torch.ops.aten.silu.out(gate, out=d_up).mul_(grad)
+        torch.mul(grad, up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
         return result
 
 
@@ -120,9 +121,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, scale, weight = ctx.saved_tensors
-        normed, grad = x * scale, grad * weight.float()
-        mean = torch.linalg.vecdot(grad, normed).unsqueeze(-1).div_(x.shape[-1])
-        return torch.addcmul(grad, normed, mean, value=-1).mul_(scale).to(x.dtype), None, None
+        grad, wide = grad * weight.float(), x.float()
+        mean = torch.linalg.vecdot(grad, wide).unsqueeze(-1).div_(x.shape[-1]).mul_(scale).mul_(scale)
+        return grad.addcmul_(wide, mean, value=-1).mul_(scale).to(x.dtype), None, None
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class LanguageModel:
 
     def mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """[T, H] -> [T, H], the residual included."""
-        return x + layer.down(_Swiglu.apply(layer.gate_up(self.rms_norm(x, layer.norm_mlp))))
+        return layer.down(_Swiglu.apply(layer.gate_up(self.rms_norm(x, layer.norm_mlp)))).add_(x)
 
     def forward(self, x: Tensor, layout: Layout, *, recompute: bool = False) -> Tensor:
         """Run packed prompts and completions.
@@ -232,7 +233,7 @@ class LanguageModel:
         attended: Tensor = SharedPrefixAttention.apply(qkv, layout, self.heads, final, found)
         if final:  # past the last keys and values only the tokens that predict something go on
             x = torch.cat([x[layout.last_prompt], x[layout.prompts.total :]])
-        return self.mlp(layer, x + layer.out(attended.flatten(1)))
+        return self.mlp(layer, layer.out(attended.flatten(1)).add_(x))
 
 
 def _projection(modules: Sequence[Any]) -> Projection:

@@ -31,30 +31,58 @@ def rollout(
     seed: int,
     step: int,
     attempt: int = 0,
+    cache_tokens: int | None = None,
 ) -> Completions:
     """Sample `group_size` reports a study.
+
+    Args:
+        cache_tokens: tokens whose keys and values are held at a time, prompts once a study and completions at full length; more are
+            sampled in parts, which changes nothing, since sampling is keyed. None: all studies together.
 
     Returns:
         Completions [B, G, C] with C at most `max_new_tokens`.
     """
-    uniforms = keyed_uniforms(
-        seed=seed, step=step, study_ids=prompts.study_ids, group_size=group_size, length=max_new_tokens, attempt=attempt
-    ).to(policy.device)
-    return _decode(policy, prompts, vision, group_size=group_size, max_new_tokens=max_new_tokens, uniforms=uniforms)
+    language = LanguageModel.read(policy).merged()
+    parts = []
+    for rows in _parts(prompts, own=group_size * max_new_tokens, cache_tokens=cache_tokens):
+        some = prompts if len(rows) == len(prompts) else prompts.select(rows)
+        uniforms = keyed_uniforms(
+            seed=seed, step=step, study_ids=some.study_ids, group_size=group_size, length=max_new_tokens, attempt=attempt
+        ).to(policy.device)
+        parts.append(_decode(policy, language, some, vision.select(rows), group_size, max_new_tokens, uniforms))
+    return parts[0] if len(parts) == 1 else Completions.join(parts, pad_id=policy.pad_id)
 
 
 @torch.no_grad()
 def greedy(policy: Policy, prompts: Prompts, vision: VisionFeatures, *, max_new_tokens: int) -> Completions:
     """The most probable next token each time: one report a study, [B, 1, C]; for evaluation."""
-    return _decode(policy, prompts, vision, group_size=1, max_new_tokens=max_new_tokens, uniforms=None)
+    return _decode(policy, LanguageModel.read(policy).merged(), prompts, vision, 1, max_new_tokens, None)
+
+
+def _parts(prompts: Prompts, *, own: int, cache_tokens: int | None) -> list[list[int]]:
+    """Studies in order, cut where another one's prompt and `own` completion tokens would exceed `cache_tokens`."""
+    parts: list[list[int]] = [[]]
+    used = 0
+    for study, tokens in enumerate(prompts.attention_mask.sum(dim=1).tolist()):
+        if parts[-1] and cache_tokens is not None and used + tokens + own > cache_tokens:
+            parts.append([])
+            used = 0
+        parts[-1].append(study)
+        used += tokens + own
+    return parts
 
 
 def _decode(
-    policy: Policy, prompts: Prompts, vision: VisionFeatures, *, group_size: int, max_new_tokens: int, uniforms: Tensor | None
+    policy: Policy,
+    language: LanguageModel,
+    prompts: Prompts,
+    vision: VisionFeatures,
+    group_size: int,
+    max_new_tokens: int,
+    uniforms: Tensor | None,
 ) -> Completions:
     studies, device = len(prompts), policy.device
     rows = studies * group_size
-    language = LanguageModel.read(policy).merged()
     packed = pack(policy, language, prompts, vision)
     found, hidden = language.prompt_keys_values(packed.embeddings, packed.layout)
     answers = Answers.empty(rows, max_new_tokens, pad_id=policy.pad_id, device=device)

@@ -173,7 +173,7 @@ class Decoder:
         )
         from_own = torch.matmul(own_weights, own_values[:, :, :width])  # [S * M, K, share, D]
         attended = from_prompt.view(studies, key_heads, members, share, size).transpose(1, 2).reshape(from_own.shape) + from_own
-        return language.mlp(layer, x + layer.out(attended.flatten(1)))
+        return language.mlp(layer, layer.out(attended.flatten(1)).add_(x))
 
     def _sample(self, hidden: Tensor) -> None:
         answers, rows = self.answers, self.rows.flatten()

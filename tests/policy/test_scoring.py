@@ -6,7 +6,10 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from mrg_r1.policy.adapters import reference
+from mrg_r1.policy import scoring
+from mrg_r1.policy.adapters import add_lora, reference
+from mrg_r1.policy.load import load_policy
+from mrg_r1.policy.plain import score_rows
 from mrg_r1.policy.scoring import score_completions, score_group
 from mrg_r1.rollout.decode import rollout
 
@@ -120,8 +123,6 @@ def test_reference_is_bitwise_the_base_model(lora_policy, studies, build, tiny_p
     with_adapter = score_group(lora_policy, prompts, vision, completions, token_budget=130)
     with reference(lora_policy):
         off = score_group(lora_policy, prompts, vision, completions, token_budget=130)
-    from mrg_r1.policy.load import load_policy
-
     base = load_policy(tiny_policy_directory, dtype=torch.float32)
     plain = score_group(base, prompts, base.encode_images(prompts), completions, token_budget=130)
     assert torch.equal(off, plain)
@@ -161,27 +162,101 @@ def test_entropy_is_that_of_the_sampled_distribution(policy, studies, build):
     assert torch.equal(entropy != 0, completions.mask.view(-1, length))
 
 
+def gradient_of(policy, arguments, *, score=None):
+    """Log-probs and the gradient of a weighted sum of them."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = None
+    logp, entropy = policy(*arguments) if score is None else score(policy, *arguments)
+    (logp * torch.sin(torch.arange(logp.numel()).float()).view(logp.shape)).sum().backward()
+    return logp.detach(), entropy, torch.cat([p.grad.float().flatten() for p in trained])
+
+
+def ragged(policy, prompts):
+    """Eleven completions of four studies in no order: an empty one, single tokens, equal and unequal lengths, a study with one."""
+    lengths = torch.tensor([13, 1, 5, 0, 7, 7, 2, 13, 4, 1, 3])
+    ids = torch.randint(8, 300, (11, 13), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(13) < lengths[:, None]
+    return prompts, policy.encode_images(prompts), ids, mask, torch.tensor([1, 0, 1, 2, 3, 3, 0, 1, 3, 1, 0])
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_shared_prefix_equals_the_naive_pass(lora_policy, studies, build, temperature):
+    """Trap 13: log-probs, entropies and gradients on ragged groups, one and two images of unequal size, grouped-query attention."""
+    lora_policy.temperature = temperature
+    arguments = ragged(lora_policy, build(lora_policy)(studies))
+    naive, naive_entropy, naive_gradient = gradient_of(lora_policy, arguments, score=score_rows)
+    logp, entropy, gradient = gradient_of(lora_policy, arguments)
+    assert torch.equal(logp != 0, arguments[3])
+    torch.testing.assert_close(logp, naive, atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, naive_entropy, atol=1e-5, rtol=0)
+    assert (gradient - naive_gradient).norm() / naive_gradient.norm() < 1e-5
+
+
+def test_shared_prefix_in_bf16_is_as_near_to_fp32_as_the_naive_pass(tiny_policy_directory, studies, build):
+    """bf16 rounds, so two bf16 passes differ; neither may be farther from the fp32 pass than the other by much."""
+
+    def passes(dtype):
+        policy = load_policy(tiny_policy_directory, dtype=dtype)
+        add_lora(policy, rank=4, alpha=8, seed=0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        arguments = ragged(policy, build(policy)(studies))
+        return [gradient_of(policy, arguments, score=score) for score in (None, score_rows)]
+
+    (exact, _, exact_gradient), _ = passes(torch.float32)
+    errors, gradient_errors = [], []
+    for logp, _, gradient in passes(torch.bfloat16):
+        errors.append((logp - exact).abs().mean())
+        gradient_errors.append((gradient - exact_gradient).norm() / exact_gradient.norm())
+    assert errors[0] < 0.05 and errors[0] < 1.5 * errors[1]
+    assert gradient_errors[0] < 0.1 and gradient_errors[0] < 1.5 * gradient_errors[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_log_softmax_equals_the_whole_one(tiny_policy_directory, monkeypatch, dtype):
+    """Trap 14: forward and backward, a chunk of 3 tokens against autograd through everything at once."""
+    policy = load_policy(tiny_policy_directory, dtype=dtype, temperature=0.7)
+    hidden = torch.randn(10, 64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    ids = torch.randint(8, 300, (10,), generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(10, generator=torch.Generator().manual_seed(2))
+    whole = policy.next_token_logits(hidden).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    (wanted,) = torch.autograd.grad((whole * weights).sum(), hidden)
+    monkeypatch.setattr(scoring, "_CHUNK_ELEMENTS", 3 * len(policy.banned))
+    logp, _ = scoring.token_logp(policy, hidden, ids)
+    (found,) = torch.autograd.grad((logp * weights).sum(), hidden)
+    torch.testing.assert_close(logp, whole, atol=1e-6, rtol=0)
+    assert wanted.norm() > 0
+    assert (found - wanted).float().norm() / wanted.float().norm() < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
 def test_gradient_checkpointing_gives_the_same_gradient(lora_policy, studies, build):
-    """Trap 17, the gradient's half."""
+    """Trap 17: with and without recomputation; and the rollout in training mode is the same, its cache never off."""
     prompts = build(lora_policy)(studies)
-    vision, completions = rolled_out(lora_policy, prompts)
-    length = completions.token_ids.shape[2]
-    trained = [p for p in lora_policy.parameters() if p.requires_grad]
+    arguments = ragged(lora_policy, prompts)
     lora_policy.train()
-    gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            lora_policy.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            lora_policy.base.enable_input_require_grads()
-        for parameter in trained:
-            parameter.grad = None
-        logp, _ = lora_policy(
-            prompts, vision, completions.token_ids.view(-1, length), completions.mask.view(-1, length), torch.arange(4).repeat_interleave(3)
-        )
-        logp.sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in trained]))
-    assert gradients[0].norm() > 0
-    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+    _, _, without = gradient_of(lora_policy, arguments)
+    _, before = rolled_out(lora_policy, prompts)
+    lora_policy.checkpoint_gradients()
+    _, _, with_it = gradient_of(lora_policy, arguments)
+    _, after = rolled_out(lora_policy, prompts)
+    assert without.norm() > 0 and torch.equal(with_it, without)
+    assert torch.equal(before.token_ids, after.token_ids) and torch.equal(before.logp, after.logp)
+
+
+def test_recomputation_keeps_less_for_the_backward_pass(lora_policy, studies, build):
+    arguments = ragged(lora_policy, build(lora_policy)(studies))
+    kept = []
+    for recompute in (False, True):
+        lora_policy.recompute = recompute
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t):
+            lora_policy(*arguments)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.5 * kept[0]
 
 
 def test_positions_are_those_of_the_model(policy, studies, build):

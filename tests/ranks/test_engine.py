@@ -57,7 +57,7 @@ def oracle(directory: Path, images: Path, aggregation: str) -> tuple[float, floa
 
 @pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
 def test_loss_and_gradient_are_the_same_however_the_batch_is_cut(pool, tiny_policy_directory, tmp_path, aggregation):
-    """Trap 5: two ranks of unequal token counts, one pass, a few, one a completion, ZeRO 1 and 2, against one process and the naive pass."""
+    """Trap 5: two ranks of unequal token counts, a batch in one pass to one a row, ZeRO 1 and 2, against the naive pass in one process."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(out=tmp_path))
     images = tmp_path / "images"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mrg_r1.rollout import decode
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.rollout.sampling import keyed_uniforms, sample_tokens
@@ -137,3 +138,95 @@ def test_a_token_of_probability_zero_is_not_drawn_at_the_ends(uniform):
     log_probs = torch.tensor([[0.0, 1 / 3, 1 / 3, 1 / 3, 0.0]]).log()
     drawn = int(sample_tokens(log_probs, torch.tensor([uniform], dtype=torch.float64)))
     assert drawn == (1 if uniform == 0 else 3)
+
+
+def generate_greedily(policy, prompts, length):
+    """The most probable tokens by transformers' own `generate`, a study at a time: shares no code with the rollout."""
+    banned = policy.banned.nonzero().flatten().tolist()
+    rows = []
+    for b in range(len(prompts)):
+        one = prompts.select([b])
+        kept = one.attention_mask[0].bool()
+        ids = one.input_ids[:, kept]
+        out = policy.base.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == policy.image_token_id).int(),
+            pixel_values=one.pixel_values,
+            image_grid_thw=one.image_grid_thw,
+            do_sample=False,
+            repetition_penalty=1.0,
+            suppress_tokens=banned,
+            max_new_tokens=length,
+            eos_token_id=policy.eos_ids,
+            pad_token_id=policy.pad_id,
+        )
+        rows.append(out[0, ids.shape[1] :].tolist())
+    return rows
+
+
+@pytest.mark.parametrize("name", ["policy", "lora_policy"])
+def test_greedy_equals_transformers_generate(request, studies, build, name):
+    """Forty tokens: over several widths of the static cache, ragged prompts, two images of unequal size."""
+    chosen = request.getfixturevalue(name)
+    prompts = build(chosen)(studies)
+    best = greedy(chosen, prompts, chosen.encode_images(prompts), max_new_tokens=40)
+    expected = generate_greedily(chosen, prompts, 40)
+    assert [best.token_ids[b, 0][best.mask[b, 0]].tolist() for b in range(4)] == expected
+    assert max(map(len, expected)) > 20
+
+
+def eager_to_end(policy, chance=3.0):
+    """Rows end early and at different tokens."""
+    head = policy.next_token_logits
+
+    def logits(hidden):
+        found = head(hidden)
+        found[:, policy.eos_ids] += chance
+        return found
+
+    policy.next_token_logits = logits
+
+
+def test_compaction_changes_nothing(lora_policy, studies, build, monkeypatch):
+    """Dropping rows that have ended: the same tokens, and the same log-probs but for the order of sums."""
+    eager_to_end(lora_policy)
+    prompts = build(lora_policy)(studies)
+    compactions, inner = [], decode.Decoder.compact
+
+    def counted(decoder, running):
+        compactions.append((running.numel(), int(running.sum())))
+        inner(decoder, running)
+
+    monkeypatch.setattr(decode.Decoder, "compact", counted)
+    answers = []
+    for share in (0.0, 0.75, 0.999):
+        monkeypatch.setattr(decode, "_COMPACT_BELOW", share)
+        answers.append(sample(lora_policy, prompts, group_size=6, max_new_tokens=40))
+        if share == 0.0:
+            assert not compactions
+    assert len(compactions) > 8
+    lengths = answers[0].lengths
+    assert lengths.min() < 4 and lengths.max() > 20
+    for other in answers[1:]:
+        assert torch.equal(other.token_ids, answers[0].token_ids) and torch.equal(other.mask, answers[0].mask)
+        torch.testing.assert_close(other.logp, answers[0].logp, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("cache_tokens", [1, 120, 250])
+def test_a_rollout_in_parts_is_the_whole_one(lora_policy, studies, build, cache_tokens):
+    eager_to_end(lora_policy)
+    prompts = build(lora_policy)(studies)
+    whole = sample(lora_policy, prompts)
+    parts = sample(lora_policy, prompts, cache_tokens=cache_tokens)
+    assert torch.equal(parts.token_ids, whole.token_ids) and torch.equal(parts.ended, whole.ended) and parts.texts == whole.texts
+    torch.testing.assert_close(parts.logp, whole.logp, atol=2e-6, rtol=0)
+
+
+def test_keys_and_values_are_held_for_as_many_tokens_as_allowed(lora_policy, studies, build):
+    prompts = build(lora_policy)(studies)
+    tokens = prompts.attention_mask.sum(dim=1).tolist()
+    parts = decode._parts(prompts, own=40, cache_tokens=tokens[0] + tokens[1] + 80)
+    assert parts[0] == [0, 1] and [study for part in parts for study in part] == [0, 1, 2, 3]
+    assert decode._parts(prompts, own=40, cache_tokens=None) == [[0, 1, 2, 3]]
+    assert decode._parts(prompts, own=40, cache_tokens=1) == [[0], [1], [2], [3]]
