@@ -198,7 +198,9 @@ class LanguageModel:
         return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """[..., H] -> [..., H]."""
+        """[..., H] -> [..., H]; torch's fused kernel, but for gradients on the CPU, where there is none."""
+        if x.is_cuda or not torch.is_grad_enabled():
+            return F.rms_norm(x, (x.shape[-1],), weight, self.epsilon)
         result: Tensor = _RmsNorm.apply(x, weight, self.epsilon)
         return result
 

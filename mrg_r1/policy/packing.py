@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,30 +30,32 @@ def pack(
     language: LanguageModel,
     prompts: Prompts,
     vision: VisionFeatures,
-    completions: Sequence[Sequence[Tensor]] = (),
+    completions: Mapping[int, Sequence[Tensor]] | None = None,
 ) -> Packed:
     """
     Args:
-        prompts, vision: B studies, all of which are packed.
-        completions: B lists of id tensors, each [length - 1]; none for a prefill.
+        prompts, vision: B studies.
+        completions: the studies to pack, in this order, each with id tensors [length - 1]; None packs every prompt (a prefill).
     """
     device, width = prompts.input_ids.device, prompts.input_ids.shape[1]
-    lengths = prompts.attention_mask.sum(dim=1).tolist()
-    completions = completions or [[] for _ in lengths]
-    prompt_ids = torch.cat([ids[width - length :] for ids, length in zip(prompts.input_ids, lengths, strict=True)])
-    own = [ids for group in completions for ids in group]
-    positions = [prompts.position_ids[:, b, width - length :] for b, length in enumerate(lengths)]
+    groups = dict.fromkeys(range(len(prompts)), ()) if completions is None else completions
+    all_lengths = prompts.attention_mask.sum(dim=1).tolist()
+    lengths = [all_lengths[b] for b in groups]
+    prompt_ids = torch.cat([prompts.input_ids[b, width - all_lengths[b] :] for b in groups])
+    own = [ids for group in groups.values() for ids in group]
+    positions = [prompts.position_ids[:, b, width - all_lengths[b] :] for b in groups]
     longest = torch.arange(max((len(ids) for ids in own), default=0), device=device)
-    for b, group in enumerate(completions):  # text goes on after the prompt
+    for b, group in groups.items():  # text goes on after the prompt
         positions += [(prompts.next_position[b] + longest[: len(ids)]).expand(3, -1) for ids in group]
     embeddings = policy.language_model.embed_tokens(torch.cat([prompt_ids, *own]))
     at_images = torch.zeros(len(embeddings), 1, dtype=torch.bool, device=device)
     at_images[: len(prompt_ids), 0] = prompt_ids == policy.image_token_id
-    embeddings = embeddings.masked_scatter(at_images, torch.cat(vision.per_study).to(embeddings.dtype))
+    features = torch.cat([vision.per_study[b] for b in groups])
+    embeddings = embeddings.masked_scatter(at_images, features.to(embeddings.dtype))
     cos, sin = language.rotation(torch.cat(positions, dim=1))
     layout = Layout(
         prompts=Runs(tuple(lengths), device),
-        groups=Runs(tuple(sum(len(ids) for ids in group) for group in completions), device),
+        groups=Runs(tuple(sum(len(ids) for ids in group) for group in groups.values()), device),
         completions=Runs(tuple(len(ids) for ids in own), device),
         cos=cos,
         sin=sin,

@@ -41,9 +41,9 @@ def score_completions(
     if not rows:
         return torch.zeros(mask.shape, device=mask.device), torch.zeros(mask.shape, device=mask.device)
     studies = sorted({study_list[row] for row in rows})
-    inputs = [[token_ids[row, : lengths[row] - 1] for row in rows if study_list[row] == study] for study in studies]
+    inputs = {study: [token_ids[row, : lengths[row] - 1] for row in rows if study_list[row] == study] for study in studies}
     language = LanguageModel.read(policy)
-    packed = pack(policy, language, prompts.select(studies), vision.select(studies), inputs)
+    packed = pack(policy, language, prompts, vision, inputs)
     hidden = language.forward(packed.embeddings, packed.layout, recompute=policy.recompute and torch.is_grad_enabled())
 
     # A first token is predicted by the prompt's last. A product with a 0/1 matrix copies a study's state to each of its completions,
