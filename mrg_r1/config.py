@@ -82,6 +82,11 @@ class RolloutSection(_Section):
         ge=1,
         description="Tokens whose keys and values a rank holds while sampling (15 GB of a 7B model); more are sampled in parts. ours",
     )
+    reuse_prefill: bool = Field(
+        False,
+        description="Keep the prefill's graph as the policy's prompt pass of the update (one update a rollout only): a pass over all "
+        "prompts saved, for the memory of its activations while sampling. ours",
+    )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature; the scoring passes divide by it too. ours")
     top_p: float = Field(1.0, description="Only 1 is allowed in training: the sampled and the scored distribution must be one. ours")
     top_k: int = Field(0, description="Only 0 is allowed in training, for the same reason. ours")
@@ -222,6 +227,11 @@ class Recipe(_Section):
             raise ValueError(f"data.min_pixels {self.data.min_pixels} is larger than data.max_pixels {self.data.max_pixels}")
         if not self.reward.weights or all(weight == 0 for weight in self.reward.weights.values()):
             raise ValueError("reward.weights: no term has a weight, so every advantage would be 0")
+        if self.rollout.reuse_prefill and self.grpo.inner_iterations * self.grpo.minibatches > 1:
+            raise ValueError(
+                f"rollout.reuse_prefill with grpo.inner_iterations {self.grpo.inner_iterations} and grpo.minibatches "
+                f"{self.grpo.minibatches}: after the first update the prompts' states are those of older weights; set it to false"
+            )
         return self
 
 

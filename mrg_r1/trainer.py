@@ -18,6 +18,7 @@ from mrg_r1.evaluate import short_summary
 from mrg_r1.grpo.advantages import batch_moments, group_advantages, per_term_advantages, std_of_moments, zero_signal
 from mrg_r1.grpo.loss import Metrics, grpo_loss, loss_denominator, merge_metrics
 from mrg_r1.policy.adapters import add_lora, reference, restore_adapter, save_adapter
+from mrg_r1.policy.language import PromptStates
 from mrg_r1.policy.scoring import micro_batches, score_group
 from mrg_r1.reward.service import InProcessRewards, RewardService
 from mrg_r1.rollout.decode import rollout
@@ -40,14 +41,16 @@ def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewar
     with clock.phase("vision"):
         vision = policy.encode_images(prompts)  # once an image, reused by every pass below
     with clock.phase("rollout"):
-        sampling = {
+        sampling: dict[str, Any] = {
             "group_size": grpo.group_size,
             "max_new_tokens": recipe.rollout.max_new_tokens,
             "cache_tokens": recipe.rollout.cache_tokens,
             "seed": recipe.seed,
             "step": step,
         }
-        completions = rollout(policy, prompts, vision, **sampling)  # [B, G, C]
+        # with its graph, where the update is to go on from it; otherwise the rollout makes its own
+        states = policy.prompt_states(prompts, vision) if recipe.rollout.reuse_prefill else None
+        completions = rollout(policy, prompts, vision, states=states, **sampling)  # [B, G, C]
     with clock.phase("reward"):
         ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references)
         for attempt in range(1, grpo.max_resample + 1):
@@ -70,15 +73,18 @@ def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewar
 
     experience = Experience(prompts, vision, completions, judged, advantages, reference_logp, old_logp)
     with clock.phase("update"):
-        parts = update(experience, recipe=recipe, engine=engine, ranks=run.ranks)
+        parts = update(experience, recipe=recipe, engine=engine, ranks=run.ranks, states=states)
     if recipe.tracking.completions_every and step % recipe.tracking.completions_every == 0:
         folder = run.directory / "completions"
         write_completions(folder, step=step, rank=run.ranks.rank, prompts=prompts, completions=completions, rewards=judged)
     return parts | group_metrics(completions, judged)
 
 
-def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ranks) -> Metrics:
-    """`inner_iterations` passes over the rollout, each in `minibatches` optimizer steps, each in passes of `micro_batch_tokens`."""
+def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ranks, states: PromptStates | None = None) -> Metrics:
+    """`inner_iterations` passes over the rollout, each in `minibatches` optimizer steps, each in passes of `micro_batch_tokens`.
+
+    With `states`, the prompts as the rollout's prefill left them, gradients gather at them and go through the prompts once at the end.
+    """
     grpo, done = recipe.grpo, experience.completions
     length = done.token_ids.shape[2]
     ids, mask, sampled = (tensor.view(-1, length) for tensor in (done.token_ids, done.mask, done.logp))  # [R, C]
@@ -93,11 +99,12 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
     local = torch.stack([loss_denominator(mask[rows], grpo.aggregation).cpu() for rows in minibatches])
     denominators = ranks.sum(local).tolist()  # so that every loss is a global mean (trap 5)
     plans = equal_plans(experience, minibatches, token_budget=recipe.engine.micro_batch_tokens, ranks=ranks)
+    leaves = None if states is None else states.leaves()
     parts: list[Metrics] = []
     for _ in range(grpo.inner_iterations):
         for plan, denominator in zip(plans, denominators, strict=True):
             for number, part in enumerate(plan):
-                logp, entropy = engine(experience.prompts, experience.vision, ids[part], scored[part], study_of_row[part])
+                logp, entropy = engine(experience.prompts, experience.vision, ids[part], scored[part], study_of_row[part], leaves)
                 loss, metrics = grpo_loss(
                     logp=logp,
                     old_logp=None if old is None else old[part],
@@ -115,12 +122,14 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
                     correction=grpo.correction,
                     tis_cap=grpo.correction_cap,
                 )
-                engine.backward(loss, last=number + 1 == len(plan))
+                engine.backward(loss, last=states is None and number + 1 == len(plan))
                 kept = mask[part].sum().double()
                 metrics["entropy"] = (entropy.masked_fill(~mask[part], 0.0).double().sum(), kept)
                 # a share of the global loss: summed over micro-batches and ranks, counted once an update and not once a rank
                 metrics["loss"] = (loss.detach().double(), torch.tensor(1.0 / (len(plan) * ranks.world_size)))
                 parts.append(metrics)
+    if states is not None and leaves is not None:
+        engine.backward(states.continuation(leaves), last=True)
     names = {"loss": "loss", "logp_gap": "sampling/logp_gap", "logp_gap_max": "sampling/logp_gap_max"}
     return {names.get(name, f"policy/{name}"): pair for name, pair in merge_metrics(parts).items()}
 

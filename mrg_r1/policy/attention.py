@@ -1,4 +1,4 @@
-"""Attention over packed sequences, and the shared-prefix attention that scoring a group is made of.
+"""Attention over packed sequences, and the group's attention to a prompt that it shares.
 
 Packed: the tokens of many sequences lie behind one another on a single axis, without padding. `attend` and its backward are
 the device's own flash kernels; what is written here is how a completion sees its study's prompt and itself: two
@@ -46,6 +46,16 @@ class Runs:
     @property
     def total(self) -> int:
         return self.starts[-1]
+
+    @cached_property
+    def last_tokens(self) -> Tensor:
+        """[runs] int64, where each run's last token lies."""
+        return self.cumulative[1:].long() - 1
+
+    @cached_property
+    def ones(self) -> Runs:
+        """As many runs of one token."""
+        return Runs((1,) * len(self.lengths), self.device)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, q_runs: Runs, k_runs: Runs, *, causal: bool) -> tuple[Tensor, Tensor]:
@@ -170,100 +180,77 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
     return ((scores - lse.unsqueeze(-1)).exp() @ v.float()).to(q.dtype), scores, lse
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where prompts and completions lie on the packed axis: all prompts first, then all completions, study by study."""
-
-    prompts: Runs  # a run a study
-    groups: Runs  # a run a study: all its completions' input tokens
-    completions: Runs  # a run a completion: its input tokens
-    cos: Tensor  # [T, 1, D / 2] float32, rotation of each token
-    sin: Tensor  # [T, 1, D / 2] float32
-
-    @cached_property
-    def last_prompt(self) -> Tensor:
-        """[B] int64, the last token of each prompt."""
-        return self.prompts.cumulative[1:].long() - 1
-
-    @cached_property
-    def ones(self) -> Runs:
-        """One query a study."""
-        return Runs((1,) * len(self.prompts.lengths), self.prompts.device)
-
-
-class SharedPrefixAttention(torch.autograd.Function):
-    """Rotate, then attend: prompts causally to themselves, completions to their prompt and causally to themselves.
-
-    With `final` (the last layer) a prompt is asked for its last token's output alone: its other tokens only give keys and values.
-    """
+class Rotated(torch.autograd.Function):
+    """[T, heads + 2 * key heads, D] as it leaves the projection -> rotated queries and keys, and values."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, layout: Layout, heads: int, final: bool, found: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """qkv [T, heads + 2 * key heads, D] -> [T, heads, D], or [B + completion tokens, heads, D] where `final`.
-
-        Rotated keys and values [T, key heads, D] are appended to `found` where it is given (a prefill).
-        """
+    def forward(ctx: Any, qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         key_heads = (qkv.shape[1] - heads) // 2
-        qk = rotate(qkv[:, : heads + key_heads], layout.cos, layout.sin)
-        q, k, v = qk[:, :heads], qk[:, heads:], qkv[:, heads + key_heads :]
-        if found is not None:
-            found.append((k, v))
-        prompt = layout.prompts.total
-        kp, vp, prompt_keys = k[:prompt], v[:prompt], layout.prompts
-        if final:
-            out_p, lse_p = attend(q[layout.last_prompt], kp, vp, layout.ones, prompt_keys, causal=False)
-        else:
-            out_p, lse_p = attend(q[:prompt], kp, vp, layout.prompts, prompt_keys, causal=True)
-        if layout.completions.total:
-            out_1, lse_1 = attend(q[prompt:], kp, vp, layout.groups, prompt_keys, causal=False)
-            out_2, lse_2 = attend(q[prompt:], k[prompt:], v[prompt:], layout.completions, layout.completions, causal=True)
-            lse_c = torch.logaddexp(lse_1, lse_2)
-            out_c = merge_parts(out_1, lse_1 - lse_c, out_2, lse_2 - lse_c)
-        else:
-            out_c, lse_c = q[prompt:], lse_p[:, :0]
-        out = torch.cat([out_p, out_c])
-        ctx.save_for_backward(qk, v, out, lse_p, lse_c)
-        ctx.layout, ctx.heads, ctx.final = layout, heads, final
+        ctx.save_for_backward(cos, sin)
+        q, k, v = qkv.split([heads, key_heads, key_heads], dim=1)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v.clone()  # a view would keep the other two in memory
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        sizes = [dq.shape[1], dk.shape[1], dv.shape[1]]
+        grad = dq.new_empty(dq.shape[0], sum(sizes), dq.shape[2])
+        q, k, v = grad.split(sizes, dim=1)
+        rotate(dq, cos, -sin, out=q)
+        rotate(dk, cos, -sin, out=k)
+        v.copy_(dv)
+        return grad, None, None, None
+
+
+class PackedAttention(torch.autograd.Function):
+    """`attend` with its gradient: prompts causally to themselves, or their last tokens to all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_runs: Runs, k_runs: Runs, causal: bool) -> Tensor:
+        out, lse = attend(q, k, v, q_runs, k_runs, causal=causal)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.arguments = q_runs, k_runs, causal
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        qk, v, out, lse_p, lse_c = ctx.saved_tensors
-        layout, heads, final = ctx.layout, ctx.heads, ctx.final
-        q, k, prompt, prompt_keys = qk[:, :heads], qk[:, heads:], layout.prompts.total, layout.prompts
-        rows = len(layout.ones.lengths) if final else prompt  # of prompts in the output
-        kp, vp = k[:prompt], v[:prompt]
-        if final:
-            dq_p, dk_p, dv_p = attend_backward(
-                grad[:rows], q[layout.last_prompt], kp, vp, out[:rows], lse_p, layout.ones, prompt_keys, causal=False
-            )
-        else:
-            dq_p, dk_p, dv_p = attend_backward(grad[:rows], q[:prompt], kp, vp, out[:rows], lse_p, layout.prompts, prompt_keys, causal=True)
-        d_qkv = qk.new_zeros(qk.shape[0], qk.shape[1] + v.shape[1], qk.shape[2])
-        dq, dk, dv = d_qkv.split([heads, v.shape[1], v.shape[1]], dim=1)
-        if final:
-            dq[layout.last_prompt] = dq_p
-        else:
-            dq[:prompt] = dq_p
-        dk[:prompt], dv[:prompt] = dk_p, dv_p
-        if layout.completions.total:
-            done = (grad[rows:], q[prompt:])
-            dq_1, dk_1, dv_1 = attend_backward(*done, kp, vp, out[rows:], lse_c, layout.groups, prompt_keys, causal=False)
-            own = (k[prompt:], v[prompt:], out[rows:], lse_c, layout.completions, layout.completions)
-            dq_2, dk_2, dv_2 = attend_backward(*done, *own, causal=True)
-            torch.add(dq_1, dq_2, out=dq[prompt:])
-            dk[:prompt] += dk_1
-            dv[:prompt] += dv_1
-            dk[prompt:], dv[prompt:] = dk_2, dv_2
-        turned = d_qkv[:, : heads + v.shape[1]]
-        turned.copy_(rotate(turned, layout.cos, -layout.sin))
-        return d_qkv, None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        q_runs, k_runs, causal = ctx.arguments
+        return *attend_backward(grad, q, k, v, out, lse, q_runs, k_runs, causal=causal), None, None, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+class GroupAttention(torch.autograd.Function):
+    """Completion tokens see their study's prompt, all of it, and their own completion, causally.
+
+    Two attentions merged by log-sum-exp: the prompt's keys and values stand once, whatever the size of the group.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, groups: Runs, prompts: Runs, completions: Runs
+    ) -> Tensor:
+        """q [T, heads, D], k and v [T, key heads, D] of completion tokens; prompt_k and prompt_v [prompt tokens, key heads, D]."""
+        out_1, lse_1 = attend(q, prompt_k, prompt_v, groups, prompts, causal=False)
+        out_2, lse_2 = attend(q, k, v, completions, completions, causal=True)
+        lse = torch.logaddexp(lse_1, lse_2)
+        out = merge_parts(out_1, lse_1 - lse, out_2, lse_2 - lse)
+        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, lse)
+        ctx.runs = groups, prompts, completions
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, prompt_k, prompt_v, out, lse = ctx.saved_tensors
+        groups, prompts, completions = ctx.runs
+        dq_1, d_prompt_k, d_prompt_v = attend_backward(grad, q, prompt_k, prompt_v, out, lse, groups, prompts, causal=False)
+        dq_2, dk, dv = attend_backward(grad, q, k, v, out, lse, completions, completions, causal=True)
+        return dq_1.add_(dq_2), dk, dv, d_prompt_k, d_prompt_v, None, None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """Rotary embedding of [T, heads, D] by [T, 1, D / 2] float32: pairs (i, i + D / 2). The inverse is the same with -sin."""
     first, second = x.chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     out_first, out_second = out.chunk(2, dim=-1)
     if x.dtype == torch.float32:
         torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)

@@ -7,7 +7,7 @@ Source of the architecture: Qwen2.5-VL (arXiv 2502.13923); that it equals transf
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mrg_r1.policy.attention import Layout, SharedPrefixAttention
+from mrg_r1.policy.attention import GroupAttention, PackedAttention, Rotated, Runs
 
 
 @dataclass(frozen=True)
@@ -208,34 +208,107 @@ class LanguageModel:
         """[T, H] -> [T, H], the residual included."""
         return layer.down(_Swiglu.apply(layer.gate_up(self.rms_norm(x, layer.norm_mlp)))).add_(x)
 
-    def forward(self, x: Tensor, layout: Layout, *, recompute: bool = False) -> Tensor:
-        """Run packed prompts and completions.
+    def prompt_pass(self, prompts: Packed, *, recompute: bool = False) -> PromptStates:
+        """Run prompts: what everything after them needs to know of them.
 
         Args:
-            x: [T, H] embeddings in the order of `layout`.
             recompute: gradient checkpointing: keep each layer's input only.
+        """
+        x, layers = prompts.embeddings, []
+        for number in range(len(self.layers)):
+            x, k, v = self._run(recompute, self._prompt_layer, number, x, prompts)
+            layers.append((k, v))
+        return PromptStates(tuple(layers), self.rms_norm(x, self.norm), prompts.runs)
+
+    def completion_pass(self, completions: Packed, groups: Runs, states: PromptStates, *, recompute: bool = False) -> Tensor:
+        """Run completions after their prompts.
+
+        Args:
+            groups: how many of the tokens belong to each study of `states`.
 
         Returns:
-            [B + completion tokens, H] normalised hidden states: each prompt's last token, then every completion token.
+            [T, H] normalised hidden states.
         """
+        x = completions.embeddings
         for number in range(len(self.layers)):
-            x = checkpoint(self._layer, number, x, layout, use_reentrant=False) if recompute else self._layer(number, x, layout)
+            x = self._run(recompute, self._completion_layer, number, x, completions, groups, states.runs, *states.layers[number])
         return self.rms_norm(x, self.norm)
 
-    def prompt_keys_values(self, x: Tensor, layout: Layout) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """The prefill: (keys, values), each [T, key heads, D], of every layer, and the last prompt tokens' hidden states [B, H]."""
-        found: list[tuple[Tensor, Tensor]] = []
-        for number in range(len(self.layers)):
-            x = self._layer(number, x, layout, found)
-        return found, self.rms_norm(x, self.norm)
+    def _run(self, recompute: bool, layer: Callable[..., Any], *arguments: Any) -> Any:
+        if recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *arguments, use_reentrant=False)
+        return layer(*arguments)
 
-    def _layer(self, number: int, x: Tensor, layout: Layout, found: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        layer, final = self.layers[number], number == len(self.layers) - 1
-        qkv = layer.qkv(self.rms_norm(x, layer.norm_attention)).view(len(x), -1, self.head_size)
-        attended: Tensor = SharedPrefixAttention.apply(qkv, layout, self.heads, final, found)
-        if final:  # past the last keys and values only the tokens that predict something go on
-            x = torch.cat([x[layout.last_prompt], x[layout.prompts.total :]])
+    def _prompt_layer(self, number: int, x: Tensor, prompts: Packed) -> tuple[Tensor, Tensor, Tensor]:
+        layer, runs = self.layers[number], prompts.runs
+        q, k, v = self._queries_keys_values(layer, x, prompts)
+        if number == len(self.layers) - 1:  # past the last keys and values only the last tokens predict something
+            last = runs.last_tokens
+            attended, x = PackedAttention.apply(q[last], k, v, runs.ones, runs, False), x[last]
+        else:
+            attended = PackedAttention.apply(q, k, v, runs, runs, True)
+        return self.mlp(layer, layer.out(attended.flatten(1)).add_(x)), k, v
+
+    def _completion_layer(
+        self, number: int, x: Tensor, completions: Packed, groups: Runs, prompts: Runs, prompt_k: Tensor, prompt_v: Tensor
+    ) -> Tensor:
+        layer = self.layers[number]
+        q, k, v = self._queries_keys_values(layer, x, completions)
+        attended: Tensor = GroupAttention.apply(q, k, v, prompt_k, prompt_v, groups, prompts, completions.runs)
         return self.mlp(layer, layer.out(attended.flatten(1)).add_(x))
+
+    def _queries_keys_values(self, layer: Layer, x: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = layer.qkv(self.rms_norm(x, layer.norm_attention)).view(len(x), -1, self.head_size)
+        q, k, v = Rotated.apply(qkv, self.heads, packed.cos, packed.sin)
+        return q, k, v
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences behind one another on one axis, as a layer takes them."""
+
+    embeddings: Tensor  # [T, H]
+    cos: Tensor  # [T, 1, D / 2] float32, the rotation of each token
+    sin: Tensor  # [T, 1, D / 2] float32
+    runs: Runs
+
+
+@dataclass(frozen=True)
+class PromptStates:
+    """What completions need to know of their prompts: computed once, shared by a group, and by a rollout and the update after it."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer, each [T, key heads, D]
+    last: Tensor  # [B, H] normalised hidden states of the last tokens, which predict the first of each completion
+    runs: Runs  # a run a study
+
+    def select(self, studies: Sequence[int]) -> PromptStates:
+        """Those of some studies, in the order given."""
+        if list(studies) == list(range(len(self.runs.lengths))):
+            return self
+
+        def chosen(tokens: Tensor) -> Tensor:
+            pieces = tokens.split(list(self.runs.lengths))
+            return torch.cat([pieces[study] for study in studies])
+
+        runs = Runs(tuple(self.runs.lengths[study] for study in studies), self.runs.device)
+        return PromptStates(tuple((chosen(k), chosen(v)) for k, v in self.layers), self.last[list(studies)], runs)
+
+    def leaves(self) -> PromptStates:
+        """The same values cut off from their graph, collecting gradients: several backward passes can start from them."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_()
+
+        return PromptStates(tuple((leaf(k), leaf(v)) for k, v in self.layers), leaf(self.last), self.runs)
+
+    def continuation(self, leaves: PromptStates) -> Tensor:
+        """A scalar whose gradient is what reached `leaves`: its backward pass goes on through the prompts' graph."""
+        pairs = zip(self._tensors(), leaves._tensors(), strict=True)
+        parts = [(mine * leaf.grad).sum() for mine, leaf in pairs if leaf.grad is not None]
+        return torch.stack(parts).sum() if parts else self.last.sum() * 0.0
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for pair in self.layers for tensor in pair] + [self.last]
 
 
 def _projection(modules: Sequence[Any]) -> Projection:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from mrg_r1.policy.language import LanguageModel, PromptStates
+from mrg_r1.policy.packing import pack_prompts
 from mrg_r1.policy.plain import score_rows
 from mrg_r1.policy.positions import RotaryPositions
 from mrg_r1.policy.scoring import score_completions
@@ -91,11 +93,23 @@ class Policy(nn.Module):
         return logits.masked_fill(self.banned, float("-inf"))
 
     def forward(
-        self, prompts: Prompts, vision: VisionFeatures, token_ids: Tensor, mask: Tensor, study_of_row: Tensor
+        self,
+        prompts: Prompts,
+        vision: VisionFeatures,
+        token_ids: Tensor,
+        mask: Tensor,
+        study_of_row: Tensor,
+        states: PromptStates | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of completions; see `scoring.score_completions`."""
-        score = score_rows if self.base.lm_head.weight.requires_grad else score_completions  # all parameters trained, or LoRA
-        return score(self, prompts, vision, token_ids, mask, study_of_row)
+        if self.base.lm_head.weight.requires_grad:  # every parameter is trained, not LoRA
+            return score_rows(self, prompts, vision, token_ids, mask, study_of_row)
+        return score_completions(self, prompts, vision, token_ids, mask, study_of_row, states)
+
+    def prompt_states(self, prompts: Prompts, vision: VisionFeatures) -> PromptStates:
+        """Keys, values and last states of the prompts, with their graph where gradients are enabled."""
+        language = LanguageModel.read(self)
+        return language.prompt_pass(pack_prompts(self, language, prompts, vision), recompute=self.recompute)
 
     def checkpoint_gradients(self) -> None:
         """Keep each layer's input only and compute the rest again in the backward pass."""

@@ -1,66 +1,53 @@
-"""Studies and their completions on one packed axis: each prompt once, no padding, and where each token's prediction comes from."""
+"""Studies and their completions on packed axes without padding, and the cutting of completions into passes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mrg_r1.policy.attention import Layout, Runs
-from mrg_r1.policy.language import LanguageModel
+from mrg_r1.policy.attention import Runs
+from mrg_r1.policy.language import LanguageModel, Packed
 from mrg_r1.types import Prompts, VisionFeatures
 
 if TYPE_CHECKING:
     from mrg_r1.policy.load import Policy
 
 
-@dataclass(frozen=True)
-class Packed:
-    """All prompts, then all completion tokens but each one's last, which predicts nothing that is scored."""
-
-    embeddings: Tensor  # [T, H]
-    layout: Layout
-
-
-def pack(
-    policy: Policy,
-    language: LanguageModel,
-    prompts: Prompts,
-    vision: VisionFeatures,
-    completions: Mapping[int, Sequence[Tensor]] | None = None,
+def pack_prompts(
+    policy: Policy, language: LanguageModel, prompts: Prompts, vision: VisionFeatures, studies: Sequence[int] | None = None
 ) -> Packed:
-    """
+    """Prompts of the `studies` (None: of all) behind one another, without their padding, images put in."""
+    chosen = range(len(prompts)) if studies is None else studies
+    width, lengths = prompts.input_ids.shape[1], prompts.attention_mask.sum(dim=1).tolist()
+    ids = torch.cat([prompts.input_ids[b, width - lengths[b] :] for b in chosen])
+    positions = torch.cat([prompts.position_ids[:, b, width - lengths[b] :] for b in chosen], dim=1)
+    features = torch.cat([vision.per_study[b] for b in chosen])
+    embeddings = policy.language_model.embed_tokens(ids)
+    embeddings = embeddings.masked_scatter((ids == policy.image_token_id).unsqueeze(1), features.to(embeddings.dtype))
+    return Packed(embeddings, *language.rotation(positions), Runs(tuple(lengths[b] for b in chosen), ids.device))
+
+
+def pack_completions(
+    policy: Policy, language: LanguageModel, prompts: Prompts, completions: Mapping[int, Sequence[Tensor]]
+) -> tuple[Packed, Runs]:
+    """Completion tokens behind one another; their positions go on where their prompt ended.
+
     Args:
-        prompts, vision: B studies.
-        completions: the studies to pack, in this order, each with id tensors [length - 1]; None packs every prompt (a prefill).
+        completions: study -> id tensors, each [length - 1]: the last token predicts nothing that is scored, so it is never an input.
+
+    Returns:
+        The packed tokens, a run a completion, and the same axis with a run a study.
     """
-    device, width = prompts.input_ids.device, prompts.input_ids.shape[1]
-    groups = dict.fromkeys(range(len(prompts)), ()) if completions is None else completions
-    all_lengths = prompts.attention_mask.sum(dim=1).tolist()
-    lengths = [all_lengths[b] for b in groups]
-    prompt_ids = torch.cat([prompts.input_ids[b, width - all_lengths[b] :] for b in groups])
-    own = [ids for group in groups.values() for ids in group]
-    positions = [prompts.position_ids[:, b, width - all_lengths[b] :] for b in groups]
-    longest = torch.arange(max((len(ids) for ids in own), default=0), device=device)
-    for b, group in groups.items():  # text goes on after the prompt
-        positions += [(prompts.next_position[b] + longest[: len(ids)]).expand(3, -1) for ids in group]
-    embeddings = policy.language_model.embed_tokens(torch.cat([prompt_ids, *own]))
-    at_images = torch.zeros(len(embeddings), 1, dtype=torch.bool, device=device)
-    at_images[: len(prompt_ids), 0] = prompt_ids == policy.image_token_id
-    features = torch.cat([vision.per_study[b] for b in groups])
-    embeddings = embeddings.masked_scatter(at_images, features.to(embeddings.dtype))
-    cos, sin = language.rotation(torch.cat(positions, dim=1))
-    layout = Layout(
-        prompts=Runs(tuple(lengths), device),
-        groups=Runs(tuple(sum(len(ids) for ids in group) for group in groups.values()), device),
-        completions=Runs(tuple(len(ids) for ids in own), device),
-        cos=cos,
-        sin=sin,
-    )
-    return Packed(embeddings, layout)
+    own = [ids for group in completions.values() for ids in group]
+    device = prompts.input_ids.device
+    steps = torch.arange(max(len(ids) for ids in own), device=device)
+    positions = torch.cat([prompts.next_position[b] + steps[: len(ids)] for b, group in completions.items() for ids in group])
+    groups = Runs(tuple(sum(len(ids) for ids in group) for group in completions.values()), device)
+    embeddings = policy.language_model.embed_tokens(torch.cat(own))
+    return Packed(embeddings, *language.rotation(positions.expand(3, -1)), Runs(tuple(len(ids) for ids in own), device)), groups
 
 
 def plan_micro_batches(

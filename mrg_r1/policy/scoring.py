@@ -1,6 +1,6 @@
 """Log-probs of completions under the policy: the teacher-forced pass behind old, reference and training log-probs.
 
-A study's prompt is computed once for all of its completions that are in the pass (`attention.SharedPrefixAttention`); `plain.py`
+A study's prompt is computed once for all of its completions that are in the pass (`attention.GroupAttention`); `plain.py`
 is the same by the checkpoint's own modules with the prompt once a completion, and what this is tested against.
 """
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mrg_r1.policy.language import LanguageModel
-from mrg_r1.policy.packing import pack, plan_micro_batches
+from mrg_r1.policy.language import LanguageModel, PromptStates
+from mrg_r1.policy.packing import pack_completions, pack_prompts, plan_micro_batches
 from mrg_r1.types import Completions, Prompts, VisionFeatures
 
 if TYPE_CHECKING:
@@ -22,7 +22,13 @@ _CHUNK_ELEMENTS = 2**26  # logits held at a time, 256 MiB in float32: 441 tokens
 
 
 def score_completions(
-    policy: Policy, prompts: Prompts, vision: VisionFeatures, token_ids: Tensor, mask: Tensor, study_of_row: Tensor
+    policy: Policy,
+    prompts: Prompts,
+    vision: VisionFeatures,
+    token_ids: Tensor,
+    mask: Tensor,
+    study_of_row: Tensor,
+    states: PromptStates | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each completion token given its study's prompt and the tokens before it.
 
@@ -31,6 +37,7 @@ def score_completions(
         token_ids: [R, C] int64 completions, padded on the right.
         mask: [R, C] bool, True on real tokens (EOS included): a prefix of each row, which may be empty.
         study_of_row: [R] int64, the study in 0..B-1 that each completion belongs to.
+        states: the prompts' states under these very weights, where they are at hand; None computes those that are needed.
 
     Returns:
         logp [R, C] float32 and entropy [R, C] float32 (nats, detached), both 0 where masked, of the distribution that
@@ -41,19 +48,24 @@ def score_completions(
     if not rows:
         return torch.zeros(mask.shape, device=mask.device), torch.zeros(mask.shape, device=mask.device)
     studies = sorted({study_list[row] for row in rows})
-    inputs = {study: [token_ids[row, : lengths[row] - 1] for row in rows if study_list[row] == study] for study in studies}
     language = LanguageModel.read(policy)
-    packed = pack(policy, language, prompts, vision, inputs)
-    hidden = language.forward(packed.embeddings, packed.layout, recompute=policy.recompute and torch.is_grad_enabled())
+    if states is None:
+        states = language.prompt_pass(pack_prompts(policy, language, prompts, vision, studies), recompute=policy.recompute)
+    else:
+        states = states.select(studies)
 
     # A first token is predicted by the prompt's last. A product with a 0/1 matrix copies a study's state to each of its completions,
     # and its gradient adds them up in a fixed order, which indexing does not do on a GPU.
-    slots = torch.tensor([studies.index(study_list[row]) for row in rows], device=hidden.device)
-    firsts = torch.nn.functional.one_hot(slots, len(studies)).to(hidden.dtype) @ hidden[: len(studies)]
+    slots = torch.tensor([studies.index(study_list[row]) for row in rows], device=mask.device)
+    hidden = torch.nn.functional.one_hot(slots, len(studies)).to(states.last.dtype) @ states.last
+    if max(lengths) > 1:
+        inputs = {study: [token_ids[row, : lengths[row] - 1] for row in rows if study_list[row] == study] for study in studies}
+        packed, groups = pack_completions(policy, language, prompts, inputs)
+        hidden = torch.cat([hidden, language.completion_pass(packed, groups, states, recompute=policy.recompute)])
     columns = token_ids.shape[1]
     places = [torch.tensor([row * columns for row in rows])] + [torch.arange(1, lengths[row]) + row * columns for row in rows]
     index = torch.cat(places).to(hidden.device)  # of each prediction in [R * C]
-    logp, entropy = token_logp(policy, torch.cat([firsts, hidden[len(studies) :]]), token_ids.flatten()[index])
+    logp, entropy = token_logp(policy, hidden, token_ids.flatten()[index])
     empty = torch.zeros(mask.numel(), device=hidden.device)
     return empty.index_copy(0, index, logp).view(mask.shape), empty.index_copy(0, index, entropy).view(mask.shape)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mrg_r1.policy.language import LanguageModel
+from mrg_r1.policy.language import LanguageModel, PromptStates
 from mrg_r1.policy.load import Policy
-from mrg_r1.policy.packing import pack
+from mrg_r1.policy.packing import pack_prompts
 from mrg_r1.rollout.decoder import Answers, Decoder
 from mrg_r1.rollout.sampling import keyed_uniforms
 from mrg_r1.types import Completions, Prompts, VisionFeatures
@@ -32,12 +32,14 @@ def rollout(
     step: int,
     attempt: int = 0,
     cache_tokens: int | None = None,
+    states: PromptStates | None = None,
 ) -> Completions:
     """Sample `group_size` reports a study.
 
     Args:
         cache_tokens: tokens whose keys and values are held at a time, prompts once a study and completions at full length; more are
             sampled in parts, which changes nothing, since sampling is keyed. None: all studies together.
+        states: the prompts' states, where a prefill was made already.
 
     Returns:
         Completions [B, G, C] with C at most `max_new_tokens`.
@@ -49,7 +51,8 @@ def rollout(
         uniforms = keyed_uniforms(
             seed=seed, step=step, study_ids=some.study_ids, group_size=group_size, length=max_new_tokens, attempt=attempt
         ).to(policy.device)
-        parts.append(_decode(policy, language, some, vision.select(rows), group_size, max_new_tokens, uniforms))
+        known = None if states is None else states.select(rows)
+        parts.append(_decode(policy, language, some, vision.select(rows), group_size, max_new_tokens, uniforms, known))
     return parts[0] if len(parts) == 1 else Completions.join(parts, pad_id=policy.pad_id)
 
 
@@ -80,18 +83,18 @@ def _decode(
     group_size: int,
     max_new_tokens: int,
     uniforms: Tensor | None,
+    states: PromptStates | None = None,
 ) -> Completions:
     studies, device = len(prompts), policy.device
     rows = studies * group_size
-    packed = pack(policy, language, prompts, vision)
-    found, hidden = language.prompt_keys_values(packed.embeddings, packed.layout)
+    states = language.prompt_pass(pack_prompts(policy, language, prompts, vision)) if states is None else states
     answers = Answers.empty(rows, max_new_tokens, pad_id=policy.pad_id, device=device)
     kept = prompts.attention_mask.bool()
     decoder = Decoder(
         language,
         embeddings=policy.language_model.embed_tokens.weight,
         logits=policy.next_token_logits,
-        prompt_cache=[(_padded(keys, kept), _padded(values, kept)) for keys, values in found],
+        prompt_cache=[(_padded(keys, kept), _padded(values, kept)) for keys, values in states.layers],
         prompt_mask=kept,
         rows=torch.arange(rows, device=device).view(studies, group_size),
         next_position=prompts.next_position,
@@ -99,8 +102,8 @@ def _decode(
         eos=torch.tensor(policy.eos_ids, device=device),
         answers=answers,
     )
-    del found, packed
-    decoder.start(hidden)
+    decoder.start(states.last)
+    del states  # the decoder has its own layout of them
     for written in range(1, max_new_tokens):
         if written % _CHECK_EVERY[device.type] == 0:
             running = decoder.running()

@@ -91,7 +91,8 @@ def update_on_ranks(ranks: Ranks, *, directory: str, images: str, recipe: str, o
     )
     losses, norms = [], []
     for _ in range(2):
-        metrics = ranks.reduce_metrics(update(experience, recipe=settings, engine=engine, ranks=ranks))
+        states = policy.prompt_states(experience.prompts, experience.vision) if settings.rollout.reuse_prefill else None
+        metrics = ranks.reduce_metrics(update(experience, recipe=settings, engine=engine, ranks=ranks, states=states))
         losses.append(metrics["loss"])
         norms.append(engine.grad_norm())
     weights = torch.cat([parameter.detach().flatten() for parameter in engine.trainable.values()])

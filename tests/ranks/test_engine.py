@@ -57,18 +57,23 @@ def oracle(directory: Path, images: Path, aggregation: str) -> tuple[float, floa
 
 @pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
 def test_loss_and_gradient_are_the_same_however_the_batch_is_cut(pool, tiny_policy_directory, tmp_path, aggregation):
-    """Trap 5: two ranks of unequal token counts, a batch in one pass to one a row, ZeRO 1 and 2, against the naive pass in one process."""
+    """Trap 5: two ranks of unequal token counts, a batch in one pass to one a row, ZeRO 1 and 2, against the naive pass in one process.
+
+    `reuse` keeps the prefill's graph: gradients gather at the prompts' states and go through them once at the end.
+    """
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(out=tmp_path))
     images = tmp_path / "images"
     loss, norm = oracle(tiny_policy_directory, images, aggregation)
     weights = []
-    cuts = [(10_000, 2), (70, 2), (1, 2), (10_000, 1), (70, 1)] if aggregation == "grpo" else [(70, 2)]
-    for budget, stage in cuts:
+    cuts = [(10_000, 2, False), (70, 2, False), (1, 2, False), (10_000, 1, False), (70, 1, True), (70, 2, True), (10_000, 2, True)]
+    cuts = cuts if aggregation == "grpo" else [(70, 2, False)]
+    for budget, stage, reuse in cuts:
         overrides = [
             f"engine.micro_batch_tokens={budget}",
             f"engine.deepspeed=ds_configs/zero{stage}.json",
             f"grpo.aggregation={aggregation}",
+            f"rollout.reuse_prefill={reuse}",
         ]
         answers = pool.run(
             "update_on_ranks", directory=str(tiny_policy_directory), images=str(images), recipe=str(recipe), overrides=overrides
