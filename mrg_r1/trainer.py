@@ -129,7 +129,7 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
                 metrics["loss"] = (loss.detach().double(), torch.tensor(1.0 / (len(plan) * ranks.world_size)))
                 parts.append(metrics)
     if states is not None and leaves is not None:
-        engine.backward(states.continuation(leaves), last=True)
+        engine.finish_backward(states.continuation(leaves))
     names = {"loss": "loss", "logp_gap": "sampling/logp_gap", "logp_gap_max": "sampling/logp_gap_max"}
     return {names.get(name, f"policy/{name}"): pair for name, pair in merge_metrics(parts).items()}
 

@@ -29,6 +29,9 @@ class PlainEngine:
     def __call__(self, *args):
         return self.policy(*args)
 
+    def finish_backward(self, loss):
+        self.backward(loss, last=True)
+
     def backward(self, loss, *, last):
         loss.backward()
         if last:

@@ -83,6 +83,16 @@ class Engine:
         self._engine.backward(loss_share * self.ranks.world_size)
         self._engine.step()
 
+    def finish_backward(self, continuation: Tensor) -> None:
+        """Go on where the backward passes of this optimizer step stopped, through a graph made outside of `__call__`; weights are updated.
+
+        Args:
+            continuation: a scalar whose gradient is what those passes left, already scaled by them (`PromptStates.continuation`).
+        """
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.backward(continuation)
+        self._engine.step()
+
     def grad_norm(self) -> float:
         """Global gradient norm of the last update, before clipping."""
         return float(self._engine.get_global_grad_norm())
