@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-control demo-seeds iu-phantom test test-slow lint clean
+.PHONY: help setup demo demo-control demo-seeds iu-phantom bench bench-gpu test test-slow lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -108,6 +108,19 @@ $(IUP)/sft/summary.json: $(IUP)/tiny-policy/config.json
 
 $(IUP)/summary.json: $(IUP)/sft/summary.json
 	$(LAUNCH) launch/train.py launch/recipes/iu_phantom.yaml
+
+# ---- bench: TRL in an environment of its own, so that neither side bends to the other's requirements
+
+TRL_VENV := .venv-trl
+
+$(TRL_VENV)/.ready: benchmarks/trl-constraints.txt | $(READY)
+	test -x $(TRL_VENV)/bin/python || $(BIN)/python -m venv $(TRL_VENV)
+	$(TRL_VENV)/bin/pip install --quiet -c benchmarks/trl-constraints.txt torch
+	$(TRL_VENV)/bin/pip install --quiet -c benchmarks/trl-constraints.txt trl transformers peft datasets accelerate pillow
+	touch $@
+
+bench: $(READY) $(TRL_VENV)/.ready  ## our step beside TRL's, our rollout beside generate, and how the step grows (at most 20 minutes)
+	$(BIN)/python -m benchmarks.bench --out runs/bench --minutes 20 --trl-python $(TRL_VENV)/bin/python
 
 # ---- tests
 

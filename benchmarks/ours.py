@@ -81,7 +81,7 @@ def make_recipe(folder: Path, task: Task) -> Recipe:
                 "dtype": "float32",
                 "lora": {"rank": same.LORA_RANK, "alpha": same.LORA_ALPHA},
             },
-            "rollout": {"max_new_tokens": task.new_tokens, "temperature": 1.0},
+            "rollout": {"max_new_tokens": task.new_tokens, "temperature": 1.0, "reuse_prefill": True},
             "grpo": {
                 "group_size": task.group,
                 "studies_per_step": task.studies,

@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mrg_r1.policy.attention import GroupAttention, PackedAttention, Rotated, Runs
 
+# A private name of torch, so it may go; then decoding on a CPU is slower and nothing else.
+_PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if torch.backends.mkldnn.is_available() else None
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -37,9 +40,12 @@ class Projection:
     weight: Tensor  # [out, in]
     bias: Tensor | None  # [out]
     adapters: tuple[Adapter, ...] = ()
+    packed: Tensor | None = None  # the weight in oneDNN's layout for few tokens, without adapters
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         if not self.adapters:
             return F.linear(x, self.weight, self.bias)
         pairs = [tensor for adapter in self.adapters for tensor in (adapter.a, adapter.b)]
@@ -52,6 +58,15 @@ class Projection:
         for adapter in self.adapters:
             weight[adapter.rows].addmm_(adapter.b, adapter.a, alpha=adapter.scale)
         return Projection(weight, self.bias)
+
+    def for_few_tokens(self, tokens: int) -> Projection:
+        """The same, faster for about so many tokens a call where oneDNN can lay the weight out for it: float32 on a CPU.
+
+        Its own product packs a weight anew at each call, which for few tokens costs as much as the product.
+        """
+        if _PACK is None or self.weight.dtype != torch.float32 or self.weight.device.type != "cpu" or self.adapters:
+            return self
+        return replace(self, packed=_PACK(self.weight, tokens))
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -138,7 +153,10 @@ class Layer:
     norm_mlp: Tensor  # [H]
 
     def merged(self) -> Layer:
-        return replace(self, qkv=self.qkv.merged(), out=self.out.merged(), gate_up=self.gate_up.merged(), down=self.down.merged())
+        return self._map(lambda projection: projection.merged())
+
+    def _map(self, change: Callable[[Projection], Projection]) -> Layer:
+        return replace(self, qkv=change(self.qkv), out=change(self.out), gate_up=change(self.gate_up), down=change(self.down))
 
 
 @dataclass(frozen=True)
@@ -192,6 +210,11 @@ class LanguageModel:
         """The same with LoRA folded into new matrices, for the rollout."""
         return replace(self, layers=tuple(layer.merged() for layer in self.layers))
 
+    def for_few_tokens(self, tokens: int) -> LanguageModel:
+        """The same with weights laid out for decoding about `tokens` rows."""
+        layers = (layer._map(lambda projection: projection.for_few_tokens(tokens)) for layer in self.layers)
+        return replace(self, layers=tuple(layers))
+
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """[3, T] multimodal positions -> cos and sin [T, 1, D / 2] float32 (Qwen2-VL, arXiv 2409.12191, section 2.1)."""
         angles = positions[self.axis_of_frequency].t().float() * self.inverse_frequencies
@@ -206,7 +229,11 @@ class LanguageModel:
 
     def mlp(self, layer: Layer, x: Tensor) -> Tensor:
         """[T, H] -> [T, H], the residual included."""
-        return layer.down(_Swiglu.apply(layer.gate_up(self.rms_norm(x, layer.norm_mlp)))).add_(x)
+        gate_up = layer.gate_up(self.rms_norm(x, layer.norm_mlp))
+        if torch.is_grad_enabled():
+            return layer.down(_Swiglu.apply(gate_up)).add_(x)
+        gate, up = gate_up.chunk(2, dim=1)
+        return layer.down(F.silu(gate).mul_(up)).add_(x)
 
     def prompt_pass(self, prompts: Packed, *, recompute: bool = False) -> PromptStates:
         """Run prompts: what everything after them needs to know of them.

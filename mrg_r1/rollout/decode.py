@@ -100,6 +100,7 @@ def _decode(
         next_position=prompts.next_position,
         uniforms=None if uniforms is None else torch.cat([uniforms, uniforms[:1]]),
         eos=torch.tensor(policy.eos_ids, device=device),
+        pad_id=policy.pad_id,
         answers=answers,
     )
     decoder.start(states.last)
@@ -113,6 +114,7 @@ def _decode(
             if smallest <= _COMPACT_BELOW * running.numel():  # stop paying for rows that have ended
                 decoder.compact(running)
         decoder.advance(written)
+    decoder.finish()
 
     length = int(answers.mask.sum(dim=1).max())
     shape = (studies, group_size, length)

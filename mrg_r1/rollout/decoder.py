@@ -55,6 +55,7 @@ class Decoder:
         next_position: [S] int64, the position of the first completion token.
         uniforms: [R + 1, N] float64 in [0, 1), or None for the most probable token.
         eos: [E] int64.
+        pad_id: written after a row's end.
     """
 
     def __init__(
@@ -69,22 +70,25 @@ class Decoder:
         next_position: Tensor,
         uniforms: Tensor | None,
         eos: Tensor,
+        pad_id: int,
         answers: Answers,
     ) -> None:
-        self.language, self.embeddings, self.logits, self.eos = language, embeddings, logits, eos
-        self.uniforms, self.answers = uniforms, answers
+        self.language, self.embeddings, self.logits, self.eos = language.for_few_tokens(rows.numel()), embeddings, logits, eos
+        self.uniforms, self.answers, self.pad_id = uniforms, answers, pad_id
         self.length = answers.token_ids.shape[1]
         # [S * key heads, D, P] and [S * key heads, P, D]: the layouts that the two products read
         self.prompt_keys = [keys.transpose(2, 3).flatten(0, 1).contiguous() for keys, _ in prompt_cache]
         self.prompt_values = [values.flatten(0, 1).contiguous() for _, values in prompt_cache]
-        self.prompt_bias = None if prompt_mask.all() else torch.where(prompt_mask, 0.0, float("-inf"))
+        self.prompt_bias = None if prompt_mask.all() else torch.where(prompt_mask, 0.0, float("-inf")).to(embeddings.dtype)
         self.rows = rows
         self.next_position = next_position
         places, device = rows.numel(), rows.device
-        shape = (places, language.key_heads, self.length, language.head_size)
+        studies, members = rows.shape
+        shape = (studies, language.key_heads, members, self.length, language.head_size)
         self.own_keys = [torch.zeros(shape, dtype=keys.dtype, device=device) for keys, _ in prompt_cache]
         self.own_values = [torch.zeros(shape, dtype=keys.dtype, device=device) for keys, _ in prompt_cache]
         self.tokens = torch.zeros(places, dtype=torch.long, device=device)
+        self._take_places()
         self.step = torch.zeros(1, dtype=torch.long, device=device)  # the column that is written next
         self.graph: torch.cuda.CUDAGraph | None = None
         self.graph_shape: tuple[int, int] | None = None
@@ -115,10 +119,25 @@ class Decoder:
 
     def running(self) -> Tensor:
         """[S, M] bool, the places whose row goes on."""
-        return ~self.answers.ended[self.rows]
+        return ~self.ended.view(self.rows.shape)
+
+    def finish(self) -> None:
+        """Write what these places sampled to the answers' rows."""
+        rows, answers = self.rows.flatten(), self.answers
+        answers.token_ids[rows], answers.logp[rows], answers.mask[rows] = self.token_ids, self.logp, self.mask
+        answers.ended[rows] = self.ended
+        answers.ended[-1] = True
+
+    def _take_places(self) -> None:
+        """Begin to write for the rows that have places now, where the answers stand."""
+        rows, answers = self.rows.flatten(), self.answers
+        self.token_ids, self.logp, self.mask = answers.token_ids[rows], answers.logp[rows], answers.mask[rows]
+        self.ended = answers.ended[rows]
+        self.own_uniforms = None if self.uniforms is None else self.uniforms[rows]
 
     def compact(self, running: Tensor) -> None:
         """Drop studies and members that have ended: the rectangle becomes as small as the rows that run allow."""
+        self.finish()
         members = int(running.sum(dim=1).max())
         studies = running.any(dim=1).nonzero().squeeze(1)
         order = running[studies].int().argsort(dim=1, descending=True, stable=True)[:, :members]  # running members first
@@ -133,60 +152,60 @@ class Decoder:
             self.prompt_values = [values[blocks] for values in self.prompt_values]
             self.prompt_bias = None if self.prompt_bias is None else self.prompt_bias[studies]
             self.next_position = self.next_position[studies]
-        self.own_keys = [keys[places] for keys in self.own_keys]
-        self.own_values = [values[places] for values in self.own_values]
+        slot = studies.unsqueeze(1)  # [S', M'] with `order`: the study and the member that each place takes
+        self.own_keys = [keys.transpose(1, 2)[slot, order].transpose(1, 2).contiguous() for keys in self.own_keys]
+        self.own_values = [values.transpose(1, 2)[slot, order].transpose(1, 2).contiguous() for values in self.own_values]
         self.tokens = self.tokens[places]
+        self._take_places()
 
     def _advance(self, width: int) -> None:
         """Feed the last tokens, sample the next ones; own keys are read up to `width`."""
         language, members = self.language, self.rows.shape[1]
         position = (self.next_position + self.step - 1).repeat_interleave(members)  # of the tokens that are fed
         cos, sin = language.rotation(position.expand(3, -1))
-        own_bias = torch.where(torch.arange(width, device=self.rows.device) < self.step, 0.0, float("-inf"))
+        own_bias = torch.where(torch.arange(width, device=self.rows.device) < self.step, 0.0, float("-inf")).to(self.embeddings.dtype)
         x = F.embedding(self.tokens, self.embeddings)
         for number, layer in enumerate(language.layers):
             x = self._layer(number, layer, x, cos, sin, own_bias, width)
         self._sample(language.rms_norm(x, language.norm))
 
     def _layer(self, number: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, own_bias: Tensor, width: int) -> Tensor:
-        language, (studies, members) = self.language, self.rows.shape
+        language, studies = self.language, len(self.rows)
         heads, key_heads, size = language.heads, language.key_heads, language.head_size
-        share = heads // key_heads  # query heads of a key head
         qkv = layer.qkv(language.rms_norm(x, layer.norm_attention)).view(len(x), -1, size)
         qk = rotate(qkv[:, : heads + key_heads], cos, sin)
         own_keys, own_values = self.own_keys[number], self.own_values[number]
-        own_keys.index_copy_(2, self.step - 1, qk[:, heads:].unsqueeze(2))
-        own_values.index_copy_(2, self.step - 1, qkv[:, heads + key_heads :].unsqueeze(2))
+        own_keys.index_copy_(3, self.step - 1, self._by_study(qk[:, heads:]))
+        own_values.index_copy_(3, self.step - 1, self._by_study(qkv[:, heads + key_heads :]))
 
-        q = qk[:, :heads].reshape(-1, key_heads, share, size) * size**-0.5  # [S * M, K, share, D]
-        by_study = q.view(studies, members, key_heads, share, size).transpose(1, 2).reshape(studies * key_heads, members * share, size)
-        to_prompt = torch.bmm(by_study, self.prompt_keys[number])  # [S * K, M * share, P]: the prompt's keys are read once a study
+        # query heads that share a key head are so many queries of it: [S, K, M, heads / K, D]
+        q = self._by_study(qk[:, :heads]).mul_(size**-0.5)
+        to_prompt = torch.bmm(q.view(studies * key_heads, -1, size), self.prompt_keys[number])  # the prompt is read once a study
         if self.prompt_bias is not None:
-            to_prompt.view(studies, key_heads, members * share, -1).add_(self.prompt_bias[:, None, None].to(to_prompt.dtype))
-        to_own = torch.matmul(q, own_keys[:, :, :width].transpose(2, 3)) + own_bias.to(q.dtype)  # [S * M, K, share, width]
-        to_own = to_own.view(studies, members, key_heads, share, width).transpose(1, 2).reshape(len(by_study), -1, width)
-        weights = torch.cat([to_prompt, to_own], dim=2).softmax(dim=2, dtype=torch.float32).to(x.dtype)
+            to_prompt.view(studies, key_heads, -1, to_prompt.shape[2]).add_(self.prompt_bias[:, None, None])
+        to_own = torch.matmul(q, own_keys[:, :, :, :width].transpose(3, 4)).add_(own_bias)  # [S, K, M, heads / K, width]
+        scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:2], width)], dim=2)
+        weights = scores.softmax(dim=2, dtype=torch.float32).to(x.dtype)
         seen = to_prompt.shape[2]
-        from_prompt = torch.bmm(weights[:, :, :seen], self.prompt_values[number])
-        own_weights = (
-            weights[:, :, seen:].view(studies, key_heads, members, share, width).transpose(1, 2).reshape(-1, key_heads, share, width)
-        )
-        from_own = torch.matmul(own_weights, own_values[:, :, :width])  # [S * M, K, share, D]
-        attended = from_prompt.view(studies, key_heads, members, share, size).transpose(1, 2).reshape(from_own.shape) + from_own
-        return language.mlp(layer, layer.out(attended.flatten(1)).add_(x))
+        attended = torch.matmul(weights[:, :, seen:].view(*q.shape[:4], width), own_values[:, :, :, :width])
+        attended.view(studies * key_heads, -1, size).baddbmm_(weights[:, :, :seen], self.prompt_values[number])
+        return language.mlp(layer, layer.out(attended.transpose(1, 2).reshape(len(x), -1)).add_(x))
+
+    def _by_study(self, heads: Tensor) -> Tensor:
+        """[S * M, n * K, D] -> [S, K, M, n, D]: members of a study side by side under each key head."""
+        studies, members = self.rows.shape
+        return heads.view(studies, members, self.language.key_heads, -1, heads.shape[2]).transpose(1, 2).contiguous()
 
     def _sample(self, hidden: Tensor) -> None:
-        answers, rows = self.answers, self.rows.flatten()
-        column = self.step.expand(len(rows))
         log_probs = self.logits(hidden).log_softmax(dim=-1)  # [S * M, V]
-        if self.uniforms is None:
+        if self.own_uniforms is None:
             tokens = log_probs.argmax(dim=-1)
         else:
-            tokens = sample_tokens(log_probs, self.uniforms[rows, column])
-        going = ~answers.ended[rows]  # the EOS itself is a token that was chosen, and is scored (trap 8)
-        answers.token_ids.index_put_((rows, column), torch.where(going, tokens, answers.token_ids[rows, column]))
-        answers.logp.index_put_((rows, column), log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1) * going)
-        answers.mask.index_put_((rows, column), going)
-        answers.ended.index_put_((rows,), ~going | (tokens.unsqueeze(1) == self.eos).any(dim=1))
+            tokens = sample_tokens(log_probs, self.own_uniforms.index_select(1, self.step).squeeze(1))
+        going = ~self.ended  # the EOS itself is a token that was chosen, and is scored (trap 8)
+        self.token_ids.index_copy_(1, self.step, torch.where(going, tokens, self.pad_id).unsqueeze(1))
+        self.logp.index_copy_(1, self.step, log_probs.gather(1, tokens.unsqueeze(1)) * going.unsqueeze(1))
+        self.mask.index_copy_(1, self.step, going.unsqueeze(1))
+        self.ended.logical_or_((tokens.unsqueeze(1) == self.eos).any(dim=1))
         self.tokens.copy_(tokens)
         self.step += 1
