@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-control demo-seeds iu-phantom bench bench-gpu test test-slow lint clean
+.PHONY: help setup demo demo-control demo-seeds iu-phantom bench bench-gpu test test-slow test-gpu lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -132,6 +132,9 @@ test: $(READY)  ## style, types, import rules and every test but the slow ones
 
 test-slow: $(READY)  ## tests of minutes: training a labeler, a run end to end
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: $(READY)  ## what needs a CUDA device: kernels, captured graphs, bf16
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(READY)  ## style, types and import rules
 	$(BIN)/ruff check .

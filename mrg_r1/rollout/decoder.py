@@ -101,21 +101,14 @@ class Decoder:
         """One more token for every row, `written` of which are there already."""
         unit = _WIDTH_STEP[self.rows.device.type]
         width = min(self.length, -(-written // unit) * unit)
-        if not self.rows.is_cuda:
-            self._advance(width)
-            return
-        if self.graph_shape == (self.rows.numel(), width):
-            assert self.graph is not None
+        if self.graph is not None and self.graph_shape == (self.rows.numel(), width):
             self.graph.replay()
             return
-        self.graph = None
-        if self.graph_shape is not None and self.graph_shape[0] != self.rows.numel():
-            torch.cuda.synchronize()  # tensors of the graph before may be in use still
-        self._advance(width)  # the step itself, and the warm-up that capturing needs
-        self.graph_shape = (self.rows.numel(), width)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._advance(width)
+        self._advance(width)
+        if self.rows.is_cuda:  # the step just made was the warm-up that capturing needs; capturing itself computes nothing
+            self.graph, self.graph_shape = torch.cuda.CUDAGraph(), (self.rows.numel(), width)
+            with torch.cuda.graph(self.graph):
+                self._advance(width)
 
     def running(self) -> Tensor:
         """[S, M] bool, the places whose row goes on."""

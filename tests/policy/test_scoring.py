@@ -277,3 +277,21 @@ def test_a_cut_image_is_refused(policy, studies, build):
     cut = int((prompts.input_ids[0] == policy.image_token_id).nonzero()[4, 0])
     with pytest.raises(ValueError, match="the prompt was cut inside them"):
         policy.positions(prompts.input_ids[:, :cut], prompts.attention_mask[:, :cut], prompts.image_grid_thw)
+
+
+@pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_gap_between_sampled_and_scored_logp(tiny_policy_directory, studies, build, dtype, limit):
+    """Merged LoRA and decoding against unmerged LoRA and scoring: nothing in fp32, rounding in bf16, under the level that is warned of."""
+    policy = load_policy(tiny_policy_directory, dtype=dtype)
+    add_lora(policy, rank=4, alpha=8, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    prompts = build(policy)(studies)
+    vision, done = rolled_out(policy, prompts, length=40)
+    scored = score_group(policy, prompts, vision, done, token_budget=10_000)
+    gap = (scored - done.logp).abs()[done.mask]
+    assert gap.mean() < limit
+    assert dtype == torch.float32 or gap.mean() > 1e-5, "bf16 that does not round is not bf16"

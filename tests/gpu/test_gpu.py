@@ -1,0 +1,113 @@
+"""What only a CUDA device has: its flash kernels, decoding by a captured graph, bf16 scoring at speed. `make test-gpu`.
+
+Skipped where there is no device, so that nothing here is proof of anything until it has run on one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mrg_r1.policy.adapters import add_lora
+from mrg_r1.policy.attention import Runs, attend, attend_backward
+from mrg_r1.policy.load import load_policy
+from mrg_r1.policy.plain import score_rows
+from mrg_r1.policy.scoring import score_completions
+from mrg_r1.rollout.decode import greedy, rollout
+from mrg_r1.rollout.decoder import Decoder
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def lora_on(directory, device, dtype):
+    policy = load_policy(directory, dtype=dtype)
+    add_lora(policy, rank=4, alpha=8, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return policy.to(device)
+
+
+@pytest.mark.parametrize("heads,key_heads,size", [(4, 4, 64), (28, 4, 128), (16, 16, 80)])
+@pytest.mark.parametrize("q_lengths,k_lengths,causal", [((5, 0, 70, 9), (5, 3, 70, 9), False), ((5, 70, 9), (5, 70, 9), True)])
+def test_flash_kernels_agree_with_whole_score_matrices(heads, key_heads, size, q_lengths, k_lengths, causal):
+    """Forward, log-sum-exp and the three gradients in bf16, against fp32 by `_plain`."""
+    device = torch.device("cuda")
+    q_runs, k_runs = Runs(q_lengths, device), Runs(k_lengths, device)
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(tokens, count, size, device=device, dtype=torch.bfloat16)
+        for tokens, count in ((q_runs.total, heads), (k_runs.total, key_heads), (k_runs.total, key_heads))
+    )
+    grad = torch.randn_like(q)
+    out, lse = attend(q, k, v, q_runs, k_runs, causal=causal)
+    found = attend_backward(grad, q, k, v, out, lse, q_runs, k_runs, causal=causal)
+    wide = [tensor.float() for tensor in (q, k, v)]  # fp32 has no flash kernel on CUDA: whole matrices
+    exact, exact_lse = attend(*wide, q_runs, k_runs, causal=causal)
+    wanted = attend_backward(grad.float(), *wide, exact, exact_lse, q_runs, k_runs, causal=causal)
+    torch.testing.assert_close(lse, exact_lse, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine.float() - theirs).norm() / theirs.norm() < 2e-2
+
+
+def test_decoding_on_the_device_is_decoding_on_the_cpu(tiny_policy_directory, studies, build):
+    """fp32, greedy and sampled, over several widths and compactions: the graph gives the tokens that the CPU gives."""
+    answers = []
+    for device in ("cpu", "cuda"):
+        policy = lora_on(tiny_policy_directory, device, torch.float32)
+        prompts = build(policy)(studies).to(device)
+        vision = policy.encode_images(prompts)
+        best = greedy(policy, prompts, vision, max_new_tokens=200)
+        drawn = rollout(policy, prompts, vision, group_size=3, max_new_tokens=200, seed=0, step=0)
+        answers.append((best.token_ids.cpu(), drawn.token_ids.cpu(), drawn.logp.cpu()))
+    assert torch.equal(answers[0][0][:, :, :20], answers[1][0][:, :, :20])
+    same = (answers[0][1][:, :, :40] == answers[1][1][:, :, :40]).float().mean()
+    assert same > 0.9, "rounding may part a row late, not most rows early"
+
+
+def test_a_replayed_graph_is_the_step_itself(tiny_policy_directory, studies, build, monkeypatch):
+    policy = lora_on(tiny_policy_directory, "cuda", torch.bfloat16)
+    prompts = build(policy)(studies).to("cuda")
+    vision = policy.encode_images(prompts)
+    options = {"group_size": 4, "max_new_tokens": 150, "seed": 0, "step": 0}
+    by_graph = rollout(policy, prompts, vision, **options)
+    monkeypatch.setattr(Decoder, "advance", lambda decoder, written: decoder._advance(min(decoder.length, -(-written // 128) * 128)))
+    eager = rollout(policy, prompts, vision, **options)
+    assert torch.equal(by_graph.token_ids, eager.token_ids) and torch.equal(by_graph.mask, eager.mask)
+    torch.testing.assert_close(by_graph.logp, eager.logp, atol=1e-5, rtol=0)
+
+
+def test_sampled_logp_is_near_the_scored_one_in_bf16(tiny_policy_directory, studies, build):
+    policy = lora_on(tiny_policy_directory, "cuda", torch.bfloat16)
+    prompts = build(policy)(studies).to("cuda")
+    vision = policy.encode_images(prompts)
+    done = rollout(policy, prompts, vision, group_size=4, max_new_tokens=60, seed=0, step=0)
+    length = done.token_ids.shape[2]
+    rows = torch.arange(4, device="cuda").repeat_interleave(4)
+    with torch.no_grad():
+        scored, _ = score_completions(policy, prompts, vision, done.token_ids.view(-1, length), done.mask.view(-1, length), rows)
+    gap = (scored - done.logp.view(-1, length)).abs()[done.mask.view(-1, length)]
+    assert gap.mean() < 0.05
+
+
+def test_shared_prefix_equals_the_naive_pass_in_bf16(tiny_policy_directory, studies, build):
+    policy = lora_on(tiny_policy_directory, "cuda", torch.bfloat16)
+    prompts = build(policy)(studies).to("cuda")
+    vision = policy.encode_images(prompts)
+    lengths = torch.tensor([13, 1, 5, 0, 7, 7, 2, 13], device="cuda")
+    ids = torch.randint(8, 300, (8, 13), generator=torch.Generator().manual_seed(0)).cuda()
+    mask = torch.arange(13, device="cuda") < lengths[:, None]
+    rows = torch.tensor([1, 0, 1, 2, 3, 3, 0, 1], device="cuda")
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    found = []
+    for score in (score_completions, score_rows):
+        policy.zero_grad()
+        logp, _ = score(policy, prompts, vision, ids, mask, rows)
+        logp.sum().backward()
+        found.append((logp.detach(), torch.cat([parameter.grad.float().flatten() for parameter in trained])))
+    (logp, gradient), (naive, naive_gradient) = found
+    assert (logp - naive).abs()[mask].mean() < 0.03
+    assert (gradient - naive_gradient).norm() / naive_gradient.norm() < 0.1
