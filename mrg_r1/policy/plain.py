@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mrg_r1.policy.vision import embed_prompts
 from mrg_r1.types import Prompts, VisionFeatures
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ def score_rows(
     """
     length = int(mask.sum(dim=1).max()) if mask.any() else 1  # columns that are padding in every row cost nothing
     ids, kept = token_ids[:, :length], mask[:, :length]
-    prompt_embeddings = embed_prompts(policy, prompts, vision)[study_of_row]  # [R, P, H]
+    prompt_embeddings = _embed_prompts(policy, prompts, vision)[study_of_row]  # [R, P, H]
     steps = torch.arange(length - 1, device=ids.device)
     positions = prompts.next_position[study_of_row, None] + steps  # [R, length - 1]; text goes on after the prompt
     hidden = policy.language_model(
@@ -47,6 +46,13 @@ def score_rows(
     ).last_hidden_state[:, -length:]  # [R, length, H]; the last prompt token predicts the first completion token
     logp, entropy = _token_logp(policy, hidden[kept], ids[kept])
     return _scatter(logp, kept, token_ids.shape), _scatter(entropy, kept, token_ids.shape)
+
+
+def _embed_prompts(policy: Policy, prompts: Prompts, vision: VisionFeatures) -> Tensor:
+    """[B, P, H]: token embeddings with the image tokens replaced by the image features."""
+    embeddings = policy.language_model.embed_tokens(prompts.input_ids)
+    at_images = (prompts.input_ids == policy.image_token_id).unsqueeze(-1)
+    return embeddings.masked_scatter(at_images, torch.cat(vision.per_study).to(embeddings.dtype))
 
 
 def _token_logp(policy: Policy, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,13 +51,6 @@ def encode_images(policy: Policy, prompts: Prompts) -> VisionFeatures:
     return VisionFeatures(per_study)
 
 
-def embed_prompts(policy: Policy, prompts: Prompts, vision: VisionFeatures) -> Tensor:
-    """[B, P, H]: token embeddings with the image tokens replaced by the image features."""
-    embeddings = policy.language_model.embed_tokens(prompts.input_ids)
-    at_images = (prompts.input_ids == policy.image_token_id).unsqueeze(-1)
-    return embeddings.masked_scatter(at_images, torch.cat(vision.per_study).to(embeddings.dtype))
-
-
 @torch.no_grad()
 def run_tower(visual: Any, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     """The tower's forward (Qwen2.5-VL, arXiv 2502.13923, section 2.1.1) over all images at once, packed.
