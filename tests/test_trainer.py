@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import mrg_r1.trainer as trainer
-from mrg_r1.config import load_recipe
+from mrg_r1.config import RecipeError, load_recipe
 from mrg_r1.grpo.advantages import group_advantages
 from mrg_r1.policy.scoring import score_group
 from mrg_r1.reward.service import InProcessRewards
@@ -23,7 +24,7 @@ class PlainEngine:
     """An engine of plain SGD: what `update` needs of one."""
 
     def __init__(self, policy, rate=0.5):
-        self.policy = policy
+        self.policy, self.updates = policy, 0
         self.optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=rate)
 
     def __call__(self, *args):
@@ -35,6 +36,7 @@ class PlainEngine:
     def backward(self, loss, *, last):
         loss.backward()
         if last:
+            self.updates += 1
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -87,6 +89,43 @@ def test_first_update_moves_towards_the_better_reports(lora_policy, experience, 
     logp.append(score_group(lora_policy, experience.prompts, experience.vision, ids, token_budget=4096).sum(-1))
     change = (logp[1] - logp[0]).flatten()
     assert torch.corrcoef(torch.stack([change, experience.advantages.flatten()]))[0, 1] > 0.5
+
+
+@pytest.mark.parametrize("budget", [1, 100, 100_000])
+def test_going_on_from_the_prefill_gives_the_same_update(lora_policy, experience, world, tmp_path, budget):
+    """The rollout's prompt pass kept with its graph: the same gradient, however completions are cut into passes, and one update."""
+    trained = [p for p in lora_policy.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in trained]
+    recipe = recipe_of(world, tmp_path, f"engine.micro_batch_tokens={budget}")
+    once, moves, counts = replace(experience, old_logp=None), [], []
+    for reuse in (False, True):
+        with torch.no_grad():
+            for parameter, value in zip(trained, start, strict=True):
+                parameter.copy_(value)
+        states = lora_policy.prompt_states(once.prompts, once.vision) if reuse else None
+        again = rollout(lora_policy, once.prompts, once.vision, group_size=4, max_new_tokens=8, seed=0, step=0, states=states)
+        assert torch.equal(again.token_ids, once.completions.token_ids)
+        engine = PlainEngine(lora_policy)
+        metrics = trainer.update(once, recipe=recipe, engine=engine, ranks=OneRank(), states=states)
+        assert engine.updates == 1
+        counts.append(float(metrics["loss"][1]))
+        moves.append(torch.cat([(p.detach() - value).flatten() for p, value in zip(trained, start, strict=True)]))
+    assert moves[0].norm() > 1e-3 and counts == [pytest.approx(1), pytest.approx(1)]
+    assert (moves[1] - moves[0]).norm() / moves[0].norm() < 1e-5
+
+
+def test_reuse_of_the_prefill_is_refused_where_weights_change_in_between(world, tmp_path):
+    with pytest.raises(RecipeError, match="reuse_prefill with grpo.inner_iterations 2"):
+        recipe_of(world, tmp_path, "rollout.reuse_prefill=true", "grpo.inner_iterations=2")
+
+
+def test_a_gap_between_sampling_and_scoring_is_said():
+    said = []
+    log = SimpleNamespace(say=said.append)
+    trainer.warn_of_gap(log, 3, 0.051, "none")
+    trainer.warn_of_gap(log, 4, 0.049, "none")
+    trainer.warn_of_gap(log, 5, None, "tis")
+    assert len(said) == 1 and "step 3: sampling/logp_gap 0.051" in said[0] and "grpo.correction=tis" in said[0]
 
 
 def test_truncated_completions_leave_the_loss_when_masked(lora_policy, experience, world, tmp_path):

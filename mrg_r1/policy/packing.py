@@ -67,32 +67,30 @@ def plan_micro_batches(
     Returns:
         Lists of rows, every row once; a pass of one completion may exceed the budget.
     """
+
+    def tokens_of(rows: Sequence[int]) -> int:
+        return sum(prompt_lengths[study] for study in {study_of_row[row] for row in rows}) + sum(lengths[row] for row in rows)
+
     groups: dict[int, list[int]] = {}
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         groups.setdefault(study_of_row[row], []).append(row)
-    pieces: list[tuple[int, list[int]]] = []  # (tokens, rows), each of one study
-    for study, rows in groups.items():
-        piece, tokens = [rows[0]], prompt_lengths[study] + lengths[rows[0]]
-        for row in rows[1:]:
-            if tokens + lengths[row] > token_budget:
-                pieces.append((tokens, piece))
-                piece, tokens = [], prompt_lengths[study]
-            piece.append(row)
-            tokens += lengths[row]
-        pieces.append((tokens, piece))
-    batches: list[tuple[int, list[int]]] = []
-    for tokens, rows in sorted(pieces, key=lambda piece: -piece[0]):  # first fit, largest first
-        for number, (used, taken) in enumerate(batches):
-            if used + tokens <= token_budget:
-                batches[number] = (used + tokens, taken + rows)
-                break
+    pieces: list[list[int]] = []  # rows of one study that fit together
+    for rows in groups.values():
+        pieces.append([])
+        for row in rows:
+            if pieces[-1] and tokens_of([*pieces[-1], row]) > token_budget:
+                pieces.append([])
+            pieces[-1].append(row)
+    batches: list[list[int]] = []
+    for piece in sorted(pieces, key=tokens_of, reverse=True):  # first fit, largest first
+        fitting = next((batch for batch in batches if tokens_of(batch + piece) <= token_budget), None)
+        if fitting is None:
+            batches.append(piece)
         else:
-            batches.append((tokens, rows))
+            fitting += piece
     while len(batches) < at_least:
-        largest = max((batch for batch in batches if len(batch[1]) > 1), key=lambda batch: batch[0])
+        largest = max((batch for batch in batches if len(batch) > 1), key=tokens_of)
         batches.remove(largest)
-        half = len(largest[1]) // 2
-        for rows in (largest[1][:half], largest[1][half:]):
-            studies = {study_of_row[row] for row in rows}
-            batches.append((sum(prompt_lengths[study] for study in studies) + sum(lengths[row] for row in rows), rows))
-    return [rows for _, rows in sorted(batches, key=lambda batch: -batch[0])]
+        half = len(largest) // 2
+        batches += [largest[:half], largest[half:]]
+    return sorted(batches, key=tokens_of, reverse=True)

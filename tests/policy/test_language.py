@@ -103,3 +103,12 @@ def test_several_active_adapters_add_up(lora_policy):
     projection = LanguageModel.read(lora_policy).layers[0].qkv
     assert len(projection.adapters) == 6
     torch.testing.assert_close(projection(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_that_is_not_active_takes_no_part(lora_policy):
+    model = lora_policy.model
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    assert len(LanguageModel.read(lora_policy).layers[0].qkv.adapters) == 3
+    model.base_model.set_adapter("other")
+    (first, *_) = LanguageModel.read(lora_policy).layers[0].qkv.adapters
+    assert first.a is qkv_modules(lora_policy)[0].lora_A["other"].weight

@@ -28,6 +28,10 @@ def test_every_row_once_within_budget_longest_first_and_as_many_passes_as_asked(
     assert all(tokens <= budget or len(rows) == 1 for tokens, rows in zip(costs, plan, strict=True))
 
 
+def test_a_prompt_counts_once_where_pieces_of_its_study_meet():
+    assert plan_micro_batches([7], [2, 2, 6, 21, 21], [0] * 5, token_budget=37) == [[4, 2, 0], [3, 1]]
+
+
 def test_a_study_that_fits_is_not_cut():
     plan = plan_micro_batches([50, 10], [5, 5, 5, 5], [0, 0, 1, 1], token_budget=60)
     assert sorted(map(sorted, plan)) == [[0, 1], [2, 3]]

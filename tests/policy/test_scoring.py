@@ -115,6 +115,10 @@ def test_ratio_is_one_with_dropout_configured_and_modes_toggled(lora_policy, stu
     )
     assert new.requires_grad
     torch.testing.assert_close(new.view_as(old), old, atol=1e-6, rtol=0)
+    # the pass by the modules themselves, in which a dropout would act
+    ids, mask = completions.token_ids.view(-1, length), completions.mask.view(-1, length)
+    plain, _ = score_rows(lora_policy, prompts, vision, ids, mask, torch.arange(4).repeat_interleave(3))
+    torch.testing.assert_close(plain.view_as(old), old, atol=1e-5, rtol=0)
 
 
 def test_reference_is_bitwise_the_base_model(lora_policy, studies, build, tiny_policy_directory):
