@@ -69,25 +69,33 @@ def find_cases(size: Size, names: Sequence[str] | None) -> list[GpuCase]:
 
 
 class Allowance:
-    """The seconds that a contender may take for all its cases, start included; it ends by itself what would not end in time."""
+    """When a contender must be done with all its cases; it leaves by itself what would not end in time.
 
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-        self._pace = 0.0  # the most seconds a token of a case, so far
+    Args:
+        until: seconds since the epoch, so that the parent's clock and not the worker's start decides.
+    """
+
+    def __init__(self, until: float) -> None:
+        self._until = until
+        self._pace = 0.0  # seconds a token of a case, as the last unit took them
 
     @property
     def left(self) -> float:
-        return self._end - time.monotonic()
+        return self._until - time.time()
 
-    def refusal(self, case: GpuCase) -> str | None:
-        """Why the case is not to be begun: at the pace so far a warm-up and one step would not end. None: go on."""
-        needed = 2 * self._pace * case.tokens
+    def refusal(self, case: GpuCase, *, start: float = 0.0) -> str | None:
+        """Why the case is not to be begun: at the pace so far a warm-up and one step would not end. None: go on.
+
+        Args:
+            start: seconds that a case takes before its first step. The first case is begun in any case.
+        """
+        needed = start + 2 * self._pace * case.tokens if self._pace else 0.0
         return f"not run: {self.left:.0f} s left, about {needed:.0f} s needed" if self.left < needed else None
 
     def another(self, case: GpuCase, units: Sequence[Unit]) -> bool:
         """Whether one more unit is wanted and will end in time."""
         if units:
-            self._pace = max(self._pace, *(unit["seconds"] / case.tokens for unit in units[1:] or units))
+            self._pace = units[-1]["seconds"] / case.tokens
         longest = max((unit["seconds"] for unit in units), default=0.0)
         return len(units) < 1 + REPETITIONS and self.left > _MARGIN * longest
 
@@ -114,5 +122,5 @@ def worker_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=list(CASES), required=True, help="of the model and the cases")
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True, help="where to run")
     parser.add_argument("--cases", nargs="+", required=True, help="names of the cases to run")
-    parser.add_argument("--seconds", type=float, required=True, help="time for all of them, start included")
+    parser.add_argument("--until", type=float, required=True, help="when all of them must be done, in seconds since the epoch")
     return parser

@@ -1,7 +1,7 @@
 """The model of the GPU bench: the published 7B shapes with random weights, made on the device and never written to a disk.
 
-What stands in a folder is only what all contenders read: tokenizer, image processor, config and images. Values of weights do not change what
-a step costs; their number and shapes do.
+What stands in a folder is only what all contenders read: tokenizer, image processor, config and images. What a step costs depends on the
+number and shapes of weights, not on their values.
 """
 
 from __future__ import annotations
