@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-control demo-seeds iu-phantom bench bench-gpu test test-slow test-gpu lint clean
+.PHONY: help setup demo demo-control demo-seeds iu-phantom bench bench-gpu wheelhouse test test-slow test-gpu lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -121,6 +121,59 @@ $(TRL_VENV)/.ready: benchmarks/trl-constraints.txt | $(READY)
 
 bench: $(READY) $(TRL_VENV)/.ready  ## our step beside TRL's, our rollout beside generate, and how the step grows (at most 20 minutes)
 	$(BIN)/python -m benchmarks.bench --out runs/bench --minutes 20 --trl-python $(TRL_VENV)/bin/python
+
+# ---- bench-gpu: one CUDA card, and the machine's own torch, which knows its driver. Without a network: WHEELHOUSE=folder, filled
+# ---- elsewhere by `make wheelhouse` for that machine's Python.
+
+GPU_VENV := .venv-gpu
+GPU_PYTHON ?= 3.12
+WHEELHOUSE ?=
+# as in GPU_ARGS='--minutes 8 --contenders ours'
+GPU_ARGS ?=
+GPU_CONSTRAINTS = -c $(GPU_VENV)/constraints.txt
+GPU_INDEX = $(if $(WHEELHOUSE),--no-index --find-links $(WHEELHOUSE))
+# What our step imports beside torch and transformers; then TRL, which may be left out: its rows say so.
+GPU_OURS := deepspeed peft accelerate pydantic rich PyYAML pillow jinja2 sacrebleu pycocoevalcap setuptools wheel
+GPU_TRL := trl datasets
+# The same with what they need in turn, as far as a machine with torch and transformers may lack it.
+WHEELS ?= deepspeed einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic_core annotated-types typing-inspection typing_extensions \
+	tqdm packaging peft accelerate rich markdown-it-py mdurl Pygments PyYAML pillow Jinja2 MarkupSafe sacrebleu portalocker regex tabulate \
+	colorama lxml pycocoevalcap pycocotools setuptools wheel
+WHEELS_TRL ?= trl datasets pyarrow pandas dill multiprocess xxhash python-dateutil tzdata fsspec
+
+# A .pth shows the packages of $(PYTHON) even where that is a virtual environment itself, which --system-site-packages would pass over.
+# Constraints leave alone what the machine has: its torch and transformers are what it is measured with.
+$(GPU_VENV)/.ready: setup.py constraints.txt benchmarks/trl-constraints.txt
+	test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv --without-pip --system-site-packages $(GPU_VENV)
+	$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sep="\n")' \
+		> $$($(GPU_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/machine.pth
+	$(GPU_VENV)/bin/python -c 'import torch, transformers; print("torch", torch.__version__, "CUDA", torch.version.cuda, "transformers", transformers.__version__)'
+	$(GPU_VENV)/bin/python -m pip list --format freeze | grep -iE '^(torch|transformers|tokenizers|numpy|huggingface_hub|huggingface-hub|safetensors)==' > $(GPU_VENV)/constraints.txt
+	$(GPU_VENV)/bin/python -m pip install --quiet $(GPU_INDEX) $(GPU_CONSTRAINTS) --no-build-isolation $(GPU_OURS)
+	$(GPU_VENV)/bin/python -m pip install --quiet $(GPU_INDEX) $(GPU_CONSTRAINTS) $(GPU_TRL) || echo "TRL is left out: it could not be installed (above)"
+	$(GPU_VENV)/bin/python -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
+	touch $@
+
+bench-gpu: $(GPU_VENV)/.ready  ## our step beside TRL's at 7B shapes on one CUDA card, 10 minutes (WHEELHOUSE=folder without a network)
+	env -u OMP_NUM_THREADS $(GPU_VENV)/bin/python -m benchmarks.gpu --out runs/bench-gpu --minutes 10 $(GPU_ARGS)
+
+# DeepSpeed is a source distribution whose build imports torch; everything else is a wheel for the other machine's Python. pycocoevalcap loses
+# METEOR's and SPICE's files, nine tenths of 100 MB: the bench calls neither. WHEELS and WHEELS_TRL can be cut to what that machine lacks.
+wheelhouse: $(READY)  ## fill WHEELHOUSE with what bench-gpu needs on a machine without a network (GPU_PYTHON=3.12, torch is not in it)
+	test -n "$(WHEELHOUSE)" || { echo "name the folder: make wheelhouse WHEELHOUSE=wheelhouse" >&2; exit 2; }
+	mkdir -p $(WHEELHOUSE)
+	pinned() { for name in "$$@"; do grep -ihE "^$${name//[-_]/[-_]}==" constraints.txt benchmarks/trl-constraints.txt | head -n 1 | grep . || { echo "$$name is pinned nowhere" >&2; return 1; }; done; }; \
+	DS_BUILD_OPS=0 $(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(WHEELHOUSE) $$(pinned deepspeed hjson); \
+	pinned $(filter-out deepspeed hjson,$(WHEELS)) $(WHEELS_TRL) > $(WHEELHOUSE)/requirements.txt
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp --abi cp$(subst .,,$(GPU_PYTHON)) --abi abi3 --abi none \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_26_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform linux_x86_64 \
+		--dest $(WHEELHOUSE) -r $(WHEELHOUSE)/requirements.txt
+	if test -f $(WHEELHOUSE)/pycocoevalcap-*.whl; then \
+		rm -rf $(WHEELHOUSE)/unpacked; $(BIN)/wheel unpack -d $(WHEELHOUSE)/unpacked $(WHEELHOUSE)/pycocoevalcap-*.whl; \
+		rm -rf $(WHEELHOUSE)/unpacked/*/pycocoevalcap/spice/lib $(WHEELHOUSE)/unpacked/*/pycocoevalcap/meteor/data; \
+		find $(WHEELHOUSE)/unpacked -name '*.jar' -delete; \
+		$(BIN)/wheel pack -d $(WHEELHOUSE) $(WHEELHOUSE)/unpacked/*; rm -rf $(WHEELHOUSE)/unpacked; fi
+	du -sh $(WHEELHOUSE)
 
 # ---- tests
 

@@ -16,7 +16,7 @@ setup(
     package_data={"mrg_r1.tracking": ["templates/*.j2"]},
     install_requires=[
         "torch>=2.6",
-        "deepspeed>=0.19",
+        "deepspeed>=0.19.8",
         "transformers>=5.17,<6",
         "peft>=0.19",
         "tokenizers>=0.21",
@@ -33,7 +33,6 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.19"],
-        "flash": ["flash-attn>=2.7"],  # a source distribution: needs CUDA to build
         "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "import-linter>=2", "scikit-learn>=1.5", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["mrg-r1=mrg_r1.cli:main"]},

@@ -88,7 +88,7 @@ def make_run(recipe: Recipe) -> Run:
     """What `mrg_r1.run.open_run` would make of the recipe, without checkpoint, manifest and labeler; LoRA is on the policy already."""
     ranks = start_ranks(recipe.seed)
     path = recipe.policy.path
-    policy = Policy(random_model(path, ranks.device, attention=recipe.policy.attention), tokenizer=load_tokenizer(path)).to(ranks.device)
+    policy = Policy(random_model(path, ranks.device, attention="sdpa"), tokenizer=load_tokenizer(path)).to(ranks.device)
     policy.banned[policy.eos_ids] = True  # every completion is as long as was asked for, on all sides
     if recipe.policy.gradient_checkpointing:
         policy.checkpoint_gradients()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_cases import GpuCase
-from benchmarks.results import Table, _markdown_table, _replace
+from benchmarks.results import Table, markdown_table, replace_file
 
 HOW = (
     "Seconds are those of the fastest measured step, after one warm-up step; the device is synchronised at the ends of steps and phases. "
@@ -205,12 +205,12 @@ def write_results(
         "cases": [asdict(case) for case in cases],
         "contenders": {one.name: asdict(one) for one in contenders},
     }
-    _replace(folder / "bench.json", json.dumps(content, indent=1) + "\n")
+    replace_file(folder / "bench.json", json.dumps(content, indent=1) + "\n")
     settings: Table = ["contender", "settings"], [[one.name, json.dumps(one.settings)] for one in contenders if one.settings]
     where: Table = ["", ""], [[name, str(value)] for name, value in environment.items()]
     tables = [step_table(contenders, cases), phase_table(contenders, cases), settings, where]
-    parts = ["# Bench on a GPU", *(_markdown_table(table) for table in tables), HOW]
-    _replace(folder / "bench.md", "\n\n".join(parts) + "\n")
+    parts = ["# Bench on a GPU", *(markdown_table(table) for table in tables), HOW]
+    replace_file(folder / "bench.md", "\n\n".join(parts) + "\n")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -100,7 +100,7 @@ def make_recipe(folder: Path, task: Task) -> Recipe:
 def make_run(recipe: Recipe, folder: Path, task: Task) -> Run:
     """What `mrg_r1.run.open_run` would make of the recipe, without manifest and labeler; the policy has LoRA and cannot end a report."""
     ranks = start_ranks(recipe.seed)
-    policy = load_policy(recipe.policy.path, dtype=torch.float32, attention=recipe.policy.attention)
+    policy = load_policy(recipe.policy.path, dtype=torch.float32)
     policy.banned[policy.eos_ids] = True  # every completion is as long as was asked for, on both sides
     add_lora(policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
     policy.train()

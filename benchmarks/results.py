@@ -165,8 +165,8 @@ def write_results(
             for result in results
         },
     }
-    _replace(folder / "bench.json", json.dumps(content, indent=1) + "\n")
-    _replace(folder / "bench.md", to_markdown(results, values, reasons, environment))
+    replace_file(folder / "bench.json", json.dumps(content, indent=1) + "\n")
+    replace_file(folder / "bench.md", to_markdown(results, values, reasons, environment))
     return values, reasons
 
 
@@ -174,17 +174,17 @@ def to_markdown(
     results: Sequence[CaseResult], values: dict[str, float | None], reasons: dict[str, str], environment: dict[str, Any]
 ) -> str:
     """The same tables as on the terminal, for a reader of the file."""
-    parts = ["# Bench", HOW, _markdown_table(ratio_table(values, reasons))]
+    parts = ["# Bench", HOW, markdown_table(ratio_table(values, reasons))]
     for result in results:
-        parts += [f"## {result.title}", _markdown_table(case_table(result))]
+        parts += [f"## {result.title}", markdown_table(case_table(result))]
         if phase_table(result)[1]:
-            parts.append(_markdown_table(phase_table(result)))
-        parts.append(_markdown_table((["", "settings"], [[one.name, _flat(one.settings)] for one in result.measurements])))
-    parts += ["## Where", _markdown_table((["", ""], [[name, _flat(value)] for name, value in environment.items()]))]
+            parts.append(markdown_table(phase_table(result)))
+        parts.append(markdown_table((["", "settings"], [[one.name, _flat(one.settings)] for one in result.measurements])))
+    parts += ["## Where", markdown_table((["", ""], [[name, _flat(value)] for name, value in environment.items()]))]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
     header, rows = table
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
@@ -198,7 +198,7 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_text(text, encoding="utf-8")

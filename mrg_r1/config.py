@@ -68,9 +68,6 @@ class PolicySection(_Section):
     path: Path = Field(description="Directory of a Qwen2.5-VL checkpoint (config.json, safetensors, tokenizer). yours")
     adapter: Path | None = Field(None, description="Cold-start LoRA adapter, merged before training: it is part of the reference. ours")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Precision of the weights in the forward pass. ours")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="Attention of the language model and the vision tower. ours"
-    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory. ours")
     lora: LoraSection = Field(default_factory=LoraSection, description="LoRA on all linear layers of the language model. paper (LoRA)")
 

@@ -105,9 +105,7 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     _claim_directory(recipe, ranks)
     dtype = _DTYPES[recipe.policy.dtype]
     labeler = Labeler.load(recipe.reward.labeler, tokenizer=recipe.reward.tokenizer, device=recipe.reward.device)
-    policy = load_policy(recipe.policy.path, dtype=dtype, attention=recipe.policy.attention, temperature=recipe.rollout.temperature).to(
-        ranks.device
-    )
+    policy = load_policy(recipe.policy.path, dtype=dtype, temperature=recipe.rollout.temperature).to(ranks.device)
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
     if recipe.policy.gradient_checkpointing:

@@ -117,7 +117,7 @@ class Policy(nn.Module):
         self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def load_policy(path: Path, *, dtype: torch.dtype, attention: str = "sdpa", temperature: float = 1.0) -> Policy:
+def load_policy(path: Path, *, dtype: torch.dtype, temperature: float = 1.0) -> Policy:
     """Load a checkpoint directory in evaluation mode, every parameter frozen.
 
     Raises:
@@ -125,7 +125,7 @@ def load_policy(path: Path, *, dtype: torch.dtype, attention: str = "sdpa", temp
     """
     tokenizer = load_tokenizer(path)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, attn_implementation=attention, local_files_only=True, use_safetensors=True
+        path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
     )
     model.requires_grad_(False)
     return Policy(model, tokenizer=tokenizer, temperature=temperature).eval()
