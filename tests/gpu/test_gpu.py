@@ -8,26 +8,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mrg_r1.policy.adapters import add_lora
 from mrg_r1.policy.attention import Runs, attend, attend_backward
 from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.plain import score_rows
 from mrg_r1.policy.scoring import score_completions
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.rollout.decoder import Decoder
+from tests.conftest import with_lora
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def lora_on(directory, device, dtype):
-    policy = load_policy(directory, dtype=dtype)
-    add_lora(policy, rank=4, alpha=8, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return policy.to(device)
+    return with_lora(load_policy(directory, dtype=dtype)).to(device)
 
 
 @pytest.mark.parametrize("heads,key_heads,size", [(4, 4, 64), (28, 4, 128), (16, 16, 80)])

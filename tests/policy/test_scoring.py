@@ -7,11 +7,12 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mrg_r1.policy import scoring
-from mrg_r1.policy.adapters import add_lora, reference
+from mrg_r1.policy.adapters import reference
 from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.plain import score_rows
 from mrg_r1.policy.scoring import score_completions, score_group
 from mrg_r1.rollout.decode import rollout
+from tests.conftest import with_lora
 
 
 def rolled_out(policy, prompts, *, group_size=3, length=12, step=0, seed=0):
@@ -201,13 +202,7 @@ def test_shared_prefix_in_bf16_is_as_near_to_fp32_as_the_naive_pass(tiny_policy_
     """bf16 rounds, so two bf16 passes differ; neither may be farther from the fp32 pass than the other by much."""
 
     def passes(dtype):
-        policy = load_policy(tiny_policy_directory, dtype=dtype)
-        add_lora(policy, rank=4, alpha=8, seed=0)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for name, parameter in policy.named_parameters():
-                if "lora_B" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        policy = with_lora(load_policy(tiny_policy_directory, dtype=dtype))
         arguments = ragged(policy, build(policy)(studies))
         return [gradient_of(policy, arguments, score=score) for score in (None, score_rows)]
 
@@ -286,13 +281,7 @@ def test_a_cut_image_is_refused(policy, studies, build):
 @pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_gap_between_sampled_and_scored_logp(tiny_policy_directory, studies, build, dtype, limit):
     """Merged LoRA and decoding against unmerged LoRA and scoring: nothing in fp32, rounding in bf16, under the level that is warned of."""
-    policy = load_policy(tiny_policy_directory, dtype=dtype)
-    add_lora(policy, rank=4, alpha=8, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    policy = with_lora(load_policy(tiny_policy_directory, dtype=dtype))
     prompts = build(policy)(studies)
     vision, done = rolled_out(policy, prompts, length=40)
     scored = score_group(policy, prompts, vision, done, token_budget=10_000)

@@ -12,13 +12,12 @@ from mrg_r1.data.loader import PromptBuilder, PromptWords, rank_indices
 from mrg_r1.engine.checkpoint import load_checkpoint, save_checkpoint
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
-from mrg_r1.policy.adapters import add_lora
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.trainer import train as train_grpo
 from mrg_r1.trainer import update
 from mrg_r1.types import Experience, Rewards
-from tests.conftest import make_study
+from tests.conftest import make_study, with_lora
 
 GROUP = 4
 SIDES = [[(84, 84)], [(84, 56), (112, 112)], [(56, 112)], [(112, 84)]]
@@ -39,14 +38,7 @@ def reduce_unequal(ranks: Ranks) -> dict[str, float | None]:
 
 def fixed_policy(directory: str) -> Policy:
     """The tiny policy with a LoRA that is far from zero, the same wherever it is built."""
-    policy = load_policy(Path(directory), dtype=torch.float32)
-    add_lora(policy, rank=4, alpha=8, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return policy
+    return with_lora(load_policy(Path(directory), dtype=torch.float32))
 
 
 def fixed_experience(policy: Policy, directory: str, images: str, studies: list[int]) -> Experience:
