@@ -91,9 +91,10 @@ def test_first_update_moves_towards_the_better_reports(lora_policy, experience, 
     assert torch.corrcoef(torch.stack([change, experience.advantages.flatten()]))[0, 1] > 0.5
 
 
-@pytest.mark.parametrize("budget", [1, 100, 100_000])
-def test_going_on_from_the_prefill_gives_the_same_update(lora_policy, experience, world, tmp_path, budget):
+@pytest.mark.parametrize("budget,recompute", [(1, False), (100, False), (100_000, False), (100, True)])
+def test_going_on_from_the_prefill_gives_the_same_update(lora_policy, experience, world, tmp_path, budget, recompute):
     """The rollout's prompt pass kept with its graph: the same gradient, however completions are cut into passes, and one update."""
+    lora_policy.recompute = recompute
     trained = [p for p in lora_policy.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in trained]
     recipe = recipe_of(world, tmp_path, f"engine.micro_batch_tokens={budget}")
