@@ -124,12 +124,13 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
                 stopped = f"validation disease_micro13 {result['disease_micro13']:.3f} reached sft.stop_at {recipe.sft.stop_at}"
         if recipe.sft.max_seconds is not None and ranks.agree(clock.training_seconds >= recipe.sft.max_seconds):
             stopped = f"sft.max_seconds {recipe.sft.max_seconds} reached"
+        # before the checkpoint: a killed run's surplus lines are cut off at resuming, missing ones would be lost
+        log.log(step, metrics | clock.end_step())
         if stopped is not None or step + 1 == recipe.steps or (step + 1) % recipe.checkpoint.every == 0:
             with clock.phase("checkpoint"):
                 best = {"step": step + 1, "score": None}
                 extra = {"best": best, "seconds": clock.totals, "seed": recipe.seed, "world_size": ranks.world_size, "stopped": stopped}
                 save_checkpoint(engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep)
-        log.log(step, metrics | clock.end_step())
 
     loader.close()
     if stopped is not None:

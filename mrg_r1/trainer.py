@@ -228,12 +228,13 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         if last or (recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0):
             with clock.phase("validation"):
                 best = keep_best(run, best, step=step + 1, metrics=metrics)
+        # before the checkpoint: what a killed run wrote too much is cut off at resuming, what it had not written would be lost
+        log.log(step, metrics | clock.end_step())
+        warn_of_gap(log, step, metrics["sampling/logp_gap"], recipe.grpo.correction)
         if last or (step + 1) % recipe.checkpoint.every == 0:
             with clock.phase("checkpoint"):
                 extra = {"best": best, "seconds": clock.totals, "seed": recipe.seed, "world_size": ranks.world_size}
                 save_checkpoint(engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep)
-        log.log(step, metrics | clock.end_step())
-        warn_of_gap(log, step, metrics["sampling/logp_gap"], recipe.grpo.correction)
 
     loader.close()
     restore_adapter(run.policy, run.directory / "adapter")  # the best one, not the last
