@@ -35,7 +35,7 @@ from benchmarks.gpu_cases import (
     worker_arguments,
 )
 from benchmarks.gpu_model import random_model
-from benchmarks.trl_worker import TimedTrainer, make_dataset, make_processor, reward, suppressed
+from benchmarks.trl_worker import EQUAL_SETTINGS, TimedTrainer, make_dataset, make_processor, reward, suppressed
 
 START_SECONDS = 15.0  # for the model and the trainer of a case
 
@@ -82,23 +82,8 @@ def make_config(folder: Path, case: GpuCase, banned: list[int], *, device: str, 
         gradient_accumulation_steps=case.rows // micro_batch,
         num_generations=case.group,
         max_completion_length=case.new_tokens,
-        beta=same.BETA,
-        epsilon=same.CLIP,
-        num_iterations=1,
-        loss_type="grpo",
-        scale_rewards="group",
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
         generation_kwargs=never,
-        learning_rate=same.LEARNING_RATE,
-        adam_beta1=same.BETAS[0],
-        adam_beta2=same.BETAS[1],
-        max_grad_norm=same.MAX_GRAD_NORM,
-        lr_scheduler_type="constant",
         max_steps=1 + REPETITIONS,
-        seed=same.SEED,
         use_cpu=device == "cpu",
         bf16=True,
         gradient_checkpointing=True,
@@ -106,13 +91,7 @@ def make_config(folder: Path, case: GpuCase, banned: list[int], *, device: str, 
         vllm_mode="colocate",
         vllm_gpu_memory_utilization=memory,
         vllm_importance_sampling_correction=False,  # a forward pass more, which the others have not
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        log_completions=False,
-        disable_tqdm=True,
+        **EQUAL_SETTINGS,
     )
 
 

@@ -29,6 +29,33 @@ MICRO_BATCH = 8  # completions a forward and backward pass: as fast as 16, faste
 STEPS = 1_000_000  # more than any bench takes; it ends when the parent closes the pipe
 
 
+# What GRPOConfig is told on a CPU and on a GPU alike: the step of `benchmarks.task`, and everything that only costs time off.
+EQUAL_SETTINGS: dict[str, Any] = {
+    "beta": same.BETA,
+    "epsilon": same.CLIP,
+    "num_iterations": 1,
+    "loss_type": "grpo",
+    "scale_rewards": "group",
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "learning_rate": same.LEARNING_RATE,
+    "adam_beta1": same.BETAS[0],
+    "adam_beta2": same.BETAS[1],
+    "max_grad_norm": same.MAX_GRAD_NORM,
+    "lr_scheduler_type": "constant",
+    "seed": same.SEED,
+    "remove_unused_columns": False,
+    "dataloader_num_workers": 0,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": [],
+    "log_completions": False,
+    "disable_tqdm": True,
+}
+
+
 class ImageProcessorOnly(Qwen2_5_VLProcessor):
     """Qwen2.5-VL's processor without its video part, which needs torchvision, for which there is no CPU wheel.
 
@@ -125,36 +152,15 @@ def make_trainer(folder: Path, task: Task, channel: Channel) -> TimedTrainer:
         gradient_accumulation_steps=rows // micro,
         num_generations=task.group,
         max_completion_length=task.new_tokens,
-        beta=same.BETA,
-        epsilon=same.CLIP,
-        num_iterations=1,
-        loss_type="grpo",
-        scale_rewards="group",
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        repetition_penalty=1.0,
         generation_kwargs={"suppress_tokens": suppressed(model, processor.tokenizer)},
-        learning_rate=same.LEARNING_RATE,
-        adam_beta1=same.BETAS[0],
-        adam_beta2=same.BETAS[1],
-        max_grad_norm=same.MAX_GRAD_NORM,
-        lr_scheduler_type="constant",
         max_steps=STEPS,
-        seed=same.SEED,
         use_cpu=True,
         bf16=False,
         fp16=False,
         gradient_checkpointing=False,
         use_vllm=False,
-        remove_unused_columns=False,
         dataloader_pin_memory=False,
-        dataloader_num_workers=0,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        log_completions=False,
-        disable_tqdm=True,
+        **EQUAL_SETTINGS,
     )
     server = StepServer(channel, task)
     server.trainer = TimedTrainer(
