@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -21,15 +21,14 @@ from benchmarks import task as same
 from benchmarks.gpu_cases import LORA_ALPHA, LORA_RANK, Allowance, CaseChannel, GpuCase, Unit, find_cases, units_of, worker_arguments
 from benchmarks.gpu_model import DTYPE, random_model
 from benchmarks.gpu_results import Shape
-from benchmarks.ours import OPTIMIZER_STEPS, NoLabeler, WordOverlapRewards
+from benchmarks.ours import OPTIMIZER_STEPS, word_overlap
 from mrg_r1.config import Recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
 from mrg_r1.engine.ranks import finish_ranks, start_ranks
 from mrg_r1.engine.zero import Engine
-from mrg_r1.labels.chexbert import Labeler
 from mrg_r1.policy.adapters import add_lora
 from mrg_r1.policy.load import Policy, load_image_processor, load_tokenizer
-from mrg_r1.reward.stage import RewardStage
+from mrg_r1.reward.service import RewardService
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.run import Run, build_engine
 from mrg_r1.tracking.log import Clock
@@ -96,7 +95,6 @@ def make_run(recipe: Recipe) -> Run:
     policy.train()
     processor = load_image_processor(path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
     words = PromptWords(instruction=recipe.prompt.words, show_view=recipe.prompt.show_view)
-    labeler = cast(Labeler, NoLabeler())
     return Run(
         recipe=recipe,
         ranks=ranks,
@@ -104,8 +102,7 @@ def make_run(recipe: Recipe) -> Run:
         studies={"train": [], "val": [], "test": []},
         policy=policy,
         build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words),
-        stage=RewardStage(labeler),
-        labeler=labeler,
+        rewarding=word_overlap(recipe),
         dtype=DTYPE,
     )
 
@@ -119,7 +116,7 @@ def studies_of(folder: Path, case: GpuCase) -> list[Study]:
 def measure_case(run: Run, engine: Engine, case: GpuCase, allowance: Allowance) -> dict[str, Any]:
     """Steps of one case, as many as wanted and time allows, and the rollout again for a single token."""
     loader = StudyLoader(run.studies["train"], run.build, seed=run.recipe.seed, batch_size=case.studies, rank=0, world_size=1)
-    rewards, clock = WordOverlapRewards(), SynchronisedClock()
+    rewards, clock = run.rewarding.service, SynchronisedClock()
     units: list[Unit] = []
     try:
         while allowance.another(case, units) or not units:
@@ -131,7 +128,7 @@ def measure_case(run: Run, engine: Engine, case: GpuCase, allowance: Allowance) 
 
 
 def _measure_step(
-    step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewards: WordOverlapRewards, clock: SynchronisedClock
+    step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewards: RewardService, clock: SynchronisedClock
 ) -> Unit:
     reset_peak()
     synchronise()

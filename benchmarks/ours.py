@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import task as same
@@ -23,13 +26,14 @@ from benchmarks.workers import Channel, Phases, serve
 from mrg_r1.config import Recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
 from mrg_r1.engine.ranks import finish_ranks, start_ranks
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.policy.adapters import add_lora
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.policy.plain import score_rows
 from mrg_r1.policy.scoring import micro_batches, score_completions
-from mrg_r1.reward.service import Ticket
-from mrg_r1.reward.stage import RewardStage
+from mrg_r1.reward.service import Health, Ticket
+from mrg_r1.reward.stage import Judging
+from mrg_r1.rewarding import Rewarding
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.run import Run, build_engine
 from mrg_r1.tracking.log import Clock
@@ -47,7 +51,14 @@ class WordOverlapRewards:
     def __init__(self) -> None:
         self._results: dict[str, Rewards] = {}
 
-    def submit(self, texts: Sequence[Sequence[str]], ended: Tensor, study_ids: Sequence[str], references: Sequence[str]) -> Ticket:
+    def submit(
+        self,
+        texts: Sequence[Sequence[str]],
+        ended: Tensor,
+        study_ids: Sequence[str],
+        references: Sequence[str],
+        judging: Judging = Judging(),  # noqa: B008 (frozen)
+    ) -> Ticket:
         total = torch.tensor(
             [[same.word_overlap(text, reference) for text in group] for group, reference in zip(texts, references, strict=True)]
         )
@@ -59,12 +70,23 @@ class WordOverlapRewards:
     def result(self, ticket: Ticket) -> Rewards:
         return self._results.pop(ticket.id)
 
+    def hint(self, texts: Sequence[str]) -> None:
+        pass
 
-class NoLabeler:
-    """Stands where a run keeps its labeler, and would say so if anything asked it."""
-
-    def label(self, texts: Sequence[str]) -> Tensor:
+    def label(self, texts: Sequence[str]) -> NDArray[np.int64]:
         raise RuntimeError("the bench has no labeler: rewards come from word overlap")
+
+    def health(self) -> Health:
+        return Health()
+
+    def close(self) -> None:
+        pass
+
+
+def word_overlap(recipe: Recipe) -> Rewarding:
+    """What a run keeps for its rewards, where no labels are read: every reference is blank."""
+    blank: defaultdict[str, list[int]] = defaultdict(lambda: [0] * len(OBSERVATIONS))
+    return Rewarding(recipe, WordOverlapRewards(), {}, {}, blank, constant=None, ccs_weights=None, supervisor=None)
 
 
 def make_recipe(folder: Path, task: Task) -> Recipe:
@@ -108,7 +130,6 @@ def make_run(recipe: Recipe, folder: Path, task: Task) -> Run:
     words = PromptWords(instruction=recipe.prompt.words, show_view=recipe.prompt.show_view)
     images = same.images_of(folder, task.side)
     studies = [Study(path.stem, path.stem, (StudyImage(path),), same.REFERENCE, "train") for path in images]
-    labeler = cast(Labeler, NoLabeler())
     return Run(
         recipe=recipe,
         ranks=ranks,
@@ -116,8 +137,7 @@ def make_run(recipe: Recipe, folder: Path, task: Task) -> Run:
         studies={"train": studies, "val": [], "test": []},
         policy=policy,
         build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words),
-        stage=RewardStage(labeler),
-        labeler=labeler,
+        rewarding=word_overlap(recipe),
         dtype=torch.float32,
     )
 
@@ -126,7 +146,7 @@ def step_unit(run: Run, task: Task) -> Callable[[], Phases]:
     """Whole GRPO steps of `mrg_r1.trainer`, under DeepSpeed."""
     engine = build_engine(run)
     loader = StudyLoader(run.studies["train"], run.build, seed=run.recipe.seed, batch_size=task.studies, rank=0, world_size=1)
-    rewards, clock, taken = WordOverlapRewards(), Clock(), 0
+    rewards, clock, taken = run.rewarding.service, Clock(), 0
 
     def unit() -> Phases:
         nonlocal taken

@@ -131,16 +131,44 @@ class GrpoSection(_Section):
 class RewardSection(_Section):
     labeler: Path = Field(description="Labeler: a directory of `mrg-r1 labeler train` or a CheXbert checkpoint file. yours")
     tokenizer: str | None = Field(None, description="Tokenizer directory for a CheXbert checkpoint file (bert-base-uncased). yours")
-    device: str = Field("cpu", description="Physical device of the labeler: cpu, cuda:7 or a UUID. ours")
+    device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|cuda:\d+|(GPU|MIG)-[0-9A-Za-z/-]+)$",
+        description="Physical device of the labeler, whatever the ranks see: cpu, cuda:7 (nvidia-smi's number) or a UUID. ours",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the labeler's weights. ours")
+    timeout: float = Field(
+        600, gt=0, description="Seconds after which a reward service that is at work on one batch is taken for stuck and restarted. ours"
+    )
     weights: dict[str, float] = Field(
         {"mccs": 0.75, "format": 0.25},
         description="Terms and weights: mccs, ccs, ce_f1, bleu4, rouge_l, length, format, module:function. paper",
     )
-    margin: float = Field(0.5, ge=0, lt=1, description="m of MCCS; the paper's value is not known. ours")
+    margin: float = Field(0.5, ge=0, lt=1, description="m of MCCS; the paper's value is not known, `mrg-r1 reward-card` suggests one. ours")
+    margin_end: float | None = Field(None, ge=0, lt=1, description="The margin moves to this one in a straight line; None: it stays. ours")
+    margin_steps: int | None = Field(None, ge=1, description="Steps after which margin_end is reached. ours")
+    ccs_weights: Literal["equal", "inverse_prevalence"] = Field(
+        "equal",
+        description="Weights inside the cosine of ccs and mccs: equal, or rare findings of the training reports count more. paper (equal)",
+    )
     format: Literal["binary", "graded"] = Field("binary", description="Format reward: all rules, or the share of them kept. ours")
     normalise: Literal["total", "per_term"] = Field(
         "total", description="Normalise the weighted sum, or each term in its group before summing. ours"
     )
+
+    @model_validator(mode="after")
+    def _annealed(self) -> RewardSection:
+        if (self.margin_end is None) != (self.margin_steps is None):
+            raise ValueError(
+                f"margin_end {self.margin_end} and margin_steps {self.margin_steps}: an annealed margin needs both, a constant one neither"
+            )
+        return self
+
+    def margin_at(self, step: int) -> float:
+        """m of the outer step `step`, counted from 0."""
+        if self.margin_end is None or self.margin_steps is None:
+            return self.margin
+        return self.margin + (self.margin_end - self.margin) * min(step / self.margin_steps, 1.0)
 
 
 class OptimizerSection(_Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from rich.table import Table
 from mrg_r1.data.loader import PromptBuilder
 from mrg_r1.engine.checkpoint import write_text_atomically
 from mrg_r1.engine.ranks import Ranks, shard
-from mrg_r1.labels.chexbert import Labeler
 from mrg_r1.labels.observations import BLANK, NO_FINDING, POSITIVE, classes_of_values, values_of_classes
 from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import bootstrap_intervals
 from mrg_r1.metrics.clinical import clinical_scores, per_observation, support, truth_scores
 from mrg_r1.policy.load import Policy
-from mrg_r1.reward.stage import RewardStage
+from mrg_r1.reward.service import RewardService
+from mrg_r1.reward.stage import Judging
 from mrg_r1.rollout.decode import greedy
 from mrg_r1.types import Study
 
@@ -45,20 +45,23 @@ def evaluate(
     studies: Sequence[Study],
     *,
     build: PromptBuilder,
-    stage: RewardStage,
-    labeler: Labeler,
+    rewards: RewardService,
+    judging: Callable[[Sequence[str]], Judging],
+    labeler: Mapping[str, str],
     ranks: Ranks,
     max_new_tokens: int,
     batch_size: int,
     seed: int,
     bootstrap_samples: int,
-    train_reports: Sequence[str] | None = None,
+    train: NDArray[np.int64] | None = None,
     title: str = "evaluating",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Greedy reports of `studies`, spread over the ranks, and what they are worth. All ranks call it and all get the result.
 
     Args:
-        train_reports: training reports, for the baseline that gives each study a random one of them; None leaves it out.
+        judging: study ids to how their reports are judged.
+        labeler: name and fingerprint of what reads the reports.
+        train: [M, 14] classes of training reports, for the baseline that gives each study a random one of them; None leaves it out.
 
     Returns:
         The result (the content of evaluation/SPLIT.json) and one prediction a study, in the order of `studies`.
@@ -72,33 +75,42 @@ def evaluate(
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     rows: list[dict[str, Any]] = []
     for batch in track(batches, title, console=Console(stderr=True), disable=not ranks.is_main, transient=True):
-        rows += _predict(policy, batch, build=build, stage=stage, max_new_tokens=max_new_tokens)
+        rows += _predict(policy, batch, build=build, rewards=rewards, judging=judging, max_new_tokens=max_new_tokens)
     by_id = {row["id"]: row for part in ranks.gather(rows) for row in part}
     predictions = [by_id[study.id] for study in studies]
     result: dict[str, Any] | None = None
     if ranks.is_main:
-        train = None if train_reports is None else labeler.label(list(train_reports))
         result = summarise(predictions, studies, train=train, seed=seed, bootstrap_samples=bootstrap_samples)
-        result["labeler"] = {"name": labeler.name, "fingerprint": labeler.fingerprint}
+        result["labeler"] = dict(labeler)
     return ranks.agree(result), predictions
 
 
-def _predict(policy: Policy, batch: list[Study], *, build: PromptBuilder, stage: RewardStage, max_new_tokens: int) -> list[dict[str, Any]]:
+def _predict(
+    policy: Policy,
+    batch: list[Study],
+    *,
+    build: PromptBuilder,
+    rewards: RewardService,
+    judging: Callable[[Sequence[str]], Judging],
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
     prompts = build(batch).to(policy.device)
     completions = greedy(policy, prompts, policy.encode_images(prompts), max_new_tokens=max_new_tokens)
-    rewards = stage.score(completions.texts, completions.ended.cpu(), prompts.references, study_ids=prompts.study_ids)
+    ids = prompts.study_ids
+    judged = rewards.result(rewards.submit(completions.texts, completions.ended.cpu(), ids, prompts.references, judging(ids)))
     return [
         {
             "id": study.id,
             "text": completions.texts[b][0],
-            "report": rewards.report_texts[b][0],
+            "report": judged.report_texts[b][0],
             "reference": study.report,
             "ended": bool(completions.ended[b, 0]),
-            "total": float(rewards.total[b, 0]),
-            "terms": {name: float(values[b, 0]) for name, values in rewards.terms.items()},
+            "total": float(judged.total[b, 0]),
+            "terms": {name: float(values[b, 0]) for name, values in judged.terms.items()},
             # a malformed report says nothing: blank labels count as misses, never left out
-            "labels": values_of_classes(rewards.labels[b, 0].clamp_min(BLANK).tolist()),
-            "reference_labels": values_of_classes(rewards.reference_labels[b].tolist()),
+            "constant": {name: float(values[b]) for name, values in judged.constant.items()},
+            "labels": values_of_classes(judged.labels[b, 0].clamp_min(BLANK).tolist()),
+            "reference_labels": values_of_classes(judged.reference_labels[b].tolist()),
             "drawn": None if study.drawn is None else list(study.drawn),
         }
         for b, study in enumerate(batch)
@@ -116,7 +128,7 @@ def summarise(
     """Every definition with its interval, the baselines, the drawn truth where there is one, and the health of the reports.
 
     Args:
-        predictions: rows with `labels`, `reference_labels` (14 file values), `report`, `terms`, `total`; one a study.
+        predictions: rows with `labels`, `reference_labels` (14 file values), `report`, `terms`, `total`, `constant`; one a study.
         train: [M, 14] classes of training reports, or None.
     """
     predicted = np.array([classes_of_values(row["labels"]) for row in predictions])
@@ -136,6 +148,8 @@ def summarise(
         },
         "mean_reward": float(np.mean([row["total"] for row in predictions])),
         "terms": {name: float(np.mean([row["terms"][name] for row in predictions])) for name in predictions[0]["terms"]},
+        # what the best constant training report earns on these studies (spec section 2): a policy that does not beat it has learned nothing
+        "constant": {name: float(np.mean([row["constant"][name] for row in predictions])) for name in predictions[0]["constant"]},
         "format_rate": float(np.mean([row["terms"].get("format", float("nan")) for row in predictions])),
         "distinct_share": len(set(reports)) / len(predictions),
         "no_finding_rate": float((predicted[:, NO_FINDING] == POSITIVE).mean()),
@@ -177,6 +191,9 @@ def evaluation_table(result: dict[str, Any], title: str) -> Table:
     for name in ("P", "R", "F1", "95 % of F1", "normal", "blank", "random", "itself"):
         table.add_column(name, justify="right", no_wrap=True)
     table.caption = "right: F1 of every report No Finding, every report blank, a random training report, the references against themselves"
+    if result["constant"]:
+        constant = result["constant"]["total"]
+        table.caption += f"\nmean reward {result['mean_reward']:.3f}; of the best constant training report {constant:.3f}"
     for name, score in result["definitions"].items():
         compared = [result["baselines"][key] for key in ("constant_normal", "blank", "random_train", "reference")]
         low, high = score["f1_ci"]

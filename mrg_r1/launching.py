@@ -17,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 from mrg_r1.config import Recipe, RecipeError, describe_fields, load_recipe
 from mrg_r1.data.study import ManifestError
 from mrg_r1.engine.ranks import Ranks, finish_ranks, start_ranks
+from mrg_r1.reward.service import RewardsMissing
+from mrg_r1.reward.stage import RewardError
 
 
 def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None) -> None:
@@ -52,4 +54,11 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
             if not everywhere:
                 traceback.print_exc()
         os._exit(2)  # peers may wait in a collective that will never be whole
+    except RewardError as error:
+        everywhere = isinstance(error, RewardsMissing)  # all ranks stopped together, with a checkpoint where something was learned
+        if everywhere and rank != 0:
+            time.sleep(5)
+        else:
+            print(f"error{'' if everywhere else f' on rank {rank}'}: no rewards: {error}", file=sys.stderr, flush=True)
+        os._exit(3)
     finish_ranks()

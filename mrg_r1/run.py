@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from mrg_r1 import rewarding
 from mrg_r1.config import Recipe, RecipeError, check_recipe, dump_recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.data.study import check_images, read_manifest
@@ -22,10 +23,9 @@ from mrg_r1.engine.checkpoint import write_text_atomically
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluate import evaluate, evaluation_table, short_summary, write_evaluation
-from mrg_r1.labels.chexbert import Labeler
 from mrg_r1.policy.adapters import load_adapter, merge_adapter
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
-from mrg_r1.reward.stage import RewardStage
+from mrg_r1.rewarding import Rewarding
 from mrg_r1.tracking.log import Clock, RunLog, write_environment
 from mrg_r1.tracking.page import write_page
 from mrg_r1.types import Study
@@ -44,8 +44,7 @@ class Run:
     studies: dict[str, list[Study]]  # by split: the recipe's train, val and test
     policy: Policy
     build: PromptBuilder
-    stage: RewardStage
-    labeler: Labeler
+    rewarding: Rewarding
     dtype: torch.dtype
     notes: list[str] = field(default_factory=list)
 
@@ -57,14 +56,15 @@ class Run:
             self.policy,
             studies,
             build=self.build,
-            stage=self.stage,
-            labeler=self.labeler,
+            rewards=self.rewarding.service,
+            judging=self.rewarding.judging,
             ranks=self.ranks,
             max_new_tokens=self.recipe.rollout.max_new_tokens,
             batch_size=self.recipe.evaluation.batch_size,
             seed=self.recipe.seed,
             bootstrap_samples=samples or self.recipe.evaluation.bootstrap_samples,
-            train_reports=[study.report for study in self.studies["train"]] if samples is None else None,
+            train=self.rewarding.classes("train") if samples is None else None,
+            labeler=self.rewarding.labeler,
             title=title,
         )
         self.policy.train(was_training)
@@ -104,7 +104,7 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     studies = _read_studies(recipe, ranks)
     _claim_directory(recipe, ranks)
     dtype = _DTYPES[recipe.policy.dtype]
-    labeler = Labeler.load(recipe.reward.labeler, tokenizer=recipe.reward.tokenizer, device=recipe.reward.device)
+    supervisor = rewarding.start_service(recipe, ranks)  # the labeler is loaded by its own process while the policy is loaded here
     policy = load_policy(recipe.policy.path, dtype=dtype, temperature=recipe.rollout.temperature).to(ranks.device)
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
@@ -116,6 +116,11 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         context=tuple(recipe.data.context),
         max_tokens=recipe.prompt.max_tokens,
     )
+    met = {  # the studies whose references the run can need
+        "train": studies["train"],
+        "val": studies["val"][: recipe.evaluation.max_studies],
+        "test": studies["test"][: recipe.evaluation.max_test_studies],
+    }
     processor = load_image_processor(recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
     return Run(
         recipe=recipe,
@@ -124,15 +129,7 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         studies=studies,
         policy=policy,
         build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words),
-        stage=RewardStage(
-            labeler,
-            weights=recipe.reward.weights,
-            margin=recipe.reward.margin,
-            format_style=recipe.reward.format,
-            mode=recipe.prompt.mode,
-            normalise=recipe.reward.normalise,
-        ),
-        labeler=labeler,
+        rewarding=rewarding.open_rewards(recipe, ranks, supervisor, met),
         dtype=dtype,
     )
 
@@ -201,14 +198,15 @@ def finish(
     if run.ranks.is_main:
         log.say(f"page: {write_page(run.directory, run.studies['test'])}")
     log.close()
+    run.rewarding.close()
 
 
-def is_finished(run: Run) -> bool:
+def is_finished(recipe: Recipe, ranks: Ranks) -> bool:
     """True, on every rank, where RUN holds the summary of a complete run; says so."""
-    path = run.directory / "summary.json"
-    done: bool = run.ranks.agree(path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "complete")
-    if done and run.ranks.is_main:
-        print(f"{run.directory}: this run is complete; remove it or set another output_dir to train again")
+    path = recipe.output_dir / "summary.json"
+    done: bool = ranks.agree(path.is_file() and json.loads(path.read_text(encoding="utf-8"))["status"] == "complete")
+    if done and ranks.is_main:
+        print(f"{recipe.output_dir}: this run is complete; remove it or set another output_dir to train again")
     return done
 
 
@@ -223,6 +221,7 @@ def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
     if ranks.is_main:
         write_evaluation(run.directory / "evaluation", split, result, predictions)
         Console().print(evaluation_table(result, f"{split} split"))
+    run.rewarding.close()
 
 
 def _read_studies(recipe: Recipe, ranks: Ranks) -> dict[str, list[Study]]:

@@ -78,11 +78,11 @@ def target_ids(run: Run, study: Study) -> list[int]:
 
 def train(recipe: Recipe, ranks: Ranks) -> None:
     """Run or resume an SFT recipe. Leaves RUN/adapter (LoRA) or RUN/policy (all parameters, a checkpoint directory)."""
+    if is_finished(recipe, ranks):
+        return
     clock = Clock()
     with clock.phase("start"):
         run = open_run(recipe, ranks, task="sft")
-    if is_finished(run):
-        return
     with clock.phase("evaluation"):
         before = (
             run.evaluate_test("test_before", title="evaluating before") if recipe.evaluation.test and recipe.evaluation.before else None

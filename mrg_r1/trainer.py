@@ -20,13 +20,16 @@ from mrg_r1.grpo.loss import Metrics, grpo_loss, loss_denominator, merge_metrics
 from mrg_r1.policy.adapters import add_lora, reference, restore_adapter, save_adapter
 from mrg_r1.policy.language import PromptStates
 from mrg_r1.policy.scoring import micro_batches, score_group
-from mrg_r1.reward.service import InProcessRewards, RewardService
+from mrg_r1.reward.diagnostics import group_metrics, with_stds
+from mrg_r1.reward.service import Health, RewardService, RewardsMissing, Ticket
+from mrg_r1.reward.stage import RewardError
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run
+from mrg_r1.tracking.collapse import CollapseWatch
 from mrg_r1.tracking.completions import write_completions
 from mrg_r1.tracking.log import Clock, RunLog
-from mrg_r1.types import Completions, Experience, Rewards
+from mrg_r1.types import Experience, Rewards
 
 LOGP_GAP_WARNING = 0.05  # nats; bf16 of a sound rollout is seen at 0.004 on average
 
@@ -50,16 +53,22 @@ def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewar
         }
         # with its graph, where the update is to go on from it; otherwise the rollout makes its own
         states = policy.prompt_states(prompts, vision) if recipe.rollout.reuse_prefill else None
-        completions = rollout(policy, prompts, vision, states=states, **sampling)  # [B, G, C]
-    with clock.phase("reward"):
-        ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references)
-        for attempt in range(1, grpo.max_resample + 1):
-            rows = zero_signal(rewards.result(ticket).total).nonzero().squeeze(1).tolist()
-            if rows:
-                completions = resample_groups(policy, prompts, vision, completions, rows, attempt=attempt, **sampling)
-            ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references)
-            if not rows:
-                break
+        completions = rollout(policy, prompts, vision, states=states, on_ended=rewards.hint, **sampling)  # [B, G, C]
+    judging = run.rewarding.judging(prompts.study_ids, step=step)
+    with clock.phase("reward_exposed"):  # what the ranks wait for rewards
+        ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references, judging)
+    judged: Rewards | RewardError | None = None
+    for attempt in range(1, grpo.max_resample + 1):
+        with clock.phase("reward_exposed"):
+            judged = redeem(rewards, ticket)
+        rows = [] if isinstance(judged, RewardError) else zero_signal(judged.total).nonzero().squeeze(1).tolist()
+        if not rows:
+            break
+        with clock.phase("rollout"):
+            completions = resample_groups(policy, prompts, vision, completions, rows, attempt=attempt, **sampling)
+        with clock.phase("reward_exposed"):
+            ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references, judging)
+        judged = None
     reference_logp = old_logp = None
     if grpo.beta > 0:
         with clock.phase("reference"), reference(policy):  # adapters off, while the labeler works
@@ -67,8 +76,10 @@ def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewar
     if grpo.inner_iterations * grpo.minibatches > 1:
         with clock.phase("old"):  # later updates need the rollout's log-probs; a single one has them at hand (trap 16)
             old_logp = score_group(policy, prompts, vision, completions, token_budget=budget)
-    with clock.phase("reward"):
-        judged = rewards.result(ticket)  # terms and total, [B, G]
+    with clock.phase("reward_exposed"):
+        judged = redeem(rewards, ticket) if judged is None else judged  # terms and total, [B, G]
+    with clock.phase("advantages"):
+        judged = on_all_ranks(judged, run.ranks)
         advantages = global_advantages(judged, recipe, run.ranks).to(policy.device)  # [B, G]
 
     experience = Experience(prompts, vision, completions, judged, advantages, reference_logp, old_logp)
@@ -77,7 +88,39 @@ def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewar
     if recipe.tracking.completions_every and step % recipe.tracking.completions_every == 0:
         folder = run.directory / "completions"
         write_completions(folder, step=step, rank=run.ranks.rank, prompts=prompts, completions=completions, rewards=judged)
-    return parts | group_metrics(completions, judged)
+    return parts | group_metrics(completions, judged) | service_metrics(rewards.health())
+
+
+def redeem(rewards: RewardService, ticket: Ticket) -> Rewards | RewardError:
+    """The rewards, or why there are none: other ranks have theirs, and go on to the next collective."""
+    try:
+        return rewards.result(ticket)
+    except RewardError as error:
+        return error
+
+
+def on_all_ranks(judged: Rewards | RewardError, ranks: Ranks) -> Rewards:
+    """This rank's rewards, if every rank has its own.
+
+    Raises:
+        RewardsMissing: a rank has none; all ranks raise it, before anything is learned from the others (trap 22).
+    """
+    problems = ranks.gather(str(judged) if isinstance(judged, RewardError) else None)
+    failed = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None]
+    if failed or isinstance(judged, RewardError):
+        raise RewardsMissing("\n".join(failed))
+    return judged
+
+
+def service_metrics(health: Health) -> Metrics:
+    """What the reward service did for this rank's step."""
+    one = torch.tensor(1.0)
+    return {
+        "time/reward_busy": (torch.tensor(health.busy), one),
+        # copies within the batch, and what an earlier step or a hint has had read, are not read again
+        "reward/read_share": (torch.tensor(float(health.computed)), torch.tensor(float(health.asked))),
+        "reward/service_restarts_max": (torch.tensor(float(health.restarts)), one),
+    }
 
 
 def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ranks, states: PromptStates | None = None) -> Metrics:
@@ -166,34 +209,13 @@ def global_advantages(judged: Rewards, recipe: Recipe, ranks: Ranks) -> Tensor:
     return per_term_advantages(judged.terms, judged.weights, scale=scale, batch_stds=stds)
 
 
-def group_metrics(completions: Completions, judged: Rewards) -> Metrics:
-    """What the groups look like, as (sum, count) over completions or groups."""
-    reports = [[text for text in group if text is not None] for group in judged.report_texts]
-    groups, members = judged.total.shape
-    count, rows = torch.tensor(float(groups * members)), torch.tensor(float(groups))
-
-    def mean(values: Tensor) -> tuple[Tensor, Tensor]:
-        return values.double().sum().cpu(), torch.tensor(float(values.numel()))
-
-    metrics: Metrics = {f"reward/{name}": mean(values) for name, values in judged.terms.items()}
-    metrics["reward/total"] = mean(judged.total)
-    metrics["reward/std"] = mean(judged.total.std(dim=1))  # inside the groups
-    metrics["groups/zero_signal"] = mean(zero_signal(judged.total))
-    metrics["groups/distinct"] = (torch.tensor(float(sum(len(set(group)) for group in reports))) / members, rows)
-    metrics["groups/malformed"] = (count - sum(len(group) for group in reports), count)
-    metrics["groups/truncated"] = mean(~completions.ended)
-    metrics["groups/length"] = mean(completions.lengths)
-    metrics["groups/no_finding"] = mean(judged.labels[..., 13] == 1)
-    return metrics
-
-
 def train(recipe: Recipe, ranks: Ranks) -> None:
     """Run or resume a GRPO recipe: evaluate, train, validate, keep the best adapter, evaluate again."""
+    if is_finished(recipe, ranks):
+        return
     clock = Clock()
     with clock.phase("start"):
         run = open_run(recipe, ranks, task="grpo")
-    if is_finished(run):
-        return
     with clock.phase("evaluation"):
         before = (
             run.evaluate_test("test_before", title="evaluating before") if recipe.evaluation.test and recipe.evaluation.before else None
@@ -214,16 +236,26 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         world_size=ranks.world_size,
         skip=recipe.sft.skip_studies,
     )
-    rewards = InProcessRewards(run.stage)
+    watch = CollapseWatch(record.get("collapse"))
     log = open_log(run, start)
     if start:
         log.say(f"resuming {run.directory} after step {start} of {recipe.steps}")
     run.policy.train()
 
+    def save(done: int) -> None:
+        extra = {"best": best, "seconds": clock.totals, "seed": recipe.seed, "world_size": ranks.world_size, "collapse": watch.state}
+        save_checkpoint(engine, run.directory / "checkpoints", step=done, extra=extra, keep=recipe.checkpoint.keep)
+
     for step in range(start, recipe.steps):
         rate = engine.set_learning_rate(step)
-        parts = grpo_step(step, run=run, engine=engine, loader=loader, rewards=rewards, clock=clock)
-        metrics: dict[str, Any] = {**ranks.reduce_metrics(parts), "policy/grad_norm": engine.grad_norm(), "policy/learning_rate": rate}
+        try:
+            parts = grpo_step(step, run=run, engine=engine, loader=loader, rewards=run.rewarding.service, clock=clock)
+        except RewardsMissing:  # on all ranks alike, and before the step's first update
+            if step > start and step % recipe.checkpoint.every:  # else it is on the disk, or there is nothing to keep
+                save(step)
+            raise
+        reduced = with_stds(ranks.reduce_metrics(parts))
+        metrics: dict[str, Any] = {**reduced, "policy/grad_norm": engine.grad_norm(), "policy/learning_rate": rate}
         last = step + 1 == recipe.steps
         if last or (recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0):
             with clock.phase("validation"):
@@ -231,10 +263,12 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         # before the checkpoint: what a killed run wrote too much is cut off at resuming, what it had not written would be lost
         log.log(step, metrics | clock.end_step())
         warn_of_gap(log, step, metrics["sampling/logp_gap"], recipe.grpo.correction)
+        collapse = watch.update(metrics)
+        if collapse is not None:
+            log.say(f"step {step}: {collapse}")
         if last or (step + 1) % recipe.checkpoint.every == 0:
             with clock.phase("checkpoint"):
-                extra = {"best": best, "seconds": clock.totals, "seed": recipe.seed, "world_size": ranks.world_size}
-                save_checkpoint(engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep)
+                save(step + 1)
 
     loader.close()
     restore_adapter(run.policy, run.directory / "adapter")  # the best one, not the last

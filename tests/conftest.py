@@ -13,15 +13,19 @@ import torch
 import yaml
 from PIL import Image
 
+from mrg_r1 import rewarding
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.data.phantoms import write_phantoms
 from mrg_r1.data.study import read_manifest
 from mrg_r1.engine.ranks import Ranks
+from mrg_r1.labels.chexbert import Labeler
 from mrg_r1.labels.observations import classes_of_values, write_labels_csv
 from mrg_r1.labels.training import train_labeler, write_reports_csv
 from mrg_r1.policy.adapters import add_lora
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.policy.tiny import create_tiny_policy
+from mrg_r1.reward.service import InProcessRewards
+from mrg_r1.reward.stage import RewardStage
 from mrg_r1.types import Study, StudyImage
 
 TEXTS = [
@@ -169,3 +173,16 @@ class OneRank(Ranks):
 
     def barrier(self) -> None:
         pass
+
+
+@pytest.fixture
+def inline_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that are opened here score in this process: starting a service takes seconds."""
+
+    def opened(recipe: Any, ranks: Ranks, supervisor: None, studies: dict[str, list[Study]]) -> rewarding.Rewarding:
+        labeler = Labeler.load(recipe.reward.labeler)
+        service = InProcessRewards(RewardStage(labeler, weights=recipe.reward.weights, mode=recipe.prompt.mode))
+        return rewarding.prepare(recipe, ranks, service, {"name": labeler.name, "fingerprint": labeler.fingerprint}, None, studies)
+
+    monkeypatch.setattr(rewarding, "start_service", lambda recipe, ranks: None)
+    monkeypatch.setattr(rewarding, "open_rewards", opened)

@@ -26,6 +26,7 @@ def rows(predicted, reference, drawn):
                 "drawn": None if drawn is None else drawn[number],
                 "total": 0.5,
                 "terms": {"mccs": 0.5, "format": 1.0},
+                "constant": {"total": 0.25},
             }
         )
     studies = [
@@ -51,7 +52,7 @@ def test_real_studies_have_no_truth_and_say_so():
     assert result["labeler_gap"] is None and "truth" not in result and result["rendered"] == 0
 
 
-def test_every_definition_stands_with_interval_and_baselines(world, tmp_path):
+def test_every_definition_stands_with_interval_and_baselines(world, tmp_path, inline_rewards):
     run = open_run(load_recipe(world.recipe(tmp_path / "run")), OneRank(), task="evaluate")
     result, predictions = run.evaluate(run.studies["test"], title="")
     assert set(result["definitions"]) == set(DEFINITIONS) and result["n"] == 8 and result["rendered"] == 8
@@ -66,7 +67,7 @@ def test_every_definition_stands_with_interval_and_baselines(world, tmp_path):
     assert evaluation_table(result, "test").row_count == len(DEFINITIONS) + 2
 
 
-def test_batches_do_not_change_the_reports(world, tmp_path):
+def test_batches_do_not_change_the_reports(world, tmp_path, inline_rewards):
     reports = []
     for size in (8, 3):
         recipe = load_recipe(world.recipe(tmp_path / f"run{size}"), [f"evaluation.batch_size={size}"])
@@ -75,7 +76,7 @@ def test_batches_do_not_change_the_reports(world, tmp_path):
     assert reports[0] == reports[1]
 
 
-def test_no_studies_are_refused(world, tmp_path):
+def test_no_studies_are_refused(world, tmp_path, inline_rewards):
     run = open_run(load_recipe(world.recipe(tmp_path / "run")), OneRank(), task="evaluate")
     with pytest.raises(ValueError, match="no studies to evaluate"):
         run.evaluate([], title="")

@@ -30,7 +30,7 @@ def no_model(monkeypatch):
         raise AssertionError("a model was loaded before the input was checked")
 
     monkeypatch.setattr(run_module, "load_policy", refuse)
-    monkeypatch.setattr(run_module.Labeler, "load", refuse)
+    monkeypatch.setattr(run_module.rewarding, "start_service", refuse)
 
 
 def opened(world, tmp_path, *overrides, task="grpo"):
@@ -98,19 +98,19 @@ def test_a_batch_that_does_not_divide_is_refused(world, tmp_path, no_model):
         open_run(load_recipe(world.recipe(tmp_path / "run"), ["grpo.studies_per_step=5"]), Two(), task="grpo")
 
 
-def test_a_good_run_opens_and_says_what_it_is(world, tmp_path):
+def test_a_good_run_opens_and_says_what_it_is(world, tmp_path, inline_rewards):
     run = opened(world, tmp_path)
     assert {part: len(studies) for part, studies in run.studies.items()} == {"train": 16, "val": 8, "test": 8}
     assert load_recipe(tmp_path / "run" / "config.yaml") == run.recipe
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["seed"] == 0 and environment["world_size"] == 1 and environment["packages"]["torch"]
     assert not any(parameter.requires_grad for parameter in run.policy.parameters())
-    assert not is_finished(run)
+    assert not is_finished(run.recipe, run.ranks)
     run.write_summary({"status": "complete"})
-    assert is_finished(run)
+    assert is_finished(run.recipe, run.ranks)
 
 
-def test_image_checks_can_be_left_out(world, copied, tmp_path):
+def test_image_checks_can_be_left_out(world, copied, tmp_path, inline_rewards):
     studies = read_manifest(copied)
     studies[0].images[0].path.unlink()
     write_manifest(copied, studies)

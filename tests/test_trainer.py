@@ -13,7 +13,7 @@ from mrg_r1.config import RecipeError, load_recipe
 from mrg_r1.grpo.advantages import group_advantages
 from mrg_r1.policy.scoring import score_group
 from mrg_r1.reward.service import InProcessRewards
-from mrg_r1.reward.stage import RewardError, RewardStage
+from mrg_r1.reward.stage import Judging, RewardError, RewardStage
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.tracking.log import Clock
 from mrg_r1.types import Experience, Rewards
@@ -154,10 +154,11 @@ def test_a_reward_that_fails_stops_the_step_and_names_the_studies(lora_policy, s
 
     class FakeRun:
         ranks, policy, directory = OneRank(), lora_policy, tmp_path
+        rewarding = SimpleNamespace(judging=lambda study_ids, step: Judging())
 
     FakeRun.recipe = recipe
     weights = torch.cat([p.detach().flatten() for p in lora_policy.parameters()])
-    with pytest.raises(RewardError, match="the labeler failed on the reports of studies a, b, c, d: MemoryError"):
+    with pytest.raises(RewardError, match="rank 0: the reports of studies a, b, c, d: the labeler failed: MemoryError"):
         trainer.grpo_step(
             0, run=FakeRun(), engine=PlainEngine(lora_policy), loader=Loader(), rewards=InProcessRewards(stage), clock=Clock()
         )
@@ -173,19 +174,3 @@ def test_per_term_normalisation_keeps_a_term_alive_beside_a_saturated_one(world,
     for normalise in ("total", "per_term"):
         advantages = trainer.global_advantages(judged, recipe_of(world, tmp_path, f"reward.normalise={normalise}"), OneRank())
         torch.testing.assert_close(advantages, group_advantages(findings), atol=1e-3, rtol=0)
-
-
-def test_group_metrics_count_reports_and_groups():
-    total = torch.tensor([[0.5, 0.5], [0.0, 1.0]])
-    judged = rewards_of(total)
-    judged.report_texts = [["same", "same"], ["one", None]]
-    judged.labels[1, 0, 13] = 1
-
-    class Done:
-        ended = torch.tensor([[True, True], [True, False]])
-        lengths = torch.tensor([[3, 5], [4, 8]])
-
-    means = {name: float(total / count) for name, (total, count) in trainer.group_metrics(Done, judged).items()}
-    assert means["groups/zero_signal"] == 0.5 and means["groups/malformed"] == 0.25 and means["groups/truncated"] == 0.25
-    assert means["groups/distinct"] == 0.5 and means["groups/length"] == 5 and means["groups/no_finding"] == 0.25
-    assert means["reward/total"] == 0.5 and means["reward/a"] == 0.5

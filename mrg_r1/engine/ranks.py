@@ -21,6 +21,7 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    local_rank: int = 0  # among the ranks of this node, which are numbered one after another
 
     @property
     def is_main(self) -> bool:
@@ -86,7 +87,9 @@ def start_ranks(seed: int) -> Ranks:
     else:
         device = torch.device("cpu")
     torch.manual_seed(seed)
-    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+    return Ranks(
+        rank=dist.get_rank(), world_size=dist.get_world_size(), device=device, local_rank=int(os.environ.get("LOCAL_RANK", "0"))
+    )
 
 
 def finish_ranks() -> None:

@@ -1,23 +1,25 @@
 """From texts to rewards, one batch: grammar, labels, terms, total (spec section 2).
 
-Completions and references enter as texts, `Rewards` leave. One call of the labeler a batch, over texts that differ. Whatever
-goes wrong raises `RewardError` with the studies' names: a reward that fails must stop the run, never become a zero (trap 22).
+Completions and references enter as texts, `Rewards` leave. One call of the labeler a batch, over texts that it has not read yet.
+Whatever goes wrong raises `RewardError` with the studies' names: a reward that fails must stop the run, never become a zero (trap 22).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mrg_r1.labels.observations import CLASSES_PER_OBSERVATION, OBSERVATIONS, signed_vector
+from mrg_r1.labels.observations import OBSERVATIONS, signed_vector
 from mrg_r1.report_format import Mode, Style, format_score, parse
 from mrg_r1.reward import terms
+from mrg_r1.reward.reading import Labeler, LabelError, Reader, problem_of
 from mrg_r1.types import Rewards
 
 Normalise = Literal["total", "per_term"]
@@ -26,18 +28,26 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {"mccs": 0.75, "format": 0.25}  # arXiv 2
 DEFAULT_MARGIN = 0.5  # ours: spec section 2, the reward card
 TERM_NAMES: tuple[str, ...] = ("mccs", "ccs", "ce_f1", "bleu4", "rouge_l", "length", "format")  # and any `module:function`
 
-_CLASS_COUNTS = np.array(CLASSES_PER_OBSERVATION)
-
 
 class RewardError(RuntimeError):
     """A reward could not be made. The message names the term (or the labeler) and the studies."""
 
 
-class Labeler(Protocol):
-    """What the stage needs of a labeler; `mrg_r1.labels.chexbert.Labeler` is one."""
+@dataclass(frozen=True)
+class Judging:
+    """How one batch is to be judged, beyond what the stage was built with.
 
-    def label(self, texts: list[str]) -> NDArray[np.int64]:
-        """[N, 14] classes of N texts."""
+    Attributes:
+        reference_labels: [B, 14] classes of the references where they are known; None lets the labeler read them.
+        margin: m of `mccs` at this step; None takes the stage's.
+        ccs_weights: [13, 2] of `terms.ccs`, for `ccs` and `mccs`; None: equal.
+        constant: a report that is given to every study beside the completions, to see what can be earned without looking.
+    """
+
+    reference_labels: NDArray[np.int64] | None = None
+    margin: float | None = None
+    ccs_weights: NDArray[np.float64] | None = None
+    constant: str | None = None
 
 
 class RewardStage:
@@ -84,21 +94,20 @@ class RewardStage:
                 raise ValueError(f"reward term {name!r}: weight {weight}; expected a finite number")
         if not any(weights.values()):
             raise ValueError(f"reward weights {dict(weights)}: no term counts; give at least one a weight other than 0")
-        self.labeler = labeler
+        self.reader = Reader(labeler)
         self.weights = dict(weights)
         self.margin = margin
         self.format_style: Style = format_style
         self.mode: Mode = mode
         self.normalise: Normalise = normalise
         self._custom = {name: terms.load_callable(name) for name in weights if ":" in name}
-        self._reference_classes: dict[str, NDArray[np.int8]] = {}  # text -> [14]: references come back every epoch
 
     def score(
         self,
         texts: Sequence[Sequence[str]],
         ended: Tensor,
         references: Sequence[str],
-        reference_labels: NDArray[np.int64] | None = None,
+        judging: Judging = Judging(),  # noqa: B008 (frozen)
         *,
         study_ids: Sequence[str] | None = None,
     ) -> Rewards:
@@ -111,7 +120,7 @@ class RewardStage:
             texts: B groups of G decoded completions.
             ended: [B, G] bool, an EOS was sampled.
             references: B texts of the radiologists.
-            reference_labels: [B, 14] classes of the references, when they are known; None lets the labeler read them (once a text).
+            judging: this batch's margin, weights, known labels and constant report.
             study_ids: B names for error messages; None numbers the studies.
 
         Returns:
@@ -119,72 +128,97 @@ class RewardStage:
 
         Raises:
             RewardError: the labeler or a term fails or answers with something that is not finite; names it and the studies.
-            ValueError: shapes that disagree.
+            ValueError: shapes that disagree, or a margin outside [0, 1).
         """
-        groups, members = _checked_shape(texts, ended, references, reference_labels, study_ids)
+        groups, members = _checked_shape(texts, ended, references, judging.reference_labels, study_ids)
         ids = list(study_ids) if study_ids is not None else [f"number {b}" for b in range(groups)]
+        constants = [] if judging.constant is None else [judging.constant]
 
         parsed = [parse(text, self.mode) for group in texts for text in group]  # N = B * G, row-major
         reports = [one.report for one in parsed]
-        labels, per_study = self._label(reports, list(references), reference_labels, ids)
-        row_references = [reference for reference in references for _ in range(members)]
-        row_labels = np.repeat(per_study, members, axis=0)  # [N, 14]
+        labels, per_study, constant_labels = self._label(reports, list(references), constants, judging.reference_labels, ids)
         ends = ended.flatten().tolist()
-        format_scores = [format_score(one, self.format_style, ended=end) for one, end in zip(parsed, ends, strict=True)]
-        formats = np.array(format_scores, dtype=np.float32)
-
-        scored: dict[str, Tensor] = {}
-        total = torch.zeros(groups, members, dtype=torch.float64)
-        for name, weight in self.weights.items():
-            try:
-                values = formats if name == "format" else self._term(name, reports, row_references, labels, row_labels)
-            except Exception as error:
-                raise RewardError(f"reward term {name!r} failed on studies {_shortened(ids)}: {type(error).__name__}: {error}") from error
-            if not np.isfinite(values).all():
-                at = [f"{ids[row // members]} (member {row % members}: {values[row]})" for row in np.flatnonzero(~np.isfinite(values))]
-                raise RewardError(f"reward term {name!r} is not finite for studies {_shortened(at)}; a term must be a finite number")
-            scored[name] = torch.from_numpy(values).reshape(groups, members)
-            total += weight * scored[name].double()
+        formats = [format_score(one, self.format_style, ended=end) for one, end in zip(parsed, ends, strict=True)]
+        total, scored = self._score(reports, labels, formats, list(references), per_study, judging, ids, members)
+        constant: dict[str, Tensor] = {}
+        if constants:
+            rows = np.repeat(constant_labels, groups, axis=0)
+            its_total, its_terms = self._score(constants * groups, rows, [1.0] * groups, list(references), per_study, judging, ids, 1)
+            constant = {name: values.squeeze(1) for name, values in {"total": its_total, **its_terms}.items()}
         return Rewards(
-            total=total.float(),
+            total=total,
             terms=scored,
             weights=dict(self.weights),
             labels=torch.from_numpy(labels).reshape(groups, members, len(OBSERVATIONS)),
             report_texts=[reports[b * members : (b + 1) * members] for b in range(groups)],
             reference_labels=torch.from_numpy(per_study),
+            constant=constant,
         )
 
-    def _label(
-        self, reports: list[str | None], references: list[str], reference_labels: NDArray[np.int64] | None, ids: list[str]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Classes of the reports [N, 14] (-1 where None) and of the references [B, 14], by one call over distinct texts."""
-        known = self._reference_classes
-        wanted_references = [] if reference_labels is not None else [text for text in references if text not in known]
-        wanted = list(dict.fromkeys([*(report for report in reports if report is not None), *wanted_references]))
-        classes: NDArray[np.int64] = np.empty((0, len(OBSERVATIONS)), dtype=np.int64)
-        if wanted:
-            try:
-                classes = np.asarray(self.labeler.label(wanted))
-            except Exception as error:
-                what = f"{type(error).__name__}: {error}"
-                raise RewardError(f"the labeler failed on the reports of studies {_shortened(ids)}: {what}") from error
-            problem = _problem_of(classes, len(wanted))
-            if problem:
-                raise RewardError(f"the labeler returned {problem} for the reports of studies {_shortened(ids)}")
-        row_of = {text: row for row, text in enumerate(wanted)}
-        for text in wanted_references:
-            known[text] = classes[row_of[text]].astype(np.int8)
+    def reports_of(self, texts: Sequence[str]) -> list[str]:
+        """The texts that the labeler will be asked to read of these completions."""
+        return [report for report in (parse(text, self.mode).report for text in texts) if report is not None]
 
+    def _label(
+        self,
+        reports: list[str | None],
+        references: list[str],
+        constants: list[str],
+        reference_labels: NDArray[np.int64] | None,
+        ids: list[str],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Classes of the reports [N, 14] (-1 where None), of the references [B, 14] and of the constant ones, by one call."""
+        rows = [row for row, report in enumerate(reports) if report is not None]
+        written = [report for report in reports if report is not None]
+        unknown = references if reference_labels is None else []
+        try:
+            classes = self.reader.label([*written, *unknown, *constants])
+        except LabelError as error:
+            raise RewardError(f"the reports of studies {_shortened(ids)}: {error}") from error
         labels = np.full((len(reports), len(OBSERVATIONS)), -1, dtype=np.int64)
-        for row, report in enumerate(reports):
-            if report is not None:
-                labels[row] = classes[row_of[report]]
-        if reference_labels is not None:
-            return labels, np.array(reference_labels, dtype=np.int64)
-        return labels, np.stack([known[text] for text in references]).astype(np.int64)
+        labels[rows] = classes[: len(rows)]
+        known = classes[len(rows) : len(rows) + len(unknown)] if reference_labels is None else np.array(reference_labels, dtype=np.int64)
+        return labels, known, classes[len(rows) + len(unknown) :]
+
+    def _score(
+        self,
+        reports: Sequence[str | None],
+        labels: NDArray[np.int64],
+        formats: list[float],
+        references: list[str],
+        reference_labels: NDArray[np.int64],
+        judging: Judging,
+        ids: list[str],
+        members: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum and each term, [B, members] float32, of B * members reports."""
+        row_references = [reference for reference in references for _ in range(members)]
+        row_labels = np.repeat(reference_labels, members, axis=0)  # [N, 14]
+        scored: dict[str, Tensor] = {}
+        total = torch.zeros(len(ids), members, dtype=torch.float64)
+        for name, weight in self.weights.items():
+            try:
+                if name == "format":
+                    values = np.array(formats, dtype=np.float32)
+                else:
+                    values = self._term(name, reports, row_references, labels, row_labels, judging)
+            except Exception as error:
+                raise RewardError(f"reward term {name!r} failed on studies {_shortened(ids)}: {type(error).__name__}: {error}") from error
+            if not np.isfinite(values).all():
+                at = [f"{ids[row // members]} (member {row % members}: {values[row]})" for row in np.flatnonzero(~np.isfinite(values))]
+                raise RewardError(f"reward term {name!r} is not finite for studies {_shortened(at)}; a term must be a finite number")
+            scored[name] = torch.from_numpy(values).reshape(len(ids), members)
+            total += weight * scored[name].double()
+        return total.float(), scored
 
     def _term(
-        self, name: str, reports: list[str | None], references: list[str], labels: NDArray[np.int64], reference_labels: NDArray[np.int64]
+        self,
+        name: str,
+        reports: Sequence[str | None],
+        references: list[str],
+        labels: NDArray[np.int64],
+        reference_labels: NDArray[np.int64],
+        judging: Judging,
     ) -> NDArray[np.float32]:
         """[N] float32; rows without a report are 0 for the terms of this package."""
         if name in self._custom:
@@ -196,9 +230,10 @@ class RewardStage:
         values = np.zeros(len(reports), dtype=np.float32)
         match name:
             case "ccs":
-                values[rows] = terms.ccs(signed_vector(generated), signed_vector(reference))
+                values[rows] = terms.ccs(signed_vector(generated), signed_vector(reference), judging.ccs_weights)
             case "mccs":
-                values[rows] = terms.mccs(terms.ccs(signed_vector(generated), signed_vector(reference)), self.margin)
+                cosine = terms.ccs(signed_vector(generated), signed_vector(reference), judging.ccs_weights)
+                values[rows] = terms.mccs(cosine, self.margin if judging.margin is None else judging.margin)
             case "ce_f1":
                 values[rows] = terms.ce_f1(generated, reference)
             case "bleu4":
@@ -231,23 +266,10 @@ def _checked_shape(
     if study_ids is not None and len(study_ids) != groups:
         raise ValueError(f"{len(study_ids)} study ids for {groups} studies")
     if reference_labels is not None:
-        problem = _problem_of(np.asarray(reference_labels), groups)
+        problem = problem_of(np.asarray(reference_labels), groups)
         if problem:
             raise ValueError(f"reference_labels: {problem}")
     return groups, members
-
-
-def _problem_of(classes: NDArray[np.int64], expected: int) -> str | None:
-    """What is wrong with [expected, 14] classes, or None."""
-    if classes.shape != (expected, len(OBSERVATIONS)):
-        return f"shape {classes.shape} instead of {(expected, len(OBSERVATIONS))}"
-    if not np.issubdtype(classes.dtype, np.integer):
-        return f"dtype {classes.dtype} instead of integer classes"
-    outside = np.argwhere((classes < 0) | (classes >= _CLASS_COUNTS))
-    if len(outside):
-        row, column = outside[0]
-        return f"class {classes[row, column]} for {OBSERVATIONS[column]} (text {row}), which has classes 0 to {_CLASS_COUNTS[column] - 1}"
-    return None
 
 
 def _shortened(names: list[str]) -> str:

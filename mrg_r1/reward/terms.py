@@ -14,13 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 from pycocoevalcap.rouge.rouge import Rouge
 from sacrebleu.metrics.bleu import BLEU
 
-from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE
+from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, signed_vector
 
 Floats = NDArray[np.float32]
 CustomTerm = Callable[[list[str | None], list[str], NDArray[np.int64], NDArray[np.int64]], Floats]
 
 
-def ccs(generated: NDArray[np.int8], reference: NDArray[np.int8]) -> Floats:
+def ccs(generated: NDArray[np.int8], reference: NDArray[np.int8], weights: NDArray[np.float64] | None = None) -> Floats:
     """Clinical cosine similarity of signed vectors.
 
     >>> ccs(np.array([[1, -1, 0] + [0] * 10], dtype=np.int8), np.array([[1, 1, 0] + [0] * 10], dtype=np.int8))
@@ -29,27 +29,55 @@ def ccs(generated: NDArray[np.int8], reference: NDArray[np.int8]) -> Floats:
     Args:
         generated: [N, 13] int8 in {-1, 0, 1}, from `mrg_r1.labels.observations.signed_vector`.
         reference: [N, 13] int8, likewise.
+        weights: [13, 2] positive, of each observation's +1 and -1, as from `inverse_prevalence`; None: all 1, the paper's. An
+            entry of weight w stands in its vector as its sign times the root of w; the cosine is of those vectors.
 
     Returns:
         [N] float32 in [-1, 1]: the cosine. Both vectors zero gives 1 (the reports agree that there is nothing to say), one
         zero gives 0.
 
     Raises:
-        ValueError: shapes that are not equal [N, 13], or a value outside -1, 0, 1.
+        ValueError: shapes that are not equal [N, 13], a value outside -1, 0, 1, or weights that are not positive numbers [13, 2].
 
-    Source: arXiv 2512.16145; the two cases of zero vectors are ours.
+    Source: arXiv 2512.16145; the two cases of zero vectors and the weights are ours.
     """
     if generated.shape != reference.shape or generated.ndim != 2 or generated.shape[1] != NO_FINDING:
         raise ValueError(f"signed vectors of shape {generated.shape} and {reference.shape}; expected the same [N, {NO_FINDING}]")
     for name, vectors in (("generated", generated), ("reference", reference)):
         if vectors.size and (vectors.min() < -1 or vectors.max() > 1):
             raise ValueError(f"{name}: signed vectors hold values outside -1, 0, 1; make them with signed_vector(classes)")
-    a, b = generated.astype(np.int64), reference.astype(np.int64)
+    # small integers are exact in float64, so that without weights the answer is exactly symmetric
+    a, b = (vectors.astype(np.float64) if weights is None else _scaled(vectors, weights) for vectors in (generated, reference))
     dot, squares_a, squares_b = (a * b).sum(axis=1), (a * a).sum(axis=1), (b * b).sum(axis=1)
-    # One square root of an integer product: exactly 1 for equal vectors, exactly symmetric.
-    norms = np.sqrt((squares_a * squares_b).astype(np.float64))
+    # One square root of one product: exactly 1 for equal vectors.
+    norms = np.sqrt(squares_a * squares_b)
     cosine = dot / np.where(norms == 0, 1.0, norms)
-    return np.where((squares_a == 0) & (squares_b == 0), 1.0, cosine).astype(np.float32)
+    return np.where((squares_a == 0) & (squares_b == 0), 1.0, cosine).clip(-1.0, 1.0).astype(np.float32)
+
+
+def inverse_prevalence(classes: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Weights for `ccs` by which a rare finding counts more than a common negative (ours, for ablation).
+
+    The weight of an observation's sign is 1 over the share of reports that say it, (count + 1) / (N + 2) so that what nobody says
+    has a finite one.
+
+    Args:
+        classes: [N, 14] classes of the training references, N >= 1.
+
+    Returns:
+        [13, 2] float64, of +1 (positive or uncertain) and of -1.
+    """
+    signs = signed_vector(classes)
+    counts = np.stack([(signs == 1).sum(axis=0), (signs == -1).sum(axis=0)], axis=1)
+    return (len(classes) + 2) / (counts + 1.0)
+
+
+def _scaled(signs: NDArray[np.int8], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[N, 13] signs times the root of their weights."""
+    if weights.shape != (NO_FINDING, 2) or not (np.isfinite(weights).all() and (weights > 0).all()):
+        raise ValueError(f"weights of shape {weights.shape}; expected [{NO_FINDING}, 2], each a number above 0")
+    roots = np.sqrt(weights)
+    return np.where(signs > 0, roots[:, 0], np.where(signs < 0, -roots[:, 1], 0.0))
 
 
 def mccs(ccs: Floats, margin: float) -> Floats:

@@ -6,6 +6,8 @@ what is scored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ def rollout(
     attempt: int = 0,
     cache_tokens: int | None = None,
     states: PromptStates | None = None,
+    on_ended: Callable[[list[str]], None] | None = None,
 ) -> Completions:
     """Sample `group_size` reports a study.
 
@@ -40,19 +43,22 @@ def rollout(
         cache_tokens: tokens whose keys and values are held at a time, prompts once a study and completions at full length; more are
             sampled in parts, which changes nothing, since sampling is keyed. None: all studies together.
         states: the prompts' states, where a prefill was made already.
+        on_ended: is given texts of completions that have ended while others go on, so that their labels can be read meanwhile.
 
     Returns:
         Completions [B, G, C] with C at most `max_new_tokens`.
     """
     language = LanguageModel.read(policy).merged()
-    parts = []
+    parts: list[Completions] = []
     for rows in _parts(prompts, own=group_size * max_new_tokens, cache_tokens=cache_tokens):
+        if parts and on_ended is not None:
+            on_ended([text for group in parts[-1].texts for text in group])
         some = prompts if len(rows) == len(prompts) else prompts.select(rows)
         uniforms = keyed_uniforms(
             seed=seed, step=step, study_ids=some.study_ids, group_size=group_size, length=max_new_tokens, attempt=attempt
         ).to(policy.device)
         known = None if states is None else states.select(rows)
-        parts.append(_decode(policy, language, some, vision.select(rows), group_size, max_new_tokens, uniforms, known))
+        parts.append(_decode(policy, language, some, vision.select(rows), group_size, max_new_tokens, uniforms, known, on_ended))
     return parts[0] if len(parts) == 1 else Completions.join(parts, pad_id=policy.pad_id)
 
 
@@ -84,6 +90,7 @@ def _decode(
     max_new_tokens: int,
     uniforms: Tensor | None,
     states: PromptStates | None = None,
+    on_ended: Callable[[list[str]], None] | None = None,
 ) -> Completions:
     studies, device = len(prompts), policy.device
     rows = studies * group_size
@@ -105,6 +112,16 @@ def _decode(
     )
     decoder.start(states.last)
     del states  # the decoder has its own layout of them
+    texts: dict[int, str] = {}  # row -> what it says
+
+    def read(ended: Tensor) -> list[str]:
+        """The texts of rows that were not read yet, where `ended` [R] says so."""
+        fresh = [row for row in ended.nonzero().flatten().tolist() if row not in texts]
+        ids = [answers.token_ids[row][answers.mask[row]].tolist() for row in fresh]
+        said: list[str] = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts.update(zip(fresh, said, strict=True))
+        return said
+
     for written in range(1, max_new_tokens):
         if written % _CHECK_EVERY[device.type] == 0:
             running = decoder.running()
@@ -113,19 +130,21 @@ def _decode(
                 break
             if smallest <= _COMPACT_BELOW * running.numel():  # stop paying for rows that have ended
                 decoder.compact(running)
+                if on_ended is not None:
+                    on_ended(read(answers.ended[:rows]))
         decoder.advance(written)
     decoder.finish()
 
     length = int(answers.mask.sum(dim=1).max())
     shape = (studies, group_size, length)
     token_ids, mask, logp = (tensor[:rows, :length] for tensor in (answers.token_ids, answers.mask, answers.logp))
-    texts = policy.tokenizer.batch_decode([row[kept].tolist() for row, kept in zip(token_ids, mask, strict=True)], skip_special_tokens=True)
+    read(torch.ones(rows, dtype=torch.bool))
     return Completions(
         token_ids=token_ids.reshape(shape).contiguous(),
         mask=mask.reshape(shape).contiguous(),
         logp=logp.reshape(shape).contiguous(),
         ended=answers.ended[:rows].view(shape[:2]),
-        texts=[texts[b * group_size : (b + 1) * group_size] for b in range(studies)],
+        texts=[[texts[b * group_size + g] for g in range(group_size)] for b in range(studies)],
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mrg_r1.reward.stage import DEFAULT_MARGIN, DEFAULT_WEIGHTS, TERM_NAMES, RewardError, RewardStage
+from mrg_r1.reward.stage import DEFAULT_MARGIN, DEFAULT_WEIGHTS, TERM_NAMES, Judging, RewardError, RewardStage
 from tests.reward.keyword_labeler import KeywordLabeler
 
 CUSTOM = "tests.reward.custom_terms:"
@@ -102,7 +102,7 @@ def test_one_call_labels_each_text_once_and_never_the_thoughts() -> None:
 def test_nothing_is_labelled_when_nothing_is_there() -> None:
     labeler = KeywordLabeler()
     known = np.zeros((1, 14), dtype=np.int64)
-    rewards = stage(labeler).score([["a", "b"]], torch.ones(1, 2, dtype=torch.bool), ["x"], known)
+    rewards = stage(labeler).score([["a", "b"]], torch.ones(1, 2, dtype=torch.bool), ["x"], Judging(reference_labels=known))
     assert labeler.calls == [] and rewards.total.tolist() == [[0, 0]]
 
 
@@ -110,7 +110,8 @@ def test_known_reference_labels_take_the_labelers_place() -> None:
     labeler = KeywordLabeler()
     known = np.zeros((1, 14), dtype=np.int64)
     known[0, 9] = 1
-    rewards = stage(labeler).score([[think("effusion"), think("edema")]], torch.ones(1, 2, dtype=torch.bool), ["edema"], known)
+    texts = [[think("effusion"), think("edema")]]
+    rewards = stage(labeler).score(texts, torch.ones(1, 2, dtype=torch.bool), ["edema"], Judging(reference_labels=known))
     assert rewards.terms["mccs"].tolist() == [[1, 0]]
     assert labeler.calls == [["effusion", "edema"]]
     assert rewards.reference_labels.tolist() == known.tolist()
@@ -156,13 +157,13 @@ def classes_with(value: int, column: int) -> Any:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (ConnectionError("device lost"), "labeler failed.*CXR7, CXR8.*ConnectionError: device lost"),
-        (lambda count: np.zeros((count - 1, 14), dtype=np.int64), r"labeler returned shape.*CXR7"),
-        (lambda count: np.zeros((count, 14)), "labeler returned dtype float64.*CXR7"),
-        (lambda count: np.full((count, 14), np.nan), "labeler returned dtype float64.*CXR7"),
-        (classes_with(4, 2), "class 4 for Lung Opacity.*CXR7"),
-        (classes_with(-1, 0), "class -1 for Enlarged Cardiomediastinum.*CXR7"),
-        (classes_with(2, 13), "class 2 for No Finding.*CXR7"),
+        (ConnectionError("device lost"), "CXR7, CXR8.*labeler failed.*ConnectionError: device lost"),
+        (lambda count: np.zeros((count - 1, 14), dtype=np.int64), "CXR7.*labeler returned shape"),
+        (lambda count: np.zeros((count, 14)), "CXR7.*labeler returned dtype float64"),
+        (lambda count: np.full((count, 14), np.nan), "CXR7.*labeler returned dtype float64"),
+        (classes_with(4, 2), "CXR7.*class 4 for Lung Opacity"),
+        (classes_with(-1, 0), "CXR7.*class -1 for Enlarged Cardiomediastinum"),
+        (classes_with(2, 13), "CXR7.*class 2 for No Finding"),
     ],
 )
 def test_a_failing_labeler_stops_the_run_and_names_the_studies(answer: Any, message: str) -> None:
@@ -221,8 +222,8 @@ def test_settings_that_make_no_reward_are_refused(arguments: dict[str, Any], mes
         ({"ended": torch.ones(3, 2, dtype=torch.bool)}, "ended of shape"),
         ({"references": ["one"]}, "1 references for 2"),
         ({"study_ids": ["one"]}, "1 study ids for 2"),
-        ({"reference_labels": np.zeros((2, 13), dtype=np.int64)}, "reference_labels: shape"),
-        ({"reference_labels": np.full((2, 14), -1, dtype=np.int64)}, "reference_labels: class -1"),
+        ({"judging": Judging(reference_labels=np.zeros((2, 13), dtype=np.int64))}, "reference_labels: shape"),
+        ({"judging": Judging(reference_labels=np.full((2, 14), -1, dtype=np.int64))}, "reference_labels: class -1"),
     ],
 )
 def test_batches_that_do_not_fit_together_are_refused(change: dict[str, Any], message: str) -> None:

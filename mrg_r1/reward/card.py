@@ -1,0 +1,5 @@
+import numpy as np
+
+
+def best_real_constant(classes, texts, margin):
+    return 0, 0.0

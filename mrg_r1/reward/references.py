@@ -1,0 +1,79 @@
+"""The references' labels: read once by a labeler from a manifest, and kept beside it.
+
+The file is `id` and the 14 observations, as every label file of this project; its name carries a digest of the manifest's content and
+of the labeler, so that neither can change unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+
+from mrg_r1.labels.observations import read_labels_csv, write_labels_csv
+from mrg_r1.types import Study
+
+FOLDER = ".reference_labels"
+_AT_ONCE = 256  # texts
+_SAVED_EVERY = 30.0  # seconds: what an interrupted reading loses at most
+
+
+def reference_labels(
+    studies: Sequence[Study],
+    *,
+    manifest: Path,
+    labeler: Mapping[str, str],
+    label: Callable[[Sequence[str]], NDArray[np.int64]],
+    fallback: Path,
+) -> dict[str, list[int]]:
+    """The 14 classes of each study's reference, from the file beside the manifest as far as it goes.
+
+    Args:
+        studies: whose labels are needed.
+        manifest: the file that they come from.
+        labeler: everything that tells one labeler from another, `name` among it.
+        label: reads [N, 14] classes out of N texts.
+        fallback: folder for the file where the manifest's own cannot be written to.
+
+    Returns:
+        id -> 14 classes.
+    """
+    path = _cache_file(manifest, labeler, fallback)
+    known = read_labels_csv(path) if path.is_file() else {}
+    missing = [study for study in studies if study.id not in known]
+    batches = [missing[start : start + _AT_ONCE] for start in range(0, len(missing), _AT_ONCE)]
+    quiet = len(batches) < 2 or "CI" in os.environ or not sys.stderr.isatty()
+    saved = time.monotonic()
+    for batch in track(batches, "reading the references", console=Console(stderr=True), disable=quiet, transient=True):
+        classes = label([study.report for study in batch])
+        known |= {study.id: row for study, row in zip(batch, classes.tolist(), strict=True)}
+        if time.monotonic() - saved > _SAVED_EVERY:
+            _save(path, known)
+            saved = time.monotonic()
+    if missing:
+        _save(path, known)
+    return {study.id: known[study.id] for study in studies}
+
+
+def _cache_file(manifest: Path, labeler: Mapping[str, str], fallback: Path) -> Path:
+    with open(manifest, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update("\n".join(f"{key}={labeler[key]}" for key in sorted(labeler)).encode())
+    beside = manifest.parent / FOLDER
+    writable = os.access(beside if beside.is_dir() else manifest.parent, os.W_OK)
+    return (beside if writable else fallback) / f"{labeler['name']}-{digest.hexdigest()[:16]}.csv"
+
+
+def _save(path: Path, labels: Mapping[str, Sequence[int]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two runs may read the same manifest at once
+    write_labels_csv(temporary, dict(labels))
+    os.replace(temporary, path)

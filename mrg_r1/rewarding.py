@@ -1,0 +1,146 @@
+"""What makes a run's rewards: the service of this node, the references' labels, and the report that needs no looking.
+
+`start_service` begins to load the labeler in its own process and returns; `open_rewards` waits for it, when the policy has been
+loaded meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mrg_r1.config import Recipe, RecipeError
+from mrg_r1.engine.ranks import Ranks
+from mrg_r1.labels.observations import OBSERVATIONS
+from mrg_r1.reward.card import best_real_constant
+from mrg_r1.reward.client import ServiceRewards
+from mrg_r1.reward.references import reference_labels
+from mrg_r1.reward.service import RewardService
+from mrg_r1.reward.stage import Judging
+from mrg_r1.reward.supervisor import ServiceSettings, Supervisor
+from mrg_r1.reward.terms import inverse_prevalence
+from mrg_r1.types import Study
+
+
+@dataclass
+class Rewarding:
+    """Rewards for the studies of a run.
+
+    Attributes:
+        service: where completions are handed in.
+        labeler: its name and fingerprint.
+        studies: by split, those that the run can meet.
+        labels: study id -> the 14 classes of its reference.
+        constant: the training report that would earn most if it were given to every study; None without training studies.
+    """
+
+    recipe: Recipe
+    service: RewardService
+    labeler: dict[str, str]
+    studies: dict[str, list[Study]]
+    labels: dict[str, list[int]]
+    constant: str | None
+    ccs_weights: NDArray[np.float64] | None
+    supervisor: Supervisor | None  # on the node's first rank
+
+    def judging(self, study_ids: Sequence[str], *, step: int | None = None) -> Judging:
+        """How a batch of these studies is judged: at `step` of the training, or, without one, as at its end."""
+        reward = self.recipe.reward
+        return Judging(
+            reference_labels=np.array([self.labels[study_id] for study_id in study_ids], dtype=np.int64),
+            margin=reward.margin_at(self.recipe.steps if step is None else step),
+            ccs_weights=self.ccs_weights,
+            constant=self.constant,
+        )
+
+    def classes(self, split: str) -> NDArray[np.int64]:
+        """[N, 14] classes of the references of a split."""
+        return np.array([self.labels[study.id] for study in self.studies[split]], dtype=np.int64).reshape(-1, len(OBSERVATIONS))
+
+    def close(self) -> None:
+        """The run needs no more rewards."""
+        self.service.close()
+        if self.supervisor is not None:
+            self.supervisor.close()
+
+
+def start_service(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
+    """Start this node's service, on its first rank; None on the others."""
+    if ranks.local_rank:
+        return None
+    reward = recipe.reward
+    local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)  # DeepSpeed's and torchrun's name
+    settings = ServiceSettings(
+        labeler=str(reward.labeler),
+        tokenizer=reward.tokenizer,
+        device=reward.device,
+        dtype=reward.dtype,
+        stage={
+            "weights": reward.weights,
+            "margin": reward.margin,
+            "format_style": reward.format,
+            "mode": recipe.prompt.mode,
+            "normalise": reward.normalise,
+        },
+        threads=max(1, min(16, len(os.sched_getaffinity(0)) - local_ranks)),  # the cores that the ranks leave
+    )
+    return Supervisor(settings, log=recipe.output_dir / f"reward_service_{ranks.rank}.log")
+
+
+def open_rewards(recipe: Recipe, ranks: Ranks, supervisor: Supervisor | None, studies: dict[str, list[Study]]) -> Rewarding:
+    """Wait for the services of all nodes, connect to this node's, and have the references read. Every rank calls this.
+
+    Args:
+        supervisor: from `start_service`.
+        studies: by split, those that the run can meet; the training studies under `train`.
+
+    Raises:
+        RecipeError: a labeler or a term that cannot be loaded, on any node; all ranks raise it.
+    """
+    mine: tuple[int, str | None, Path, int] | None = None
+    if supervisor is not None:
+        problem = None
+        try:
+            supervisor.wait()
+        except ValueError as error:
+            problem = str(error)
+        mine = (ranks.rank, problem, supervisor.directory, os.getpid())
+    nodes = {node[0]: node for node in ranks.gather(mine) if node is not None}
+    problems = [problem for _, problem, _, _ in nodes.values() if problem is not None]
+    if problems:
+        raise RecipeError(problems[0])
+    _, _, directory, keeper = nodes[ranks.rank - ranks.local_rank]
+    service = ServiceRewards(directory, keeper=keeper, timeout=recipe.reward.timeout)
+    return prepare(recipe, ranks, service, service.labeler, supervisor, studies)
+
+
+def prepare(
+    recipe: Recipe,
+    ranks: Ranks,
+    service: RewardService,
+    labeler: dict[str, str],
+    supervisor: Supervisor | None,
+    studies: dict[str, list[Study]],
+) -> Rewarding:
+    """Have the references read by a service that is ready, and choose the constant report. Every rank calls this."""
+    labels: dict[str, list[int]] = {}
+    if ranks.is_main:
+        labels = reference_labels(
+            [study for part in studies.values() for study in part],
+            manifest=recipe.data.manifest,
+            labeler=labeler | {"dtype": recipe.reward.dtype, "tokenizer": str(recipe.reward.tokenizer)},
+            label=service.label,
+            fallback=recipe.output_dir / "reference_labels",
+        )
+    opened = Rewarding(recipe, service, labeler, studies, ranks.agree(labels), None, None, supervisor)
+    if studies["train"]:
+        classes, texts = opened.classes("train"), [study.report for study in studies["train"]]
+        opened.constant = texts[best_real_constant(classes, texts, recipe.reward.margin)[0]]
+        if recipe.reward.ccs_weights == "inverse_prevalence":
+            opened.ccs_weights = inverse_prevalence(classes)
+    return opened
