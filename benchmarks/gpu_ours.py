@@ -127,9 +127,7 @@ def measure_case(run: Run, engine: Engine, case: GpuCase, allowance: Allowance) 
     return {**units_of(units), "prefill_seconds": seconds, "prompt_tokens": prompt_tokens}
 
 
-def _measure_step(
-    step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewards: RewardService, clock: SynchronisedClock
-) -> Unit:
+def _measure_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewards: RewardService, clock: SynchronisedClock) -> Unit:
     reset_peak()
     synchronise()
     began = time.perf_counter()

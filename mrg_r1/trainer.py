@@ -113,13 +113,13 @@ def on_all_ranks(judged: Rewards | RewardError, ranks: Ranks) -> Rewards:
 
 
 def service_metrics(health: Health) -> Metrics:
-    """What the reward service did for this rank's step."""
+    """What the reward service did for this rank's step. Under `time/`, since it is of the machine and the moment: no resume repeats it."""
     one = torch.tensor(1.0)
     return {
         "time/reward_busy": (torch.tensor(health.busy), one),
         # copies within the batch, and what an earlier step or a hint has had read, are not read again
-        "reward/read_share": (torch.tensor(float(health.computed)), torch.tensor(float(health.asked))),
-        "reward/service_restarts_max": (torch.tensor(float(health.restarts)), one),
+        "time/reward_read_share": (torch.tensor(float(health.computed)), torch.tensor(float(health.asked))),
+        "time/reward_restarts_max": (torch.tensor(float(health.restarts)), one),
     }
 
 
@@ -253,6 +253,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         except RewardsMissing:  # on all ranks alike, and before the step's first update
             if step > start and step % recipe.checkpoint.every:  # else it is on the disk, or there is nothing to keep
                 save(step)
+            run.rewarding.close()
             raise
         reduced = with_stds(ranks.reduce_metrics(parts))
         metrics: dict[str, Any] = {**reduced, "policy/grad_norm": engine.grad_norm(), "policy/learning_rate": rate}

@@ -54,6 +54,13 @@ def test_overrides_reach_nested_keys_with_yaml_values(recipe_file):
     assert recipe.reward.weights == {"ccs": 1.0} and recipe.data.context == ["indication"]
 
 
+def test_a_margin_moves_in_a_straight_line_and_stays(recipe_file):
+    constant = load_recipe(recipe_file, ["reward.margin=0.3"]).reward
+    assert [constant.margin_at(step) for step in (0, 10, 1000)] == [0.3] * 3
+    annealed = load_recipe(recipe_file, ["reward.margin=0.2", "reward.margin_end=0.6", "reward.margin_steps=4"]).reward
+    assert [annealed.margin_at(step) for step in range(6)] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.6])
+
+
 def test_resolved_recipe_loads_as_the_same_recipe(recipe_file, tmp_path):
     recipe = load_recipe(recipe_file, ["seed=7", "policy.adapter=somewhere"])
     again = tmp_path / "config.yaml"
@@ -66,6 +73,11 @@ def test_resolved_recipe_loads_as_the_same_recipe(recipe_file, tmp_path):
     [
         ("grpo.grup_size=4", "did you mean grpo.group_size?"),
         ("grop_size=4", "did you mean"),
+        ("reward.margin_end=0.6", "an annealed margin needs both"),
+        ("reward.margin=1", "reward.margin: Input should be less than 1"),
+        ("reward.device=gpu", "reward.device"),
+        ("reward.device=cuda", "reward.device"),
+        ("reward.dtype=int8", "reward.dtype"),
         ("learning_rate=1", "did you mean optimizer.learning_rate?"),
         ("grpo.group_size=1", "a group of one has no baseline"),
         ("rollout.top_p=0.9", "only top_p 1 and top_k 0 are sampled"),

@@ -24,8 +24,9 @@ def command(script: str, recipe: Path, *overrides: str, ranks: int = 2) -> list[
     return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, f"launch/{script}.py", str(recipe), *overrides]
 
 
-def launch(*arguments, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments, **options), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+def launch(*arguments, extra: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess[str]:
+    env = environment() | (extra or {})
+    return subprocess.run(command(*arguments, **options), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 def environment() -> dict[str, str]:
@@ -74,6 +75,33 @@ def test_killed_run_goes_on_and_ends_as_if_nothing_had_happened(world, tmp_path)
     assert steps_of(killed) == steps_of(straight)
     third = launch("train", recipe, *overrides)
     assert third.returncode == 0 and "this run is complete" in third.stdout
+
+
+def test_a_reward_service_that_dies_costs_no_step_and_one_that_keeps_dying_leaves_a_checkpoint(world, tmp_path):
+    """Killed in the middle of a batch of step 2: the same run. Killed whenever it comes back: a checkpoint, the cause, and a resume."""
+    overrides = ["steps=4", "evaluation.test=false", "reward.weights={mccs: 1.0, 'tests.reward.custom_terms:dies': 0.0}"]
+
+    def train(run: Path, *, at: int, times: int) -> subprocess.CompletedProcess[str]:
+        extra = {"DIES_COUNTER": f"{run}-{times}.count", "DIES_AT": str(at), "DIES_TIMES": str(times)}
+        return launch("train", world.recipe(run, name=f"{run.name}.yaml"), *overrides, "checkpoint.every=50", extra=extra)
+
+    straight, killed, dead = tmp_path / "straight", tmp_path / "killed", tmp_path / "dead"
+    assert train(straight, at=0, times=0).returncode == 0
+    done = train(killed, at=9, times=1)  # two ranks, and twice a batch: the completions and the constant report
+    assert done.returncode == 0 and (done.stdout + done.stderr).count("started again (1 of 3)") == 1
+    assert steps_of(killed) == steps_of(straight)
+    rows = [json.loads(line) for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["time/reward_restarts_max"] for row in rows] == [0, 0, 1, 1]
+
+    stopped = train(dead, at=9, times=1000)
+    output = stopped.stdout + stopped.stderr
+    assert stopped.returncode != 0 and output.count("no rewards: rank 0: the reward service has died 4 times") == 1
+    assert "killed by SIGKILL" in output and "Traceback" not in output
+    assert (dead / "checkpoints" / "latest").read_text() == "step_2" and len(steps_of(dead)) == 2
+    again = train(dead, at=0, times=0)
+    assert again.returncode == 0 and "resuming" in again.stdout + again.stderr
+    assert steps_of(dead) == steps_of(straight)
+    assert not list(Path("/tmp").glob("mrg-r1-reward-*/state.json")), "services leave nothing behind"
 
 
 def test_one_two_and_four_ranks_sample_the_same_and_take_the_same_step(world, tmp_path):

@@ -132,7 +132,7 @@ def _optimizer_steps(engine: Engine) -> int:
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a file whole or not at all, also through a crash or a full disk."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # lone surrogates in reports, as JSON escapes them
     _sync(temporary)
     os.replace(temporary, path)
 

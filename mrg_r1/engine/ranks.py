@@ -87,9 +87,7 @@ def start_ranks(seed: int) -> Ranks:
     else:
         device = torch.device("cpu")
     torch.manual_seed(seed)
-    return Ranks(
-        rank=dist.get_rank(), world_size=dist.get_world_size(), device=device, local_rank=int(os.environ.get("LOCAL_RANK", "0"))
-    )
+    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def finish_ranks() -> None:

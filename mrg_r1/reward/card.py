@@ -1,5 +1,2 @@
-import numpy as np
-
-
 def best_real_constant(classes, texts, margin):
     return 0, 0.0

@@ -252,7 +252,9 @@ def test_nobody_without_the_key_is_served(start: Start) -> None:
         ({"device": "cuda:7"}, r"reward.device cuda:7: this node has no such GPU \(CUDA_VISIBLE_DEVICES=7 shows 0\)"),
     ],
 )
-def test_what_cannot_be_started_says_why_and_never_falls_back(tmp_path: Path, world: object, changes: dict[str, object], message: str) -> None:
+def test_what_cannot_be_started_says_why_and_never_falls_back(
+    tmp_path: Path, world: object, changes: dict[str, object], message: str
+) -> None:
     if "cuda:7" in changes.values() and torch.cuda.device_count() > 7:
         pytest.skip("this machine has eight GPUs")
     labeler = str(world.folder / "labeler")  # type: ignore[attr-defined]

@@ -131,6 +131,27 @@ def test_rows_stay_with_their_own_study() -> None:
     assert torch.equal(rewards.terms["mccs"], torch.eye(4)) and torch.equal(rewards.terms["rouge_l"], torch.eye(4))
 
 
+def test_the_step_decides_the_margin_and_the_weights() -> None:
+    texts, ended, references = [[think("edema. no effusion"), think("edema")]], torch.ones(1, 2, dtype=torch.bool), ["edema. effusion"]
+    scored = [stage().score(texts, ended, references, Judging(margin=margin)).terms["mccs"][0, 1].item() for margin in (0.0, 0.5, 0.9)]
+    cosine = 0.5**0.5
+    assert scored == pytest.approx([cosine, (cosine - 0.5) / 0.5, 0.0])
+    weights = np.ones((13, 2))
+    weights[4, 0] = 9.0  # edema
+    heavy = stage(weights={"ccs": 1.0}).score(texts, ended, references, Judging(ccs_weights=weights)).terms["ccs"][0].tolist()
+    assert heavy == pytest.approx([(9 - 1) / 10, 3 / 10**0.5])
+
+
+def test_a_constant_report_is_scored_beside_every_study() -> None:
+    weights = {"mccs": 0.75, "format": 0.25, "rouge_l": 0.0, CUSTOM + "brevity": 0.5}
+    known = stage(weights=weights).score(TEXTS, ENDED, REFERENCES, Judging(constant=REFERENCES[1]))
+    alone = stage(weights=weights).score(TEXTS, ENDED, REFERENCES)
+    as_completion = stage(weights=weights, mode="plain").score([[REFERENCES[1]]] * 2, ENDED[:, :1], REFERENCES)
+    assert torch.equal(known.total, alone.total) and not alone.constant
+    assert torch.equal(known.constant["total"], as_completion.total[:, 0]) and known.constant.keys() == {"total", *weights}
+    assert known.constant["mccs"][1] == 1 and known.constant["format"].tolist() == [1, 1]
+
+
 # --- a failure stops the run (trap 22) --------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mrg_r1.reward.terms import bleu4, ccs, ce_f1, length, load_callable, mccs, rouge_l
+from mrg_r1.reward.terms import bleu4, ccs, ce_f1, inverse_prevalence, length, load_callable, mccs, rouge_l
 
 VECTORS = st.lists(st.sampled_from([-1, 0, 1]), min_size=13, max_size=13)
 MARGINS = st.floats(0.0, 0.95)
@@ -98,6 +98,39 @@ def test_vectors_that_are_not_signed_are_refused() -> None:
         ccs(np.zeros((1, 14), dtype=np.int8), np.zeros((1, 14), dtype=np.int8))
     with pytest.raises(ValueError, match="reference.*outside"):
         ccs(vector(1), vector(3))
+
+
+@settings(deadline=None)
+@given(VECTORS, VECTORS, st.lists(st.floats(1e-3, 1e3), min_size=26, max_size=26))
+def test_weighted_ccs_is_a_cosine(a: list[int], b: list[int], weights: list[float]) -> None:
+    """Ours: symmetric, between -1 and 1, 1 for equal vectors, the paper's where all weights are equal."""
+    table = np.array(weights).reshape(13, 2)
+    value = ccs(one(a), one(b), table)
+    assert -1 <= value[0] <= 1 and value[0] == ccs(one(b), one(a), table)[0]
+    assert ccs(one(a), one(a), table)[0] == 1
+    assert ccs(one(a), one(b), np.full((13, 2), weights[0]))[0] == pytest.approx(ccs(one(a), one(b))[0], abs=1e-6)
+    if any(a) != any(b):
+        assert value[0] == 0  # one vector zero
+
+
+def test_a_rare_finding_outweighs_common_negatives() -> None:
+    """100 reports: pneumothorax denied in 98, edema said in 2. Missing the edema costs more than missing the denial."""
+    seen = np.zeros((100, 14), dtype=np.int64)
+    seen[:98, 8], seen[:2, 4], seen[2, 4] = 2, 1, 3
+    weights = inverse_prevalence(seen)
+    assert weights.shape == (13, 2)
+    assert weights[4, 0] == pytest.approx(102 / 4) and weights[8, 1] == pytest.approx(102 / 99) and weights[0, 0] == 102
+    reference, edema, denial = np.zeros((3, 13), dtype=np.int8)
+    reference[4], reference[8], edema[4], denial[8] = 1, -1, 1, -1
+    plain = [ccs(report[None], reference[None])[0] for report in (edema, denial)]
+    weighted = [ccs(report[None], reference[None], weights)[0] for report in (edema, denial)]
+    assert plain[0] == plain[1] and weighted[0] > 0.95 and weighted[1] < 0.25
+
+
+@pytest.mark.parametrize("weights", [np.ones(13), np.zeros((13, 2)), -np.ones((13, 2)), np.full((13, 2), np.nan)])
+def test_weights_that_make_no_cosine_are_refused(weights: NDArray[np.float64]) -> None:
+    with pytest.raises(ValueError, match="weights of shape"):
+        ccs(vector(1), vector(1), weights)
 
 
 def classes(positives: tuple[int, ...], uncertain: tuple[int, ...] = (), negatives: tuple[int, ...] = ()) -> NDArray[np.int64]:

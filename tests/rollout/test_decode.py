@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -221,6 +223,23 @@ def test_a_rollout_in_parts_is_the_whole_one(lora_policy, studies, build, cache_
     parts = sample(lora_policy, prompts, cache_tokens=cache_tokens)
     assert torch.equal(parts.token_ids, whole.token_ids) and torch.equal(parts.ended, whole.ended) and parts.texts == whole.texts
     torch.testing.assert_close(parts.logp, whole.logp, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("cache_tokens", [None, 120])
+def test_what_has_ended_is_handed_on_while_others_go_on(lora_policy, studies, build, cache_tokens):
+    """Every text that is handed on is one of the rollout's, none twice, some before the last token; and the samples are the same."""
+    eager_to_end(lora_policy)
+    prompts = build(lora_policy)(studies)
+    early: list[list[str]] = []
+    plain = sample(lora_policy, prompts, group_size=6, max_new_tokens=40, cache_tokens=cache_tokens)
+    told = sample(lora_policy, prompts, group_size=6, max_new_tokens=40, cache_tokens=cache_tokens, on_ended=early.append)
+    assert torch.equal(told.token_ids, plain.token_ids) and told.texts == plain.texts
+    handed = [text for texts in early for text in texts]
+    ended = [told.texts[b][g] for b in range(4) for g in range(6)]
+    assert len(early) > 4 and len(handed) > 12
+    assert not set(handed) - set(ended)
+    if cache_tokens is None:
+        assert not Counter(handed) - Counter(ended)
 
 
 def test_keys_and_values_are_held_for_as_many_tokens_as_allowed(lora_policy, studies, build):
