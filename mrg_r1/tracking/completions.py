@@ -16,9 +16,8 @@ def write_completions(directory: Path, *, step: int, rank: int, prompts: Prompts
     """
     directory.mkdir(parents=True, exist_ok=True)
     lengths = completions.lengths.tolist()
-    with open(
-        directory / f"step_{step:06d}_rank{rank}.jsonl", "w", encoding="utf-8", errors="backslashreplace"
-    ) as file:  # a lone surrogate as JSON escapes it
+    path = directory / f"step_{step:06d}_rank{rank}.jsonl"
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate comes out as JSON escapes it
         for b, study_id in enumerate(prompts.study_ids):
             for g, text in enumerate(completions.texts[b]):
                 labels = rewards.labels[b, g].tolist()

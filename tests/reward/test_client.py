@@ -96,7 +96,7 @@ def gone(pid: int, *, within: float) -> bool:
 
 
 def test_a_service_answers_what_the_stage_in_this_process_answers(start: Start) -> None:
-    """Also lone surrogates and control characters, to the bit; in any order, from two ranks at once, more batches than may be outstanding."""
+    """Lone surrogates and control characters too, to the bit; in any order; for two ranks at once; more batches than may wait."""
     supervisor = start()
     one, two = connected(supervisor), connected(supervisor)
     judging = Judging(np.ones((2, 14), dtype=np.int64), 0.25, np.full((13, 2), 2.0), "no pneumothorax")
@@ -133,18 +133,15 @@ def test_a_service_answers_what_the_stage_in_this_process_answers(start: Start) 
 
 def test_hints_are_read_before_their_batch(start: Start) -> None:
     service = connected(start())
+    judging = Judging(np.ones((2, 14), dtype=np.int64))
     service.hint([text for group in TEXTS for text in group])
     deadline = time.monotonic() + 10
-    known = {"CXR1": 1, "CXR2": 2}
-    labels = np.ones((2, 14), dtype=np.int64)
-    while True:  # until the hint has been read: then a batch costs the labeler nothing
-        service.hint([])
-        service.result(service.submit([["<report>x</report>"]], ENDED[:1, :1], ["CXR3"], ["x"]))
-        first = service.health()
-        if first.computed >= 3:
-            break
+    read = 0
+    while read < 3 + 1:  # the three reports in the hint, and the one of this batch
+        service.result(service.submit([["<think>a</think><report>x</report>"]], ENDED[:1, :1], ["CXR3"], ["x"]))
+        read += service.health().computed
         assert time.monotonic() < deadline
-    assert same(service.result(service.submit(TEXTS, ENDED, list(known), REFERENCES, Judging(labels))), expected(Judging(labels)))
+    assert same(service.result(service.submit(TEXTS, ENDED, ["CXR1", "CXR2"], REFERENCES, judging)), expected(judging))
     health = service.health()
     assert (health.asked, health.computed, health.restarts) == (3, 0, 0) and health.busy > 0
     service.close()

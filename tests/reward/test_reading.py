@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +67,10 @@ def manifest(tmp_path: Path) -> Path:
 
 
 def read(manifest: Path, wanted: list[Study], labeler: KeywordLabeler, **described: str) -> dict[str, list[int]]:
-    return reference_labels(
-        wanted,
-        manifest=manifest,
-        labeler=LABELER | described,
-        label=lambda texts: labeler.label(list(texts)),
-        fallback=manifest.parent / "x",
-    )
+    def label(texts: Sequence[str]) -> NDArray[np.int64]:
+        return labeler.label(list(texts))
+
+    return reference_labels(wanted, manifest=manifest, labeler=LABELER | described, label=label, fallback=manifest.parent / "x")
 
 
 def test_references_are_read_once_for_a_manifest_and_a_labeler(manifest: Path) -> None:
