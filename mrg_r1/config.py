@@ -129,7 +129,7 @@ class GrpoSection(_Section):
 
 
 class RewardSection(_Section):
-    labeler: Path = Field(description="Labeler: a directory of `mrg-r1 labeler train` or a CheXbert checkpoint file. yours")
+    labeler: Path = Field(description="Labeler: a directory of `mrg-r1 labeler train`, or a CheXbert file. yours")
     tokenizer: str | None = Field(None, description="Tokenizer directory for a CheXbert checkpoint file (bert-base-uncased). yours")
     device: str = Field(
         "cpu",

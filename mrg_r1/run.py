@@ -195,6 +195,12 @@ def finish(
     )
     if after is not None:
         log.console.print(evaluation_table(after, "test split after training"))
+        constant = after["constant"].get("total")
+        if constant is not None and after["mean_reward"] <= constant:
+            log.say(
+                f"mean reward {after['mean_reward']:.3f} on the test split is not above the {constant:.3f} of one training report given to "
+                "every study: this policy has learned nothing that needs looking (docs/rewards.md)"
+            )
     if run.ranks.is_main:
         log.say(f"page: {write_page(run.directory, run.studies['test'])}")
     log.close()

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _LINE = {  # what the terminal shows of a step: title -> metric
     "reward": "reward/total",
+    "constant": "reward/constant",
     "mccs": "reward/mccs",
     "format": "reward/format",
     "loss": "loss",

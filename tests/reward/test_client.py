@@ -207,8 +207,17 @@ def test_a_service_that_is_frozen_is_killed_and_started_again(start: Start, capf
 
 def test_it_leaves_when_a_rank_dies(start: Start) -> None:
     supervisor = start()
-    survivor, dying = connected(supervisor), connected(supervisor)
-    dying._connection.close()  # what the kernel does for a process that ends
+    survivor = connected(supervisor)
+    script = (
+        "import time; from pathlib import Path; from mrg_r1.reward.client import ServiceRewards\n"
+        f"rank = ServiceRewards(Path({str(supervisor.directory)!r}), keeper={os.getpid()}, timeout=60); print('in', flush=True)\n"
+        "time.sleep(100)"
+    )
+    dying = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert dying.stdout is not None and dying.stdout.readline() == "in\n"
+    assert same(survivor.result(survivor.submit(*BATCH)), expected())
+    dying.kill()
+    dying.wait()
     assert gone(ServiceState.read(supervisor.directory).pid, within=10)
     with pytest.raises(RewardServiceError, match="a rank has died"):
         survivor.result(survivor.submit(*BATCH))
