@@ -129,6 +129,8 @@ def prepare(
 ) -> Rewarding:
     """Have the references read by a service that is ready, and choose the constant report. Every rank calls this."""
     labels: dict[str, list[int]] = {}
+    constant = None
+    train = studies["train"]
     if ranks.is_main:
         labels = reference_labels(
             [study for part in studies.values() for study in part],
@@ -137,10 +139,11 @@ def prepare(
             label=service.label,
             fallback=recipe.output_dir / "reference_labels",
         )
-    opened = Rewarding(recipe, service, labeler, studies, ranks.agree(labels), None, None, supervisor)
-    if studies["train"]:
-        classes, texts = opened.classes("train"), [study.report for study in studies["train"]]
-        opened.constant = texts[best_real_constant(classes, texts, recipe.reward.margin)[0]]
-        if recipe.reward.ccs_weights == "inverse_prevalence":
-            opened.ccs_weights = inverse_prevalence(classes)
+        if train:
+            classes, texts = np.array([labels[study.id] for study in train], dtype=np.int64), [study.report for study in train]
+            constant = texts[best_real_constant(classes, texts, recipe.reward.margin)[0]]
+    labels, constant = ranks.agree((labels, constant))
+    opened = Rewarding(recipe, service, labeler, studies, labels, constant, None, supervisor)
+    if train and recipe.reward.ccs_weights == "inverse_prevalence":
+        opened.ccs_weights = inverse_prevalence(opened.classes("train"))
     return opened

@@ -54,7 +54,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "prepare phantom", "prepare iu-xray", "prepare tiny-policy", "labeler train", "label", "score", "report"],
+    ["", "prepare phantom", "prepare iu-xray", "prepare tiny-policy", "labeler train", "label", "score", "reward-card", "report", "page"],
 )
 def test_help_teaches_by_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -64,10 +64,17 @@ def test_help_teaches_by_an_example(capsys: pytest.CaptureFixture[str], command:
 
 
 def test_help_waits_for_no_heavy_import() -> None:
-    code = "import sys; from mrg_r1 import cli\ntry: cli.main(['prepare', 'phantom', '--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from mrg_r1 import cli\nfor arguments in ([], ['prepare', 'phantom'], ['reward-card']):\n"
+    code += "    try: cli.main([*arguments, '--help'])\n    except SystemExit: pass\n"
     code += "print([name for name in ('torch', 'transformers', 'numpy', 'PIL') if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
     assert output.splitlines()[-1] == "[]"
+
+
+def test_it_runs_as_a_module_too() -> None:
+    command = [sys.executable, "-m", "mrg_r1.cli", "score", "nowhere.csv", "nowhere.csv"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ended.returncode == 2 and ended.stderr == "mrg-r1: nowhere.csv: No such file or directory\n"
 
 
 def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,7 +247,7 @@ def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch: pytest.Monk
     def broken(*_: object, **__: object) -> None:
         raise KeyError("fault")
 
-    monkeypatch.setattr(cli, "_prepare_phantom", broken)
+    monkeypatch.setattr(cli.prepare, "_prepare_phantom", broken)
     with pytest.raises(KeyError):
         cli.main(["prepare", "phantom", "-o", str(tmp_path)])
 

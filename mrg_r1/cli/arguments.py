@@ -1,0 +1,62 @@
+"""What several subcommands share: help that teaches by an example, arguments that recur, values that are checked while parsing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mrg_r1.labels.chexbert import Labeler
+
+
+def described(make: Any, *names: str, examples: str, **keywords: Any) -> argparse.ArgumentParser:
+    """A parser whose help closes with examples: `make` is ArgumentParser, or `add_parser` of the commands it joins."""
+    lines = [line.strip() for line in examples.strip().splitlines()]
+    epilog = "examples:\n" + "\n".join(f"  {line}" for line in lines)
+    parser: argparse.ArgumentParser = make(*names, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
+    return parser
+
+
+def add_output(parser: argparse.ArgumentParser, text: str, metavar: str = "DIR", *, required: bool = True) -> None:
+    """`-o`, the file or folder that a command writes."""
+    parser.add_argument("-o", "--output", type=Path, required=required, metavar=metavar, help=text)
+
+
+def add_labeler_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """`--labeler`, `--tokenizer` and `--device`, for `load_labeler`."""
+    parser.add_argument("--labeler", type=Path, required=required, metavar="PATH", help="a labeler's folder, or a CheXbert checkpoint file")
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer of a checkpoint file (default: bert-base-uncased)")
+    parser.add_argument("--device", default="cpu", help="where the labeler runs: cpu or cuda:N (default: cpu)")
+
+
+def load_labeler(arguments: argparse.Namespace) -> Labeler:
+    """The labeler that the arguments of `add_labeler_arguments` name."""
+    from mrg_r1.labels.chexbert import Labeler
+
+    return Labeler.load(arguments.labeler, tokenizer=arguments.tokenizer, device=arguments.device)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, or a usage error."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number, 0 or more, or a usage error."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    return int(text)
+
+
+def margin(text: str) -> float:
+    """A reward margin, 0 <= m < 1, or a usage error."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a margin; write a number from 0 to below 1, such as 0.5")
+    return value

@@ -1,0 +1,148 @@
+"""`mrg-r1 prepare`: a dataset, or a tiny policy to try things on."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from mrg_r1.cli.arguments import add_output, described, positive, seed
+
+
+def add_commands(commands: Any) -> None:
+    """`prepare {phantom, iu-xray, tiny-policy}`."""
+    prepare = commands.add_parser("prepare", help="write a dataset, or a tiny policy to try things on")
+    kinds = prepare.add_subparsers(title="what to prepare", required=True, metavar="KIND")
+
+    phantom = described(
+        kinds.add_parser,
+        "phantom",
+        help="rendered radiographs with reports",
+        description="Render radiographs with known findings and write reports of them: no real data is needed. The manifest keeps two\n"
+        "labels apart: `drawn`, the truth, and `said`, what the report says. Interrupted, the same command goes on.",
+        examples="""
+        mrg-r1 prepare phantom -o data/five --preset five --splits train=4000,val=256,test=512 --side 112 --seed 0
+        mrg-r1 prepare phantom -o data/try --splits train=200,val=20,test=20
+        """,
+    )
+    add_output(phantom, "folder to write: manifest.jsonl, images/, reports.csv, labels.csv, contact_sheet.png")
+    phantom.add_argument("--preset", default="five", help="five: five findings that a small policy can see, in short reports (default)")
+    phantom.add_argument(
+        "--splits",
+        type=_splits,
+        default="train=4000,val=256,test=512",
+        metavar="NAME=N,...",
+        help="studies a split (default: train=4000,val=256,test=512)",
+    )
+    phantom.add_argument("--side", type=positive, default=112, metavar="PIXELS", help="width and height of the images (default: 112)")
+    phantom.add_argument("--seed", type=seed, default=0, help="the same seed gives the same bytes (default: 0)")
+    phantom.set_defaults(run=_prepare_phantom)
+
+    iu = described(
+        kinds.add_parser,
+        "iu-xray",
+        help="IU X-Ray from R2Gen's annotation.json",
+        description="Turn R2Gen's annotation.json into a manifest, reports verbatim. Studies without radiographs are refused, or rendered\n"
+        "from CheXbert's labels of their reports and marked `rendered`. refused.jsonl says why each study was refused.",
+        examples="""
+        mrg-r1 prepare iu-xray iu_xray/annotation.json --images iu_xray/images -o data/iu
+        # without radiographs: label the reports, then render from the labels (repeat --render-missing for more files)
+        mrg-r1 prepare iu-xray iu_xray/annotation.json -o data/iu --render-missing chexbert_labels.csv
+        """,
+    )
+    iu.add_argument("annotation", type=Path, metavar="ANNOTATION.json", help="R2Gen's file: the text and the split")
+    add_output(iu, "folder to write: manifest.jsonl, refused.jsonl, reports.csv, reports_SPLIT.csv")
+    iu.add_argument("--images", type=Path, metavar="DIR", help="folder that the annotation's image_path is relative to")
+    iu.add_argument(
+        "--render-missing",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="LABELS.csv",
+        help="render radiographs that are not there from these labels (id and the 14 observations); may be repeated",
+    )
+    iu.add_argument("--side", type=positive, default=224, metavar="PIXELS", help="width and height of rendered images (default: 224)")
+    iu.add_argument("--seed", type=seed, default=0, help="of the rendered images (default: 0)")
+    iu.set_defaults(run=_prepare_iu_xray)
+
+    policy = described(
+        kinds.add_parser,
+        "tiny-policy",
+        help="a random Qwen2.5-VL of one to two million parameters",
+        description="Write a random policy in the layout of a published checkpoint. Its tokenizer is learned from the train reports of a\n"
+        "manifest and the words of the prompts. It needs `sft.trainable: all` first.",
+        examples="""
+        mrg-r1 prepare tiny-policy -o data/five/policy --manifest data/five/manifest.jsonl
+        """,
+    )
+    add_output(policy, "folder to write")
+    policy.add_argument("--manifest", type=Path, required=True, metavar="M.jsonl", help="the tokenizer is learned from its train reports")
+    policy.add_argument("--side", type=positive, default=112, metavar="PIXELS", help="larger images are reduced to this (default: 112)")
+    policy.add_argument("--seed", type=seed, default=0, help="of the random weights (default: 0)")
+    policy.set_defaults(run=_prepare_tiny_policy)
+
+
+def _splits(text: str) -> dict[str, int]:
+    splits: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, count = part.partition("=")
+        if not equals or not name.strip() or not count.strip().isdecimal() or int(count) < 1:
+            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=N; write for example train=4000,val=256,test=512")
+        if name.strip() in splits:
+            raise argparse.ArgumentTypeError(f"split {name.strip()!r} is given twice")
+        splits[name.strip()] = int(count)
+    return splits
+
+
+def _prepare_phantom(arguments: argparse.Namespace) -> None:
+    from mrg_r1.data.phantoms import write_phantoms
+
+    manifest = write_phantoms(
+        arguments.output,
+        preset=arguments.preset,
+        seed=arguments.seed,
+        side=arguments.side,
+        splits=arguments.splits,
+        workers=os.cpu_count() or 1,
+    )
+    studies = ", ".join(f"{name} {count:,}" for name, count in arguments.splits.items())
+    print(f"{manifest}: {studies} studies\n{arguments.output / 'contact_sheet.png'}: every finding, to look at")
+
+
+def _prepare_iu_xray(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mrg_r1.data.iu_xray import prepare_iu_xray
+
+    counts = prepare_iu_xray(
+        arguments.annotation,
+        arguments.images,
+        arguments.output,
+        render_missing=arguments.render_missing,
+        side=arguments.side,
+        seed=arguments.seed,
+    )
+    table = Table("split", title="IU X-Ray, studies")
+    columns = ("read", "kept", "rendered", "refused")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for split, count in counts.items():
+        table.add_row(split, *(f"{count[column]:,}" for column in columns))
+    console = Console()
+    console.print(table)
+    if any(count["refused"] for count in counts.values()):
+        print(f"{arguments.output / 'refused.jsonl'}: why each was refused")
+
+
+def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
+    from mrg_r1.config import PLAIN_INSTRUCTION, THINK_INSTRUCTION
+    from mrg_r1.data.study import read_manifest
+    from mrg_r1.labels.observations import OBSERVATIONS
+    from mrg_r1.policy.tiny import create_tiny_policy
+
+    reports = [study.report for study in read_manifest(arguments.manifest, split="train")]
+    words = [THINK_INSTRUCTION, PLAIN_INSTRUCTION, "<think></think><report></report>", "Frontal view: Lateral view:", *OBSERVATIONS]
+    create_tiny_policy(arguments.output, [*reports, *words], image_side=arguments.side, seed=arguments.seed)
+    print(f"{arguments.output}: a random policy; its tokenizer was learned from {len(reports):,} reports")
