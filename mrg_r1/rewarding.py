@@ -113,6 +113,8 @@ def open_rewards(recipe: Recipe, ranks: Ranks, supervisor: Supervisor | None, st
     nodes = {node[0]: node for node in ranks.gather(mine) if node is not None}
     problems = [problem for _, problem, _, _ in nodes.values() if problem is not None]
     if problems:
+        if supervisor is not None:
+            supervisor.close()
         raise RecipeError(problems[0])
     _, _, directory, keeper = nodes[ranks.rank - ranks.local_rank]
     service = ServiceRewards(directory, keeper=keeper, timeout=recipe.reward.timeout)
