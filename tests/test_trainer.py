@@ -12,7 +12,7 @@ import mrg_r1.trainer as trainer
 from mrg_r1.config import RecipeError, load_recipe
 from mrg_r1.grpo.advantages import group_advantages
 from mrg_r1.policy.scoring import score_group
-from mrg_r1.reward.service import InProcessRewards
+from mrg_r1.reward.service import InProcessRewards, RewardsMissing
 from mrg_r1.reward.stage import Judging, RewardError, RewardStage
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.tracking.log import Clock
@@ -174,3 +174,39 @@ def test_per_term_normalisation_keeps_a_term_alive_beside_a_saturated_one(world,
     for normalise in ("total", "per_term"):
         advantages = trainer.global_advantages(judged, recipe_of(world, tmp_path, f"reward.normalise={normalise}"), OneRank())
         torch.testing.assert_close(advantages, group_advantages(findings), atol=1e-3, rtol=0)
+
+
+def test_a_rank_whose_rewards_are_there_stops_with_the_one_whose_are_not():
+    """Trap 22 over ranks: both raise the same message, and nobody waits for a rank that has left."""
+    judged = rewards_of(torch.rand(2, 2))
+
+    class Pair(OneRank):
+        def __init__(self, others):
+            super().__init__()
+            object.__setattr__(self, "others", others)
+
+        def gather(self, value):
+            return [value, self.others]
+
+    assert trainer.on_all_ranks(judged, Pair(None)) is judged
+    with pytest.raises(RewardsMissing, match="^rank 1: the labeler failed on CXR7$"):
+        trainer.on_all_ranks(judged, Pair("the labeler failed on CXR7"))
+    with pytest.raises(RewardsMissing, match="^rank 0: broken\nrank 1: broken too$"):
+        trainer.on_all_ranks(RewardError("broken"), Pair("broken too"))
+
+
+def test_resampling_stops_where_a_reward_fails(lora_policy, studies, build, world, tmp_path, monkeypatch):
+    """The failure of the first attempt is the step's; no group is sampled again on it."""
+    recipe = recipe_of(world, tmp_path, "grpo.max_resample=3")
+    prompts = build(lora_policy)(studies)
+    monkeypatch.setattr(trainer, "resample_groups", lambda *arguments, **options: pytest.fail("sampled again without a reward"))
+
+    class FakeRun:
+        ranks, policy, directory = OneRank(), lora_policy, tmp_path
+        rewarding = SimpleNamespace(judging=lambda study_ids, step: Judging())
+
+    FakeRun.recipe = recipe
+    rewards = InProcessRewards(RewardStage(BrokenLabeler(), weights={"mccs": 1.0}, mode="plain"))
+    loader = SimpleNamespace(batch=lambda step: prompts)
+    with pytest.raises(RewardsMissing, match="the labeler's device is full"):
+        trainer.grpo_step(0, run=FakeRun(), engine=PlainEngine(lora_policy), loader=loader, rewards=rewards, clock=Clock())
