@@ -1,4 +1,4 @@
-"""Measure this project's step beside TRL's, its rollout beside transformers' generate, its scoring beside one row a completion.
+"""Measure this project's step beside TRL's, its rollout beside transformers' generate, its scoring and its labeler beside plain ones.
 
 What is compared, on one thread each, in turns:
   step_*      whole GRPO steps on the same weights, images, prompt words, reward and hyperparameters: vision, rollout,
@@ -6,6 +6,7 @@ What is compared, on one thread each, in turns:
   rollout_*   from pixels to token ids, the same policy in both, LoRA attached.
   scoring_*   log-probs of a fixed rollout with their gradient.
   growth_*    our own step as group, prompt, completion or batch grow.
+  labeler_*   reports labelled by CheXbert, random weights of BERT-base's size: ours, and the plain ways of it.
 
 Results stand in OUT/bench.json and OUT/bench.md after each case, so that an interrupted bench keeps what it has. A contender that
 fails has its reason in its row and a null ratio; the others go on, and the exit status is 1.
@@ -191,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {
         "ours": [sys.executable, "-m", "benchmarks.ours"],
         "trl": [str(options.trl_python), "-m", "benchmarks.trl_worker"],
+        "labeler": [sys.executable, "-m", "benchmarks.labeler"],
     }
     environment = describe_machine()
     budget = Budget(options.minutes, cases)

@@ -19,7 +19,7 @@ class Contender:
     """One process of a case: its name in tables, whose worker it is, what it does, and its allocator where not the bench's."""
 
     name: str
-    side: Literal["ours", "trl"]
+    side: Literal["ours", "trl", "labeler"]
     task: Task
     allocator: tuple[tuple[str, str], ...] | None = None  # environment variables
 
@@ -57,6 +57,12 @@ def ours(name: str, task: Task) -> Contender:
 
 def step_case(name: str, title: str, task: Task, *, repetitions: int, estimate: float) -> Case:
     return Case(name, title, (ours("ours", task), Contender("TRL", "trl", task)), repetitions, estimate)
+
+
+def labeler_case(name: str, title: str, task: Task, units: dict[str, str], *, estimate: float) -> Case:
+    """Two ways of labelling the same texts; `units` is contender -> unit."""
+    contenders = tuple(Contender(contender, "labeler", replace(task, unit=unit)) for contender, unit in units.items())
+    return Case(name, title, contenders, repetitions=2, estimate=estimate)
 
 
 def pair(name: str, title: str, task: Task, units: dict[str, str], *, repetitions: int, estimate: float) -> Case:
@@ -111,6 +117,27 @@ CASES = (
         repetitions=4,
         estimate=40,
     ),
+    labeler_case(
+        "labeler_single",
+        "Labelling 128 reports by CheXbert at BERT-base's size: ours and one report at a time",
+        Task(reports=128),
+        {"ours": "label", "one at a time": "label_singly"},
+        estimate=70,
+    ),
+    labeler_case(
+        "labeler_padded",
+        "Labelling 12 reports, drawn like the 128: ours and batches padded to 512 tokens",
+        Task(reports=12),
+        {"ours": "label", "padded to 512": "label_padded"},
+        estimate=55,
+    ),
+    labeler_case(
+        "labeler_repeated",
+        "Labelling 16 reports, drawn like the 128, of which each occurs 8 times: ours, and ours without noticing",
+        Task(reports=16, copies=8),
+        {"ours": "label", "each anew": "label_every"},
+        estimate=40,
+    ),
 )
 
 RATIOS = (
@@ -121,4 +148,7 @@ RATIOS = (
     Ratio("scoring_long", "scoring_long", over="one row each", under="ours"),
     Ratio("memory_long", "step_long", over="TRL", under="ours", quantity="memory"),
     Ratio("growth_8_16", "growth_group", over="G 16", under="G 8"),
+    Ratio("reward_single", "labeler_single", over="one at a time", under="ours"),
+    Ratio("reward_padded", "labeler_padded", over="padded to 512", under="ours"),
+    Ratio("reward_repeated", "labeler_repeated", over="each anew", under="ours"),
 )

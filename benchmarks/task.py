@@ -27,10 +27,13 @@ class Task:
     """What one worker does over and over: which unit of work, and of what size.
 
     Attributes:
-        unit: `step`, `rollout`, `hf_generate`, `scoring` or `scoring_naive`.
+        unit: `step`, `rollout`, `hf_generate`, `scoring` or `scoring_naive`; for the labeler's worker `label`, `label_singly`,
+            `label_padded` or `label_every`.
         side: of the square images in pixels; a merged patch of 28 x 28 is one prompt token.
         micro_batch: size of a forward and backward pass, tokens for this project's and completions for the others; None is the
             worker's own choice.
+        reports: that a labeler labels in a unit.
+        copies: how often each of them stands there.
     """
 
     unit: str = "step"
@@ -39,6 +42,8 @@ class Task:
     group: int = 8
     new_tokens: int = 64
     micro_batch: int | None = None
+    reports: int = 128
+    copies: int = 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -17,6 +17,7 @@ from mrg_r1 import cli
 from mrg_r1.data.study import read_manifest
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, read_labels_csv, write_labels_csv
 from mrg_r1.labels.training import read_reports_csv, write_reports_csv
+from tests.labels.tiny import published_file, published_state, tiny_model, tiny_tokenizer
 
 DEFINITIONS = {
     "r2gen_macro14",
@@ -54,7 +55,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "prepare phantom", "prepare iu-xray", "prepare tiny-policy", "labeler train", "label", "score", "reward-card", "report", "page"],
+    [
+        "",
+        "prepare phantom",
+        "prepare iu-xray",
+        "prepare tiny-policy",
+        "labeler train",
+        "labeler convert",
+        "label",
+        "score",
+        "reward-card",
+        "report",
+        "page",
+    ],
 )
 def test_help_teaches_by_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -149,6 +162,26 @@ def test_label_writes_one_row_a_report_in_order(phantoms: Path, labeler: Path, t
     output = tmp_path / "new" / "labels.csv"
     assert cli.main(["label", str(phantoms / "heldout_reports.csv"), "--labeler", str(labeler), "-o", str(output)]) == 0
     assert list(read_labels_csv(output)) == list(read_reports_csv(phantoms / "heldout_reports.csv"))
+
+
+def test_convert_writes_labelers_that_read_as_the_published_file_does(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    source = published_file(tmp_path, published_state(tiny_model()))
+    words = tmp_path / "words"
+    words.mkdir()
+    tiny_tokenizer().save(str(words / "tokenizer.json"))
+    reports = tmp_path / "reports.csv"
+    reports.write_text("id,report\na,no evidence of pleural effusion\nb,the heart is enlarged .\nc,\n")
+    formats = {"file": (source, words), "folder": (tmp_path / "chexbert", None), "copy": (tmp_path / "chexbert.safetensors", words)}
+    said = run(capsys, "labeler", "convert", source, "-o", formats["folder"][0], "--tokenizer", words)[1]
+    said += run(capsys, "labeler", "convert", source, "-o", formats["copy"][0])[1]
+    assert len({line.rpartition(" ")[2] for line in said.splitlines()}) == 1 and said.count("written, fingerprint") == 2
+    labels = []
+    for name, (path, tokenizer) in formats.items():
+        more = [] if tokenizer is None else ["--tokenizer", tokenizer]
+        assert run(capsys, "label", reports, "--labeler", path, *more, "-o", tmp_path / f"{name}.csv")[0] == 0
+        labels.append((tmp_path / f"{name}.csv").read_text())
+    assert labels[0] == labels[1] == labels[2] and len(set(labels[0].splitlines())) == 4
+    assert "not overwritten" in refused(capsys, "labeler", "convert", source, "-o", formats["copy"][0])
 
 
 def test_score_labels_reports_where_it_is_given_reports(

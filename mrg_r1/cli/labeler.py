@@ -10,8 +10,8 @@ from mrg_r1.cli.arguments import add_labeler_arguments, add_output, described, l
 
 
 def add_commands(commands: Any) -> None:
-    """`labeler train` and `label`."""
-    labeler = commands.add_parser("labeler", help="train a labeler of your own")
+    """`labeler train`, `labeler convert` and `label`."""
+    labeler = commands.add_parser("labeler", help="train a labeler of your own, or convert CheXbert's file")
     actions = labeler.add_subparsers(title="actions", required=True, metavar="ACTION")
     train = described(
         actions.add_parser,
@@ -32,6 +32,22 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
     train.add_argument("--seed", type=seed, default=0, help="(default: 0)")
     train.set_defaults(run=_labeler_train)
+
+    convert = described(
+        actions.add_parser,
+        "convert",
+        help="CheXbert's published checkpoint into a folder or a safetensors file",
+        description="Read a CheXbert checkpoint once and write it in a format that loads without pickle: a folder with its tokenizer, or\n"
+        "the weights alone where the output ends in .safetensors. Nothing is overwritten. docs/labelers.md says where the file is.",
+        examples="""
+        mrg-r1 labeler convert chexbert.pth -o data/chexbert --tokenizer bert-base-uncased
+        mrg-r1 labeler convert chexbert.pth -o data/chexbert.safetensors
+        """,
+    )
+    convert.add_argument("checkpoint", type=Path, metavar="CHEXBERT.pth", help="the published file, or a .safetensors copy of it")
+    add_output(convert, "folder to make, or a file whose name ends in .safetensors")
+    convert.add_argument("--tokenizer", metavar="DIR", help="folder or hub name (default: bert-base-uncased); for a folder only")
+    convert.set_defaults(run=_labeler_convert)
 
     label = described(
         commands.add_parser,
@@ -68,6 +84,13 @@ def _labeler_train(arguments: argparse.Namespace) -> None:
         f"{result['validation_reports']:,} others micro-F1 of the positives {result['best']['micro_f1']:.3f}, "
         f"classes right {result['best']['classes_right']:.3f} (per observation in training.json)"
     )
+
+
+def _labeler_convert(arguments: argparse.Namespace) -> None:
+    from mrg_r1.labels.convert import convert
+
+    fingerprint = convert(arguments.checkpoint, arguments.output, tokenizer=arguments.tokenizer)
+    print(f"{arguments.output}: written, fingerprint {fingerprint}")
 
 
 def _label(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -156,6 +157,8 @@ class ServiceRewards:
             return
         if self._unanswered.pop(message["id"], None) is not None:  # else an answer that was thought to be lost
             self._answers[message["id"]] = message
+            for note in message["notes"]:
+                print(f"reward service: {note}", file=sys.stderr, flush=True)
             self._health = replace(
                 self._health,
                 busy=self._health.busy + message["busy"],

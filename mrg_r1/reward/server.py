@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Listener
@@ -68,6 +69,8 @@ class Server:
         self.working_since: float | None = None
         self.changed = threading.Condition()  # guards the four above
         self.computed = 0  # texts read by the labeler that an answer has told of
+        self.notes: list[str] = []  # warnings, such as of little memory, for the rank that is answered next to print
+        warnings.showwarning = self._note
 
     def serve(self) -> None:
         """Work until the process is ended."""
@@ -100,7 +103,8 @@ class Server:
             answer["busy"] = share + time.perf_counter() - began + job.peer.hint_seconds
             answer["asked"] = len(asked)
             answer["computed"] = self.stage.reader.computed - self.computed
-            job.peer.hint_seconds, self.computed = 0.0, self.stage.reader.computed
+            answer["notes"] = self.notes
+            job.peer.hint_seconds, self.computed, self.notes = 0.0, self.stage.reader.computed, []
             # the answer is queued before the job is forgotten: whoever hears that it is unknown has been sent the answer before
             with self.changed:
                 job.peer.answers.put(answer)
@@ -141,6 +145,11 @@ class Server:
         seconds = (time.perf_counter() - began) / len(hinted)
         for peer, _ in hinted:
             peer.hint_seconds += seconds
+
+    def _note(self, message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, UserWarning):  # not what libraries say of their own old names
+            self.notes.append(str(message))
+        print(f"{category.__name__}: {message}", file=sys.stderr, flush=True)
 
     # Threads
 

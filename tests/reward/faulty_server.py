@@ -13,6 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
+from mrg_r1.labels import chexbert, inference
 from mrg_r1.reward import server
 from tests.reward.keyword_labeler import KeywordLabeler
 
@@ -47,6 +50,19 @@ class Labeler(KeywordLabeler):
         return super().label(texts)
 
 
+def short_of_memory(path: str, **options: Any) -> chexbert.Labeler:
+    """The real labeler on a device on which `FAULT["tokens"]` fit."""
+    labeler, read = chexbert.Labeler.load(Path(path)), inference.read
+
+    def failing(model: Any, packed: inference.Packed) -> Any:
+        if len(packed.ids) > FAULT["tokens"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return read(model, packed)
+
+    inference.read = failing
+    return labeler
+
+
 answer = server.Server._answer
 
 
@@ -57,6 +73,7 @@ def losing(self: server.Server, request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    server.Labeler = SimpleNamespace(load=lambda *arguments, **options: Labeler())  # type: ignore[assignment, misc]
+    load = short_of_memory if FAULT.get("kind") == "memory" else lambda *arguments, **options: Labeler()
+    server.Labeler = SimpleNamespace(load=load)  # type: ignore[assignment, misc]
     server.Server._answer = losing  # type: ignore[method-assign]
     server.main()

@@ -138,8 +138,10 @@ def test_the_step_decides_the_margin_and_the_weights() -> None:
     assert scored == pytest.approx([cosine, (cosine - 0.5) / 0.5, 0.0])
     weights = np.ones((13, 2))
     weights[4, 0] = 9.0  # edema
-    heavy = stage(weights={"ccs": 1.0}).score(texts, ended, references, Judging(ccs_weights=weights)).terms["ccs"][0].tolist()
-    assert heavy == pytest.approx([(9 - 1) / 10, 3 / 10**0.5])
+    heavy = stage(weights={"ccs": 1.0, "mccs": 1.0}).score(texts, ended, references, Judging(margin=0.2, ccs_weights=weights)).terms
+    cosines = [(9 - 1) / 10, 3 / 10**0.5]
+    assert heavy["ccs"][0].tolist() == pytest.approx(cosines)
+    assert heavy["mccs"][0].tolist() == pytest.approx([(cosine - 0.2) / 0.8 for cosine in cosines])
 
 
 def test_a_constant_report_is_scored_beside_every_study() -> None:
