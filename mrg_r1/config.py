@@ -227,6 +227,10 @@ class CheckpointSection(_Section):
     keep: int = Field(2, ge=1, description="Checkpoints kept, newest first. ours")
 
 
+class ResumeSection(_Section):
+    allow_changes: bool = Field(False, description="Go on from RUN's checkpoint under a recipe that differs from its own. ours")
+
+
 class Recipe(_Section):
     """One experiment. `python launch/train.py --help` lists every field with its default."""
 
@@ -245,6 +249,7 @@ class Recipe(_Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    resume: ResumeSection = Field(default_factory=ResumeSection)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

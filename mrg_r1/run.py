@@ -25,6 +25,7 @@ from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluate import evaluate, evaluation_table, short_summary, write_evaluation
 from mrg_r1.policy.adapters import load_adapter, merge_adapter
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
+from mrg_r1.resume import check_changes, what_rounds_otherwise
 from mrg_r1.rewarding import Rewarding
 from mrg_r1.tracking.log import Clock, RunLog, write_environment
 from mrg_r1.tracking.page import write_page
@@ -102,6 +103,8 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     """
     check_recipe(recipe, world_size=ranks.world_size, task=task)
     studies = _read_studies(recipe, ranks)
+    if task != "evaluate":
+        check_changes(recipe, ranks)
     _claim_directory(recipe, ranks)
     dtype = _DTYPES[recipe.policy.dtype]
     supervisor = rewarding.start_service(recipe, ranks)  # the labeler is loaded by its own process while the policy is loaded here
@@ -164,6 +167,16 @@ def open_log(run: Run, start: int) -> RunLog:
         config=run.recipe.model_dump(mode="json"),
         start_step=start,
     )
+
+
+def say_resuming(run: Run, log: RunLog, record: dict[str, Any], *, stage: int) -> None:
+    """Where the run goes on, and whether it is to the last bit the one that was never interrupted."""
+    if not record["step"]:
+        return
+    log.say(f"resuming {run.directory} after step {record['step']} of {run.recipe.steps}")
+    reasons = what_rounds_otherwise(record, run.recipe, world_size=run.ranks.world_size, stage=stage)
+    if reasons:
+        log.say(f"no longer to the last bit the uninterrupted run: {'; '.join(reasons)}")
 
 
 def finish(

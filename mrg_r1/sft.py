@@ -21,7 +21,7 @@ from mrg_r1.policy.adapters import add_lora, save_adapter
 from mrg_r1.policy.load import save_policy
 from mrg_r1.policy.scoring import micro_batches
 from mrg_r1.report_format import target_text
-from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run
+from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run, say_resuming
 from mrg_r1.tracking.log import Clock
 from mrg_r1.types import Study
 
@@ -106,8 +106,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         skip=recipe.sft.skip_studies,
     )
     log = open_log(run, start)
-    if start:
-        log.say(f"resuming {run.directory} after step {start} of {recipe.steps}")
+    say_resuming(run, log, record, stage=engine.stage)
     run.policy.train()
 
     for step in range(start, recipe.steps):
@@ -129,7 +128,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         if stopped is not None or step + 1 == recipe.steps or (step + 1) % recipe.checkpoint.every == 0:
             with clock.phase("checkpoint"):
                 best = {"step": step + 1, "score": None}
-                extra = {"best": best, "seconds": clock.totals, "seed": recipe.seed, "world_size": ranks.world_size, "stopped": stopped}
+                extra = {"best": best, "seconds": clock.totals, "stopped": stopped, "recipe": recipe.model_dump(mode="json")}
                 save_checkpoint(engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep)
 
     loader.close()

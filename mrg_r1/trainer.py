@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mrg_r1.config import Recipe
 from mrg_r1.data.loader import StudyLoader
-from mrg_r1.engine.checkpoint import load_checkpoint, save_checkpoint
+from mrg_r1.engine.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluate import short_summary
@@ -25,7 +25,7 @@ from mrg_r1.reward.service import Health, RewardService, RewardsMissing, Ticket
 from mrg_r1.reward.stage import RewardError
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.resample import resample_groups
-from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run
+from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run, say_resuming
 from mrg_r1.tracking.collapse import CollapseWatch
 from mrg_r1.tracking.completions import write_completions
 from mrg_r1.tracking.log import Clock, RunLog
@@ -238,20 +238,20 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     )
     watch = CollapseWatch(record.get("collapse"))
     log = open_log(run, start)
-    if start:
-        log.say(f"resuming {run.directory} after step {start} of {recipe.steps}")
+    say_resuming(run, log, record, stage=engine.stage)
     run.policy.train()
 
     def save(done: int) -> None:
-        extra = {"best": best, "seconds": clock.totals, "seed": recipe.seed, "world_size": ranks.world_size, "collapse": watch.state}
-        save_checkpoint(engine, run.directory / "checkpoints", step=done, extra=extra, keep=recipe.checkpoint.keep)
+        extra = {"best": best, "seconds": clock.totals, "collapse": watch.state, "recipe": recipe.model_dump(mode="json")}
+        kept = best["step"] if best else None
+        save_checkpoint(engine, run.directory / "checkpoints", step=done, extra=extra, keep=recipe.checkpoint.keep, best=kept)
 
     for step in range(start, recipe.steps):
         rate = engine.set_learning_rate(step)
         try:
             parts = grpo_step(step, run=run, engine=engine, loader=loader, rewards=run.rewarding.service, clock=clock)
         except RewardsMissing:  # on all ranks alike, and before the step's first update
-            if step > start and step % recipe.checkpoint.every:  # else it is on the disk, or there is nothing to keep
+            if step > start and latest_step(run.directory / "checkpoints") != step:  # else it is on the disk, or there is nothing to keep
                 save(step)
             run.rewarding.close()
             raise
@@ -267,7 +267,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         collapse = watch.update(metrics)
         if collapse is not None:
             log.say(f"step {step}: {collapse}")
-        if last or (step + 1) % recipe.checkpoint.every == 0:
+        if last or (step + 1) % recipe.checkpoint.every == 0 or (best is not None and best["step"] == step + 1):
             with clock.phase("checkpoint"):
                 save(step + 1)
 

@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +30,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names it and the remedy."""
 
 
-def save_checkpoint(engine: Engine, directory: Path, *, step: int, extra: dict[str, Any], keep: int) -> None:
+def save_checkpoint(engine: Engine, directory: Path, *, step: int, extra: dict[str, Any], keep: int, best: int | None = None) -> None:
     """Write `directory/step_N` and point `latest` at it. Every rank calls this; rank 0 writes.
 
     Args:
@@ -36,55 +38,135 @@ def save_checkpoint(engine: Engine, directory: Path, *, step: int, extra: dict[s
         step: outer steps that are done.
         extra: plain JSON values to find again on loading.
         keep: older checkpoints beyond this many are removed, after `latest` has moved.
-    """
-    state = _gather(engine)
-    if engine.ranks.is_main:
-        target, temporary = directory / f"step_{step}", directory / f".step_{step}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(state, temporary / "state.safetensors")
-        record = {"step": step, "optimizer_steps": _optimizer_steps(engine), "sha256": _digest(temporary / "state.safetensors"), **extra}
-        (temporary / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        for name in ("state.safetensors", "state.json"):
-            _sync(temporary / name)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        write_text_atomically(directory / "latest", target.name)
-        old = sorted(directory.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))[:-keep]
-        for path in old:
-            shutil.rmtree(path)
-    engine.ranks.barrier()
-
-
-def load_checkpoint(engine: Engine, directory: Path) -> dict[str, Any] | None:
-    """Load what `latest` names into the engine.
-
-    Returns:
-        The saved record (`step` and the `extra` values), or None where there is no checkpoint.
+        best: the step whose checkpoint is kept however old it is.
 
     Raises:
-        CheckpointError: damaged, or of another set of parameters.
+        CheckpointError: it cannot be written (a full disk), on every rank; what was there before is untouched.
     """
-    latest = directory / "latest"
-    if not latest.is_file():
+    state = _gather(engine)
+    problem = None
+    if engine.ranks.is_main:
+        record = {
+            "step": step,
+            "optimizer_steps": _optimizer_steps(engine),
+            "world_size": engine.ranks.world_size,
+            "zero_stage": engine.stage,
+            **extra,
+        }
+        try:
+            _write(directory, step, state, record)
+            _prune(directory, keep=keep, best=best)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(directory / f".step_{step}.tmp", ignore_errors=True)
+            last = latest_step(directory)
+            there = "there is no earlier one" if last is None else f"step_{last} is whole and is what a resume takes"
+            problem = f"{directory}/step_{step}: the checkpoint could not be written ({error}); {there}; free some disk and start again"
+    problem = engine.ranks.agree(problem)  # the others would wait for a rank that has given up
+    if problem is not None:
+        raise CheckpointError(problem)
+
+
+def latest_step(directory: Path) -> int | None:
+    """The step that `latest` names, or None."""
+    path = directory / "latest"
+    return int(path.read_text(encoding="utf-8").strip().removeprefix("step_")) if path.is_file() else None
+
+
+def recorded_recipe(directory: Path) -> dict[str, Any] | None:
+    """The recipe that the newest readable checkpoint was written under (`extra["recipe"]`), or None."""
+    steps = sorted((int(path.name.removeprefix("step_")) for path in directory.glob("step_*")), reverse=True)
+    for step in steps:
+        try:
+            record: dict[str, Any] = json.loads((directory / f"step_{step}" / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # damaged: `load_checkpoint` says so
+        return record.get("recipe")
+    return None
+
+
+def load_checkpoint(engine: Engine, directory: Path, *, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+    """Load the newest whole checkpoint into the engine. Every rank calls this.
+
+    Args:
+        directory: RUN/checkpoints.
+        say: is told, on rank 0, which damaged ones were passed over.
+
+    Returns:
+        The saved record (`step`, `world_size`, `zero_stage` and the `extra` values), or None where there is no checkpoint.
+
+    Raises:
+        CheckpointError: none of them is whole, or it is of another set of parameters; on every rank.
+    """
+    found: tuple[str | None, str | None] = (None, None)  # the checkpoint's name, and what is wrong
+    if engine.ranks.is_main and latest_step(directory) is not None:
+        found = _newest_whole(directory, say)
+    name, problem = engine.ranks.agree(found)  # one verdict: ranks that read a shared disk a moment apart could see two
+    if problem is not None:
+        raise CheckpointError(problem)
+    if name is None:
         return None
-    path = directory / latest.read_text(encoding="utf-8").strip()
-    if not (path / "state.json").is_file() or not (path / "state.safetensors").is_file():
-        raise CheckpointError(
-            f"{latest}: names {path.name}, which is not there or not whole; point `latest` at an older step_N, or remove it"
-        )
+    path = directory / name
     record: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if record["sha256"] != _digest(path / "state.safetensors"):
-        raise CheckpointError(
-            f"{path}: state.safetensors is damaged (its digest is not the recorded one); point `latest` at an older step_N"
-        )
     state = load_file(path / "state.safetensors")
-    expected = {f"{kind}/{name}" for name in engine.trainable for kind in ("live", "master", *_MOMENTS)}
+    expected = {f"{kind}/{parameter}" for parameter in engine.trainable for kind in ("live", "master", *_MOMENTS)}
     if set(state) != expected:
         different = sorted(set(state) ^ expected)[:3]
         raise CheckpointError(f"{path}: its parameters are not this run's (first differences: {different}); use another output_dir")
     _scatter(engine, state, record["optimizer_steps"])
     return record
+
+
+def _write(directory: Path, step: int, state: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """The folder under another name, then its own, then `latest`: a kill at any moment leaves a whole one."""
+    target, temporary = directory / f"step_{step}", directory / f".step_{step}.tmp"
+    for left in directory.glob(".step_*.tmp"):  # of a run that was killed while writing
+        shutil.rmtree(left)
+    temporary.mkdir(parents=True)
+    save_file(state, temporary / "state.safetensors")
+    described = {**record, "sha256": _digest(temporary / "state.safetensors")}
+    (temporary / "state.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+    for name in ("state.safetensors", "state.json"):
+        _sync(temporary / name)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(temporary, target)
+    _sync(directory)
+    write_text_atomically(directory / "latest", target.name)
+
+
+def _prune(directory: Path, *, keep: int, best: int | None) -> None:
+    steps = sorted(int(path.name.removeprefix("step_")) for path in directory.glob("step_*"))
+    for step in steps[:-keep]:
+        if step != best:
+            shutil.rmtree(directory / f"step_{step}")
+
+
+def _newest_whole(directory: Path, say: Callable[[str], None]) -> tuple[str | None, str | None]:
+    """The name of the newest checkpoint that is whole, beginning with the one that `latest` names; or what is wrong with all of them."""
+    first = latest_step(directory)
+    steps = {int(path.name.removeprefix("step_")) for path in directory.glob("step_*")} | ({first} if first is not None else set())
+    faults: list[str] = []
+    for step in sorted(steps, key=lambda step: (step != first, -step)):
+        fault = _fault_of(directory / f"step_{step}")
+        if fault is None:
+            for passed in faults:
+                say(f"{passed}; step_{step} is used instead")
+            return f"step_{step}", None
+        faults.append(f"{directory / f'step_{step}'}: {fault}")
+    return None, "\n".join([*faults, "no whole checkpoint is left: remove the folder to begin again"])
+
+
+def _fault_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    for name in ("state.json", "state.safetensors"):
+        if not (path / name).is_file():
+            return f"{name} is missing"
+    try:
+        record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"state.json is damaged ({error})"
+    if record.get("sha256") != _digest(path / "state.safetensors"):
+        return "state.safetensors is damaged (its digest is not the recorded one)"
+    return None
 
 
 def _gather(engine: Engine) -> dict[str, Tensor]:
@@ -138,8 +220,12 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """A file or a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _digest(path: Path) -> str:
