@@ -90,7 +90,7 @@ $(IUP)/texts/reports.csv: | $(READY)
 	tail -n +2 $(IUP)/texts/reports_val.csv >> $(IUP)/texts/reports_labelled.csv
 
 $(IUP)/labeler/training.json: $(IUP)/texts/reports.csv
-	$(BIN)/mrg-r1 labeler train $(IUP)/texts/reports_labelled.csv $(IU)/chexbert_labels_train_val.csv -o $(IUP)/labeler --passes 15
+	$(BIN)/mrg-r1 labeler train $(IUP)/texts/reports_labelled.csv $(IU)/chexbert_labels_train_val.csv -o $(IUP)/labeler
 
 # Nobody publishes the test labels: the labeler reads them, and the radiographs of the test split are rendered from what it read.
 $(IUP)/texts/test_labels.csv: $(IUP)/labeler/training.json

@@ -124,11 +124,7 @@ def test_a_changed_recipe_is_shown_and_refused(world, tmp_path, write):
     with pytest.raises(RecipeError) as caught:
         check_changes(changed, OneRank())
     assert "grpo.beta: 0.02 -> 0.5" in str(caught.value) and "optimizer.learning_rate: 0.01 -> 1e-05" in str(caught.value)
-    assert (
-        "-> {'ccs': 1.0}" in str(caught.value)
-        and str(caught.value).count("reward.weights: {") == 1
-        and "resume.allow_changes=true" in str(caught.value)
-    )
+    assert "-> {'ccs': 1.0}" in str(caught.value) and "resume.allow_changes=true" in str(caught.value)
     check_changes(recipe_of(world, tmp_path, "grpo.beta=0.5", "resume.allow_changes=true"), OneRank())
     scheduled = recipe_of(world, tmp_path, "optimizer.schedule=cosine")
     write(4, extra={"recipe": scheduled.model_dump(mode="json")}).rename(tmp_path / "again")

@@ -21,13 +21,31 @@ def add_commands(commands: Any) -> None:
         "observations, 1 positive, 0 negative, -1 uncertain, empty blank. The two are joined on `id`.",
         examples="""
         mrg-r1 labeler train data/five/reports.csv data/five/labels.csv -o data/five/labeler
+        mrg-r1 labeler train reports.csv labels.csv -o data/ours --start bert-base-uncased/ --device cuda:0
         """,
     )
     train.add_argument("reports", type=Path, metavar="REPORTS.csv")
     train.add_argument("labels", type=Path, metavar="LABELS.csv")
     add_output(train, "folder to write the labeler to")
-    train.add_argument("--size", default="small", help="tiny or small, the network (default: small)")
-    train.add_argument("--passes", type=int, metavar="N", help="over the reports (default: 20, or more where the reports are few)")
+    train.add_argument("--size", help="tiny or small, the network from random weights (default: small); not with --start")
+    train.add_argument(
+        "--start",
+        type=Path,
+        metavar="PATH",
+        help="fine-tune from a folder of a BERT (transformers' files), a labeler's folder, or a CheXbert checkpoint file (default: random "
+        "weights and a vocabulary of the reports' own)",
+    )
+    train.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="of --start, where it carries none: a folder or a hub name (a CheXbert file: bert-base-uncased's)",
+    )
+    train.add_argument(
+        "--passes",
+        type=int,
+        metavar="N",
+        help="over the reports (default: until 50,000 reports are read, at least 6; with --start 16,000 and 4)",
+    )
     train.add_argument("--max-minutes", type=float, metavar="MINUTES", help="stop in time and keep the best so far")
     train.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
     train.add_argument("--seed", type=seed, default=0, help="(default: 0)")
@@ -75,6 +93,8 @@ def _labeler_train(arguments: argparse.Namespace) -> None:
         arguments.output,
         seed=arguments.seed,
         size=arguments.size,
+        start=arguments.start,
+        tokenizer=arguments.tokenizer,
         device=arguments.device,
         passes=arguments.passes,
         max_minutes=arguments.max_minutes,

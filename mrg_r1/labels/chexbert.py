@@ -96,7 +96,7 @@ class Labeler:
         self.max_tokens = min(MAX_TOKENS, model.bert.config.max_position_embeddings)
         self.tokens_per_batch = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
         self._slack = inference.SLACK.get(self.device.type, inference.SLACK["cuda"])
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         # A stored tokenizer may carry its own truncation and padding (MiniLM's cuts at 128); both are done here instead.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -144,7 +144,7 @@ class Labeler:
     def save(self, directory: Path) -> None:
         """Write config.json, tokenizer files and model.safetensors (float32, last: a directory cut short does not load)."""
         loading.write_directory(
-            Path(directory), self.model.bert.config, self._tokenizer, self.model.state_dict(), max_tokens=self.max_tokens
+            Path(directory), self.model.bert.config, self.tokenizer, self.model.state_dict(), max_tokens=self.max_tokens
         )
 
     def label(self, texts: Sequence[str], *, progress: bool = False) -> NDArray[np.int64]:
@@ -191,7 +191,7 @@ class Labeler:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Each text as one row of ids, `[CLS] words [SEP]`, at most `max_tokens` long."""
-        pieces = encode_pieces(self._tokenizer, [clean(text) for text in texts], self.max_tokens - 2)
+        pieces = encode_pieces(self.tokenizer, [clean(text) for text in texts], self.max_tokens - 2)
         return [[self._cls, *row, self._sep] for row in pieces]
 
     def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
