@@ -201,6 +201,12 @@ class EngineSection(_Section):
         ge=1,
         description="Tokens of one forward and backward pass on a rank: prompts, once a study, and completions. ours",
     )
+    max_skipped: int = Field(
+        5, ge=1, description="Steps in a row that may be skipped because a loss, gradient or reward is not finite; then the run stops. ours"
+    )
+    hang_timeout: float = Field(
+        1800, gt=0, description="Seconds in which a rank must have come somewhere; then it is named and the run stops. ours"
+    )
 
 
 class EvaluationSection(_Section):

@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from mrg_r1.config import Recipe, RecipeError, describe_fields, load_recipe
 from mrg_r1.data.study import ManifestError
+from mrg_r1.engine.checkpoint import CheckpointError
+from mrg_r1.engine.faults import REQUEUE, NotFinite, Requeue, Watch, describe
 from mrg_r1.engine.ranks import Ranks, finish_ranks, start_ranks
 from mrg_r1.reward.service import RewardsMissing
 from mrg_r1.reward.stage import RewardError
@@ -24,7 +27,8 @@ from mrg_r1.reward.stage import RewardError
 def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None) -> None:
     """Parse the command line, join the ranks, run the task.
 
-    A bad recipe or bad data prints its message once and exits with 2; anything else keeps its traceback.
+    A bad recipe or bad data prints its message once and exits with 2, a step without rewards with 3, a hanging rank with 4, a signal
+    with 75; anything else keeps its traceback. Whichever rank fails, it speaks last, and all leave with its code.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's and transformers' own calls of their own old names
     transformers_logging.disable_progress_bar()
@@ -43,22 +47,30 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
         # on CPUs, ranks that each take every core slow one another down tenfold
         if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
-        ranks = start_ranks(recipe.seed)
-        task(recipe, ranks)
+        # a hanging rank is named before torch's own patience ends
+        ranks = start_ranks(recipe.seed, collective_timeout=recipe.engine.hang_timeout + 600)
     except (ValueError, OSError) as error:
-        everywhere = isinstance(error, (RecipeError, ManifestError))  # every rank found the same fault: one of them says it
-        if everywhere and rank != 0:
-            time.sleep(5)  # the launcher ends all ranks when one ends; rank 0 speaks first
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            print(f"error: {error}" if everywhere else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-            if not everywhere:
-                traceback.print_exc()
-        os._exit(2)  # peers may wait in a collective that will never be whole
+            time.sleep(5)  # every rank found the same fault; the launcher ends all when one ends, and rank 0 speaks
+        os._exit(2)
+    watch = Watch(rank=ranks.rank, world_size=ranks.world_size, timeout=recipe.engine.hang_timeout)
+    try:
+        task(recipe, replace(ranks, beat=watch.beat))
+    except Requeue as stopped:
+        watch.fail(f"{stopped}; exit code {REQUEUE}: the same command goes on", code=REQUEUE)
+    except (RecipeError, ManifestError, CheckpointError) as error:
+        watch.fail(f"error: {error}", code=2)
+    except RewardsMissing as error:  # on all ranks, with a checkpoint where something was learned
+        watch.fail(f"error: no rewards: {error}", code=3)
+    except NotFinite as error:
+        watch.fail(f"error: {error}", code=3)
     except RewardError as error:
-        everywhere = isinstance(error, RewardsMissing)  # all ranks stopped together, with a checkpoint where something was learned
-        if everywhere and rank != 0:
-            time.sleep(5)
-        else:
-            print(f"error{'' if everywhere else f' on rank {rank}'}: no rewards: {error}", file=sys.stderr, flush=True)
-        os._exit(3)
+        watch.fail(f"error on rank {rank}: no rewards: {error}", code=3)
+    except (ValueError, OSError) as error:
+        watch.fail(describe(error, traceback.format_exc(), rank=rank), code=2)
+    except Exception as error:
+        watch.fail(describe(error, traceback.format_exc(), rank=rank), code=1)
+    watch.stop()
     finish_ranks()

@@ -13,6 +13,7 @@ from torch import Tensor
 from mrg_r1.config import Recipe, RecipeError
 from mrg_r1.data.loader import StudyLoader
 from mrg_r1.engine.checkpoint import load_checkpoint, save_checkpoint
+from mrg_r1.engine.faults import NotFinite, Requeue, Signals, any_signal
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
 from mrg_r1.labels.observations import NO_FINDING
@@ -49,7 +50,12 @@ def sft_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, clock:
             logp, _ = engine(part, run.policy.encode_images(part), part_ids, part_mask, study_of_row)
             engine.backward(-logp.sum() / tokens, last=number + 1 == len(plan))
             total -= logp.detach().double().sum().cpu()
-    return {"loss": (total, mask.sum()), "sft/target_tokens": (mask.sum(), torch.tensor(float(len(targets))))}
+    skipped = torch.tensor(float(engine.skipped))
+    return {
+        "loss": (total, mask.sum()),
+        "policy/skipped_updates": (skipped, torch.tensor(1.0)),
+        "sft/target_tokens": (mask.sum(), torch.tensor(float(len(targets)))),
+    }
 
 
 def target_ids(run: Run, study: Study) -> list[int]:
@@ -80,7 +86,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     """Run or resume an SFT recipe. Leaves RUN/adapter (LoRA) or RUN/policy (all parameters, a checkpoint directory)."""
     if is_finished(recipe, ranks):
         return
-    clock = Clock()
+    signals, clock = Signals(), Clock(ranks.beat)
     with clock.phase("start"):
         run = open_run(recipe, ranks, task="sft")
     with clock.phase("evaluation"):
@@ -109,6 +115,8 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     say_resuming(run, log, record, stage=engine.stage)
     run.policy.train()
 
+    skipped_in_a_row = 0
+    signals.deferring = True  # from here on a step is finished first
     for step in range(start, recipe.steps):
         if stopped is not None:
             break
@@ -125,11 +133,24 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             stopped = f"sft.max_seconds {recipe.sft.max_seconds} reached"
         # before the checkpoint: a killed run's surplus lines are cut off at resuming, missing ones would be lost
         log.log(step, metrics | clock.end_step())
-        if stopped is not None or step + 1 == recipe.steps or (step + 1) % recipe.checkpoint.every == 0:
+        skipped_in_a_row = skipped_in_a_row + 1 if metrics["policy/skipped_updates"] else 0
+        if skipped_in_a_row >= recipe.engine.max_skipped:
+            run.rewarding.close()
+            raise NotFinite(
+                f"{skipped_in_a_row} steps in a row had a gradient that is not finite (engine.max_skipped), the last one step {step}; the "
+                "weights are as they were before them; a smaller optimizer.learning_rate or policy.dtype=float32 may help"
+            )
+        signalled = any_signal(ranks.gather(signals.received))
+        if stopped is not None or signalled or step + 1 == recipe.steps or (step + 1) % recipe.checkpoint.every == 0:
             with clock.phase("checkpoint"):
                 best = {"step": step + 1, "score": None}
                 extra = {"best": best, "seconds": clock.totals, "stopped": stopped, "recipe": recipe.model_dump(mode="json")}
                 save_checkpoint(engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep)
+
+        if signalled and stopped is None and step + 1 < recipe.steps:
+            run.rewarding.close()
+            raise Requeue(f"stopped by {signalled} after step {step + 1} of {recipe.steps}, checkpoint written")
+    signals.deferring = False
 
     loader.close()
     if stopped is not None:

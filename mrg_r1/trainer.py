@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mrg_r1.config import Recipe
 from mrg_r1.data.loader import StudyLoader
 from mrg_r1.engine.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from mrg_r1.engine.faults import NotFinite, Requeue, Signals, any_signal
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluate import short_summary
@@ -21,15 +24,15 @@ from mrg_r1.policy.adapters import add_lora, reference, restore_adapter, save_ad
 from mrg_r1.policy.language import PromptStates
 from mrg_r1.policy.scoring import micro_batches, score_group
 from mrg_r1.reward.diagnostics import group_metrics, with_stds
-from mrg_r1.reward.service import Health, RewardService, RewardsMissing, Ticket
-from mrg_r1.reward.stage import RewardError
+from mrg_r1.reward.service import Health, RewardService, RewardsMissing, RewardsNotFinite, Ticket
+from mrg_r1.reward.stage import NotFiniteError, RewardError
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run, say_resuming
 from mrg_r1.tracking.collapse import CollapseWatch
 from mrg_r1.tracking.completions import write_completions
 from mrg_r1.tracking.log import Clock, RunLog
-from mrg_r1.types import Experience, Rewards
+from mrg_r1.types import Completions, Experience, Prompts, Rewards
 
 LOGP_GAP_WARNING = 0.05  # nats; bf16 of a sound rollout is seen at 0.004 on average
 
@@ -79,12 +82,18 @@ def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewar
     with clock.phase("reward_exposed"):
         judged = redeem(rewards, ticket) if judged is None else judged  # terms and total, [B, G]
     with clock.phase("advantages"):
-        judged = on_all_ranks(judged, run.ranks)
+        try:
+            judged = on_all_ranks(judged, run.ranks)
+        except RewardsNotFinite:
+            keep_for_replay(run, step, prompts, completions, None)
+            raise
         advantages = global_advantages(judged, recipe, run.ranks).to(policy.device)  # [B, G]
 
     experience = Experience(prompts, vision, completions, judged, advantages, reference_logp, old_logp)
     with clock.phase("update"):
         parts = update(experience, recipe=recipe, engine=engine, ranks=run.ranks, states=states)
+    if float(parts["policy/skipped_updates"][0]):
+        keep_for_replay(run, step, prompts, completions, judged)
     if recipe.tracking.completions_every and step % recipe.tracking.completions_every == 0:
         folder = run.directory / "completions"
         write_completions(folder, step=step, rank=run.ranks.rank, prompts=prompts, completions=completions, rewards=judged)
@@ -104,11 +113,14 @@ def on_all_ranks(judged: Rewards | RewardError, ranks: Ranks) -> Rewards:
 
     Raises:
         RewardsMissing: a rank has none; all ranks raise it, before anything is learned from the others (trap 22).
+            `RewardsNotFinite` where numbers that are not finite are the only reason.
     """
-    problems = ranks.gather(str(judged) if isinstance(judged, RewardError) else None)
-    failed = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None]
+    mine = (str(judged), isinstance(judged, NotFiniteError)) if isinstance(judged, RewardError) else None
+    problems = ranks.gather(mine)
+    failed = [f"rank {rank}: {problem[0]}" for rank, problem in enumerate(problems) if problem is not None]
     if failed or isinstance(judged, RewardError):
-        raise RewardsMissing("\n".join(failed))
+        skippable = all(problem is None or problem[1] for problem in problems)
+        raise (RewardsNotFinite if skippable else RewardsMissing)("\n".join(failed))
     return judged
 
 
@@ -144,6 +156,7 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
     plans = equal_plans(experience, minibatches, token_budget=recipe.engine.micro_batch_tokens, ranks=ranks)
     leaves = None if states is None else states.leaves()
     parts: list[Metrics] = []
+    skipped = 0  # updates whose gradient was not finite, on any rank
     for _ in range(grpo.inner_iterations):
         for plan, denominator in zip(plans, denominators, strict=True):
             for number, part in enumerate(plan):
@@ -166,15 +179,19 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
                     tis_cap=grpo.correction_cap,
                 )
                 engine.backward(loss, last=states is None and number + 1 == len(plan))
+                ranks.beat(f"update, pass {number + 1} of {len(plan)}")
                 kept = mask[part].sum().double()
                 metrics["entropy"] = (entropy.masked_fill(~mask[part], 0.0).double().sum(), kept)
                 # a share of the global loss: summed over micro-batches and ranks, counted once an update and not once a rank
                 metrics["loss"] = (loss.detach().double(), torch.tensor(1.0 / (len(plan) * ranks.world_size)))
                 parts.append(metrics)
+            skipped += engine.skipped and states is None
     if states is not None and leaves is not None:
         engine.finish_backward(states.continuation(leaves))
+        skipped += engine.skipped
     names = {"loss": "loss", "logp_gap": "sampling/logp_gap", "logp_gap_max": "sampling/logp_gap_max"}
-    return {names.get(name, f"policy/{name}"): pair for name, pair in merge_metrics(parts).items()}
+    merged = {names.get(name, f"policy/{name}"): pair for name, pair in merge_metrics(parts).items()}
+    return merged | {"policy/skipped_updates": (torch.tensor(float(skipped)), torch.tensor(1.0))}
 
 
 def equal_plans(experience: Experience, minibatches: Sequence[Tensor], *, token_budget: int, ranks: Ranks) -> list[list[Tensor]]:
@@ -213,7 +230,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     """Run or resume a GRPO recipe: evaluate, train, validate, keep the best adapter, evaluate again."""
     if is_finished(recipe, ranks):
         return
-    clock = Clock()
+    signals, clock = Signals(), Clock(ranks.beat)
     with clock.phase("start"):
         run = open_run(recipe, ranks, task="grpo")
     with clock.phase("evaluation"):
@@ -237,45 +254,86 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         skip=recipe.sft.skip_studies,
     )
     watch = CollapseWatch(record.get("collapse"))
+    skipped_in_a_row: int = record.get("skipped_in_a_row", 0)
     log = open_log(run, start)
     say_resuming(run, log, record, stage=engine.stage)
     run.policy.train()
 
     def save(done: int) -> None:
-        extra = {"best": best, "seconds": clock.totals, "collapse": watch.state, "recipe": recipe.model_dump(mode="json")}
+        extra = {
+            "best": best,
+            "seconds": clock.totals,
+            "collapse": watch.state,
+            "skipped_in_a_row": skipped_in_a_row,
+            "recipe": recipe.model_dump(mode="json"),
+        }
         kept = best["step"] if best else None
         save_checkpoint(engine, run.directory / "checkpoints", step=done, extra=extra, keep=recipe.checkpoint.keep, best=kept)
 
+    signals.deferring = True  # from here on a step is finished first
     for step in range(start, recipe.steps):
         rate = engine.set_learning_rate(step)
         try:
             parts = grpo_step(step, run=run, engine=engine, loader=loader, rewards=run.rewarding.service, clock=clock)
+        except RewardsNotFinite as error:
+            parts = {"policy/skipped_updates": (torch.tensor(1.0), torch.tensor(1.0))}
+            log.say(f"step {step} is skipped: {error}")
         except RewardsMissing:  # on all ranks alike, and before the step's first update
             if step > start and latest_step(run.directory / "checkpoints") != step:  # else it is on the disk, or there is nothing to keep
                 save(step)
             run.rewarding.close()
             raise
         reduced = with_stds(ranks.reduce_metrics(parts))
-        metrics: dict[str, Any] = {**reduced, "policy/grad_norm": engine.grad_norm(), "policy/learning_rate": rate}
+        metrics: dict[str, Any] = {**reduced, "policy/learning_rate": rate}
+        if "loss" in metrics:  # else there were no rewards to learn from
+            metrics["policy/grad_norm"] = engine.grad_norm()
+        skipped_in_a_row = skipped_in_a_row + 1 if metrics["policy/skipped_updates"] else 0
         last = step + 1 == recipe.steps
         if last or (recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0):
             with clock.phase("validation"):
                 best = keep_best(run, best, step=step + 1, metrics=metrics)
         # before the checkpoint: what a killed run wrote too much is cut off at resuming, what it had not written would be lost
         log.log(step, metrics | clock.end_step())
-        warn_of_gap(log, step, metrics["sampling/logp_gap"], recipe.grpo.correction)
-        collapse = watch.update(metrics)
-        if collapse is not None:
-            log.say(f"step {step}: {collapse}")
-        if last or (step + 1) % recipe.checkpoint.every == 0 or (best is not None and best["step"] == step + 1):
+        if "loss" in metrics:
+            warn_of_gap(log, step, metrics["sampling/logp_gap"], recipe.grpo.correction)
+            collapse = watch.update(metrics)
+            if collapse is not None:
+                log.say(f"step {step}: {collapse}")
+        signalled = any_signal(ranks.gather(signals.received))
+        stopping = skipped_in_a_row >= recipe.engine.max_skipped
+        due = last or (step + 1) % recipe.checkpoint.every == 0 or (best is not None and best["step"] == step + 1)
+        if due or signalled or stopping:
             with clock.phase("checkpoint"):
                 save(step + 1)
+        if stopping:
+            run.rewarding.close()
+            raise NotFinite(
+                f"{skipped_in_a_row} steps in a row had a loss, gradient or reward that is not finite (engine.max_skipped); their batches "
+                f"are in {run.directory / 'not_finite'}, the weights are as they were before them"
+            )
+        if signalled and not last:
+            run.rewarding.close()
+            raise Requeue(f"stopped by {signalled} after step {step + 1} of {recipe.steps}, checkpoint written")
 
+    signals.deferring = False
     loader.close()
     restore_adapter(run.policy, run.directory / "adapter")  # the best one, not the last
     with clock.phase("evaluation"):
         after = run.evaluate_test("test", title="evaluating after") if recipe.evaluation.test else None
     finish(run, log, clock, stage=engine.stage, before=before, after=after, best=best)
+
+
+def keep_for_replay(run: Run, step: int, prompts: Prompts, completions: Completions, judged: Rewards | None) -> None:
+    """Write a batch that could not be learned from: the studies and the sampled ids, and the rewards where there are any."""
+    folder = run.directory / "not_finite"
+    folder.mkdir(exist_ok=True)
+    name = f"step_{step:06d}_rank{run.ranks.rank}"
+    tensors = {"token_ids": completions.token_ids, "mask": completions.mask, "logp": completions.logp, "ended": completions.ended}
+    if judged is not None:
+        tensors["total"] = judged.total
+    save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+    described = {"step": step, "seed": run.recipe.seed, "studies": prompts.study_ids, "texts": completions.texts}
+    (folder / f"{name}.json").write_text(json.dumps(described), encoding="utf-8")
 
 
 def warn_of_gap(log: RunLog, step: int, gap: float | None, correction: str) -> None:

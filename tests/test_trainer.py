@@ -12,8 +12,8 @@ import mrg_r1.trainer as trainer
 from mrg_r1.config import RecipeError, load_recipe
 from mrg_r1.grpo.advantages import group_advantages
 from mrg_r1.policy.scoring import score_group
-from mrg_r1.reward.service import InProcessRewards, RewardsMissing
-from mrg_r1.reward.stage import Judging, RewardError, RewardStage
+from mrg_r1.reward.service import InProcessRewards, RewardsMissing, RewardsNotFinite
+from mrg_r1.reward.stage import Judging, NotFiniteError, RewardError, RewardStage
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.tracking.log import Clock
 from mrg_r1.types import Experience, Rewards
@@ -24,7 +24,7 @@ class PlainEngine:
     """An engine of plain SGD: what `update` needs of one."""
 
     def __init__(self, policy, rate=0.5):
-        self.policy, self.updates = policy, 0
+        self.policy, self.updates, self.skipped = policy, 0, False
         self.optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=rate)
 
     def __call__(self, *args):
@@ -190,9 +190,12 @@ def test_a_rank_whose_rewards_are_there_stops_with_the_one_whose_are_not():
 
     assert trainer.on_all_ranks(judged, Pair(None)) is judged
     with pytest.raises(RewardsMissing, match="^rank 1: the labeler failed on CXR7$"):
-        trainer.on_all_ranks(judged, Pair("the labeler failed on CXR7"))
-    with pytest.raises(RewardsMissing, match="^rank 0: broken\nrank 1: broken too$"):
-        trainer.on_all_ranks(RewardError("broken"), Pair("broken too"))
+        trainer.on_all_ranks(judged, Pair(("the labeler failed on CXR7", False)))
+    with pytest.raises(RewardsMissing, match="^rank 0: NaN\nrank 1: broken$") as stopped:
+        trainer.on_all_ranks(NotFiniteError("NaN"), Pair(("broken", False)))
+    assert not isinstance(stopped.value, RewardsNotFinite)
+    with pytest.raises(RewardsNotFinite, match="^rank 1: NaN$"):  # nothing but numbers that are not finite: the step can be skipped
+        trainer.on_all_ranks(judged, Pair(("NaN", True)))
 
 
 def test_resampling_stops_where_a_reward_fails(lora_policy, studies, build, world, tmp_path, monkeypatch):

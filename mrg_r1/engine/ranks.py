@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Ranks:
     world_size: int
     device: torch.device
     local_rank: int = 0  # among the ranks of this node, which are numbered one after another
+    beat: Callable[[str], None] = lambda doing: None  # told that this rank goes on, and with what (`engine.faults.Watch`)
 
     @property
     def is_main(self) -> bool:
@@ -69,8 +71,13 @@ class Ranks:
         dist.barrier()
 
 
-def start_ranks(seed: int) -> Ranks:
-    """Join the process group that the launcher describes, or become a group of one when started by plain `python`."""
+def start_ranks(seed: int, *, collective_timeout: float = 1800) -> Ranks:
+    """Join the process group that the launcher describes, or become a group of one when started by plain `python`.
+
+    Args:
+        seed: of torch's generators.
+        collective_timeout: seconds after which a collective gives up.
+    """
     # deepspeed compiles this CPU collective on first use (a minute, and a compiler); gloo does the same work
     import deepspeed.ops
 
@@ -80,7 +87,7 @@ def start_ranks(seed: int) -> Ranks:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_init_required=True, verbose=False)
+        deepspeed.init_distributed(dist_init_required=True, verbose=False, timeout=timedelta(seconds=collective_timeout))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -91,7 +98,8 @@ def start_ranks(seed: int) -> Ranks:
 
 
 def finish_ranks() -> None:
-    """Leave the process group, so that the launcher sees a clean end."""
+    """Leave the process group together, so that nobody still asks the rank that keeps its store, and the launcher sees a clean end."""
+    dist.barrier()
     dist.destroy_process_group()
 
 

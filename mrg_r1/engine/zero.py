@@ -93,6 +93,11 @@ class Engine:
         self._engine.backward(continuation)
         self._engine.step()
 
+    @property
+    def skipped(self) -> bool:
+        """Whether the last update was left out, on all ranks alike, because its gradient was not finite (DeepSpeed sees to that)."""
+        return bool(self.optimizer.overflow)
+
     def grad_norm(self) -> float:
         """Global gradient norm of the last update, before clipping."""
         return float(self._engine.get_global_grad_norm())

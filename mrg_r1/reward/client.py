@@ -24,7 +24,7 @@ from torch import Tensor
 from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.reward import wire
 from mrg_r1.reward.service import Health, RewardServiceError, Ticket, unknown_ticket
-from mrg_r1.reward.stage import Judging, RewardError
+from mrg_r1.reward.stage import Judging, NotFiniteError, RewardError
 from mrg_r1.reward.supervisor import ServiceState, socket_of
 from mrg_r1.types import Rewards
 
@@ -138,7 +138,7 @@ class ServiceRewards:
             self._receive()
         answer = self._answers.pop(id)
         if "error" in answer:
-            raise RewardError(answer["error"])
+            raise NotFiniteError(answer["error"]) if answer["not_finite"] else RewardError(answer["error"])
         return answer
 
     def _receive(self) -> None:

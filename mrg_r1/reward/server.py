@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ import torch
 from mrg_r1.labels.chexbert import Labeler
 from mrg_r1.reward import wire
 from mrg_r1.reward.reading import LabelError
-from mrg_r1.reward.stage import RewardError, RewardStage
+from mrg_r1.reward.stage import NotFiniteError, RewardError, RewardStage
 
 RANK_DIED = 17  # exit code: a connection ended without a farewell
 HINTS_AT_ONCE = 32  # texts: a batch that comes in meanwhile waits for no more than these
@@ -134,7 +135,8 @@ class Server:
         except Exception as error:  # whatever it is belongs to the rank that asked: it raises there and stops the run
             traceback.print_exc()
             named = isinstance(error, (RewardError, LabelError, ValueError))
-            return {"id": request["id"], "error": str(error) if named else f"{type(error).__name__}: {error}"}
+            text = str(error) if named else f"{type(error).__name__}: {error}"
+            return {"id": request["id"], "error": text, "not_finite": isinstance(error, NotFiniteError)}
 
     def _read_ahead(self, hinted: list[tuple[Peer, str]]) -> None:
         began = time.perf_counter()
@@ -196,6 +198,8 @@ def main() -> None:
     """Read the settings from the first line of stdin, say on stdout that the labeler is ready (or why not), and serve."""
     settings: dict[str, Any] = json.loads(sys.stdin.readline())
     threading.Thread(target=_leave_with, args=(settings["parent"], Path(settings["address"]).parent), daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # for the ranks, which finish a step that needs rewards; this process leaves with them
+        signal.signal(number, signal.SIG_IGN)
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a user's own term prints goes to the log
     torch.set_num_threads(settings["threads"])

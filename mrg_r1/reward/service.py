@@ -29,6 +29,10 @@ class RewardsMissing(RewardError):
     """A step has no rewards on some rank; every rank raises this together, with the message of the one at fault."""
 
 
+class RewardsNotFinite(RewardsMissing):
+    """As `RewardsMissing`, because of NaN or an infinity and nothing else: the step can be skipped."""
+
+
 @dataclass(frozen=True)
 class Ticket:
     """A claim on the rewards of one submitted batch, good once, at the service that gave it out."""

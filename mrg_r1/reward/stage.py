@@ -33,6 +33,10 @@ class RewardError(RuntimeError):
     """A reward could not be made. The message names the term (or the labeler) and the studies."""
 
 
+class NotFiniteError(RewardError):
+    """A term answered with NaN or an infinity; the message names it and the studies."""
+
+
 @dataclass(frozen=True)
 class Judging:
     """How one batch is to be judged, beyond what the stage was built with.
@@ -206,7 +210,7 @@ class RewardStage:
                 raise RewardError(f"reward term {name!r} failed on studies {_shortened(ids)}: {type(error).__name__}: {error}") from error
             if not np.isfinite(values).all():
                 at = [f"{ids[row // members]} (member {row % members}: {values[row]})" for row in np.flatnonzero(~np.isfinite(values))]
-                raise RewardError(f"reward term {name!r} is not finite for studies {_shortened(at)}; a term must be a finite number")
+                raise NotFiniteError(f"reward term {name!r} is not finite for studies {_shortened(at)}; a term must be a finite number")
             scored[name] = torch.from_numpy(values).reshape(len(ids), members)
             total += weight * scored[name].double()
         return total.float(), scored

@@ -3,7 +3,7 @@
 Requests of a rank, each answered on the same connection, answers in the order of the requests:
     {"kind": "score", "id", "texts", "ended", "study_ids", "references", "judging"} -> {"id", "rewards", "busy", "asked", "computed"}
     {"kind": "label", "id", "texts"} -> {"id", "classes", "busy", "asked", "computed"}
-    either -> {"id", "error", ...} where it failed; every answer has "notes", warnings to print
+    either -> {"id", "error", "not_finite", ...} where it failed; every answer has "notes", warnings to print
 and, answered at once by another thread or not at all:
     {"kind": "ping"} -> {"pong": ids that are queued or at work, "working": seconds}
     {"kind": "hint", "texts"}, {"kind": "bye"}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -83,7 +84,8 @@ class RunLog:
         """Write one step's metrics; the step is the one just taken, counted from 0."""
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        written = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **written}) + "\n")  # NaN is no JSON
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log({name: value for name, value in metrics.items() if value is not None}, step=step)
@@ -107,14 +109,20 @@ class RunLog:
 
 
 class Clock:
-    """Seconds by phase: of the step at hand, and of the whole run."""
+    """Seconds by phase: of the step at hand, and of the whole run.
 
-    def __init__(self) -> None:
+    Args:
+        beat: is told the name of each phase as it begins.
+    """
+
+    def __init__(self, beat: Callable[[str], None] = lambda phase: None) -> None:
+        self.beat = beat
         self.totals: dict[str, float] = {}
         self._step: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self.beat(name)
         began = time.perf_counter()
         try:
             yield

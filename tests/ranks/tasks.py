@@ -144,3 +144,32 @@ def train(ranks: Ranks, *, recipe: str, overrides: list[str]) -> None:
 
 def indices(ranks: Ranks, *, step: int) -> list[int]:
     return rank_indices(10, seed=3, step=step, batch_size=4, rank=ranks.rank, world_size=ranks.world_size)
+
+
+def update_with_nan(ranks: Ranks, *, directory: str, images: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
+    """An update in which one advantage on rank 1 is NaN, and a sound one after it."""
+    settings = load_recipe(Path(recipe), overrides)
+    policy = fixed_policy(directory)
+    experience = fixed_experience(policy, directory, images, [2 * ranks.rank, 2 * ranks.rank + 1])
+    engine = Engine(
+        policy,
+        ranks=ranks,
+        config=settings.engine.deepspeed,
+        dtype=torch.float32,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        betas=(0.9, 0.95),
+        max_grad_norm=1.0,
+    )
+
+    def weights() -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in engine.trainable.values()])
+
+    before, sound = weights(), experience.advantages.clone()
+    if ranks.rank == 1:
+        experience.advantages[0, 0] = float("nan")
+    skipped = update(experience, recipe=settings, engine=engine, ranks=ranks)["policy/skipped_updates"][0].item()
+    kept = torch.equal(weights(), before)
+    experience.advantages = sound
+    after = update(experience, recipe=settings, engine=engine, ranks=ranks)["policy/skipped_updates"][0].item()
+    return {"skipped": skipped, "kept": kept, "after": after, "moved": not torch.equal(weights(), before), "norm": engine.grad_norm()}

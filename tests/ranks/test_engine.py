@@ -111,6 +111,24 @@ def test_checkpoint_resumes_every_later_loss(pool, tiny_policy_directory, tmp_pa
     assert not any(path.suffix in {".pt", ".pkl", ".bin"} for path in tmp_path.rglob("*"))
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(pool, tiny_policy_directory, tmp_path, stage):
+    """And the next update is as if it had never been."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(out=tmp_path))
+    mu = ["grpo.inner_iterations=3"] if stage == 2 else []
+    answers = pool.run(
+        "update_with_nan",
+        directory=str(tiny_policy_directory),
+        images=str(tmp_path / "images"),
+        recipe=str(recipe),
+        overrides=[f"engine.deepspeed=ds_configs/zero{stage}.json", *mu],
+    )
+    for answer in answers:
+        assert answer["skipped"] == (3 if mu else 1) and answer["kept"]
+        assert answer["after"] == 0 and answer["moved"] and 0 < answer["norm"] < 1e3
+
+
 def test_groups_stay_whole_over_ranks(pool):
     """Trap 7: the ranks' studies of a step are the global batch, in order, whoever asks."""
     from mrg_r1.data.loader import rank_indices
