@@ -1,4 +1,4 @@
-"""`mrg-r1 report` and `mrg-r1 page`: what a run left, to read and to look at."""
+"""`mrg-r1 report`, `mrg-r1 page` and `mrg-r1 export`: what a run left, to read, to look at and to use elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mrg_r1.cli.arguments import described
 
 
 def add_commands(commands: Any) -> None:
-    """`report` and `page`."""
+    """`report`, `page` and `export`."""
     report = described(
         commands.add_parser,
         "report",
@@ -43,6 +43,26 @@ def add_commands(commands: Any) -> None:
     page.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run")
     page.set_defaults(run=_page)
 
+    export = described(
+        commands.add_parser,
+        "export",
+        help="what a run has learned, for transformers or PEFT",
+        description="Write what a run has learned for use without this project: the whole checkpoint with every adapter merged into its\n"
+        "weights, which plain transformers loads, or one adapter for the published checkpoint, which plain PEFT loads. The run's\n"
+        "cold-start adapter, where it had one, is in both. An existing folder is never overwritten.",
+        examples="""
+        mrg-r1 export runs/mine --merged exported/checkpoint
+        mrg-r1 export runs/mine --adapter exported/adapter
+        mrg-r1 export runs/mine --merged exported/checkpoint --policy /models/HuatuoGPT-Vision-7B-Qwen2.5VL
+        """,
+    )
+    export.add_argument("folder", type=Path, metavar="RUN", help="output_dir of a GRPO run, or of an SFT run of LoRA")
+    export.add_argument("--merged", type=Path, metavar="DIR", help="folder to make: the whole checkpoint, in its own dtype")
+    export.add_argument("--adapter", type=Path, metavar="DIR", help="folder to make: one PEFT adapter for the published checkpoint")
+    export.add_argument("--policy", type=Path, metavar="DIR", help="where the recipe's policy.path lies now, if it has moved")
+    export.add_argument("--cold-start", type=Path, metavar="DIR", help="where the recipe's policy.adapter lies now, if it has moved")
+    export.set_defaults(run=lambda arguments: _export(arguments, export))
+
 
 def _report(arguments: argparse.Namespace) -> None:
     from mrg_r1.tracking.report import print_report, training_seconds
@@ -66,3 +86,32 @@ def _page(arguments: argparse.Namespace) -> None:
     for run in arguments.runs:
         recipe = load_recipe(run / "config.yaml")
         print(write_page(run, read_manifest(recipe.data.manifest, split=recipe.data.test_split)))
+
+
+def _export(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    outputs = [path for path in (arguments.merged, arguments.adapter) if path is not None]
+    if not outputs:
+        parser.error("nothing to write: give --merged DIR, --adapter DIR or both")
+    from mrg_r1.config import check_checkpoint_directory, load_recipe
+    from mrg_r1.data.progress import progress
+    from mrg_r1.policy.export import export
+
+    recipe_file = arguments.folder / "config.yaml"
+    if not recipe_file.is_file():
+        raise ValueError(f"{arguments.folder}: no config.yaml in it; give the output_dir of a run")
+    recipe = load_recipe(recipe_file).policy
+    if arguments.cold_start is not None and recipe.adapter is None:
+        raise ValueError(f"--cold-start {arguments.cold_start}: {recipe_file} names no policy.adapter; leave it out")
+    policy, cold_start = arguments.policy or recipe.path, arguments.cold_start or recipe.adapter
+    if not policy.is_dir():
+        raise ValueError(
+            f"{policy}: no such folder (policy.path of {recipe_file}); name the one where the checkpoint lies now with --policy"
+        )
+    if cold_start is not None and not cold_start.is_dir():
+        raise ValueError(
+            f"{cold_start}: no such folder (policy.adapter of {recipe_file}); name the one where it lies now with --cold-start"
+        )
+    check_checkpoint_directory(policy)
+    export(arguments.folder, policy=policy, cold_start=cold_start, merged=arguments.merged, adapter=arguments.adapter, progress=progress)
+    for path in outputs:
+        print(f"{path}: written, {sum(file.stat().st_size for file in path.rglob('*')) / 1e6:,.1f} MB")

@@ -28,15 +28,30 @@ def add_lora(policy: Policy, *, rank: int, alpha: int, seed: int) -> None:
 
 
 def merge_adapter(policy: Policy, adapter: Path) -> None:
-    """Fold a cold-start adapter into the base weights, before any new LoRA: it becomes part of the reference."""
-    merged = PeftModel.from_pretrained(policy.model, adapter, autocast_adapter_dtype=False).merge_and_unload(safe_merge=True)
+    """Fold a cold-start adapter into the base weights, before any new LoRA: it becomes part of the reference.
+
+    Raises:
+        ValueError: the file's parameters are not those of its LoRA on this policy.
+    """
+    load_adapter(policy, adapter)
+    assert isinstance(policy.model, PeftModel)
+    merged = policy.model.merge_and_unload(safe_merge=True)
     merged.requires_grad_(False)
     policy.model = merged
 
 
 def load_adapter(policy: Policy, adapter: Path) -> None:
-    """Put a trained adapter of a run on the policy, frozen, for evaluation."""
-    policy.model = PeftModel.from_pretrained(policy.model, adapter, autocast_adapter_dtype=False)
+    """Put a trained adapter of a run on the policy, frozen, for evaluation.
+
+    PEFT's own loading passes over tensors that it cannot place, with a warning: an adapter named after another version's modules would
+    change nothing.
+
+    Raises:
+        ValueError: the file's parameters are not those of its LoRA on this policy.
+    """
+    with torch.random.fork_rng(devices=[]):  # first weights that are about to be replaced
+        policy.model = get_peft_model(policy.model, LoraConfig.from_pretrained(adapter), autocast_adapter_dtype=False)
+    restore_adapter(policy, adapter)
     policy.model.requires_grad_(False)
 
 
@@ -66,4 +81,6 @@ def restore_adapter(policy: Policy, directory: Path) -> None:
     result = set_peft_model_state_dict(policy.model, state)
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
-        raise ValueError(f"{directory}: not this run's adapter; missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}")
+        raise ValueError(
+            f"{directory}: not an adapter of this policy; missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}"
+        )
