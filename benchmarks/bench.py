@@ -154,7 +154,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    listing = "cases:\n" + "\n".join(f"  {case.name:<16}{case.title}" for case in CASES)
+    listing = "cases:\n" + "\n".join(f"  {case.name:<18}{case.title}" for case in CASES)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench",
         description=__doc__,
