@@ -47,8 +47,8 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
         # on CPUs, ranks that each take every core slow one another down tenfold
         if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
-        # a hanging rank is named before torch's own patience ends
-        ranks = start_ranks(recipe.seed, collective_timeout=recipe.engine.hang_timeout + 600)
+        # hanging ranks are named by `Watch`; a collective must not lose patience while rank 0 reads a large dataset's images
+        ranks = start_ranks(recipe.seed, collective_timeout=24 * 3600)
     except (ValueError, OSError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

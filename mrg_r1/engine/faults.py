@@ -59,14 +59,17 @@ class Watch:
 
     Args:
         rank, world_size: of this process.
-        timeout: seconds without a `beat` after which a rank is taken to hang; None: never.
+        timeout: seconds without a `beat` of any rank after which the one that has come the least far is taken to hang.
     """
 
-    def __init__(self, *, rank: int, world_size: int, timeout: float | None) -> None:
+    def __init__(self, *, rank: int, world_size: int, timeout: float) -> None:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.fallen = False  # another rank has failed, and this one must not speak
         self._store = dist.PrefixStore("faults", dist.distributed_c10d._get_default_store())
-        self._beats, self._doing, self._since = 0, "starting", time.monotonic()
+        self._beats, self._doing = 0, "start"
+        self._seen: dict[int, tuple[int, str]] = {}  # how far each rank had come when this one last looked
+        self._pulses: dict[int, str] = {}  # and how often its watch had looked
+        self._since = time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
@@ -97,16 +100,19 @@ class Watch:
         os._exit(code)
 
     def _look(self) -> None:
-        told = -1
+        told, looks = -1, 0
         while not self._stopped.wait(_LOOK_EVERY):
             try:
                 if self._beats != told:
                     told = self._beats
                     self._store.set(f"beat {self.rank}", json.dumps([told, self._doing]))
+                looks += 1
+                self._store.set(f"pulse {self.rank}", str(looks))
                 if self._store.check(["failed"]):
                     self._leave()
-                if self.timeout is not None and time.monotonic() - self._since > self.timeout:
-                    self._name_the_hanging(self.timeout)
+                # at the start rank 0 alone may read images and references for hours, while the others wait
+                if self._doing != "start" and time.monotonic() - self._since > self.timeout:
+                    self._look_around()
             except RuntimeError:  # the store has gone with rank 0, which was killed
                 os._exit(1)
 
@@ -123,20 +129,25 @@ class Watch:
             time.sleep(_LOOK_EVERY)
         self._end(code)
 
-    def _name_the_hanging(self, timeout: float) -> None:
-        """This rank has waited long enough: those that have come the least far are what it waits for."""
+    def _look_around(self) -> None:
+        """This rank has waited long enough. If the others have stood still as long, those that have come the least far are waited for."""
         places: dict[int, tuple[int, str]] = {
-            rank: tuple(json.loads(self._store.get(f"beat {rank}"))) if self._store.check([f"beat {rank}"]) else (-1, "starting")
+            rank: tuple(json.loads(self._store.get(f"beat {rank}"))) if self._store.check([f"beat {rank}"]) else (-1, "start")
             for rank in range(self.world_size)
         }
+        pulses = {rank: self._store.get(f"pulse {rank}").decode() for rank in places}
+        if places != self._seen:  # somebody goes on
+            self._seen, self._pulses, self._since = places, pulses, time.monotonic() - 0.5 * self.timeout
+            return
         least = min(beats for beats, _ in places.values())
-        behind = [rank for rank, (beats, _) in places.items() if beats == least]
-        where = "; ".join(f"rank {rank} in {places[rank][1]!r}" for rank in behind)
+        frozen = [rank for rank in places if pulses[rank] == self._pulses[rank]]  # stopped, swapped out, or on a node that is gone
+        behind = frozen or [rank for rank, (beats, _) in places.items() if beats == least]
+        where = "; ".join(f"rank {rank} in {places[rank][1]!r}{' (its process is frozen)' if frozen else ''}" for rank in behind)
         waiting = [rank for rank in places if rank not in behind]
-        others = f"; waiting for it: ranks {', '.join(map(str, waiting))}" if waiting else " (every rank; none is behind another)"
+        others = f"; waiting: ranks {', '.join(map(str, waiting))}" if waiting else " (all ranks; none is behind another)"
         for rank in behind:
             self._store.set(f"stack {rank}", "1")
-        self.fail(f"error: nothing has moved for {timeout:.0f} s (engine.hang_timeout). Hanging: {where}{others}", code=HUNG)
+        self.fail(f"error: nothing has moved for {self.timeout:.0f} s (engine.hang_timeout). Hanging: {where}{others}", code=HUNG)
 
 
 def describe(error: BaseException, trace: str, *, rank: int) -> str:

@@ -77,6 +77,12 @@ def visible_device(device: str) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:"), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
+def _short_folder() -> Path:
+    """A fresh folder that this user alone can read, in TMPDIR unless that makes a socket's path too long for the system (108 bytes)."""
+    folder = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="mrg-r1-reward-", dir=folder if len(folder.encode()) < 64 else "/tmp"))
+
+
 class Supervisor:
     """The reward service of this node, from its start to the end of the run.
 
@@ -91,7 +97,7 @@ class Supervisor:
 
     def __init__(self, settings: ServiceSettings, *, log: Path, command: Sequence[str] = COMMAND) -> None:
         self.settings, self.log, self.command = settings, log, tuple(command)
-        self.directory = Path(tempfile.mkdtemp(prefix="mrg-r1-reward-"))  # readable by this user alone
+        self.directory = _short_folder()
         self._key = secrets.token_hex(32)
         descriptor = os.open(self.directory / "key", os.O_WRONLY | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "w") as file:
