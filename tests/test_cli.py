@@ -187,6 +187,8 @@ def test_convert_writes_labelers_that_read_as_the_published_file_does(capsys: py
         assert run(capsys, "label", reports, "--labeler", path, *more, "-o", tmp_path / f"{name}.csv")[0] == 0
         labels.append((tmp_path / f"{name}.csv").read_text())
     assert labels[0] == labels[1] == labels[2] and len(set(labels[0].splitlines())) == 4
+    half = run(capsys, "label", reports, "--labeler", formats["folder"][0], "--dtype", "bfloat16", "-o", tmp_path / "half.csv")
+    assert half[0] == 0 and (tmp_path / "half.csv").read_text().count("\n") == 4
     assert "not overwritten" in refused(capsys, "labeler", "convert", source, "-o", formats["copy"][0])
 
 

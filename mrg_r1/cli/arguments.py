@@ -24,17 +24,23 @@ def add_output(parser: argparse.ArgumentParser, text: str, metavar: str = "DIR",
 
 
 def add_labeler_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """`--labeler`, `--tokenizer` and `--device`, for `load_labeler`."""
-    parser.add_argument("--labeler", type=Path, required=required, metavar="PATH", help="a labeler's folder, or a CheXbert checkpoint file")
+    """`--labeler`, `--tokenizer`, `--device` and `--dtype`, for `load_labeler`."""
+    what = "a labeler's folder, or a CheXbert file (.pth, .safetensors)"
+    parser.add_argument("--labeler", type=Path, required=required, metavar="PATH", help=what)
     parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer of a checkpoint file (default: bert-base-uncased)")
     parser.add_argument("--device", default="cpu", help="where the labeler runs: cpu or cuda:N (default: cpu)")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="precision of its weights (default: float32)")
 
 
 def load_labeler(arguments: argparse.Namespace) -> Labeler:
     """The labeler that the arguments of `add_labeler_arguments` name."""
+    import torch
+
     from mrg_r1.labels.chexbert import Labeler
 
-    return Labeler.load(arguments.labeler, tokenizer=arguments.tokenizer, device=arguments.device)
+    dtype = getattr(torch, arguments.dtype)
+    return Labeler.load(arguments.labeler, tokenizer=arguments.tokenizer, device=arguments.device, dtype=dtype)
 
 
 def positive(text: str) -> int:
