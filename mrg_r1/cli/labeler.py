@@ -44,9 +44,10 @@ def add_commands(commands: Any) -> None:
         "--passes",
         type=int,
         metavar="N",
-        help="over the reports (default: until 50,000 reports are read, at least 6; with --start 16,000 and 4)",
+        help="over the reports (default: until 50,000 reports are read, at least 6, and fewer than 4,000 reports are read by two teachers "
+        "first; with --start 16,000, 4 and no teachers)",
     )
-    train.add_argument("--max-minutes", type=float, metavar="MINUTES", help="stop in time and keep the best so far")
+    train.add_argument("--max-minutes", type=float, metavar="MINUTES", help="stop in time and keep the best so far; without teachers")
     train.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
     train.add_argument("--seed", type=seed, default=0, help="(default: 0)")
     train.set_defaults(run=_labeler_train)

@@ -36,6 +36,7 @@ class SpecialIds:
     sep: int
     mask: int
     unknown: int
+    pad: int
 
 
 @dataclass(frozen=True)

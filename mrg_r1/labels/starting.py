@@ -50,9 +50,14 @@ SIZES: dict[str, LabelerSize] = {
 def random_start(reports: Sequence[str], size: LabelerSize) -> tuple[CheXbert, Tokenizer]:
     """A model of `size` with first weights from torch's global seed, and a tokenizer learned from the reports."""
     tokenizer = train_tokenizer(reports, size.vocabulary)
-    model = CheXbert(_config(size, tokenizer.get_vocab_size()))
+    return random_model(_config(size, tokenizer.get_vocab_size())), tokenizer
+
+
+def random_model(config: BertConfig) -> CheXbert:
+    """A model with first weights from torch's global seed."""
+    model = CheXbert(config)
     start_local(model)
-    return model, tokenizer
+    return model
 
 
 def read_start(start: Path, tokenizer: str | None = None) -> tuple[CheXbert, Tokenizer]:

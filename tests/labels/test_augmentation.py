@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mrg_r1.labels.augmentation import Augmentation, Example, SpecialIds, one_pass, unite
 from mrg_r1.labels.observations import BLANK, NEGATIVE, NO_FINDING, POSITIVE, UNCERTAIN
 
-SPECIAL = SpecialIds(cls=1, sep=2, mask=3, unknown=4)
+SPECIAL = SpecialIds(cls=1, sep=2, mask=3, unknown=4, pad=0)
 UNCHANGED = Augmentation(joined=0.0, shuffled=0.0, masked=0.0, spread=0.0)
 CLASSES = st.builds(
     lambda thirteen, no_finding: np.array([*thirteen, no_finding]),

@@ -136,7 +136,7 @@ def test_labels_in_bfloat16_agree(published: Published) -> None:
 
 @pytest.mark.slow
 def test_hundreds_of_reports_in_every_dtype_and_format(tmp_path: Path) -> None:
-    one = publish(tmp_path, 300)
+    one = publish(tmp_path, 120)
     said = convert(one.path, tmp_path / "chexbert.safetensors")
     assert convert(one.path, tmp_path / "directory", tokenizer=str(one.vocabulary)) == said
     check(one, Labeler.load(one.path, tokenizer=str(one.vocabulary)).logits(one.texts), agreement=1.0)
