@@ -135,7 +135,7 @@ def test_labels_in_bfloat16_agree(published: Published) -> None:
 
 
 @pytest.mark.slow
-def test_hundreds_of_reports_in_every_dtype_and_format(tmp_path: Path) -> None:
+def test_more_than_a_hundred_reports_in_every_dtype_and_format(tmp_path: Path) -> None:
     one = publish(tmp_path, 120)
     said = convert(one.path, tmp_path / "chexbert.safetensors")
     assert convert(one.path, tmp_path / "directory", tokenizer=str(one.vocabulary)) == said
