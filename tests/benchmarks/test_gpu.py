@@ -204,7 +204,7 @@ def test_our_step_is_measured_from_the_first_to_the_last_line(tmp_path: Path) ->
     content = json.loads((tmp_path / "bench.json").read_text())
     row, shape = content["figures"]["2x30"]["ours"], content["contenders"]["ours"]["settings"]["shape"]
     assert content["complete"] and row["steps_measured"] == 2 and row["seconds"] > 0
-    assert set(row["phases"]) == {"load", "vision", "rollout", "reward", "reference", "update"}
+    assert set(row["phases"]) == {"load", "vision", "rollout", "reward_exposed", "reference", "advantages", "update"}
     assert sum(row["phases"].values()) <= row["seconds"] + 0.01
     assert row["mfu"] is None and row["reasons"]["mfu"] == "no datasheet figures for cpu"
     # two layers of hidden 128, intermediate 384, 4 heads and 2 key heads of 32: qkv, out, gate and up, down

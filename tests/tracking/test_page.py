@@ -49,6 +49,7 @@ def evaluated(run: Path, study):
         "ended": True,
         "total": 0.5,
         "terms": {"mccs": 0.5, "format": 1.0},
+        "constant": {"total": 0.25},
         "labels": labels,
         "reference_labels": values_of_classes([0, 1] + [0] * 12),
         "drawn": None,
