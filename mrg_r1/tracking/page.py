@@ -25,7 +25,7 @@ _CURVES = {
     "loss": ("loss",),
     "KL and entropy": ("policy/kl", "policy/entropy"),
     "groups": ("groups/zero_signal", "groups/distinct", "groups/truncated", "groups/malformed"),
-    "seconds a step": ("time/rollout", "time/update", "time/reference", "time/reward"),
+    "seconds a step": ("time/rollout", "time/update", "time/reference", "time/reward_exposed"),
 }
 _IMAGE_SIDE = 224  # pixels of a radiograph on the page
 
