@@ -329,7 +329,7 @@ def _check_paths(recipe: Recipe) -> None:
     if recipe.policy.adapter is not None and not (recipe.policy.adapter / "adapter_config.json").is_file():
         raise RecipeError(f"policy.adapter {recipe.policy.adapter}: no adapter_config.json there; give the adapter/ folder of a run")
     if not recipe.engine.deepspeed.is_file():
-        raise RecipeError(f"engine.deepspeed {recipe.engine.deepspeed}: no such file; ds_configs/ has zero1.json and zero2.json")
+        raise RecipeError(f"engine.deepspeed {recipe.engine.deepspeed}: no such file; ds_configs/ has zero1.json to zero3.json")
 
 
 def check_checkpoint_directory(path: Path) -> None:

@@ -74,9 +74,10 @@ def evaluate(
     mine = shard(studies, ranks)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     rows: list[dict[str, Any]] = []
-    for batch in track(batches, title, console=Console(stderr=True), disable=not ranks.is_main, transient=True):
-        ranks.beat(title)
-        rows += _predict(policy, batch, build=build, rewards=rewards, judging=judging, max_new_tokens=max_new_tokens)
+    with policy.held(images=True):  # ranks have unequal numbers of batches
+        for batch in track(batches, title, console=Console(stderr=True), disable=not ranks.is_main, transient=True):
+            ranks.beat(title)
+            rows += _predict(policy, batch, build=build, rewards=rewards, judging=judging, max_new_tokens=max_new_tokens)
     by_id = {row["id"]: row for part in ranks.gather(rows) for row in part}
     predictions = [by_id[study.id] for study in studies]
     result: dict[str, Any] | None = None

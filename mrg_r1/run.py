@@ -20,6 +20,7 @@ from mrg_r1.config import Recipe, RecipeError, check_recipe, dump_recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.data.study import check_images, read_manifest
 from mrg_r1.engine.checkpoint import write_text_atomically
+from mrg_r1.engine.partition import RankPartition
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluate import evaluate, evaluation_table, short_summary, write_evaluation
@@ -102,13 +103,14 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         RecipeError, ManifestError, ValueError: bad input, named; before any model is loaded.
     """
     check_recipe(recipe, world_size=ranks.world_size, task=task)
+    partition = _partition(recipe, ranks, task)
     studies = _read_studies(recipe, ranks)
     if task != "evaluate":
         check_changes(recipe, ranks)
     _claim_directory(recipe, ranks)
     dtype = _DTYPES[recipe.policy.dtype]
     supervisor = rewarding.start_service(recipe, ranks)  # the labeler is loaded by its own process while the policy is loaded here
-    policy = load_policy(recipe.policy.path, dtype=dtype, temperature=recipe.rollout.temperature).to(ranks.device)
+    policy = load_policy(recipe.policy.path, dtype=dtype, temperature=recipe.rollout.temperature, partition=partition).to(ranks.device)
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
     if recipe.policy.gradient_checkpointing:
@@ -135,6 +137,31 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         rewarding=rewarding.open_rewards(recipe, ranks, supervisor, met),
         dtype=dtype,
     )
+
+
+def _partition(recipe: Recipe, ranks: Ranks, task: str) -> RankPartition | None:
+    """How the policy's weights are cut over the ranks: with ZeRO-3, where something is trained.
+
+    Raises:
+        RecipeError: a DeepSpeed configuration that cannot be run; ZeRO-3 with a switch that wants whole weights.
+    """
+    if task == "evaluate":  # sampling wants the whole policy on every rank anyway
+        return None
+    try:
+        partition = RankPartition.of_config(recipe.engine.deepspeed, device=ranks.device, dtype=_DTYPES[recipe.policy.dtype])
+    except ValueError as error:
+        raise RecipeError(f"engine.deepspeed {error}") from error
+    if partition is not None and task == "sft" and recipe.sft.trainable == "all":
+        raise RecipeError(
+            f"sft.trainable all with {recipe.engine.deepspeed} (stage 3): only LoRA is trained over partitioned weights; "
+            "set sft.trainable=lora, or engine.deepspeed=ds_configs/zero2.json"
+        )
+    if partition is not None and recipe.rollout.reuse_prefill:
+        raise RecipeError(
+            f"rollout.reuse_prefill with {recipe.engine.deepspeed} (stage 3): the prefill's graph would hold the weights of every layer; "
+            "set it to false, or engine.deepspeed=ds_configs/zero2.json"
+        )
+    return partition
 
 
 def build_engine(run: Run) -> Engine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -61,17 +62,21 @@ def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewar
     with clock.phase("reward_exposed"):  # what the ranks wait for rewards
         ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references, judging)
     judged: Rewards | RewardError | None = None
-    for attempt in range(1, grpo.max_resample + 1):
-        with clock.phase("reward_exposed"):
-            judged = redeem(rewards, ticket)
-        rows = [] if isinstance(judged, RewardError) else zero_signal(judged.total).nonzero().squeeze(1).tolist()
-        if not rows:
-            break
-        with clock.phase("rollout"):
-            completions = resample_groups(policy, prompts, vision, completions, rows, attempt=attempt, **sampling)
-        with clock.phase("reward_exposed"):
-            ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references, judging)
-        judged = None
+    with ExitStack() as alone:
+        if grpo.max_resample:
+            with clock.phase("rollout"):
+                alone.enter_context(policy.held())  # ranks sample again as often as their own groups want it
+        for attempt in range(1, grpo.max_resample + 1):
+            with clock.phase("reward_exposed"):
+                judged = redeem(rewards, ticket)
+            rows = [] if isinstance(judged, RewardError) else zero_signal(judged.total).nonzero().squeeze(1).tolist()
+            if not rows:
+                break
+            with clock.phase("rollout"):
+                completions = resample_groups(policy, prompts, vision, completions, rows, attempt=attempt, **sampling)
+            with clock.phase("reward_exposed"):
+                ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references, judging)
+            judged = None
     reference_logp = old_logp = None
     if grpo.beta > 0:
         with clock.phase("reference"), reference(policy):  # adapters off, while the labeler works

@@ -25,8 +25,8 @@ class SmallEngine:
 @pytest.fixture
 def write(tmp_path, monkeypatch):
     """Checkpoints of a vector that holds the step, without DeepSpeed."""
-    monkeypatch.setattr(checkpoint, "_gather", lambda engine: {"live/a": engine.tensor})
-    monkeypatch.setattr(checkpoint, "_optimizer_steps", lambda engine: 1)
+    monkeypatch.setattr(checkpoint, "gather_state", lambda engine: {"live/a": engine.tensor})
+    monkeypatch.setattr(checkpoint, "optimizer_steps", lambda engine: 1)
     folder = tmp_path / "checkpoints"
 
     def save(step, **options):
@@ -46,7 +46,7 @@ def load(monkeypatch):
         taken, said = [], []
         engine = SmallEngine()
         engine.trainable = {}
-        monkeypatch.setattr(checkpoint, "_scatter", lambda engine, state, steps: taken.append(state))
+        monkeypatch.setattr(checkpoint, "scatter_state", lambda engine, state, steps: taken.append(state))
         monkeypatch.setattr(checkpoint, "load_file", lambda path: taken.append(path.parent.name) or {})
         record = checkpoint.load_checkpoint(engine, folder, say=said.append)
         return record, taken, said

@@ -98,6 +98,24 @@ def test_a_batch_that_does_not_divide_is_refused(world, tmp_path, no_model):
         open_run(load_recipe(world.recipe(tmp_path / "run"), ["grpo.studies_per_step=5"]), Two(), task="grpo")
 
 
+@pytest.mark.parametrize(
+    ("override", "task", "message"),
+    [
+        ("sft.trainable=all", "sft", "sft.trainable all with ds_configs/zero3.json"),
+        ("rollout.reuse_prefill=true", "grpo", "rollout.reuse_prefill with ds_configs/zero3.json"),
+    ],
+)
+def test_what_stage_3_cannot_do_is_refused(world, tmp_path, no_model, override, task, message):
+    with pytest.raises(RecipeError, match=message):
+        opened(world, tmp_path, "engine.deepspeed=ds_configs/zero3.json", override, task=task)
+
+
+def test_a_deepspeed_configuration_that_cannot_be_run_is_refused(world, tmp_path, no_model):
+    path = tmp_path / "zero.json"
+    path.write_text('{"zero_optimization": {"stage": 0}}')
+    assert f"{path}: zero_optimization.stage is 0" in refused(world, tmp_path, f"engine.deepspeed={path}")
+
+
 def test_a_good_run_opens_and_says_what_it_is(world, tmp_path, inline_rewards):
     run = opened(world, tmp_path)
     assert {part: len(studies) for part, studies in run.studies.items()} == {"train": 16, "val": 8, "test": 8}

@@ -16,14 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mrg_r1.engine.state import MOMENTS, gather_state, optimizer_steps, scatter_state
 from mrg_r1.engine.zero import Engine
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class CheckpointError(ValueError):
@@ -43,12 +41,12 @@ def save_checkpoint(engine: Engine, directory: Path, *, step: int, extra: dict[s
     Raises:
         CheckpointError: it cannot be written (a full disk), on every rank; what was there before is untouched.
     """
-    state = _gather(engine)
+    state = gather_state(engine)
     problem = None
     if engine.ranks.is_main:
         record = {
             "step": step,
-            "optimizer_steps": _optimizer_steps(engine),
+            "optimizer_steps": optimizer_steps(engine),
             "world_size": engine.ranks.world_size,
             "zero_stage": engine.stage,
             **extra,
@@ -108,11 +106,11 @@ def load_checkpoint(engine: Engine, directory: Path, *, say: Callable[[str], Non
     path = directory / name
     record: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
     state = load_file(path / "state.safetensors")
-    expected = {f"{kind}/{parameter}" for parameter in engine.trainable for kind in ("live", "master", *_MOMENTS)}
+    expected = {f"{kind}/{parameter}" for parameter in engine.trainable for kind in ("live", "master", *MOMENTS)}
     if set(state) != expected:
         different = sorted(set(state) ^ expected)[:3]
         raise CheckpointError(f"{path}: its parameters are not this run's (first differences: {different}); use another output_dir")
-    _scatter(engine, state, record["optimizer_steps"])
+    scatter_state(engine, state, record["optimizer_steps"])
     return record
 
 
@@ -167,48 +165,6 @@ def _fault_of(path: Path) -> str | None:
     if record.get("sha256") != _digest(path / "state.safetensors"):
         return "state.safetensors is damaged (its digest is not the recorded one)"
     return None
-
-
-def _gather(engine: Engine) -> dict[str, Tensor]:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    state = {}
-    for name, parameter in engine.trainable.items():
-        state[f"live/{name}"] = parameter.detach().cpu().clone()
-        state[f"master/{name}"] = safe_get_full_fp32_param(parameter).detach().cpu().clone()
-        for moment in _MOMENTS:
-            state[f"{moment}/{name}"] = safe_get_full_optimizer_state(parameter, moment).detach().cpu().clone()
-    return state
-
-
-def _scatter(engine: Engine, state: dict[str, Tensor], optimizer_steps: int) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    _create_optimizer_state(engine)
-    with torch.no_grad():
-        for name, parameter in engine.trainable.items():
-            parameter.copy_(state[f"live/{name}"])  # the masters reach it only at the next update
-            safe_set_full_fp32_param(parameter, state[f"master/{name}"].to(parameter.device))
-            for moment in _MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{moment}/{name}"].to(parameter.device), moment)
-    for entry in engine.optimizer.optimizer.state.values():
-        entry["step"] = torch.full_like(torch.as_tensor(entry["step"]), optimizer_steps)
-
-
-def _create_optimizer_state(engine: Engine) -> None:
-    """AdamW has no moments before its first step: take one of size zero, so that there is something to set."""
-    groups = engine.optimizer.param_groups
-    kept = [(group["lr"], group["weight_decay"]) for group in groups]
-    for group in groups:
-        group["lr"], group["weight_decay"] = 0.0, 0.0
-    nothing = sum((parameter.float().sum() * 0.0 for parameter in engine.trainable.values()), torch.zeros((), device=engine.ranks.device))
-    engine.backward(nothing, last=True)
-    for group, (rate, decay) in zip(groups, kept, strict=True):
-        group["lr"], group["weight_decay"] = rate, decay
-
-
-def _optimizer_steps(engine: Engine) -> int:
-    return max((int(entry["step"]) for entry in engine.optimizer.optimizer.state.values()), default=0)
 
 
 def write_text_atomically(path: Path, text: str) -> None:

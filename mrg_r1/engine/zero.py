@@ -6,7 +6,6 @@ in: DeepSpeed's own would be compiled on first use. Learning rates are a pure fu
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mrg_r1.engine.config import fill_config
+from mrg_r1.engine.partition import is_absent
 from mrg_r1.engine.ranks import Ranks
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -25,7 +26,8 @@ class Engine:
 
     Args:
         module: the policy; its parameters that require gradients are trained.
-        config: path of a DeepSpeed configuration, stage 1 or 2.
+        config: path of a DeepSpeed configuration. Stage 3 wants a module whose frozen weights are partitioned already
+            (`RankPartition.place`), and which brings them together itself where it reads them.
 
     Raises:
         ValueError: a configuration that contradicts the recipe, or a ZeRO stage that is not supported; names file and key.
@@ -64,10 +66,32 @@ class Engine:
                 "gradient_clipping": max_grad_norm,
                 "bf16.enabled": dtype == torch.bfloat16,
             },
+            largest_trainable=max(parameter.numel() for parameter in self.trainable.values()),
         )
         self.stage: int = filled["zero_optimization"]["stage"]
+        if self.stage == 3 and not any(is_absent(parameter) for parameter in module.parameters()):
+            raise ValueError(f"{config}: stage 3 with a policy that is whole on every rank; load it with `load_policy(partition=…)`")
         optimizer = torch.optim.AdamW(self.trainable.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(model=module, config=filled, optimizer=optimizer)
+        if self.stage == 3:
+            self._leave_weights_to_the_module(config)
+
+    def _leave_weights_to_the_module(self, config: Path) -> None:
+        """Take off DeepSpeed's hooks, which fetch and release weights module by module: a policy runs few of its modules as modules.
+
+        What it trains stays whole, and is gathered again by DeepSpeed after each step.
+        """
+        self.optimizer.parameter_offload.destroy()
+        self._engine.module_forward_pre_hook.remove()  # it makes a look at an absent weight fetch it, for good
+        self._engine.module_forward_post_hook.remove()
+        lasting = self.optimizer.persistent_parameters
+        lasting[0].all_gather(lasting)
+        absent = [name for name, parameter in self.trainable.items() if is_absent(parameter)]
+        if absent:
+            raise ValueError(
+                f"{config}: zero_optimization.stage3_model_persistence_threshold leaves {absent[0]} partitioned; remove it "
+                "(what is trained stays whole on every rank)"
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, with whatever ZeRO needs around it."""
@@ -119,29 +143,3 @@ def scheduled_rate(peak: float, step: int, *, warmup: int, total: int, schedule:
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     share = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (0.1 + 0.9 * share)
-
-
-def fill_config(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Read a DeepSpeed configuration and put the recipe's values where it says "auto" or nothing.
-
-    Raises:
-        ValueError: not JSON, a value that contradicts the recipe, or a stage other than 1 and 2.
-    """
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    stage = config.get("zero_optimization", {}).get("stage")
-    if stage not in (1, 2):
-        raise ValueError(f"{path}: zero_optimization.stage is {stage!r}; stages 1 and 2 are supported")
-    if "optimizer" in config or "scheduler" in config:
-        raise ValueError(f"{path}: optimizer and scheduler come from the recipe (optimizer.*); remove them here")
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        node = config
-        for section in sections:
-            node = node.setdefault(section, {})
-        if node.get(name, "auto") not in ("auto", value):
-            raise ValueError(f'{path}: {key} is {node[name]!r}, the recipe makes it {value!r}; write "auto" or change the recipe')
-        node[name] = value
-    return config

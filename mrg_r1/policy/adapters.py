@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from mrg_r1.policy.load import Policy
@@ -35,7 +36,16 @@ def merge_adapter(policy: Policy, adapter: Path) -> None:
     """
     load_adapter(policy, adapter)
     assert isinstance(policy.model, PeftModel)
-    merged = policy.model.merge_and_unload(safe_merge=True)
+    for layer in policy.language_model.layers:  # under a partition one layer at a time is whole
+        with policy.whole(layer, written=True):
+            for module in layer.modules():
+                if isinstance(module, LoraLayer):
+                    module.merge(safe_merge=True)
+    for module in policy.model.modules():  # an adapter of somebody else's may reach beyond the decoder's layers
+        if isinstance(module, LoraLayer) and not module.merged:
+            with policy.whole(module, written=True):
+                module.merge(safe_merge=True)
+    merged = policy.model.unload()
     merged.requires_grad_(False)
     policy.model = merged
 

@@ -8,6 +8,7 @@ Source of the architecture: Qwen2.5-VL (arXiv 2502.13923); that it equals transf
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,22 +79,21 @@ class _LoraLinear(torch.autograd.Function):
         y = F.linear(x, projection.weight, projection.bias)
         for adapter, b, part in zip(projection.adapters, pairs[1::2], _ranks(inner, pairs), strict=True):
             y[:, adapter.rows].addmm_(part, b.t(), alpha=adapter.scale)
-        ctx.save_for_backward(x, inner, *pairs)
-        ctx.projection = projection
+        # the weight among what is saved and not beside it: with recomputation it is then forgotten until the backward pass comes
+        ctx.save_for_backward(x, inner, projection.weight, *pairs)
+        ctx.adapters = projection.adapters
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, *pairs = ctx.saved_tensors
+        x, inner, weight, *pairs = ctx.saved_tensors
         d_inner, d_b = torch.empty_like(inner), []
-        for adapter, b, part, d_part in zip(
-            ctx.projection.adapters, pairs[1::2], _ranks(inner, pairs), _ranks(d_inner, pairs), strict=True
-        ):
+        for adapter, b, part, d_part in zip(ctx.adapters, pairs[1::2], _ranks(inner, pairs), _ranks(d_inner, pairs), strict=True):
             share = grad[:, adapter.rows]
             d_part.copy_(share @ b).mul_(adapter.scale)
             d_b.append((share.t() @ part).mul_(adapter.scale))
         d_a = (d_inner.t() @ x).split([a.shape[0] for a in pairs[::2]])
-        d_x = (grad @ ctx.projection.weight).addmm_(d_inner, torch.cat(pairs[::2])) if ctx.needs_input_grad[0] else None
+        d_x = (grad @ weight).addmm_(d_inner, torch.cat(pairs[::2])) if ctx.needs_input_grad[0] else None
         return d_x, None, *(gradient for pair in zip(d_a, d_b, strict=True) for gradient in pair)
 
 
@@ -178,29 +178,31 @@ class LanguageModel:
         Frozen projections that share an input are moved behind one another in memory once, and the modules' weights become views of
         that: nothing is held twice.
         """
-        model, config = policy.language_model, policy.base.config.text_config
-        layers = tuple(
-            Layer(
-                qkv=_projection([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]),
-                out=_projection([layer.self_attn.o_proj]),
-                gate_up=_projection([layer.mlp.gate_proj, layer.mlp.up_proj]),
-                down=_projection([layer.mlp.down_proj]),
-                norm_attention=layer.input_layernorm.weight,
-                norm_mlp=layer.post_attention_layernorm.weight,
-            )
-            for layer in model.layers
-        )
-        frequencies = model.rotary_emb.inv_freq.float()
+        model = policy.language_model
+        layers = tuple(read_layer(layer) for layer in model.layers)
+        return cls(**cls.dimensions(policy), layers=layers, norm=_values(model.norm.weight))
+
+    @staticmethod
+    def dimensions(policy: Any) -> dict[str, Any]:
+        """What a decoder is besides its weights."""
+        config = policy.base.config.text_config
+        frequencies = policy.language_model.rotary_emb.inv_freq.float()
         sections = config.rope_parameters["mrope_section"]
-        return cls(
-            layers=layers,
-            norm=model.norm.weight,
-            heads=config.num_attention_heads,
-            head_size=2 * len(frequencies),
-            epsilon=config.rms_norm_eps,
-            inverse_frequencies=frequencies,
-            axis_of_frequency=torch.arange(3).repeat_interleave(torch.tensor(sections)).to(frequencies.device),
-        )
+        return {
+            "heads": config.num_attention_heads,
+            "head_size": 2 * len(frequencies),
+            "epsilon": config.rms_norm_eps,
+            "inverse_frequencies": frequencies,
+            "axis_of_frequency": torch.arange(3).repeat_interleave(torch.tensor(sections)).to(frequencies.device),
+        }
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    def layer(self, number: int) -> AbstractContextManager[Layer]:
+        """A layer, to be used inside the block only."""
+        return nullcontext(self.layers[number])
 
     @property
     def key_heads(self) -> int:
@@ -242,7 +244,7 @@ class LanguageModel:
             recompute: gradient checkpointing: keep each layer's input only.
         """
         x, layers = prompts.embeddings, []
-        for number in range(len(self.layers)):
+        for number in range(self.depth):
             x, k, v = self._run(recompute, self._prompt_layer, number, x, prompts)
             layers.append((k, v))
         return PromptStates(tuple(layers), self.rms_norm(x, self.norm), prompts.runs)
@@ -257,7 +259,7 @@ class LanguageModel:
             [T, H] normalised hidden states.
         """
         x = completions.embeddings
-        for number in range(len(self.layers)):
+        for number in range(self.depth):
             x = self._run(recompute, self._completion_layer, number, x, completions, groups, states.runs, *states.layers[number])
         return self.rms_norm(x, self.norm)
 
@@ -267,22 +269,23 @@ class LanguageModel:
         return layer(*arguments)
 
     def _prompt_layer(self, number: int, x: Tensor, prompts: Packed) -> tuple[Tensor, Tensor, Tensor]:
-        layer, runs = self.layers[number], prompts.runs
-        q, k, v = self._queries_keys_values(layer, x, prompts)
-        if number == len(self.layers) - 1:  # past the last keys and values only the last tokens predict something
-            last = runs.last_tokens
-            attended, x = PackedAttention.apply(q[last], k, v, runs.ones, runs, False), x[last]
-        else:
-            attended = PackedAttention.apply(q, k, v, runs, runs, True)
-        return self.mlp(layer, layer.out(attended.flatten(1)).add_(x)), k, v
+        runs = prompts.runs
+        with self.layer(number) as layer:
+            q, k, v = self._queries_keys_values(layer, x, prompts)
+            if number == self.depth - 1:  # past the last keys and values only the last tokens predict something
+                last = runs.last_tokens
+                attended, x = PackedAttention.apply(q[last], k, v, runs.ones, runs, False), x[last]
+            else:
+                attended = PackedAttention.apply(q, k, v, runs, runs, True)
+            return self.mlp(layer, layer.out(attended.flatten(1)).add_(x)), k, v
 
     def _completion_layer(
         self, number: int, x: Tensor, completions: Packed, groups: Runs, prompts: Runs, prompt_k: Tensor, prompt_v: Tensor
     ) -> Tensor:
-        layer = self.layers[number]
-        q, k, v = self._queries_keys_values(layer, x, completions)
-        attended: Tensor = GroupAttention.apply(q, k, v, prompt_k, prompt_v, groups, prompts, completions.runs)
-        return self.mlp(layer, layer.out(attended.flatten(1)).add_(x))
+        with self.layer(number) as layer:
+            q, k, v = self._queries_keys_values(layer, x, completions)
+            attended: Tensor = GroupAttention.apply(q, k, v, prompt_k, prompt_v, groups, prompts, completions.runs)
+            return self.mlp(layer, layer.out(attended.flatten(1)).add_(x))
 
     def _queries_keys_values(self, layer: Layer, x: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
         qkv = layer.qkv(self.rms_norm(x, layer.norm_attention)).view(len(x), -1, self.head_size)
@@ -338,6 +341,19 @@ class PromptStates:
         return [tensor for pair in self.layers for tensor in pair] + [self.last]
 
 
+def read_layer(module: Any) -> Layer:
+    """A decoder layer of the checkpoint's modules; its adapters as they stand, on or off."""
+    attention, mlp = module.self_attn, module.mlp
+    return Layer(
+        qkv=_projection([attention.q_proj, attention.k_proj, attention.v_proj]),
+        out=_projection([attention.o_proj]),
+        gate_up=_projection([mlp.gate_proj, mlp.up_proj]),
+        down=_projection([mlp.down_proj]),
+        norm_attention=_values(module.input_layernorm.weight),
+        norm_mlp=_values(module.post_attention_layernorm.weight),
+    )
+
+
 def _projection(modules: Sequence[Any]) -> Projection:
     """Linear layers, wrapped by PEFT or not, as one projection; only adapters that are switched on take part."""
     linears = [module.base_layer if isinstance(module, LoraLayer) else module for module in modules]
@@ -350,8 +366,13 @@ def _projection(modules: Sequence[Any]) -> Projection:
         ]
         start = ends[-1]
     biases = [linear.bias for linear in linears]
-    bias = None if biases[0] is None else torch.cat(biases) if len(biases) > 1 else biases[0]
+    bias = None if biases[0] is None else torch.cat(biases) if len(biases) > 1 else _values(biases[0])
     return Projection(_one_matrix([linear.weight for linear in linears]), bias, tuple(adapters))
+
+
+def _values(weight: Tensor) -> Tensor:
+    """A frozen weight by itself: whoever holds it keeps these values, wherever its parameter is moved."""
+    return weight if weight.requires_grad else weight.data
 
 
 def _active(module: Any) -> Iterator[str]:
@@ -363,7 +384,7 @@ def _one_matrix(weights: Sequence[Tensor]) -> Tensor:
     """[sum of rows, in]: a view where the weights lie behind one another; frozen ones are moved there."""
     first = weights[0]
     if len(weights) == 1:
-        return first
+        return _values(first)
     if any(weight.requires_grad for weight in weights):
         return torch.cat(list(weights))  # an optimizer holds them where they are
     rows = [weight.shape[0] for weight in weights]

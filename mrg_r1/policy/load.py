@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mrg_r1.policy.language import LanguageModel, PromptStates
 from mrg_r1.policy.packing import pack_prompts
+from mrg_r1.policy.partition import Partition, PartitionedLanguageModel, load_parts
 from mrg_r1.policy.plain import score_rows
 from mrg_r1.policy.positions import RotaryPositions
 from mrg_r1.policy.scoring import score_completions
@@ -36,8 +39,12 @@ class Policy(nn.Module):
     or without PEFT around it; with PEFT, the reference is the same module with its adapters off.
     """
 
-    def __init__(self, model: nn.Module, *, tokenizer: PreTrainedTokenizerBase, temperature: float = 1.0) -> None:
+    def __init__(
+        self, model: nn.Module, *, tokenizer: PreTrainedTokenizerBase, temperature: float = 1.0, partition: Partition | None = None
+    ) -> None:
         super().__init__()
+        self.partition = partition  # None: every weight is whole on every rank
+        self._sampler: LanguageModel | None = None
         self.model = model
         self.tokenizer = tokenizer
         self.temperature = temperature
@@ -74,6 +81,45 @@ class Policy(nn.Module):
                 module.eval()
         return self
 
+    def whole(self, *modules: nn.Module, written: bool = False) -> AbstractContextManager[None]:
+        """Inside, the modules' weights can be read: under a partition all ranks bring them together here, in the same order.
+
+        Args:
+            written: the block changes them, alike on all ranks.
+        """
+        if self.partition is None:
+            return nullcontext()
+        return self.partition.gathered([weight for module in modules for weight in module.parameters()], written=written)
+
+    def read_language(self) -> LanguageModel:
+        """The decoder's weights as they are now."""
+        return LanguageModel.read(self) if self.partition is None else PartitionedLanguageModel.read(self)
+
+    @contextmanager
+    def held(self, *, images: bool = False) -> Iterator[None]:
+        """Inside, a rank samples, and with `images` encodes them, as often and as long as it likes, without the others (trap 18).
+
+        Under a partition, entering brings together what that takes: a whole decoder with LoRA merged in, the embeddings, the head. The
+        policy must not change inside. Without a partition it does nothing.
+        """
+        if self.partition is None or self._sampler is not None:
+            yield
+            return
+        language, visual = self.language_model, self.base.model.visual
+        with self.whole(language.embed_tokens, self.base.lm_head, *([visual] if images else [])):
+            with torch.no_grad():
+                self._sampler = self.read_language().merged()
+            try:
+                yield
+            finally:
+                self._sampler = None
+
+    @contextmanager
+    def sampler(self) -> Iterator[LanguageModel]:
+        """The decoder with LoRA merged into fresh matrices, and what a rollout reads besides it."""
+        with self.held():
+            yield self.read_language().merged() if self._sampler is None else self._sampler
+
     def encode_images(self, prompts: Prompts) -> VisionFeatures:
         """Run the vision tower once for each image of the batch."""
         return encode_images(self, prompts)
@@ -108,7 +154,7 @@ class Policy(nn.Module):
 
     def prompt_states(self, prompts: Prompts, vision: VisionFeatures) -> PromptStates:
         """Keys, values and last states of the prompts, with their graph where gradients are enabled."""
-        language = LanguageModel.read(self)
+        language = self.read_language()
         return language.prompt_pass(pack_prompts(self, language, prompts, vision), recompute=self.recompute)
 
     def checkpoint_gradients(self) -> None:
@@ -117,13 +163,19 @@ class Policy(nn.Module):
         self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def load_policy(path: Path, *, dtype: torch.dtype, temperature: float = 1.0) -> Policy:
+def load_policy(path: Path, *, dtype: torch.dtype, temperature: float = 1.0, partition: Partition | None = None) -> Policy:
     """Load a checkpoint directory in evaluation mode, every parameter frozen.
+
+    Args:
+        partition: load this rank's part of the weights only; all ranks call this then.
 
     Raises:
         ValueError: the tokenizer lacks the image token, or no EOS is known.
     """
     tokenizer = load_tokenizer(path)
+    if partition is not None:
+        parts = load_parts(path, dtype=dtype, partition=partition)
+        return Policy(parts, tokenizer=tokenizer, temperature=temperature, partition=partition).eval()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mrg_r1.policy.language import LanguageModel, PromptStates
+from mrg_r1.policy.language import PromptStates
 from mrg_r1.policy.packing import pack_completions, pack_prompts, plan_micro_batches
 from mrg_r1.types import Completions, Prompts, VisionFeatures
 
@@ -42,26 +42,41 @@ def score_completions(
     Returns:
         logp [R, C] float32 and entropy [R, C] float32 (nats, detached), both 0 where masked, of the distribution that
         `Policy.next_token_logits` defines: the same one that the rollout samples from (trap 2).
+
+    Raises:
+        ValueError: no token at all, under a partition.
     """
     lengths, study_list = mask.sum(dim=1).tolist(), study_of_row.tolist()
     rows = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: (study_list[row], lengths[row]))
     if not rows:
+        if policy.partition is not None:
+            raise ValueError("a pass without a token, over partitioned weights: the other ranks would wait for this one in each layer")
         return torch.zeros(mask.shape, device=mask.device), torch.zeros(mask.shape, device=mask.device)
     studies = sorted({study_list[row] for row in rows})
-    language = LanguageModel.read(policy)
-    if states is None:
-        states = language.prompt_pass(pack_prompts(policy, language, prompts, vision, studies), recompute=policy.recompute)
+    # under a partition the ranks run the same layers, also one whose completions end with their first token: it runs that token in vain
+    in_vain = max(lengths) == 1 and policy.partition is not None
+    language = policy.read_language()
+    with policy.whole(policy.language_model.embed_tokens):
+        prompt_tokens = None if states is not None else pack_prompts(policy, language, prompts, vision, studies)
+        completion_tokens = None
+        if max(lengths) > 1 or in_vain:
+            inputs = {
+                study: [token_ids[row, : max(lengths[row] - 1, in_vain)] for row in rows if study_list[row] == study] for study in studies
+            }
+            completion_tokens = pack_completions(policy, language, prompts, inputs)
+    if prompt_tokens is not None:
+        states = language.prompt_pass(prompt_tokens, recompute=policy.recompute)
     else:
+        assert states is not None
         states = states.select(studies)
 
     # A first token is predicted by the prompt's last. A product with a 0/1 matrix copies a study's state to each of its completions,
     # and its gradient adds them up in a fixed order, which indexing does not do on a GPU.
     slots = torch.tensor([studies.index(study_list[row]) for row in rows], device=mask.device)
     hidden = torch.nn.functional.one_hot(slots, len(studies)).to(states.last.dtype) @ states.last
-    if max(lengths) > 1:
-        inputs = {study: [token_ids[row, : lengths[row] - 1] for row in rows if study_list[row] == study] for study in studies}
-        packed, groups = pack_completions(policy, language, prompts, inputs)
-        hidden = torch.cat([hidden, language.completion_pass(packed, groups, states, recompute=policy.recompute)])
+    if completion_tokens is not None:
+        own = language.completion_pass(*completion_tokens, states, recompute=policy.recompute)
+        hidden = hidden + 0.0 * own.sum() if in_vain else torch.cat([hidden, own])
     columns = token_ids.shape[1]
     places = [torch.tensor([row * columns for row in rows])] + [torch.arange(1, lengths[row]) + row * columns for row in rows]
     index = torch.cat(places).to(hidden.device)  # of each prediction in [R * C]
@@ -72,7 +87,8 @@ def score_completions(
 
 def token_logp(policy: Policy, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """[T, H] hidden states and [T] ids -> [T] log-probs (with gradient) and [T] entropies (without), a chunk of tokens at a time."""
-    logp, entropy = _TokenLogp.apply(hidden, ids, policy, torch.is_grad_enabled() and hidden.requires_grad)
+    with policy.whole(policy.base.lm_head):
+        logp, entropy = _TokenLogp.apply(hidden, ids, policy, torch.is_grad_enabled() and hidden.requires_grad)
     return logp, entropy
 
 
@@ -115,7 +131,10 @@ def score_group(policy: Policy, prompts: Prompts, vision: VisionFeatures, comple
     ids, mask = completions.token_ids.view(-1, length), completions.mask.view(-1, length)
     study_of_row = torch.arange(studies, device=ids.device).repeat_interleave(group)
     logp = torch.zeros(mask.shape, device=ids.device)
-    for rows in micro_batches(prompts, mask, study_of_row, token_budget=token_budget):
+    plan = micro_batches(prompts, mask, study_of_row, token_budget=token_budget)
+    if policy.partition is not None:  # ranks meet in each pass
+        plan = micro_batches(prompts, mask, study_of_row, token_budget=token_budget, at_least=policy.partition.most(len(plan)))
+    for rows in plan:
         logp[rows] = score_completions(policy, prompts, vision, ids[rows], mask[rows], study_of_row[rows])[0]
     return logp.view(studies, group, length)
 

@@ -6,6 +6,8 @@ image, in most layers). That both give the same features is tested.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +39,7 @@ def encode_images(policy: Policy, prompts: Prompts) -> VisionFeatures:
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in visual.parameters()):
         features = policy.base.get_image_features(prompts.pixel_values, prompts.image_grid_thw, return_dict=True).pooler_output
     else:
-        features = run_tower(visual, prompts.pixel_values, prompts.image_grid_thw)
+        features = run_tower(visual, prompts.pixel_values, prompts.image_grid_thw, whole=policy.whole)
     per_study, start = [], 0
     for study, count in enumerate(prompts.images_per_study):
         joined = torch.cat(list(features[start : start + count]))
@@ -52,13 +54,16 @@ def encode_images(policy: Policy, prompts: Prompts) -> VisionFeatures:
 
 
 @torch.no_grad()
-def run_tower(visual: Any, pixels: Tensor, grids: Tensor) -> list[Tensor]:
+def run_tower(
+    visual: Any, pixels: Tensor, grids: Tensor, *, whole: Callable[[Any], AbstractContextManager[None]] = nullcontext
+) -> list[Tensor]:
     """The tower's forward (Qwen2.5-VL, arXiv 2502.13923, section 2.1.1) over all images at once, packed.
 
     Args:
         visual: the checkpoint's vision module; its weights are used, its attention is not.
         pixels: [patches, channels * 2 * 14 * 14].
         grids: [I, 3] int64, patches in time, height and width.
+        whole: given a module of the tower, a block inside which its weights can be read.
 
     Returns:
         A tensor [merged patches, H] for each image.
@@ -67,11 +72,12 @@ def run_tower(visual: Any, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     merge, heads = config.spatial_merge_size, config.num_heads
     cells = config.window_size // merge // config.patch_size  # merged patches on a window's side
     images = [_Windows.of(grid, merge=merge, cells=cells) for grid in grids.tolist()]
-    whole = Runs(tuple(length for image in images for length in image.frames), device)
+    frames = Runs(tuple(length for image in images for length in image.frames), device)
     windows = Runs(tuple(length for image in images for length in image.windows), device)
 
-    weight = visual.patch_embed.proj.weight  # a convolution whose stride is its kernel is a matrix product
-    x = F.linear(pixels.to(weight.dtype), weight.flatten(1))
+    with whole(visual.patch_embed):
+        weight = visual.patch_embed.proj.weight  # a convolution whose stride is its kernel is a matrix product
+        x = F.linear(pixels.to(weight.dtype), weight.flatten(1))
     starts = [0]
     for image in images:
         starts.append(starts[-1] + len(image.order))
@@ -84,13 +90,15 @@ def run_tower(visual: Any, pixels: Tensor, grids: Tensor) -> list[Tensor]:
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
     for number, block in enumerate(visual.blocks):
-        qkv = block.attn.qkv(block.norm1(x)).view(len(x), 3 * heads, size)
-        qk, v = rotate(qkv[:, : 2 * heads], cos, sin), qkv[:, 2 * heads :]
-        runs = whole if number in config.fullatt_block_indexes else windows
-        attended, _ = attend(qk[:, :heads], qk[:, heads:], v, runs, runs, causal=False)
-        x = x + block.attn.proj(attended.flatten(1))
-        x = x + block.mlp(block.norm2(x))
-    merged = visual.merger(x)
+        with whole(block):
+            qkv = block.attn.qkv(block.norm1(x)).view(len(x), 3 * heads, size)
+            qk, v = rotate(qkv[:, : 2 * heads], cos, sin), qkv[:, 2 * heads :]
+            runs = frames if number in config.fullatt_block_indexes else windows
+            attended, _ = attend(qk[:, :heads], qk[:, heads:], v, runs, runs, causal=False)
+            x = x + block.attn.proj(attended.flatten(1))
+            x = x + block.mlp(block.norm2(x))
+    with whole(visual.merger):
+        merged = visual.merger(x)
     features = torch.empty_like(merged)
     features[order] = merged
     return list(features.split([len(image.order) for image in images]))

@@ -48,24 +48,25 @@ def rollout(
     Returns:
         Completions [B, G, C] with C at most `max_new_tokens`.
     """
-    language = LanguageModel.read(policy).merged()
     parts: list[Completions] = []
-    for rows in _parts(prompts, own=group_size * max_new_tokens, cache_tokens=cache_tokens):
-        if parts and on_ended is not None:
-            on_ended([text for group in parts[-1].texts for text in group])
-        some = prompts if len(rows) == len(prompts) else prompts.select(rows)
-        uniforms = keyed_uniforms(
-            seed=seed, step=step, study_ids=some.study_ids, group_size=group_size, length=max_new_tokens, attempt=attempt
-        ).to(policy.device)
-        known = None if states is None else states.select(rows)
-        parts.append(_decode(policy, language, some, vision.select(rows), group_size, max_new_tokens, uniforms, known, on_ended))
+    with policy.sampler() as language:
+        for rows in _parts(prompts, own=group_size * max_new_tokens, cache_tokens=cache_tokens):
+            if parts and on_ended is not None:
+                on_ended([text for group in parts[-1].texts for text in group])
+            some = prompts if len(rows) == len(prompts) else prompts.select(rows)
+            uniforms = keyed_uniforms(
+                seed=seed, step=step, study_ids=some.study_ids, group_size=group_size, length=max_new_tokens, attempt=attempt
+            ).to(policy.device)
+            known = None if states is None else states.select(rows)
+            parts.append(_decode(policy, language, some, vision.select(rows), group_size, max_new_tokens, uniforms, known, on_ended))
     return parts[0] if len(parts) == 1 else Completions.join(parts, pad_id=policy.pad_id)
 
 
 @torch.no_grad()
 def greedy(policy: Policy, prompts: Prompts, vision: VisionFeatures, *, max_new_tokens: int) -> Completions:
     """The most probable next token each time: one report a study, [B, 1, C]; for evaluation."""
-    return _decode(policy, LanguageModel.read(policy).merged(), prompts, vision, 1, max_new_tokens, None)
+    with policy.sampler() as language:
+        return _decode(policy, language, prompts, vision, 1, max_new_tokens, None)
 
 
 def _parts(prompts: Prompts, *, own: int, cache_tokens: int | None) -> list[list[int]]:

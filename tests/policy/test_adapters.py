@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from mrg_r1.policy.adapters import load_adapter, merge_adapter, save_adapter
@@ -29,6 +30,19 @@ def test_a_merged_cold_start_changes_the_weights_it_names_and_the_callers_seeds_
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert len(changed) == 2 * 7 and all("language_model.layers" in name for name in changed)
     assert torch.equal(torch.get_rng_state(), state) and not any(p.requires_grad for p in policy.parameters())
+
+
+def test_a_cold_start_that_reaches_into_the_vision_tower_is_merged_there_too(tiny_policy_directory, tmp_path):
+    policy = load_policy(tiny_policy_directory, dtype=torch.float32)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=r".*visual.*\.qkv", task_type="CAUSAL_LM", init_lora_weights=False)
+    policy.model = get_peft_model(policy.model, config, autocast_adapter_dtype=False)
+    save_adapter(policy, tmp_path / "vision")
+    fresh = load_policy(tiny_policy_directory, dtype=torch.float32)
+    before = weights(fresh)
+    merge_adapter(fresh, tmp_path / "vision")
+    after = weights(fresh)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("visual" in name and "qkv" in name for name in changed) and before.keys() == after.keys()
 
 
 @pytest.mark.parametrize("use", [merge_adapter, load_adapter])

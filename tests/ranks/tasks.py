@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mrg_r1.config import load_recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords, rank_indices
 from mrg_r1.engine.checkpoint import load_checkpoint, save_checkpoint
+from mrg_r1.engine.partition import RankPartition, is_absent
 from mrg_r1.engine.ranks import Ranks
+from mrg_r1.engine.state import gather_state
 from mrg_r1.engine.zero import Engine
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
+from mrg_r1.policy.scoring import score_group
 from mrg_r1.rollout.decode import rollout
+from mrg_r1.sft import train as train_sft
 from mrg_r1.trainer import train as train_grpo
 from mrg_r1.trainer import update
-from mrg_r1.types import Experience, Rewards
+from mrg_r1.types import Experience, Prompts, Rewards, VisionFeatures
 from tests.conftest import make_study, with_lora
 
 GROUP = 4
@@ -36,13 +44,14 @@ def reduce_unequal(ranks: Ranks) -> dict[str, float | None]:
     return ranks.reduce_metrics(metrics)
 
 
-def fixed_policy(directory: str) -> Policy:
-    """The tiny policy with a LoRA that is far from zero, the same wherever it is built."""
-    return with_lora(load_policy(Path(directory), dtype=torch.float32))
+def fixed_policy(directory: str, *, config: Path | None = None, dtype: torch.dtype = torch.float32) -> Policy:
+    """The tiny policy with a LoRA that is far from zero, the same wherever it is built; cut over the ranks where `config` is of stage 3."""
+    partition = None if config is None else RankPartition.of_config(config, device=torch.device("cpu"), dtype=dtype)
+    return with_lora(load_policy(Path(directory), dtype=dtype, partition=partition))
 
 
-def fixed_experience(policy: Policy, directory: str, images: str, studies: list[int]) -> Experience:
-    """Group b of the global batch of four, for the studies asked for; reference and old log-probs are made up, but the same everywhere."""
+def prompts_of(policy: Policy, directory: str, images: str, studies: list[int]) -> tuple[Prompts, VisionFeatures]:
+    """Some of the four studies."""
     processor = load_image_processor(Path(directory), min_pixels=56 * 56, max_pixels=112 * 112)
     build = PromptBuilder(
         tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=PromptWords("Write the findings.")
@@ -50,7 +59,12 @@ def fixed_experience(policy: Policy, directory: str, images: str, studies: list[
     folder = Path(images)
     folder.mkdir(exist_ok=True)
     prompts = build([make_study(folder, "abcd"[b], SIDES[b]) for b in studies])
-    vision = policy.encode_images(prompts)
+    return prompts, policy.encode_images(prompts)
+
+
+def fixed_experience(policy: Policy, directory: str, images: str, studies: list[int]) -> Experience:
+    """Group b of the global batch of four, for the studies asked for; reference and old log-probs are made up, but the same everywhere."""
+    prompts, vision = prompts_of(policy, directory, images, studies)
     # ragged: study b stops after 4 + 3 b tokens
     completions = rollout(policy, prompts, vision, group_size=GROUP, max_new_tokens=13, seed=0, step=0)
     limit = torch.tensor([4 + 3 * b for b in studies])[:, None, None]
@@ -69,7 +83,7 @@ def fixed_experience(policy: Policy, directory: str, images: str, studies: list[
 def update_on_ranks(ranks: Ranks, *, directory: str, images: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     """Two updates on this rank's two of the four studies; losses, gradient norms and the weights after them."""
     settings = load_recipe(Path(recipe), overrides)
-    policy = fixed_policy(directory)
+    policy = fixed_policy(directory, config=settings.engine.deepspeed)
     experience = fixed_experience(policy, directory, images, [2 * ranks.rank, 2 * ranks.rank + 1])
     engine = Engine(
         policy,
@@ -91,33 +105,43 @@ def update_on_ranks(ranks: Ranks, *, directory: str, images: str, recipe: str, o
     return {"losses": losses, "norms": norms, "weights": weights[::37].tolist()}
 
 
-def save_and_load(ranks: Ranks, *, directory: str, images: str, recipe: str, checkpoints: str, overrides: list[str]) -> dict[str, Any]:
-    """Three updates in a row; and one, a checkpoint, a new engine, two more."""
+def start_engine(
+    ranks: Ranks, *, directory: str, images: str, recipe: str, overrides: list[str], dtype: str = "float32"
+) -> tuple[Engine, Experience, Any]:
+    """An engine around the fixed policy, and this rank's two of the four studies."""
+    settings, precision = load_recipe(Path(recipe), overrides), getattr(torch, dtype)
+    policy = fixed_policy(directory, config=settings.engine.deepspeed, dtype=precision)
+    # no pass needs it; it is there because its three elements do not divide over two ranks
+    policy.odd = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=precision))
+    experience = fixed_experience(policy, directory, images, [2 * ranks.rank, 2 * ranks.rank + 1])
+    engine = Engine(
+        policy,
+        ranks=ranks,
+        config=settings.engine.deepspeed,
+        dtype=precision,
+        learning_rate=1e-3,
+        weight_decay=0.01,
+        betas=(0.9, 0.95),
+        max_grad_norm=1.0,
+    )
+    return engine, experience, settings
+
+
+def losses_of(ranks: Ranks, engine: Engine, experience: Experience, settings: Any, count: int) -> list[float]:
+    return [ranks.reduce_metrics(update(experience, recipe=settings, engine=engine, ranks=ranks))["loss"] for _ in range(count)]
+
+
+def save_and_load(ranks: Ranks, *, checkpoints: str, **setting: Any) -> dict[str, Any]:
+    """Three updates in a row; and one, a checkpoint, a new engine, two more. `setting` is `start_engine`'s."""
 
     def start() -> tuple[Engine, Experience, Any]:
-        settings = load_recipe(Path(recipe), overrides)
-        policy = fixed_policy(directory)
-        experience = fixed_experience(policy, directory, images, [2 * ranks.rank, 2 * ranks.rank + 1])
-        engine = Engine(
-            policy,
-            ranks=ranks,
-            config=settings.engine.deepspeed,
-            dtype=torch.float32,
-            learning_rate=1e-3,
-            weight_decay=0.01,
-            betas=(0.9, 0.95),
-            max_grad_norm=1.0,
-        )
-        return engine, experience, settings
-
-    def losses_of(engine: Engine, experience: Experience, settings: Any, count: int) -> list[float]:
-        return [ranks.reduce_metrics(update(experience, recipe=settings, engine=engine, ranks=ranks))["loss"] for _ in range(count)]
+        return start_engine(ranks, **setting)
 
     engine, experience, settings = start()
-    straight = losses_of(engine, experience, settings, 3)
+    straight = losses_of(ranks, engine, experience, settings, 3)
     final = torch.cat([parameter.detach().flatten() for parameter in engine.trainable.values()])
     engine, experience, settings = start()
-    first = losses_of(engine, experience, settings, 1)
+    first = losses_of(ranks, engine, experience, settings, 1)
     folder = Path(checkpoints)
     save_checkpoint(engine, folder, step=1, extra={"note": "one"}, keep=2)
     engine, experience, settings = start()
@@ -125,7 +149,7 @@ def save_and_load(ranks: Ranks, *, directory: str, images: str, recipe: str, che
         for parameter in engine.trainable.values():
             parameter.mul_(3)
     record = load_checkpoint(engine, folder)
-    rest = losses_of(engine, experience, settings, 2)
+    rest = losses_of(ranks, engine, experience, settings, 2)
     resumed = torch.cat([parameter.detach().flatten() for parameter in engine.trainable.values()])
     assert record is not None
     return {
@@ -137,9 +161,118 @@ def save_and_load(ranks: Ranks, *, directory: str, images: str, recipe: str, che
     }
 
 
+def through_stages(ranks: Ranks, *, checkpoints: str, overrides: list[str], **setting: Any) -> dict[str, Any]:
+    """Three updates at stage 2; and one at stage 2, one at 3, one at 2 with checkpoints between, whose contents must arrive whole."""
+
+    def start(stage: int) -> tuple[Engine, Experience, Any]:
+        return start_engine(ranks, overrides=[*overrides, f"engine.deepspeed=ds_configs/zero{stage}.json"], **setting)
+
+    straight = losses_of(ranks, *start(2), 3)
+    losses: list[float] = []
+    state: dict[str, torch.Tensor] = {}
+    arrived = []
+    for number, stage in enumerate((2, 3, 2)):
+        engine, experience, settings = start(stage)
+        if number:
+            load_checkpoint(engine, Path(checkpoints))
+            found = gather_state(engine)
+            arrived.append(found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state))
+        losses += losses_of(ranks, engine, experience, settings, 1)
+        save_checkpoint(engine, Path(checkpoints), step=number, extra={}, keep=1)
+        state = gather_state(engine)
+    return {"straight": straight, "changing": losses, "arrived": arrived}
+
+
+def weights_in_memory(ranks: Ranks, **setting: Any) -> dict[str, Any]:
+    """What a rank holds of the frozen weights: at rest, and at most at any time of an update, in elements."""
+    engine, experience, settings = start_engine(ranks, **setting)
+    policy = engine._engine.module
+    frozen = [parameter for parameter in policy.parameters() if not parameter.requires_grad]
+    whole: list[tuple[StorageWeakRef, int]] = []  # memory that weights brought together have been in
+    most = 0
+
+    def note(storages: list[torch.UntypedStorage]) -> None:
+        nonlocal most
+        for storage in storages:
+            reference = StorageWeakRef(storage)
+            if all(reference.cdata != known.cdata for known, _ in whole):
+                whole.append((reference, storage.nbytes() // 4))
+        most = max(most, sum(size for reference, size in whole if not reference.expired()))
+
+    def gathered(parameters: Sequence[nn.Parameter], *, written: bool = False) -> Any:
+        @contextmanager
+        def block() -> Iterator[None]:
+            with RankPartition.gathered(policy.partition, parameters, written=written):
+                try:
+                    yield
+                finally:  # a recomputation ends early, by an exception
+                    note([parameter.untyped_storage() for parameter in parameters if not parameter.requires_grad])
+
+        return block()
+
+    policy.partition.gathered = gathered
+    losses_of(ranks, engine, experience, settings, 1)
+    layer = max(sum(p.ds_numel for p in layer.parameters() if not p.requires_grad) for layer in policy.language_model.layers)
+    return {
+        "total": sum(parameter.ds_numel for parameter in frozen),
+        "parts": sum(parameter.ds_tensor.numel() for parameter in frozen),
+        "absent": sum(parameter.ds_numel for parameter in frozen if is_absent(parameter)),
+        "left": sum(size for reference, size in whole if not reference.expired()),
+        "most": most,
+        "layer": layer,
+        "embeddings": policy.language_model.embed_tokens.weight.ds_numel,
+        "layers": len(policy.language_model.layers),
+    }
+
+
+def one_rank_ends_at_once(ranks: Ranks, **setting: Any) -> dict[str, Any]:
+    """Every completion of rank 0 is one token long: it needs fewer passes than rank 1, and no pass over completions."""
+    engine, experience, settings = start_engine(ranks, **setting)
+    if ranks.rank == 0:
+        experience.completions.mask[:, :, 1:] = False
+    parts = experience.prompts, experience.vision, experience.completions
+    scored = score_group(engine._engine.module, *parts, token_budget=settings.engine.micro_batch_tokens)
+    return {
+        "scored": scored.sum().item(),
+        "losses": losses_of(ranks, engine, experience, settings, 2),
+        "norm": engine.grad_norm(),
+    }
+
+
+def unequal_rollouts(ranks: Ranks, *, directory: str, images: str, repeats: int = 1) -> dict[str, Any]:
+    """Rank 0 ends at token 3, rank 1 goes on to token 40; then rank 0 samples once and rank 1 three times. Against a whole policy."""
+    cut, whole = fixed_policy(directory, config=Path("ds_configs/zero3.json")), fixed_policy(directory)
+    prompts, vision = prompts_of(cut, directory, images, [ranks.rank])
+    whole_vision = whole.encode_images(prompts)
+    pairs = zip(vision.per_study, whole_vision.per_study, strict=True)
+    answer: dict[str, Any] = {"vision": max((found - wanted).abs().max().item() for found, wanted in pairs)}
+    sampling: dict[str, Any] = {"group_size": 1, "seed": 0, "step": 0}
+    first = rollout(whole, prompts, whole_vision, max_new_tokens=3, **sampling)
+    for policy in (cut, whole):
+        policy.eos_ids = [int(first.token_ids[0, 0, 2])] if ranks.rank == 0 else [policy.pad_id]
+    found = rollout(cut, prompts, vision, max_new_tokens=40, **sampling)
+    wanted = rollout(whole, prompts, whole_vision, max_new_tokens=40, **sampling)
+    answer["length"] = found.token_ids.shape[2]
+    answer["equal"] = torch.equal(found.token_ids, wanted.token_ids)
+    answer["gap"] = (found.logp - wanted.logp).abs().max().item()
+    with cut.held(images=True):
+        for attempt in range(1 if ranks.rank == 0 else 3):
+            cut.encode_images(prompts)
+            found = rollout(cut, prompts, vision, max_new_tokens=8, attempt=attempt, **sampling)
+            wanted = rollout(whole, prompts, whole_vision, max_new_tokens=8, attempt=attempt, **sampling)
+            answer["equal"] &= torch.equal(found.token_ids, wanted.token_ids)
+    ranks.barrier()
+    return answer
+
+
 def train(ranks: Ranks, *, recipe: str, overrides: list[str]) -> None:
     """A GRPO recipe, as launch/train.py runs it."""
     train_grpo(load_recipe(Path(recipe), overrides), ranks)
+
+
+def sft(ranks: Ranks, *, recipe: str, overrides: list[str]) -> None:
+    """An SFT recipe, as launch/sft.py runs it."""
+    train_sft(load_recipe(Path(recipe), overrides), ranks)
 
 
 def indices(ranks: Ranks, *, step: int) -> list[int]:

@@ -67,6 +67,7 @@ def test_loss_and_gradient_are_the_same_however_the_batch_is_cut(pool, tiny_poli
     loss, norm = oracle(tiny_policy_directory, images, aggregation)
     weights = []
     cuts = [(10_000, 2, False), (70, 2, False), (1, 2, False), (10_000, 1, False), (70, 1, True), (70, 2, True), (10_000, 2, True)]
+    cuts += [(10_000, 3, False), (70, 3, False), (1, 3, False)]
     cuts = cuts if aggregation == "grpo" else [(70, 2, False)]
     for budget, stage, reuse in cuts:
         overrides = [
@@ -92,8 +93,8 @@ def test_metrics_weigh_ranks_by_their_counts(pool):
         assert answer == {"mean": 2.5, "largest_max": 5.0, "nothing": None, "only_rank_one": 4.0}
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_checkpoint_resumes_every_later_loss(pool, tiny_policy_directory, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "dtype", "mu"), [(1, "float32", 1), (2, "float32", 1), (3, "float32", 1), (3, "bfloat16", 3)])
+def test_checkpoint_resumes_every_later_loss(pool, tiny_policy_directory, tmp_path, stage, dtype, mu):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(out=tmp_path))
     answers = pool.run(
@@ -102,7 +103,8 @@ def test_checkpoint_resumes_every_later_loss(pool, tiny_policy_directory, tmp_pa
         images=str(tmp_path / "images"),
         recipe=str(recipe),
         checkpoints=str(tmp_path / "checkpoints"),
-        overrides=[f"engine.deepspeed=ds_configs/zero{stage}.json"],
+        overrides=[f"engine.deepspeed=ds_configs/zero{stage}.json", f"grpo.inner_iterations={mu}"],
+        dtype=dtype,
     )
     for answer in answers:
         assert answer["resumed"] == answer["straight"] and len(set(answer["straight"])) == 3
