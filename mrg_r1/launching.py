@@ -70,7 +70,7 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
         watch.fail(f"error on rank {rank}: no rewards: {error}", code=3)
     except (ValueError, OSError) as error:
         watch.fail(describe(error, traceback.format_exc(), rank=rank), code=2)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the other ranks must hear of it, and it keeps its traceback
         watch.fail(describe(error, traceback.format_exc(), rank=rank), code=1)
     watch.stop()
     finish_ranks()

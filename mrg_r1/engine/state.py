@@ -18,6 +18,9 @@ def gather_state(engine: Engine) -> dict[str, Tensor]:
     """Every tensor of the state, whole, on the CPU of every rank. All ranks call this."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    if optimizer_steps(engine) == 0:  # every update so far was left out: there are no moments yet, and none is what they are
+        _create_optimizer_state(engine)
+        _set_steps(engine, 0)
     state = {}
     for name, parameter in engine.trainable.items():
         state[f"live/{name}"] = parameter.detach().cpu().clone()
@@ -39,8 +42,12 @@ def scatter_state(engine: Engine, state: dict[str, Tensor], optimizer_steps: int
                 _set_parts(parameter, master, moments)
             else:
                 _set_whole(parameter, master, moments)
+    _set_steps(engine, optimizer_steps)
+
+
+def _set_steps(engine: Engine, count: int) -> None:
     for entry in engine.optimizer.optimizer.state.values():
-        entry["step"] = torch.full_like(torch.as_tensor(entry["step"]), optimizer_steps)
+        entry["step"] = torch.full_like(torch.as_tensor(entry["step"]), count)
 
 
 def optimizer_steps(engine: Engine) -> int:

@@ -105,7 +105,7 @@ class Engine:
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss_share * self.ranks.world_size)
-        self._engine.step()
+        self._step()
 
     def finish_backward(self, continuation: Tensor) -> None:
         """Go on where the backward passes of this optimizer step stopped, through a graph made outside of `__call__`; weights are updated.
@@ -115,7 +115,14 @@ class Engine:
         """
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(continuation)
+        self._step()
+
+    def _step(self) -> None:
         self._engine.step()
+        if self.stage == 3 and self.skipped:  # DeepSpeed makes the trained parameters whole again after an update, not after one left out
+            for parameter in self.trainable.values():
+                if parameter.numel() != parameter.ds_numel:  # type: ignore[attr-defined]
+                    parameter.all_gather()  # type: ignore[attr-defined]
 
     @property
     def skipped(self) -> bool:

@@ -16,7 +16,7 @@ from mrg_r1.data.loader import PromptBuilder, PromptWords, rank_indices
 from mrg_r1.engine.checkpoint import load_checkpoint, save_checkpoint
 from mrg_r1.engine.partition import RankPartition, is_absent
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.engine.state import gather_state
+from mrg_r1.engine.state import gather_state, optimizer_steps
 from mrg_r1.engine.zero import Engine
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.policy.scoring import score_group
@@ -279,30 +279,29 @@ def indices(ranks: Ranks, *, step: int) -> list[int]:
     return rank_indices(10, seed=3, step=step, batch_size=4, rank=ranks.rank, world_size=ranks.world_size)
 
 
-def update_with_nan(ranks: Ranks, *, directory: str, images: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
-    """An update in which one advantage on rank 1 is NaN, and a sound one after it."""
-    settings = load_recipe(Path(recipe), overrides)
-    policy = fixed_policy(directory)
-    experience = fixed_experience(policy, directory, images, [2 * ranks.rank, 2 * ranks.rank + 1])
-    engine = Engine(
-        policy,
-        ranks=ranks,
-        config=settings.engine.deepspeed,
-        dtype=torch.float32,
-        learning_rate=1e-3,
-        weight_decay=0.01,
-        betas=(0.9, 0.95),
-        max_grad_norm=1.0,
-    )
+def update_with_nan(ranks: Ranks, **setting: Any) -> dict[str, Any]:
+    """The first update has a NaN on rank 1, its state is gathered for a checkpoint, a sound update follows; and that one alone."""
 
-    def weights() -> torch.Tensor:
+    def weights(engine: Engine) -> torch.Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in engine.trainable.values()])
 
-    before, sound = weights(), experience.advantages.clone()
+    engine, experience, settings = start_engine(ranks, **setting)
+    before, sound = weights(engine), experience.advantages.clone()
     if ranks.rank == 1:
         experience.advantages[0, 0] = float("nan")
     skipped = update(experience, recipe=settings, engine=engine, ranks=ranks)["policy/skipped_updates"][0].item()
-    kept = torch.equal(weights(), before)
+    kept = torch.equal(weights(engine), before)
+    state = gather_state(engine)
+    blank = optimizer_steps(engine) == 0 and not any(tensor.any() for name, tensor in state.items() if name.startswith("exp_avg"))
     experience.advantages = sound
     after = update(experience, recipe=settings, engine=engine, ranks=ranks)["policy/skipped_updates"][0].item()
-    return {"skipped": skipped, "kept": kept, "after": after, "moved": not torch.equal(weights(), before), "norm": engine.grad_norm()}
+    straight, experience, settings = start_engine(ranks, **setting)
+    update(experience, recipe=settings, engine=straight, ranks=ranks)
+    return {
+        "skipped": skipped,
+        "kept": kept,
+        "blank": blank,
+        "after": after,
+        "moved": not torch.equal(weights(engine), before),
+        "same": torch.equal(weights(engine), weights(straight)),
+    }
