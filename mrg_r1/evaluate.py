@@ -16,8 +16,8 @@ from rich.progress import track
 from rich.table import Table
 
 from mrg_r1.data.loader import PromptBuilder
-from mrg_r1.engine.checkpoint import write_text_atomically
 from mrg_r1.engine.ranks import Ranks, shard
+from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import BLANK, NO_FINDING, POSITIVE, classes_of_values, values_of_classes
 from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import bootstrap_intervals

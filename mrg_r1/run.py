@@ -19,11 +19,11 @@ from mrg_r1 import rewarding
 from mrg_r1.config import Recipe, RecipeError, check_recipe, dump_recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.data.study import check_images, read_manifest
-from mrg_r1.engine.checkpoint import write_text_atomically
 from mrg_r1.engine.partition import RankPartition
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluate import evaluate, evaluation_table, short_summary, write_evaluation
+from mrg_r1.files import write_text_atomically
 from mrg_r1.policy.adapters import load_adapter, merge_adapter
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.resume import check_changes, what_rounds_otherwise

@@ -115,7 +115,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     say_resuming(run, log, record, stage=engine.stage)
     run.policy.train()
 
-    skipped_in_a_row = 0
+    skipped_in_a_row: int = record.get("skipped_in_a_row", 0)
     signals.deferring = True  # from here on a step is finished first
     for step in range(start, recipe.steps):
         if stopped is not None:
@@ -134,19 +134,26 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         # before the checkpoint: a killed run's surplus lines are cut off at resuming, missing ones would be lost
         log.log(step, metrics | clock.end_step())
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["policy/skipped_updates"] else 0
-        if skipped_in_a_row >= recipe.engine.max_skipped:
+        failing = skipped_in_a_row >= recipe.engine.max_skipped
+        signalled = any_signal(ranks.gather(signals.received))
+        if stopped is not None or signalled or failing or step + 1 == recipe.steps or (step + 1) % recipe.checkpoint.every == 0:
+            with clock.phase("checkpoint"):
+                best = {"step": step + 1, "score": None}
+                extra = {
+                    "best": best,
+                    "seconds": clock.totals,
+                    "stopped": stopped,
+                    "skipped_in_a_row": skipped_in_a_row,
+                    "recipe": recipe.model_dump(mode="json"),
+                }
+                log.sync()
+                save_checkpoint(engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep)
+        if failing:
             run.rewarding.close()
             raise NotFinite(
                 f"{skipped_in_a_row} steps in a row had a gradient that is not finite (engine.max_skipped), the last one step {step}; the "
-                "weights are as they were before them; a smaller optimizer.learning_rate or policy.dtype=float32 may help"
+                "weights are as they were before them, and in the checkpoint; a smaller optimizer.learning_rate or float32 may help"
             )
-        signalled = any_signal(ranks.gather(signals.received))
-        if stopped is not None or signalled or step + 1 == recipe.steps or (step + 1) % recipe.checkpoint.every == 0:
-            with clock.phase("checkpoint"):
-                best = {"step": step + 1, "score": None}
-                extra = {"best": best, "seconds": clock.totals, "stopped": stopped, "recipe": recipe.model_dump(mode="json")}
-                save_checkpoint(engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep)
-
         if signalled and stopped is None and step + 1 < recipe.steps:
             run.rewarding.close()
             raise Requeue(f"stopped by {signalled} after step {step + 1} of {recipe.steps}, checkpoint written")

@@ -273,6 +273,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             "recipe": recipe.model_dump(mode="json"),
         }
         kept = best["step"] if best else None
+        log.sync()
         save_checkpoint(engine, run.directory / "checkpoints", step=done, extra=extra, keep=recipe.checkpoint.keep, best=kept)
 
     signals.deferring = True  # from here on a step is finished first

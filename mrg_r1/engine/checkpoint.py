@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mrg_r1.engine.state import MOMENTS, gather_state, optimizer_steps, scatter_state
 from mrg_r1.engine.zero import Engine
+from mrg_r1.files import sync, write_text_atomically
 
 
 class CheckpointError(ValueError):
@@ -124,10 +125,10 @@ def _write(directory: Path, step: int, state: dict[str, Tensor], record: dict[st
     described = {**record, "sha256": _digest(temporary / "state.safetensors")}
     (temporary / "state.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
     for name in ("state.safetensors", "state.json"):
-        _sync(temporary / name)
+        sync(temporary / name)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
-    _sync(directory)
+    sync(directory)
     write_text_atomically(directory / "latest", target.name)
 
 
@@ -165,23 +166,6 @@ def _fault_of(path: Path) -> str | None:
     if record.get("sha256") != _digest(path / "state.safetensors"):
         return "state.safetensors is damaged (its digest is not the recorded one)"
     return None
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all, also through a crash or a full disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # lone surrogates in reports, as JSON escapes them
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    """A file or a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(path: Path) -> str:

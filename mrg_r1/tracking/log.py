@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from mrg_r1.files import write_text_atomically
+
 WandbMode = Literal["off", "offline", "online"]
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ class RunLog:
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _is_whole(line) and json.loads(line)["step"] < start_step]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            write_text_atomically(path, "".join(f"{line}\n" for line in kept))  # killed here, a run loses none of its steps
         self._file = open(path, "a", encoding="utf-8")
         if wandb_mode != "off":
             self._wandb = _start_wandb(directory, wandb_mode, wandb_project, config)
@@ -96,6 +98,11 @@ class RunLog:
         self.console.print(
             f"step {step + 1}/{self.steps}  {'  '.join(parts)}  {left // 60}:{left % 60:02d} left", highlight=False, soft_wrap=True
         )
+
+    def sync(self) -> None:
+        """Bring the steps logged so far to the disk: a checkpoint that survives a crash of the machine must not survive its metrics."""
+        if self.active:
+            os.fsync(self._file.fileno())
 
     def say(self, text: str) -> None:
         """One line on the terminal."""

@@ -97,3 +97,14 @@ def test_a_step_whose_completions_are_all_truncated_and_masked_changes_nothing(p
     pool.run("train", recipe=str(world.recipe(run)), overrides=["steps=1", "evaluation.test=false", "grpo.mask_truncated=true"])
     (row,) = metrics(run)
     assert row["groups/truncated"] == 1 and row["loss"] == 0 and row["policy/grad_norm"] == 0 and row["policy/entropy"] is None
+
+
+def test_sft_that_explodes_stops_with_a_checkpoint(pool, world, tmp_path):
+    """Weights of 1e30 give gradients that are not finite: two updates are left out on all ranks, and the third step is not begun."""
+    run = tmp_path / "run"
+    overrides = ["steps=6", "rollout.max_new_tokens=80", "optimizer.learning_rate=1e30", "engine.max_skipped=2", "evaluation.test=false"]
+    with pytest.raises(RuntimeError, match="NotFinite: 2 steps in a row had a gradient that is not finite .* the last one step 2"):
+        pool.run("sft", recipe=str(world.recipe(run)), overrides=overrides)
+    assert [row["policy/skipped_updates"] for row in metrics(run)] == [0, 1, 1]
+    state = json.loads((run / "checkpoints" / "step_3" / "state.json").read_text())
+    assert state["skipped_in_a_row"] == 2 and state["optimizer_steps"] == 1
