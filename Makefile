@@ -4,13 +4,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-control demo-seeds iu-phantom bench bench-gpu wheelhouse test test-slow test-gpu lint clean
+.PHONY: help setup demo demo-control demo-seeds iu-phantom bench bench-gpu wheelhouse soak test test-slow test-gpu lint clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SEED ?= 0
+KILLS ?= 30
 RANKS ?= 2
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 IU ?= ../shared/data/iu_xray
@@ -188,6 +189,10 @@ test-slow: $(READY)  ## tests of minutes: training a labeler, a run end to end
 
 test-gpu: $(READY)  ## what needs a CUDA device: kernels, captured graphs, bf16
 	$(BIN)/python -m pytest -m gpu
+
+soak: $(READY)  ## kill a run of two ranks 30 times (KILLS=30), each time at a random moment, and compare it with an undisturbed one
+	rm -rf runs/soak
+	$(BIN)/python -m tests.soak --kills $(KILLS) -o runs/soak
 
 lint: $(READY)  ## style, types and import rules
 	$(BIN)/ruff check .

@@ -84,6 +84,8 @@ def update_on_ranks(ranks: Ranks, *, directory: str, images: str, recipe: str, o
     """Two updates on this rank's two of the four studies; losses, gradient norms and the weights after them."""
     settings = load_recipe(Path(recipe), overrides)
     policy = fixed_policy(directory, config=settings.engine.deepspeed)
+    if settings.policy.gradient_checkpointing:
+        policy.checkpoint_gradients()
     experience = fixed_experience(policy, directory, images, [2 * ranks.rank, 2 * ranks.rank + 1])
     engine = Engine(
         policy,
@@ -158,6 +160,7 @@ def save_and_load(ranks: Ranks, *, checkpoints: str, **setting: Any) -> dict[str
         "equal": torch.equal(final, resumed),
         "note": record["note"],
         "step": record["step"],
+        "trained": final.numel(),
     }
 
 

@@ -57,7 +57,8 @@ def oracle(directory: Path, images: Path, aggregation: str) -> tuple[float, floa
 
 @pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
 def test_loss_and_gradient_are_the_same_however_the_batch_is_cut(pool, tiny_policy_directory, tmp_path, aggregation):
-    """Trap 5: two ranks of unequal token counts, a batch in one pass to one a row, ZeRO 1 and 2, against the naive pass in one process.
+    """Traps 5 and 17: two ranks of unequal token counts, a batch in one pass to one a row, ZeRO 1 to 3, with gradient checkpointing
+    and without, against the naive pass in one process.
 
     `reuse` keeps the prefill's graph: gradients gather at the prompts' states and go through them once at the end.
     """
@@ -66,15 +67,16 @@ def test_loss_and_gradient_are_the_same_however_the_batch_is_cut(pool, tiny_poli
     images = tmp_path / "images"
     loss, norm = oracle(tiny_policy_directory, images, aggregation)
     weights = []
-    cuts = [(10_000, 2, False), (70, 2, False), (1, 2, False), (10_000, 1, False), (70, 1, True), (70, 2, True), (10_000, 2, True)]
-    cuts += [(10_000, 3, False), (70, 3, False), (1, 3, False)]
-    cuts = cuts if aggregation == "grpo" else [(70, 2, False)]
-    for budget, stage, reuse in cuts:
+    cuts = [(10_000, 2, ""), (70, 2, ""), (1, 2, ""), (10_000, 1, ""), (70, 1, "reuse"), (70, 2, "reuse"), (10_000, 2, "reuse")]
+    cuts += [(10_000, 3, ""), (70, 3, ""), (1, 3, ""), (70, 2, "recompute"), (70, 3, "recompute")]
+    cuts = cuts if aggregation == "grpo" else [(70, 2, "")]
+    for budget, stage, switch in cuts:
         overrides = [
             f"engine.micro_batch_tokens={budget}",
             f"engine.deepspeed=ds_configs/zero{stage}.json",
             f"grpo.aggregation={aggregation}",
-            f"rollout.reuse_prefill={reuse}",
+            f"rollout.reuse_prefill={switch == 'reuse'}",
+            f"policy.gradient_checkpointing={switch == 'recompute'}",
         ]
         answers = pool.run(
             "update_on_ranks", directory=str(tiny_policy_directory), images=str(images), recipe=str(recipe), overrides=overrides
@@ -113,6 +115,10 @@ def test_checkpoint_resumes_every_later_loss(pool, tiny_policy_directory, tmp_pa
         assert answer["equal"] and answer["note"] == "one" and answer["step"] == 1
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_1"]
     assert not any(path.suffix in {".pt", ".pkl", ".bin"} for path in tmp_path.rglob("*"))
+    # adapters (at most fp32) with their masters and two moments; not the model, nor a share for each rank
+    size = (tmp_path / "checkpoints" / "step_1" / "state.safetensors").stat().st_size
+    for answer in answers:
+        assert answer["trained"] * (2 + 3 * 4) < size < answer["trained"] * 4 * 4 + 20_000  # bytes of names
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
