@@ -6,6 +6,7 @@ read: the key of the socket, and `state.json`, replaced whole at every change.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -19,12 +20,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from mrg_r1.reward.server import RANK_DIED
 
 RESTARTS = 3  # of one run; a service that dies again and again is not mended by a fifth start
 START_SECONDS = 900  # in which a labeler must be loaded
+_PREFIX = "mrg-r1-reward-"
 COMMAND = (sys.executable, "-m", "mrg_r1.reward.server")
 
 
@@ -77,10 +79,34 @@ def visible_device(device: str) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:"), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
-def _short_folder() -> Path:
-    """A fresh folder that this user alone can read, in TMPDIR unless that makes a socket's path too long for the system (108 bytes)."""
-    folder = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="mrg-r1-reward-", dir=folder if len(folder.encode()) < 64 else "/tmp"))
+def _short_folder() -> tuple[Path, IO[bytes]]:
+    """A fresh folder that this user alone can read, in TMPDIR unless that makes a socket's path too long for the system (108 bytes).
+
+    Folders that other runs of this user have left because they and their service were killed are removed. A run that lives holds the lock
+    in its folder, which the system gives back however the run ends.
+
+    Returns:
+        The folder, and its lock: open as long as the folder is in use.
+    """
+    temporary = tempfile.gettempdir()
+    parent = Path(temporary if len(temporary.encode()) < 64 else "/tmp")
+    for folder in parent.glob(f"{_PREFIX}*"):
+        try:
+            held = open(folder / "lock", "rb")
+        except OSError:  # another user's, or one that is only just being made
+            continue
+        with held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # in use
+                continue
+            shutil.rmtree(folder, ignore_errors=True)  # two runs may remove it at once
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    # locked under another name, so that no lock is ever seen that nobody holds yet
+    lock = open(folder / ".lock", "wb")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    os.rename(folder / ".lock", folder / "lock")
+    return folder, lock
 
 
 class Supervisor:
@@ -97,7 +123,7 @@ class Supervisor:
 
     def __init__(self, settings: ServiceSettings, *, log: Path, command: Sequence[str] = COMMAND) -> None:
         self.settings, self.log, self.command = settings, log, tuple(command)
-        self.directory = _short_folder()
+        self.directory, self._folder_lock = _short_folder()
         self._key = secrets.token_hex(32)
         descriptor = os.open(self.directory / "key", os.O_WRONLY | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "w") as file:
@@ -130,6 +156,7 @@ class Supervisor:
             self._process.kill()
         self._watcher.join()
         shutil.rmtree(self.directory, ignore_errors=True)
+        self._folder_lock.close()
 
     def _start(self) -> subprocess.Popen[str]:
         self._generation += 1

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -312,3 +313,26 @@ def test_a_failure_while_labelling_reaches_the_caller(start: Start) -> None:
         service.label(["edema"])
     assert issubclass(LabelError, RuntimeError)
     service.close()
+
+
+def test_folders_of_runs_that_were_killed_are_swept(start, tmp_path, monkeypatch):
+    """A run and its service are killed at once: nobody is left to remove their folder, until the next run starts. A living run's stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    living = start()
+    code = (
+        "import time; from tests.reward.test_client import *; s = Supervisor(settings(), log=Path('/dev/null'), command=COMMAND); s.wait()"
+    )
+    code += "; print(s.directory, ServiceState.read(s.directory).pid, flush=True); time.sleep(1000)"
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    folder, pid = killed.stdout.readline().split()
+    assert Path(folder).parent == living.directory.parent
+    os.kill(int(pid), signal.SIGSTOP)  # it would see that its parent has gone
+    killed.kill()
+    killed.wait()
+    os.kill(int(pid), signal.SIGKILL)
+    assert (Path(folder) / "key").exists()
+    another = start()
+    assert not Path(folder).exists() and living.directory.exists() and another.directory.exists()
+    assert connected(living).health().restarts == 0
