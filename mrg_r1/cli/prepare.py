@@ -24,10 +24,17 @@ def add_commands(commands: Any) -> None:
         examples="""
         mrg-r1 prepare phantom -o data/five --preset five --splits train=4000,val=256,test=512 --side 112 --seed 0
         mrg-r1 prepare phantom -o data/try --splits train=200,val=20,test=20
+        mrg-r1 prepare phantom -o data/full --preset full --side 224
         """,
     )
     add_output(phantom, "folder to write: manifest.jsonl, images/, reports.csv, labels.csv, contact_sheet.png")
-    phantom.add_argument("--preset", default="five", help="five: five findings that a small policy can see, in short reports (default)")
+    phantom.add_argument(
+        "--preset",
+        default="five",
+        metavar="five|full",
+        help="five: five findings that a small policy can see, in short reports (default). full: all 13 as often, as seldom and "
+        "together as IU X-Ray's reports say them, mild to severe, frontal and lateral, with indications and earlier studies",
+    )
     phantom.add_argument(
         "--splits",
         type=_splits,

@@ -6,12 +6,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from mrg_r1.data.progress import progress
 from mrg_r1.data.rendering import Rendering, claim_folder, render_files
-from mrg_r1.data.study import write_manifest
+from mrg_r1.data.study import read_manifest, write_manifest
 from mrg_r1.labels.observations import classes_of_values, write_labels_csv
 from mrg_r1.labels.training import write_reports_csv
-from mrg_r1.phantom.contact_sheet import contact_sheet
-from mrg_r1.phantom.sampler import PRESETS, PhantomStudy, sample_balanced, sample_study
+from mrg_r1.phantom.contact_sheet import contact_sheet, full_contact_sheet
+from mrg_r1.phantom.sampler import PRESETS, sample_balanced, sample_study
+from mrg_r1.phantom.study import PhantomStudy
 from mrg_r1.types import Study, StudyImage
 
 LABELER_TEXTS = 10_000  # reports to train a labeler on: texts are cheap, and wording this varied wants many
@@ -22,9 +24,9 @@ def write_phantoms(output: Path, *, preset: str, seed: int, side: int, splits: M
     """Write a phantom dataset; an interrupted one is taken up where it stopped.
 
     Studies are numbered through the splits in their order, so that no two splits share one. The folder receives
-    `images/SPLIT/ID.png`, `manifest.jsonl`, `contact_sheet.png`, `reports.csv` and `labels.csv` (`LABELER_TEXTS`
-    texts of no split and what they say, for `labeler train`; every other one by `sample_balanced`), `heldout_reports.csv` and
-    `heldout_labels.csv` (`HELD_OUT_TEXTS` texts in the held-out wording), and `prepare.json`, the settings.
+    `images/SPLIT/ID.png` (in `full` most often `ID-lateral.png` too), `manifest.jsonl`, `contact_sheet.png`, `reports.csv` and
+    `labels.csv` (`LABELER_TEXTS` texts of no split and what they say, for `labeler train`; every other one by `sample_balanced`),
+    `heldout_reports.csv` and `heldout_labels.csv` (`HELD_OUT_TEXTS` texts in the held-out wording), and `prepare.json`, the settings.
 
     Args:
         output: folder to write.
@@ -50,45 +52,71 @@ def write_phantoms(output: Path, *, preset: str, seed: int, side: int, splits: M
             raise ValueError(f"split {name!r}; a split's name is letters, digits, - and _ (it becomes a folder)")
         if count < 1:
             raise ValueError(f"split {name!r}: {count} studies; a split needs at least one")
-    total = sum(splits.values())
+    split_of = _numbered(preset, splits)
+    images = 2 * len(split_of) if preset == "full" else len(split_of)
     settings = {"dataset": "phantom", "preset": preset, "seed": seed, "side": side, "splits": [list(split) for split in splits.items()]}
-    claim_folder(output, settings, images=total, seed=seed, side=side)
+    claim_folder(output, settings, images=images, seed=seed, side=side)
 
     manifest = output / "manifest.jsonl"
-    split_of = [name for name, count in splits.items() for _ in range(count)]
-    paths = [output / "images" / split / f"{_study_id(index)}.png" for index, split in enumerate(split_of)]
-    if manifest.is_file() and all(path.is_file() for path in paths):
+    if manifest.is_file() and all(image.path.is_file() for study in read_manifest(manifest) for image in study.images):
         return manifest
 
-    phantoms = [sample_study(preset, seed, index) for index in range(total)]
-    renderings = [Rendering(path, tuple(phantom.drawn), phantom.index) for path, phantom in zip(paths, phantoms, strict=True)]
+    phantoms = [sample_study(preset, seed, index) for index in progress(split_of, "sampling", total=len(split_of))]
+    paths = {phantom.index: _paths(output / "images" / split_of[phantom.index], phantom) for phantom in phantoms}
+    renderings = [
+        Rendering(path, phantom.shown, phantom.index, view, phantom.patient)
+        if preset == "full"
+        else Rendering(path, phantom.drawn, phantom.index)
+        for phantom in phantoms
+        for path, view in zip(paths[phantom.index], phantom.views, strict=True)
+    ]
     render_files(renderings, seed=seed, side=side, workers=workers)
 
-    held_out = (sample_study(preset, seed, index, wording="heldout") for index in range(total, total + HELD_OUT_TEXTS))
-    start = total + HELD_OUT_TEXTS
+    start = max(split_of) + 1
+    start += start % 2 if preset == "full" else 0
+    held_out = (sample_study(preset, seed, index, wording="heldout") for index in range(start, start + HELD_OUT_TEXTS))
+    start += HELD_OUT_TEXTS
     taught = ((sample_balanced if index % 2 else sample_study)(preset, seed, index) for index in range(start, start + LABELER_TEXTS))
     _write_texts(output, "", taught)
     _write_texts(output, "heldout_", held_out)
-    contact_sheet(output / "contact_sheet.png", seed=seed)
-    write_manifest(manifest, [_study(*parts) for parts in zip(phantoms, split_of, paths, strict=True)])
+    (full_contact_sheet if preset == "full" else contact_sheet)(output / "contact_sheet.png", seed=seed)
+    write_manifest(manifest, [_study(phantom, split_of[phantom.index], paths[phantom.index]) for phantom in phantoms])
     return manifest
+
+
+def _numbered(preset: str, splits: Mapping[str, int]) -> dict[int, str]:
+    """Study number -> its split. In `full` every split begins at an even number, so that a patient's two studies share theirs."""
+    split_of: dict[int, str] = {}
+    start = 0
+    for name, count in splits.items():
+        split_of.update(dict.fromkeys(range(start, start + count), name))
+        start += count + (count % 2 if preset == "full" else 0)
+    return split_of
 
 
 def _study_id(index: int) -> str:
     return f"phantom-{index:06d}"
 
 
-def _study(phantom: PhantomStudy, split: str, path: Path) -> Study:
+def _paths(folder: Path, phantom: PhantomStudy) -> list[Path]:
+    """Where the views of a study go, the frontal one first."""
+    return [folder / f"{_study_id(phantom.index)}{'' if view == 'frontal' else f'-{view}'}.png" for view in phantom.views]
+
+
+def _study(phantom: PhantomStudy, split: str, paths: Sequence[Path]) -> Study:
     return Study(
         id=_study_id(phantom.index),
         patient_id=phantom.patient_id,
-        images=(StudyImage(path.absolute(), "frontal"),),
+        images=tuple(StudyImage(path.absolute(), view) for path, view in zip(paths, phantom.views, strict=True)),
         report=phantom.report,
         findings=phantom.report,
+        indication=phantom.indication,
+        comparison=phantom.comparison,
         split=split,
         said=tuple(phantom.said),
         drawn=tuple(phantom.drawn),
         rendered=True,
+        prior=None if phantom.prior is None else _study_id(phantom.prior),
     )
 
 

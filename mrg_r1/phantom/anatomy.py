@@ -19,7 +19,7 @@ from mrg_r1.phantom.vessels import VESSEL_VARIANTS, Floats, floats, stroke_pixel
 
 APEX = -0.80  # y of the lung apices
 WIDEST = 0.42  # y below which the rib cage stays wide
-_RIB_PITCH = 0.165  # vertical distance between ribs
+RIB_PITCH = 0.165  # vertical distance between ribs
 _TABLE = 64  # entries of the periodic rib profile
 
 
@@ -63,7 +63,7 @@ def sample_chest(rng: np.random.Generator) -> Chest:
         dome_left=dome + between(6, 0.03, 0.08),
         heart=between(7, 0.31, 0.36),
         mediastinum=between(8, 0.135, 0.16),
-        rib_phase=between(9, 0.0, _RIB_PITCH),
+        rib_phase=between(9, 0.0, RIB_PITCH),
         air=between(10, 0.43, 0.49),
         gain=between(11, 0.92, 1.05),
         gamma=between(12, 0.88, 1.15),
@@ -115,12 +115,7 @@ def build_layers(chest: Chest, side: int) -> Layers:
     Raises:
         ValueError: `side` below 32, where nothing of a chest is left to see.
     """
-    if side < 32:
-        raise ValueError(f"side {side}: a phantom radiograph needs at least 32 pixels; ask for 32 or more")
-    axis = _axis(side)
-    inverse = np.float32(1 / chest.scale)
-    y = (axis - np.float32(chest.shift_y))[:, None] * inverse
-    x = (axis[None, :] - (np.float32(chest.shift_x) + np.float32(chest.tilt) * axis[:, None])) * inverse
+    x, y = chest_axes(chest, side)
     abs_x = np.abs(x)
     abs_x_squared = x * x
     wall = _cage(chest, y) - abs_x
@@ -135,7 +130,7 @@ def build_layers(chest: Chest, side: int) -> Layers:
     soft = np.float32(0.60) + np.float32(0.13) * rise
     soft += np.float32(0.09) * ramp(below + np.float32(0.05), 0.14)
     # the chest wall is thinner, hence darker, towards the skin
-    soft -= np.float32(0.40) * _clip01((-wall - np.float32(0.02)) * np.float32(1.4))
+    soft -= np.float32(0.40) * clip01((-wall - np.float32(0.02)) * np.float32(1.4))
     soft *= _body(abs_x, y)
     layers = Layers(
         chest=chest,
@@ -145,7 +140,7 @@ def build_layers(chest: Chest, side: int) -> Layers:
         y=y,
         wall=wall,
         air=air,
-        vessels=_vessels(chest, side),
+        vessels=shifted(vessel_templates(side)[chest.vessels], chest, side),
         bone=_ribs(chest, abs_x, abs_x_squared, y, wall),
         metal=np.zeros((side, side), dtype=np.float32),
         soft=soft,
@@ -157,8 +152,23 @@ def build_layers(chest: Chest, side: int) -> Layers:
     return layers
 
 
-def expose(layers: Layers, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Layers -> the radiograph, [S, S] uint8: bright is dense."""
+def chest_axes(chest: Chest, side: int) -> tuple[Floats, Floats]:
+    """x [S, S] and y [S, 1] of every pixel in the chest's own frame.
+
+    Raises:
+        ValueError: `side` below 32.
+    """
+    if side < 32:
+        raise ValueError(f"side {side}: a phantom radiograph needs at least 32 pixels; ask for 32 or more")
+    axis = _axis(side)
+    inverse = np.float32(1 / chest.scale)
+    y = (axis - np.float32(chest.shift_y))[:, None] * inverse
+    x = (axis[None, :] - (np.float32(chest.shift_x) + np.float32(chest.tilt) * axis[:, None])) * inverse
+    return x, y
+
+
+def expose(layers: Layers, noise: Floats) -> NDArray[np.uint8]:
+    """Layers and noise [S, S] of standard deviation 1 -> the radiograph, [S, S] uint8: bright is dense."""
     chest = layers.chest
     image = layers.vessels * np.float32(0.20)
     image -= np.float32(chest.air)
@@ -169,14 +179,14 @@ def expose(layers: Layers, rng: np.random.Generator) -> NDArray[np.uint8]:
     np.clip(image, 0.02, 1.0, out=image)
     np.power(image, np.float32(chest.gamma), out=image)
     image *= np.float32(chest.gain * 255)
-    image += rng.standard_normal(image.shape, dtype=np.float32) * np.float32(chest.noise * 255)
+    image += noise * np.float32(chest.noise * 255)
     np.clip(image, 0, 255, out=image)
     return image.astype(np.uint8)
 
 
 def ramp(distance: Floats, width: float) -> Floats:
     """A soft edge: 0 below -width / 2, 1 above width / 2, linear between; same shape as `distance`."""
-    return _clip01(distance * np.float32(1 / width) + np.float32(0.5))
+    return clip01(distance * np.float32(1 / width) + np.float32(0.5))
 
 
 def stroke(layers: Layers, target: Floats, points: Floats, radius: float, value: float) -> None:
@@ -199,18 +209,19 @@ def cage_half_width(chest: Chest, y: float) -> float:
 def rib_brightness(chest: Chest, abs_x: Floats, abs_x_squared: Floats, y: Floats, drop: float = 0.0) -> Floats:
     """Posterior and anterior ribs, as if moved down by `drop`; broadcasts over its arrays, float32."""
     y = y - np.float32(drop)
-    posterior = (y - np.float32(0.50) * abs_x_squared - np.float32(chest.rib_phase)) * np.float32(_TABLE / _RIB_PITCH)
-    anterior = (y + np.float32(0.55) * abs_x - np.float32(chest.rib_phase)) * np.float32(_TABLE / (1.25 * _RIB_PITCH))
-    table = _rib_profile()
+    posterior = (y - np.float32(0.50) * abs_x_squared - np.float32(chest.rib_phase)) * np.float32(_TABLE / RIB_PITCH)
+    anterior = (y + np.float32(0.55) * abs_x - np.float32(chest.rib_phase)) * np.float32(_TABLE / (1.25 * RIB_PITCH))
+    table = rib_profile()
     # 64 periods are added, so that truncation is a floor
-    back = table[(posterior + np.float32(64 * _TABLE)).astype(np.int32) & (_TABLE - 1)]
-    front = table[(anterior + np.float32(64 * _TABLE)).astype(np.int32) & (_TABLE - 1)]
-    front *= _clip01((abs_x - np.float32(0.30)) * np.float32(4)) * np.float32(0.45)
+    back = table.take((posterior + np.float32(64 * _TABLE)).astype(np.int32) & (_TABLE - 1))
+    front = table.take((anterior + np.float32(64 * _TABLE)).astype(np.int32) & (_TABLE - 1))
+    front *= clip01((abs_x - np.float32(0.30)) * np.float32(4)) * np.float32(0.45)
     back += front
     return back
 
 
-def _clip01(values: Floats) -> Floats:
+def clip01(values: Floats) -> Floats:
+    """Between 0 and 1, in place."""
     return values.clip(np.float32(0), np.float32(1), out=values)
 
 
@@ -274,7 +285,7 @@ def _gastric_bubble(layers: Layers) -> None:
 
 def _body(abs_x: Floats, y: Floats) -> Floats:
     """1 in the body, about 0.1 in the air around neck and shoulders."""
-    shoulder = y + np.float32(0.93) - np.float32(0.42) * _clip01(abs_x - np.float32(0.34))
+    shoulder = y + np.float32(0.93) - np.float32(0.42) * clip01(abs_x - np.float32(0.34))
     neck = ramp(np.float32(0.30) - abs_x, 0.08)
     return np.float32(0.12) + np.float32(0.88) * np.maximum(ramp(shoulder, 0.10), neck)
 
@@ -284,14 +295,14 @@ def _ribs(chest: Chest, abs_x: Floats, abs_x_squared: Floats, y: Floats, wall: F
     bone *= ramp(wall + np.float32(0.045), 0.02)
     # the mediastinum hides the rib heads
     bone *= np.float32(0.25) + np.float32(0.75) * ramp(abs_x - np.float32(chest.mediastinum + 0.03), 0.16)
-    bone *= np.float32(0.15) * _clip01((np.float32(0.95) - y) * np.float32(2)) * _clip01((y + np.float32(0.86)) * np.float32(8))
+    bone *= np.float32(0.15) * clip01((np.float32(0.95) - y) * np.float32(2)) * clip01((y + np.float32(0.86)) * np.float32(8))
     # the inner rim of the ribs, seen edge-on along the chest wall
-    bone += np.float32(0.10) * _clip01(np.float32(1) - np.abs(wall + np.float32(0.02)) * np.float32(28)) * (y > APEX)
+    bone += np.float32(0.10) * clip01(np.float32(1) - np.abs(wall + np.float32(0.02)) * np.float32(28)) * (y > APEX)
     return bone
 
 
 @lru_cache(maxsize=1)
-def _rib_profile() -> Floats:
+def rib_profile() -> Floats:
     """[64] one period across a rib: a band with bright cortical edges, then the space to the next."""
     at = (np.arange(_TABLE) + 0.5) / _TABLE
     band = np.clip((0.24 - np.abs(at - 0.5)) * 18, 0, 1)
@@ -303,15 +314,14 @@ def _clavicles(layers: Layers) -> None:
     rows, columns = layers.box(-0.95, 0.95, -0.86, -0.46)
     abs_x, y = layers.abs_x[rows, columns], layers.y[rows]
     centre = np.float32(-0.53) - np.float32(0.42) * abs_x + np.float32(0.22) * abs_x * abs_x
-    band = _clip01((np.float32(0.042) - np.abs(y - centre)) * np.float32(40))
+    band = clip01((np.float32(0.042) - np.abs(y - centre)) * np.float32(40))
     band *= ramp(abs_x - np.float32(0.10), 0.04) * ramp(np.float32(0.88) - abs_x, 0.10)
     bone = layers.bone[rows, columns]
     np.maximum(bone, band * np.float32(0.15), out=bone)
 
 
-def _vessels(chest: Chest, side: int) -> Floats:
-    """[S, S] the markings template under this chest's own shift; a copy, since findings change it."""
-    template = vessel_templates(side)[chest.vessels]
+def shifted(template: Floats, chest: Chest, side: int) -> Floats:
+    """[S, S] a markings template under this chest's own shift; a copy, since findings change it."""
     margin = (template.shape[0] - side) // 2
     half = side / 2
     row = margin - int(round(chest.shift_y * half))

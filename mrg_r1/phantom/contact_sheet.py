@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
-from mrg_r1.phantom.findings import CARDIOMEGALY, EDEMA, ENLARGED_CARDIOMEDIASTINUM, SUPPORT_DEVICES, Trait, render, sample_traits
+from mrg_r1.phantom.findings import (
+    CARDIOMEGALY,
+    EDEMA,
+    ENLARGED_CARDIOMEDIASTINUM,
+    LINE,
+    SUPPORT_DEVICES,
+    Trait,
+    render,
+    sample_traits,
+)
 from mrg_r1.phantom.sampler import FIVE_FINDINGS
+from mrg_r1.phantom.views import FRONTAL, LATERAL, patient_traits, render_view
 
 _CAPTION = 16  # pixels below each picture
 _NO_SIDE = (CARDIOMEGALY, EDEMA, ENLARGED_CARDIOMEDIASTINUM)
 _EXAMPLES = (1, 1, 1, -1)
+_Cell = tuple[str, NDArray[np.uint8]]  # caption, pixels
 
 
 def contact_sheet(path: Path, *, side: int = 224, seed: int = 0, values: Sequence[int] | None = None) -> None:
@@ -32,17 +45,71 @@ def contact_sheet(path: Path, *, side: int = 224, seed: int = 0, values: Sequenc
     if not values or not set(values) <= {1, -1}:
         raise ValueError(f"values {values}: give at least one example a row, each 1 (positive) or -1 (uncertain)")
     rows: list[int | None] = [None, *FIVE_FINDINGS, *(i for i in range(NO_FINDING) if i not in FIVE_FINDINGS)]
-    sheet = Image.new("L", (side * len(values), (side + _CAPTION) * len(rows)), color=255)
-    write = ImageDraw.Draw(sheet)
+    cells: list[list[_Cell]] = []
     for r, observation in enumerate(rows):
+        row = []
         for c, value in enumerate(values):
             index = r * len(values) + c
-            drawn: list[int | None] = [None] * len(OBSERVATIONS)
-            caption = "normal"
-            if observation is not None:
-                drawn[observation] = value
-                caption = _caption(observation, value, sample_traits(seed, index)[observation])
-            sheet.paste(Image.fromarray(render(drawn, seed=seed, index=index, side=side)), (c * side, r * (side + _CAPTION)))
+            drawn = _only(observation, value)
+            caption = "normal" if observation is None else _caption(observation, value, sample_traits(seed, index)[observation])
+            row.append((caption, render(drawn, seed=seed, index=index, side=side)))
+        cells.append(row)
+    _write(path, side, cells)
+
+
+def full_contact_sheet(path: Path, *, side: int = 224, seed: int = 0) -> None:
+    """Write a PNG of preset `full`: normal studies, then each observation mild on the right and severe on the left, in both views.
+
+    Args:
+        path: where the PNG goes; its folder must exist.
+        side: pixels of each radiograph, at least 32.
+        seed: as `views.render_view`'s.
+
+    Raises:
+        ValueError: a side below 32.
+    """
+    cells: list[list[_Cell]] = []
+    for observation in (None, *range(NO_FINDING)):
+        row = []
+        for patient in _mild_and_severe(seed, observation):
+            trait = None if observation is None else patient_traits(seed, patient)[observation]
+            what = "normal" if observation is None or trait is None else _caption(observation, 1, trait)
+            for view in (FRONTAL, LATERAL):
+                pixels = render_view(_only(observation, 1), view, seed=seed, index=patient, patient=patient, side=side)
+                row.append((what if view == FRONTAL else view, pixels))
+        cells.append(row)
+    _write(path, side, cells)
+
+
+def _mild_and_severe(seed: int, observation: int | None) -> tuple[int, int]:
+    """The first patient whose trait is mild and right-sided, and the first whose is severe and left-sided, where there are sides."""
+    if observation is None:
+        return 0, 1
+    found: dict[bool, int] = {}
+    patient = 0
+    while len(found) < 2:
+        trait = patient_traits(seed, patient)[observation]
+        severe = bool(trait.kind == LINE if observation == SUPPORT_DEVICES else trait.grade > 0.8)
+        sided = observation in _NO_SIDE or trait.side == ("left" if severe else "right")
+        if sided and (severe or observation == SUPPORT_DEVICES or trait.grade < 0.2):
+            found.setdefault(severe, patient)
+        patient += 1
+    return found[False], found[True]
+
+
+def _only(observation: int | None, value: int) -> list[int | None]:
+    drawn: list[int | None] = [None] * len(OBSERVATIONS)
+    if observation is not None:
+        drawn[observation] = value
+    return drawn
+
+
+def _write(path: Path, side: int, rows: Sequence[Sequence[_Cell]]) -> None:
+    sheet = Image.new("L", (side * len(rows[0]), (side + _CAPTION) * len(rows)), color=255)
+    write = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        for c, (caption, pixels) in enumerate(row):
+            sheet.paste(Image.fromarray(pixels), (c * side, r * (side + _CAPTION)))
             write.text((c * side + 3, r * (side + _CAPTION) + side + 2), caption, fill=0)
     sheet.save(path, format="PNG")
 

@@ -6,7 +6,7 @@ report agree on it without either knowing the other. Left and right are the pati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,7 +32,7 @@ ATELECTASIS, PNEUMOTHORAX, PLEURAL_EFFUSION, PLEURAL_OTHER, FRACTURE, SUPPORT_DE
 PACEMAKER, LINE = 0, 1  # Trait.kind of Support Devices
 
 # Keys of the generators, so that no two uses of one (seed, index) share random numbers.
-TRAITS_STREAM, CHEST_STREAM, NOISE_STREAM, LABELS_STREAM, WORDING_STREAM = range(5)
+TRAITS_STREAM, CHEST_STREAM, NOISE_STREAM, LABELS_STREAM, WORDING_STREAM, PATIENT_STREAM, EXPOSURE_STREAM = range(7)
 FAINT = 0.45  # how strongly an uncertain finding (-1) is drawn
 _ZONES: dict[str, tuple[float, float]] = {"upper": (-0.50, -0.30), "mid": (-0.18, 0.02), "lower": (0.16, 0.36)}  # heights, top to bottom
 _ZONES_OF: dict[int, tuple[str, ...]] = {CONSOLIDATION: ("upper", "lower"), ATELECTASIS: ("lower",)}
@@ -68,14 +68,14 @@ def keyed_generator(seed: int, index: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index, stream])))
 
 
-def sample_traits(seed: int, index: int) -> tuple[Trait, ...]:
-    """13 traits, one an observation, whether it is drawn or not."""
+def sample_traits(seed: int, index: int, both_sides: Mapping[int, float] = _SHARE_OF_BOTH_SIDES) -> tuple[Trait, ...]:
+    """13 traits, one an observation, whether it is drawn or not; `both_sides` gives the share of findings on both sides."""
     u = keyed_generator(seed, index, TRAITS_STREAM).random((NO_FINDING, 6)).tolist()
     traits = []
     for observation in range(NO_FINDING):
         both, left, zone, grade, one, two = u[observation]
         side = "left" if left < _SHARE_OF_LEFT.get(observation, 0.5) else "right"
-        if both < _SHARE_OF_BOTH_SIDES.get(observation, 0.0):
+        if both < both_sides.get(observation, 0.0):
             side = "both"
         zones = _ZONES_OF.get(observation, tuple(_ZONES))
         kind = LINE if observation == SUPPORT_DEVICES and both > 0.55 else PACEMAKER
@@ -99,18 +99,32 @@ def render(drawn: Sequence[int | None], *, seed: int, index: int, side: int) -> 
     Raises:
         ValueError: not 14 values, another value than 1, 0, -1 and None, a negative seed or index, or a side below 32.
     """
-    strengths = _strengths(drawn)
+    strengths = strengths_of(drawn)
     traits = sample_traits(seed, index)
-    chest = sample_chest(keyed_generator(seed, index, CHEST_STREAM))
-    chest = _proportions(chest, strengths, traits)
+    chest = proportions(sample_chest(keyed_generator(seed, index, CHEST_STREAM)), strengths, traits)
     layers = build_layers(chest, side)
+    paint_frontal(layers, traits, strengths)
+    return expose(layers, keyed_generator(seed, index, NOISE_STREAM).standard_normal((side, side), dtype=np.float32))
+
+
+def paint_frontal(layers: Layers, traits: Sequence[Trait], strengths: Sequence[float]) -> None:
+    """Draw the findings into frontal layers in place.
+
+    Args:
+        traits: 13.
+        strengths: at least 13; 0 draws nothing, 1 a certain finding. What `proportions` does is not done here.
+    """
     for observation, paint in _PAINTERS.items():
         if strengths[observation] > 0:
             paint(layers, traits[observation], strengths[observation])
-    return expose(layers, keyed_generator(seed, index, NOISE_STREAM))
 
 
-def _strengths(drawn: Sequence[int | None]) -> list[float]:
+def strengths_of(drawn: Sequence[int | None]) -> list[float]:
+    """13 strengths, 1 for 1, `FAINT` for -1 and 0 for 0 and None, from 14 file values.
+
+    Raises:
+        ValueError: not 14 values, or another value than 1, 0, -1 and None.
+    """
     if len(drawn) != len(OBSERVATIONS):
         raise ValueError(f"expected {len(OBSERVATIONS)} label values, one an observation, got {len(drawn)}")
     strength_of: dict[int | None, float] = {1: 1.0, -1: FAINT, 0: 0.0, None: 0.0}
@@ -122,22 +136,23 @@ def _strengths(drawn: Sequence[int | None]) -> list[float]:
     return strengths
 
 
-def _proportions(chest: Chest, strengths: list[float], traits: tuple[Trait, ...]) -> Chest:
+def proportions(chest: Chest, strengths: Sequence[float], traits: Sequence[Trait]) -> Chest:
     """What a finding changes before anything is drawn: a large heart, a wide mediastinum, a raised dome beside collapse."""
     heart = chest.heart + strengths[CARDIOMEGALY] * (0.15 + 0.08 * traits[CARDIOMEGALY].grade)
     mediastinum = chest.mediastinum + strengths[ENLARGED_CARDIOMEDIASTINUM] * (0.12 + 0.07 * traits[ENLARGED_CARDIOMEDIASTINUM].grade)
     raised = 0.08 * strengths[ATELECTASIS]
-    on_right = -1.0 in traits[ATELECTASIS].signs
+    signs = traits[ATELECTASIS].signs
     return replace(
         chest,
         heart=heart,
         mediastinum=mediastinum,
-        dome_right=chest.dome_right - raised * on_right,
-        dome_left=chest.dome_left - raised * (not on_right),
+        dome_right=chest.dome_right - raised * (-1.0 in signs),
+        dome_left=chest.dome_left - raised * (1.0 in signs),
     )
 
 
-def _height(trait: Trait) -> float:
+def height(trait: Trait) -> float:
+    """y of a finding: somewhere in its zone."""
     top, bottom = _ZONES[trait.zone]
     return top + (bottom - top) * trait.jitter[1]
 
@@ -151,7 +166,7 @@ def _in_lung(chest: Chest, sign: float, y: float, share: float) -> float:
     return sign * (inner + (max(outer, inner + 0.05) - inner) * share)
 
 
-def _blob(layers: Layers, x: float, y: float, half_width: float, half_height: float, edge: float, depth: float) -> None:
+def blob(layers: Layers, x: float, y: float, half_width: float, half_height: float, edge: float, depth: float) -> None:
     """Take the share `depth` of the air away inside an ellipse; `edge` is the soft share of its radius."""
     rows, columns = layers.box(x - 1.3 * half_width, x + 1.3 * half_width, y - 1.3 * half_height, y + 1.3 * half_height)
     across = (layers.x[rows, columns] - np.float32(x)) * np.float32(1 / half_width)
@@ -163,15 +178,15 @@ def _blob(layers: Layers, x: float, y: float, half_width: float, half_height: fl
 def _lung_opacity(layers: Layers, trait: Trait, strength: float) -> None:
     """An ill-defined haze through which vessels stay visible."""
     for sign in trait.signs:
-        y = _height(trait)
+        y = height(trait)
         size = 0.24 + 0.06 * trait.grade
-        _blob(layers, _in_lung(layers.chest, sign, y, 0.35 + 0.3 * trait.jitter[0]), y, size, 1.1 * size, 0.9, 0.62 * strength)
+        blob(layers, _in_lung(layers.chest, sign, y, 0.35 + 0.3 * trait.jitter[0]), y, size, 1.1 * size, 0.9, 0.62 * strength)
 
 
 def _lung_lesion(layers: Layers, trait: Trait, strength: float) -> None:
     """A round, sharply bounded, dense nodule or mass."""
     for sign in trait.signs:
-        y = _height(trait)
+        y = height(trait)
         radius = 0.14 + 0.07 * trait.grade
         x = _in_lung(layers.chest, sign, y, 0.40 + 0.25 * trait.jitter[0])
         rows, columns = layers.box(x - 1.2 * radius, x + 1.2 * radius, y - 1.2 * radius, y + 1.2 * radius)
@@ -220,11 +235,11 @@ def _pneumonia(layers: Layers, trait: Trait, strength: float) -> None:
     """Patchy, confluent, fluffy densities in one zone."""
     offsets = ((-0.15, -0.07), (0.04, -0.17), (0.15, 0.01), (-0.06, 0.11), (0.10, 0.19))
     for sign in trait.signs:
-        y = _height(trait)
+        y = height(trait)
         x = _in_lung(layers.chest, sign, y, 0.45)
         for patch, (across, down) in enumerate(offsets):
             size = 0.065 + 0.025 * ((patch + trait.jitter[0]) % 1.7) + 0.012 * trait.grade
-            _blob(layers, x + across, y + down, size * 1.1, size, 0.55, 0.74 * strength)
+            blob(layers, x + across, y + down, size * 1.1, size, 0.55, 0.74 * strength)
 
 
 def _atelectasis(layers: Layers, trait: Trait, strength: float) -> None:

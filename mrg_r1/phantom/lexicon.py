@@ -7,7 +7,7 @@ measures reading, not memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mrg_r1.phantom.findings import (
     ATELECTASIS,
@@ -63,11 +63,29 @@ class Vocabulary:
     clauses: tuple[Clause, ...] = ()
 
 
-def _names(*singular: str, countable: bool = True, sides: bool = True) -> tuple[Noun, ...]:
+def names(*singular: str, countable: bool = True, sides: bool = True) -> tuple[Noun, ...]:
+    """Nouns whose plural, if countable, takes an s."""
     return tuple(Noun(name, name + "s" if countable else "", countable, sides) for name in singular)
 
 
-_MASS = _names("edema", "pulmonary edema", countable=False, sides=False)
+@dataclass(frozen=True)
+class Lexicon:
+    """All words and frames of a preset. Dictionaries of frames go by split, then, where values differ, by value."""
+
+    vocabulary: dict[int, Vocabulary]
+    noun_frames: dict[str, dict[int, tuple[str, ...]]]
+    clause_frames: dict[str, dict[int, tuple[str, ...]]]
+    pair_frames: dict[str, tuple[str, ...]]
+    normal: dict[str, tuple[str, ...]]
+    triple_frames: dict[str, tuple[str, ...]] = field(default_factory=dict)  # {a}, {b}, {c}; may be empty
+    change_frames: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)  # by split and NEW or UNCHANGED
+    lung_places: tuple[str, ...] = ("{side} {zone} lung",)
+
+
+NEW, UNCHANGED = "new", "unchanged"  # against the patient's earlier study
+
+
+_MASS = names("edema", "pulmonary edema", countable=False, sides=False)
 _DEVICES = (
     Noun("pacemaker", "pacemakers", kind=PACEMAKER),
     Noun("pacemaker and lead", kind=PACEMAKER),
@@ -77,14 +95,14 @@ _DEVICES = (
 
 VOCABULARY: dict[int, Vocabulary] = {
     ENLARGED_CARDIOMEDIASTINUM: Vocabulary(
-        nouns=_names("mediastinal widening", countable=False, sides=False),
-        absent_nouns=_names("mediastinal widening", countable=False, sides=False),
+        nouns=names("mediastinal widening", countable=False, sides=False),
+        absent_nouns=names("mediastinal widening", countable=False, sides=False),
         sizes=("mild", "moderate", "severe"),
         clauses=(Clause("the mediastinum", "widened", "normal in width"), Clause("the mediastinum", "wide", "not widened")),
     ),
     CARDIOMEGALY: Vocabulary(
-        nouns=_names("cardiomegaly", "cardiac enlargement", countable=False, sides=False),
-        absent_nouns=_names("cardiomegaly", "cardiac enlargement", countable=False, sides=False),
+        nouns=names("cardiomegaly", "cardiac enlargement", countable=False, sides=False),
+        absent_nouns=names("cardiomegaly", "cardiac enlargement", countable=False, sides=False),
         sizes=("mild", "moderate", "severe"),
         clauses=(
             Clause("the heart", "enlarged", "normal in size"),
@@ -93,58 +111,58 @@ VOCABULARY: dict[int, Vocabulary] = {
         ),
     ),
     LUNG_OPACITY: Vocabulary(
-        nouns=(*_names("hazy opacity"), Noun("opacity", "opacities")),
+        nouns=(*names("hazy opacity"), Noun("opacity", "opacities")),
         absent_nouns=(Noun("opacity", "opacities"), Noun("lung opacity", "lung opacities")),
         lung_zone=True,
         clauses=(Clause("the {side} lung", "hazy", "clear", "the lungs"),),
     ),
     LUNG_LESION: Vocabulary(
-        nouns=(*_names("nodule", "lung nodule"), Noun("mass", "masses", smallest=0.6)),
-        absent_nouns=(*_names("nodule", "lung nodule"), Noun("mass", "masses")),
+        nouns=(*names("nodule", "lung nodule"), Noun("mass", "masses", smallest=0.6)),
+        absent_nouns=(*names("nodule", "lung nodule"), Noun("mass", "masses")),
         sizes=("small", "", "large"),
         lung_zone=True,
     ),
     EDEMA: Vocabulary(nouns=_MASS, absent_nouns=_MASS, sizes=("mild", "moderate", "severe")),
     CONSOLIDATION: Vocabulary(
-        nouns=_names("consolidation", "airspace consolidation", countable=False),
-        absent_nouns=_names("consolidation", "airspace consolidation", countable=False),
+        nouns=names("consolidation", "airspace consolidation", countable=False),
+        absent_nouns=names("consolidation", "airspace consolidation", countable=False),
         lung_zone=True,
         clauses=(Clause("the {side} lung", "consolidated", ""),),
     ),
     PNEUMONIA: Vocabulary(
-        nouns=_names("pneumonia", "infectious infiltrate", countable=False),
-        absent_nouns=_names("pneumonia", "infectious infiltrate", countable=False),
+        nouns=names("pneumonia", "infectious infiltrate", countable=False),
+        absent_nouns=names("pneumonia", "infectious infiltrate", countable=False),
         lung_zone=True,
     ),
     ATELECTASIS: Vocabulary(
-        nouns=_names("atelectasis", "linear atelectasis", countable=False),
-        absent_nouns=_names("atelectasis", "collapse", countable=False),
+        nouns=names("atelectasis", "linear atelectasis", countable=False),
+        absent_nouns=names("atelectasis", "collapse", countable=False),
         sizes=("mild", "", ""),
         lung_zone=True,
     ),
     PNEUMOTHORAX: Vocabulary(
-        nouns=_names("pneumothorax"),
-        absent_nouns=_names("pneumothorax"),
+        nouns=names("pneumothorax"),
+        absent_nouns=names("pneumothorax"),
         sizes=("small", "moderate", "large"),
     ),
     PLEURAL_EFFUSION: Vocabulary(
-        nouns=_names("pleural effusion", "effusion"),
-        absent_nouns=_names("pleural effusion", "effusion"),
+        nouns=names("pleural effusion", "effusion"),
+        absent_nouns=names("pleural effusion", "effusion"),
         sizes=("small", "moderate", "large"),
         clauses=(Clause("the {side} costophrenic angle", "blunted", "sharp", "the costophrenic angles"),),
     ),
     PLEURAL_OTHER: Vocabulary(
-        nouns=_names("pleural thickening", "pleural scarring", countable=False),
-        absent_nouns=_names("pleural thickening", "pleural scarring", countable=False),
+        nouns=names("pleural thickening", "pleural scarring", countable=False),
+        absent_nouns=names("pleural thickening", "pleural scarring", countable=False),
     ),
     FRACTURE: Vocabulary(
-        nouns=_names("rib fracture", "fracture"),
-        absent_nouns=_names("rib fracture", "fracture"),
+        nouns=names("rib fracture", "fracture"),
+        absent_nouns=names("rib fracture", "fracture"),
         clauses=(Clause("a {side} rib", "broken", "intact", "the ribs"),),
     ),
     SUPPORT_DEVICES: Vocabulary(
         nouns=_DEVICES,
-        absent_nouns=(*_names("support device", "device"), Noun("pacemaker", "pacemakers")),
+        absent_nouns=(*names("support device", "device"), Noun("pacemaker", "pacemakers")),
     ),
 }
 
@@ -205,6 +223,8 @@ NORMAL: dict[str, tuple[str, ...]] = {
     "heldout": ("There is no acute cardiopulmonary abnormality.", "No acute abnormality.", "The chest is normal."),
 }
 
+FIVE = Lexicon(VOCABULARY, NOUN_FRAMES, CLAUSE_FRAMES, PAIR_FRAMES, NORMAL)
+
 THINK: dict[int, tuple[str, str, str]] = {
     # name, positive, negative; uncertain is "possible" for all
     ENLARGED_CARDIOMEDIASTINUM: ("mediastinum", "wide", "normal"),
@@ -237,3 +257,4 @@ ORDER = (  # how a report goes through a chest: heart, lungs, pleura, bones, dev
     FRACTURE,
     SUPPORT_DEVICES,
 )
+IN_LUNG = (LUNG_LESION, EDEMA, CONSOLIDATION, PNEUMONIA, ATELECTASIS, PNEUMOTHORAX, PLEURAL_EFFUSION)

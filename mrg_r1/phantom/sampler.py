@@ -1,13 +1,11 @@
 """One phantom study from (preset, seed, index): labels first, then what is said of them, then the words.
 
-Nothing here draws: `findings.render` takes `drawn` with the same seed and index. Truth (`drawn`) and text (`said`) are kept
-apart, because a report is silent, unsure or shorter than the truth, and metrics are given against each.
+Nothing here draws: `findings.render` takes `drawn` with the same seed and index, and `views.render_view` `shown`. Truth (`drawn`)
+and text (`said`) are kept apart, because a report is silent, unsure or shorter than the truth, and metrics are given against each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -26,9 +24,12 @@ from mrg_r1.phantom.findings import (
     keyed_generator,
     sample_traits,
 )
+from mrg_r1.phantom.full import balanced_full, sample_full
+from mrg_r1.phantom.lexicon import SPLITS
+from mrg_r1.phantom.study import PhantomStudy, no_finding
 from mrg_r1.phantom.wording import write_report
 
-PRESETS: tuple[str, ...] = ("five",)
+PRESETS: tuple[str, ...] = ("five", "full")
 FIVE_FINDINGS: tuple[int, ...] = (CARDIOMEGALY, LUNG_LESION, PNEUMOTHORAX, PLEURAL_EFFUSION, SUPPORT_DEVICES)
 
 _PREVALENCE = 0.35  # of each of the five
@@ -36,6 +37,7 @@ _SAID_POSITIVE, _SAID_UNCERTAIN = 0.93, 0.05  # of the findings that are there; 
 _SAID_NEGATIVE = 0.85  # of the findings that are not there; the rest is silence
 _STATES: tuple[int | None, ...] = (1, 0, -1, None)
 _STATE_SHARES = (0.30, 0.30, 0.25, 0.15)  # of `sample_balanced`
+_FULL_STATE_SHARES = (0.14, 0.26, 0.12, 0.48)  # the same for 13 findings, which all together would make an endless report
 # Correlations of the latent normal variables, ours: mild versions of what goes together in hospital series.
 _CORRELATIONS: dict[tuple[int, int], float] = {
     (CARDIOMEGALY, PLEURAL_EFFUSION): 0.40,
@@ -46,24 +48,14 @@ _CORRELATIONS: dict[tuple[int, int], float] = {
 }
 
 
-@dataclass(frozen=True)
-class PhantomStudy:
-    """One study without its image. Label values are 1, 0, -1 or None, in CheXbert's order of 14."""
-
-    index: int
-    drawn: tuple[int | None, ...]  # 14: 1 or 0, the truth; No Finding 1 or None
-    said: tuple[int | None, ...]  # 14: what the report says; observations outside the preset are not spoken of
-    report: str
-    patient_id: str  # one patient a study
-
-
 def sample_study(preset: str, seed: int, index: int, *, wording: str = "train") -> PhantomStudy:
     """Study `index` of the endless data set (`preset`, `seed`).
 
     Args:
-        preset: "five": five findings, each in 35 % of studies, in reports of at most 45 words.
+        preset: "five": five findings, each in 35 % of studies, in reports of at most 45 words, one frontal view, one study a
+            patient. "full": all 13 with the rates of IU X-Ray, as `full` tells.
         seed: 0 or greater.
-        index: 0 or greater; studies do not depend on each other.
+        index: 0 or greater; studies do not depend on each other, but for the second of a patient of "full".
         wording: "train", "heldout" or "all", as `wording.write_report`'s; it changes the report alone.
 
     Returns:
@@ -74,6 +66,10 @@ def sample_study(preset: str, seed: int, index: int, *, wording: str = "train") 
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}; allowed are {', '.join(PRESETS)}")
+    if wording not in (*SPLITS, "all"):
+        raise ValueError(f"wording {wording!r}; allowed are {', '.join(SPLITS)} and all")
+    if preset == "full":
+        return sample_full(seed, index, wording=wording)
     rng = keyed_generator(seed, index, LABELS_STREAM)
     # Gaussian copula: exact prevalences, chosen correlations
     latent = _copula() @ rng.standard_normal(len(FIVE_FINDINGS))
@@ -88,38 +84,36 @@ def sample_study(preset: str, seed: int, index: int, *, wording: str = "train") 
 
 
 def sample_balanced(preset: str, seed: int, index: int, *, wording: str = "train") -> PhantomStudy:
-    """A report for training a labeler, whose findings are said positive, negative, uncertain or not at all about equally often.
+    """A report for training a labeler, whose findings are said positive, negative, uncertain or not at all often enough.
 
     Uncertain statements are one in fifty findings of `sample_study`: too few to learn to read them from. There is no truth behind
     these texts, so `drawn` says of each finding what the text says, an uncertain one counting as drawn.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}; allowed are {', '.join(PRESETS)}")
-    choices = keyed_generator(seed, index, LABELS_STREAM).choice(len(_STATES), size=len(FIVE_FINDINGS), p=_STATE_SHARES)
+    spoken, shares = (range(NO_FINDING), _FULL_STATE_SHARES) if preset == "full" else (FIVE_FINDINGS, _STATE_SHARES)
+    choices = keyed_generator(seed, index, LABELS_STREAM).choice(len(_STATES), size=len(spoken), p=shares)
     said: list[int | None] = [None] * NO_FINDING
-    for observation, state in zip(FIVE_FINDINGS, choices, strict=True):
+    for observation, state in zip(spoken, choices, strict=True):
         said[observation] = _STATES[state]
+    if preset == "full":
+        return balanced_full(seed, index, said, wording=wording)
     drawn: list[int | None] = [int(value in (1, -1)) for value in said]
     return _spoken(drawn, said, seed, index, wording)
 
 
 def _spoken(drawn: list[int | None], said: list[int | None], seed: int, index: int, wording: str) -> PhantomStudy:
     """The study of 13 drawn and 13 said values, with No Finding and the words."""
-    drawn.append(_no_finding(drawn))
-    said.append(_no_finding(said))
+    drawn.append(no_finding(drawn))
+    said.append(no_finding(said))
     report = write_report(said, sample_traits(seed, index), keyed_generator(seed, index, WORDING_STREAM), wording=wording)
-    return PhantomStudy(index, tuple(drawn), tuple(said), report, f"phantom-{seed}-{index:06d}")
+    return PhantomStudy(index, tuple(drawn), tuple(said), report, f"phantom-{seed}-{index:06d}", index)
 
 
 def _say(present: bool, u: float) -> int | None:
     if present:
         return 1 if u < _SAID_POSITIVE else -1 if u < _SAID_POSITIVE + _SAID_UNCERTAIN else None
     return 0 if u < _SAID_NEGATIVE else None
-
-
-def _no_finding(values: Sequence[int | None]) -> int | None:
-    """CheXbert's rule: 1 where none of the 13 but Support Devices is positive or uncertain, else blank."""
-    return None if any(value in (1, -1) for i, value in enumerate(values) if i != SUPPORT_DEVICES) else 1
 
 
 @lru_cache(maxsize=1)

@@ -48,23 +48,34 @@ def bezier(points: list[tuple[float, float]], count: int = 32) -> Floats:
 @lru_cache(maxsize=8)
 def vessel_templates(side: int) -> tuple[Floats, ...]:
     """Lung markings at one size: vessels branching from the hila, and a faint texture. Made once a size, the same everywhere."""
-    margin = int(np.ceil(_MARGIN * side / 2))
-    full = side + 2 * margin
     templates = []
     for variant in range(VESSEL_VARIANTS):
         rng = np.random.default_rng([20251216, variant])
-        layer = np.zeros((full, full), dtype=np.float32)
-        for lateral in (-1.0, 1.0):
-            hilum = (lateral * 0.20, -0.02 if lateral > 0 else 0.03)
-            for angle in np.linspace(-1.35, 1.35, 8) + rng.uniform(-0.16, 0.16, 8):
-                _vessel(layer, rng, hilum, lateral, float(angle), 0.55, 0.012, side, margin)
-            hub = floats([[hilum[0], hilum[1] - 0.08], [hilum[0] + 0.02 * lateral, hilum[1] + 0.10]])
-            stroke_pixels(layer, _template_pixels(hub, side, margin), 0.045 * side / 2, 0.6)
-        coarse = rng.standard_normal((full // 4 + 2, full // 4 + 2)).astype(np.float32)
-        texture = np.kron(coarse, np.ones((4, 4), dtype=np.float32))[:full, :full]
-        layer = _blur(layer, max(1, round(side / 160))) + 0.10 * _blur(texture, 3)
-        templates.append(layer.astype(np.float32))
+        templates.append(_template(side, rng, [(lateral, (lateral * 0.20, -0.02 if lateral > 0 else 0.03)) for lateral in (-1.0, 1.0)]))
     return tuple(templates)
+
+
+@lru_cache(maxsize=8)
+def lateral_vessel_templates(side: int) -> tuple[Floats, ...]:
+    """Lung markings of the lateral view: both hila lie over each other, behind the chest's middle."""
+    hila = [(-1.0, (0.04, -0.02)), (1.0, (0.12, 0.02))]
+    return tuple(_template(side, np.random.default_rng([20251217, variant]), hila) for variant in range(VESSEL_VARIANTS))
+
+
+def _template(side: int, rng: np.random.Generator, hila: list[tuple[float, tuple[float, float]]]) -> Floats:
+    """Vessels fanning out from each hilum (direction of growth along x, position), and texture; [S + margins, S + margins]."""
+    margin = int(np.ceil(_MARGIN * side / 2))
+    full = side + 2 * margin
+    layer = np.zeros((full, full), dtype=np.float32)
+    for lateral, hilum in hila:
+        for angle in np.linspace(-1.35, 1.35, 8) + rng.uniform(-0.16, 0.16, 8):
+            _vessel(layer, rng, hilum, lateral, float(angle), 0.55, 0.012, side, margin)
+        hub = floats([[hilum[0], hilum[1] - 0.08], [hilum[0] + 0.02 * lateral, hilum[1] + 0.10]])
+        stroke_pixels(layer, _template_pixels(hub, side, margin), 0.045 * side / 2, 0.6)
+    coarse = rng.standard_normal((full // 4 + 2, full // 4 + 2)).astype(np.float32)
+    texture = np.kron(coarse, np.ones((4, 4), dtype=np.float32))[:full, :full]
+    layer = _blur(layer, max(1, round(side / 160))) + 0.10 * _blur(texture, 3)
+    return layer.astype(np.float32)
 
 
 def _vessel(

@@ -11,19 +11,8 @@ from typing import TypeVar
 import numpy as np
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
-from mrg_r1.phantom.findings import SUPPORT_DEVICES, Trait
-from mrg_r1.phantom.lexicon import (
-    CLAUSE_FRAMES,
-    NORMAL,
-    NOUN_FRAMES,
-    ORDER,
-    PAIR_FRAMES,
-    SPLITS,
-    THINK,
-    VOCABULARY,
-    Clause,
-    Noun,
-)
+from mrg_r1.phantom.findings import LUNG_OPACITY, SUPPORT_DEVICES, Trait
+from mrg_r1.phantom.lexicon import FIVE, IN_LUNG, NEW, ORDER, SPLITS, THINK, UNCHANGED, Clause, Lexicon, Noun, Vocabulary
 
 __all__ = ["SPLITS", "think_text", "vocabulary_texts", "write_report"]
 T = TypeVar("T")
@@ -32,7 +21,15 @@ _BEFORE, _AFTER, _NOWHERE = "before", "after", "nowhere"  # where a sentence say
 _SAMPLES = (("upper", 0.1), ("mid", 0.5), ("lower", 0.9))  # zones and grades that bring out every word
 
 
-def write_report(said: Sequence[int | None], traits: Sequence[Trait], rng: np.random.Generator, *, wording: str = "train") -> str:
+def write_report(
+    said: Sequence[int | None],
+    traits: Sequence[Trait],
+    rng: np.random.Generator,
+    *,
+    wording: str = "train",
+    lexicon: Lexicon = FIVE,
+    earlier: Sequence[int | None] | None = None,
+) -> str:
     """A report that says exactly `said`.
 
     Args:
@@ -41,6 +38,9 @@ def write_report(said: Sequence[int | None], traits: Sequence[Trait], rng: np.ra
         traits: 13, from `findings.sample_traits`; only the words for side, zone, size and device depend on them.
         rng: every choice of words and order.
         wording: "train", "heldout" or "all" (each sentence from either).
+        lexicon: the preset's words.
+        earlier: 14 file values that the report of the patient's earlier study said, or None where there is none. A positive finding
+            may then be called unchanged (it was said, and the traits are a patient's, so it is) or new (it was denied).
 
     Returns:
         Sentences separated by one space, each ending in a full stop.
@@ -53,6 +53,7 @@ def write_report(said: Sequence[int | None], traits: Sequence[Trait], rng: np.ra
     if wording not in (*SPLITS, "all"):
         raise ValueError(f"wording {wording!r}; allowed are {', '.join(SPLITS)} and all")
     order = [observation for observation in ORDER if said[observation] is not None]
+    vocabulary = lexicon.vocabulary
     if len(order) > 1 and rng.random() < 0.3:
         at = int(rng.integers(len(order) - 1))
         order[at], order[at + 1] = order[at + 1], order[at]
@@ -62,14 +63,36 @@ def write_report(said: Sequence[int | None], traits: Sequence[Trait], rng: np.ra
     while order:
         split = _split(rng, wording)
         observation = order.pop(0)
-        partner = next((other for other in order if said[other] == 0), None)
-        if said[observation] == 0 and partner is not None and rng.random() < 0.4:
-            order.remove(partner)
-            sentences.append(_pair_sentence(_pick(rng, PAIR_FRAMES[split]), _absent_noun(rng, observation), _absent_noun(rng, partner)))
+        partners = [other for other in order if said[other] == 0] if said[observation] == 0 else []
+        if len(partners) > 1 and split in lexicon.triple_frames and rng.random() < 0.5:
+            together = (observation, *partners[:2])
+            sentences.append(
+                _list_sentence(_pick(rng, lexicon.triple_frames[split]), *(_absent_noun(rng, vocabulary[o]) for o in together))
+            )
+            order = [other for other in order if other not in together]
+        elif partners and rng.random() < 0.4:
+            order.remove(partners[0])
+            frame = _pick(rng, lexicon.pair_frames[split])
+            sentences.append(_list_sentence(frame, *(_absent_noun(rng, vocabulary[o]) for o in (observation, partners[0]))))
         else:
-            sentences.append(_sentence(observation, said[observation] or 0, traits[observation], split, rng, first=not sentences))
+            # lungs with something in them are not called clear
+            plain = observation == LUNG_OPACITY and said[observation] == 0 and any(said[other] in (1, -1) for other in IN_LUNG)
+            change = _change(said[observation], earlier[observation]) if earlier is not None else ""
+            sentences.append(
+                _sentence(
+                    lexicon,
+                    observation,
+                    said[observation] or 0,
+                    traits[observation],
+                    split,
+                    rng,
+                    first=not sentences,
+                    change=change,
+                    plain=plain,
+                )
+            )
     if said[NO_FINDING] == 1 and (not sentences or rng.random() < 0.35):
-        frames = NORMAL[_split(rng, wording)]
+        frames = lexicon.normal[_split(rng, wording)]
         if said[SUPPORT_DEVICES]:
             frames = tuple(frame for frame in frames if "abnormality" in frame)  # a chest with a device in it is not called normal
         sentences.insert(0 if rng.random() < 0.5 else len(sentences), _pick(rng, frames))
@@ -99,9 +122,9 @@ def think_text(said: Sequence[int | None], preset_observations: Sequence[int]) -
     return "; ".join(thoughts) or _NOTHING_TOTHINK
 
 
-def vocabulary_texts() -> list[str]:
+def vocabulary_texts(lexicon: Lexicon = FIVE) -> list[str]:
     """Sentences of every frame of both splits with every noun, and think texts: what a tokenizer is trained on."""
-    texts = list(dict.fromkeys(sentence for split in SPLITS for sentence in _all_sentences(split)))
+    texts = list(dict.fromkeys(sentence for split in SPLITS for sentence in _all_sentences(lexicon, split)))
     for value in (1, 0, -1):
         for observation in range(NO_FINDING):
             said: list[int | None] = [value] * NO_FINDING + [None]
@@ -110,25 +133,29 @@ def vocabulary_texts() -> list[str]:
     return texts
 
 
-def _all_sentences(split: str) -> Iterator[str]:
-    yield from NORMAL[split]
+def _all_sentences(lexicon: Lexicon, split: str) -> Iterator[str]:
+    yield from lexicon.normal[split]
     traits = [Trait(side, zone, grade, 0, (0.0, 0.0)) for side in ("left", "right", "both") for zone, grade in _SAMPLES]
-    for observation, words in VOCABULARY.items():
-        for value, frames in NOUN_FRAMES[split].items():
+    for observation, words in lexicon.vocabulary.items():
+        of_value = [*lexicon.noun_frames[split].items(), *((1, frames) for frames in lexicon.change_frames.get(split, {}).values())]
+        for value, frames in of_value:
             for frame in frames:
                 for noun in words.nouns if value else words.absent_nouns:
                     for place in (_BEFORE, _AFTER, _NOWHERE) if value else (_NOWHERE,):
                         for trait in traits if value else traits[:1]:
-                            yield _noun_sentence(frame, observation, noun, trait, place=place, sized=value == 1 and place != _AFTER)
+                            for lung in lexicon.lung_places if words.lung_zone and place != _NOWHERE else lexicon.lung_places[:1]:
+                                yield _noun_sentence(
+                                    frame, words, noun, trait, place=place, sized=value == 1 and place != _AFTER, lung=lung
+                                )
         for value in (1, 0, -1):
             for trait in traits:
-                for clause in _clauses(observation, value, trait):
-                    for frame in _clause_frames(split, clause, value):
-                        yield _clause_sentence(frame, clause, value, trait, adverb=_adverb(observation, trait))
-        for other in VOCABULARY:
+                for clause in _clauses(words, value, trait):
+                    for frame in _clause_frames(lexicon, split, clause, value):
+                        yield _clause_sentence(frame, clause, value, trait, adverb=_adverb(words, trait))
+        for other in lexicon.vocabulary:
             if other != observation:
-                for frame in PAIR_FRAMES[split]:
-                    yield _pair_sentence(frame, words.absent_nouns[0], VOCABULARY[other].absent_nouns[-1])
+                for frame in (*lexicon.pair_frames[split], *lexicon.triple_frames.get(split, ())):
+                    yield _list_sentence(frame, words.absent_nouns[0], lexicon.vocabulary[other].absent_nouns[-1], words.absent_nouns[-1])
 
 
 def _split(rng: np.random.Generator, wording: str) -> str:
@@ -139,62 +166,85 @@ def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
-def _absent_noun(rng: np.random.Generator, observation: int) -> Noun:
-    return _pick(rng, VOCABULARY[observation].absent_nouns)
+def _absent_noun(rng: np.random.Generator, words: Vocabulary) -> Noun:
+    return _pick(rng, words.absent_nouns)
 
 
-def _sentence(observation: int, value: int, trait: Trait, split: str, rng: np.random.Generator, *, first: bool) -> str:
-    """One sentence that says `value` (1, 0 or -1) of `observation`."""
-    clauses = _clauses(observation, value, trait)
-    if clauses and rng.random() < 0.45:
+def _change(value: int | None, before: int | None) -> str:
+    """What may be said of a finding against the earlier report, or nothing."""
+    if value != 1:
+        return ""
+    return UNCHANGED if before == 1 else NEW if before == 0 else ""
+
+
+def _sentence(
+    lexicon: Lexicon,
+    observation: int,
+    value: int,
+    trait: Trait,
+    split: str,
+    rng: np.random.Generator,
+    *,
+    first: bool,
+    change: str,
+    plain: bool,
+) -> str:
+    """One sentence that says `value` (1, 0 or -1) of `observation`; `plain`: with a noun, not a clause."""
+    words = lexicon.vocabulary[observation]
+    changed = bool(change) and rng.random() < 0.7
+    clauses = _clauses(words, value, trait)
+    if not plain and not changed and clauses and rng.random() < 0.45:
         clause = _pick(rng, clauses)
-        adverb = _adverb(observation, trait) if rng.random() < 0.4 else ""
-        return _clause_sentence(_pick(rng, _clause_frames(split, clause, value)), clause, value, trait, adverb=adverb)
-    frame = _pick(rng, [frame for frame in NOUN_FRAMES[split][value] if not (first and "also" in frame.lower())])
+        adverb = _adverb(words, trait) if rng.random() < 0.4 else ""
+        return _clause_sentence(_pick(rng, _clause_frames(lexicon, split, clause, value)), clause, value, trait, adverb=adverb)
+    frames = lexicon.change_frames[split][change] if changed else lexicon.noun_frames[split][value]
+    frame = _pick(rng, [frame for frame in frames if not (first and "also" in frame.lower())])
     if value == 0:
-        return _noun_sentence(frame, observation, _absent_noun(rng, observation), trait)
-    fitting = [noun for noun in VOCABULARY[observation].nouns if trait.grade >= noun.smallest and noun.kind in (None, trait.kind)]
+        return _noun_sentence(frame, words, _absent_noun(rng, words), trait)
+    fitting = [noun for noun in words.nouns if trait.grade >= noun.smallest and noun.kind in (None, trait.kind)]
     place = _pick(rng, (_BEFORE, _BEFORE, _AFTER, _NOWHERE))
     # a size and a place after the noun together would make sentences too long for a small policy
     sized = value == 1 and place != _AFTER and rng.random() < 0.5
-    return _noun_sentence(frame, observation, _pick(rng, fitting), trait, place=place, sized=sized)
+    lung = lexicon.lung_places[0] if len(lexicon.lung_places) == 1 else _pick(rng, lexicon.lung_places)
+    return _noun_sentence(frame, words, _pick(rng, fitting), trait, place=place, sized=sized, lung=lung)
 
 
-def _noun_sentence(frame: str, observation: int, noun: Noun, trait: Trait, *, place: str = _NOWHERE, sized: bool = False) -> str:
+def _noun_sentence(
+    frame: str, words: Vocabulary, noun: Noun, trait: Trait, *, place: str = _NOWHERE, sized: bool = False, lung: str = "{side} {zone} lung"
+) -> str:
     both = trait.side == "both"
-    if not noun.sides or (both and not noun.plural):
+    if not noun.sides or (both and noun.countable and not noun.plural):
         place = _NOWHERE
-    in_lung = VOCABULARY[observation].lung_zone
-    many = both and place != _NOWHERE
+    many = both and place != _NOWHERE and noun.countable
     name = noun.plural if many else noun.singular
-    words = [_size(observation, trait)] if sized else []
+    before = [_size(words, trait)] if sized else []
+    site = lung.format(side=trait.side, zone=trait.zone) if words.lung_zone else trait.side
     where = ""
     if place == _BEFORE:
-        words.append("bilateral" if both else f"{trait.side} {trait.zone} lung" if in_lung else trait.side)
-        name = name.removeprefix("lung ") if in_lung else name
+        before.append("bilateral" if both else site)
+        name = name.removeprefix("lung ") if words.lung_zone else name
     elif place == _AFTER:
-        where = " on both sides" if both else f" in the {trait.side} {trait.zone} lung" if in_lung else f" on the {trait.side}"
-    phrase = " ".join(word for word in (*words, name) if word)
+        where = " on both sides" if both else f" in the {site}" if words.lung_zone else f" on the {site}"
+    phrase = " ".join(word for word in (*before, name) if word)
     with_article = phrase if many or not noun.countable else _with_article(phrase)
     return _finish(frame.format(np=phrase, NP=with_article, where=where, be="are" if many else "is"))
 
 
-def _pair_sentence(frame: str, a: Noun, b: Noun) -> str:
-    return _finish(frame.format(a=a.singular, b=b.singular))
+def _list_sentence(frame: str, *nouns: Noun) -> str:
+    return _finish(frame.format(**{letter: noun.singular for letter, noun in zip("abc", nouns, strict=False)}))
 
 
-def _clauses(observation: int, value: int, trait: Trait) -> list[Clause]:
+def _clauses(words: Vocabulary, value: int, trait: Trait) -> list[Clause]:
     """The clauses that can say `value`; one that names a side cannot speak of both."""
-    clauses = VOCABULARY[observation].clauses
     if value == 0:
-        return [clause for clause in clauses if clause.absent]
-    return [clause for clause in clauses if clause.present and not ("{side}" in clause.subject and trait.side == "both")]
+        return [clause for clause in words.clauses if clause.absent]
+    return [clause for clause in words.clauses if clause.present and not ("{side}" in clause.subject and trait.side == "both")]
 
 
-def _clause_frames(split: str, clause: Clause, value: int) -> list[str]:
+def _clause_frames(lexicon: Lexicon, split: str, clause: Clause, value: int) -> list[str]:
     """The frames that fit: a predicate of several words ("normal in size") cannot stand before its noun."""
     one_word = value != 0 or " " not in clause.absent
-    return [frame for frame in CLAUSE_FRAMES[split][value] if one_word or "{quality}" not in frame]
+    return [frame for frame in lexicon.clause_frames[split][value] if one_word or "{quality}" not in frame]
 
 
 def _clause_sentence(frame: str, clause: Clause, value: int, trait: Trait, *, adverb: str = "") -> str:
@@ -213,15 +263,14 @@ def _clause_sentence(frame: str, clause: Clause, value: int, trait: Trait, *, ad
     )
 
 
-def _size(observation: int, trait: Trait) -> str:
-    sizes = VOCABULARY[observation].sizes
-    return sizes[int(trait.grade * len(sizes))] if sizes else ""
+def _size(words: Vocabulary, trait: Trait) -> str:
+    return words.sizes[int(trait.grade * len(words.sizes))] if words.sizes else ""
 
 
-def _adverb(observation: int, trait: Trait) -> str:
+def _adverb(words: Vocabulary, trait: Trait) -> str:
     """The size as an adverb ("mildly"), empty for sizes that have none ("small")."""
-    size = _size(observation, trait)
-    return f"{size}ly" if VOCABULARY[observation].sizes[:1] == ("mild",) else ""
+    size = _size(words, trait)
+    return f"{size}ly" if words.sizes[:1] == ("mild",) and size else ""
 
 
 def _with_article(phrase: str) -> str:

@@ -15,6 +15,7 @@ from mrg_r1.labels.observations import UNCERTAIN, classes_of_values, read_labels
 from mrg_r1.labels.training import read_reports_csv
 from mrg_r1.phantom.findings import render
 from mrg_r1.phantom.sampler import sample_balanced, sample_study
+from mrg_r1.phantom.views import render_view
 from mrg_r1.types import Study
 
 SPLITS = {"train": 12, "val": 3, "test": 4}
@@ -140,7 +141,7 @@ def test_a_folder_made_with_other_settings_is_refused(dataset: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"preset": "fvie"}, "'fvie'; the presets are five"),
+        ({"preset": "fvie"}, "'fvie'; the presets are five, full"),
         ({"splits": {}}, "no splits"),
         ({"splits": {"train": 0}}, "'train': 0 studies"),
         ({"splits": {"../train": 1}}, "'../train'"),
@@ -152,3 +153,57 @@ def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path, cha
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "new", **change)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantoms, "LABELER_TEXTS", 20)
+        patch.setattr(phantoms, "HELD_OUT_TEXTS", 10)
+        return write(tmp_path_factory.mktemp("phantoms") / "full", preset="full", splits={"train": 31, "val": 9, "test": 10}).parent
+
+
+def test_full_shows_both_views_of_what_the_manifest_says(full: Path) -> None:
+    studies = read_manifest(full / "manifest.jsonl")
+    check_images(studies)
+    assert {len(study.images) for study in studies} == {1, 2}
+    for study in studies:
+        index = int(study.id.removeprefix("phantom-"))
+        phantom = sample_study("full", 3, index)
+        assert (study.said, study.drawn, study.report) == (phantom.said, phantom.drawn, phantom.report)
+        assert (study.indication, study.comparison) == (phantom.indication, phantom.comparison)
+        assert tuple(image.view for image in study.images) == phantom.views
+        for image, view in zip(study.images, phantom.views, strict=True):
+            expected = render_view(phantom.shown, view, seed=3, index=index, patient=phantom.patient, side=SIDE)
+            with Image.open(image.path) as opened:
+                assert np.array_equal(np.asarray(opened), expected)
+
+
+def test_a_patient_of_full_stays_in_one_split_and_priors_are_there(full: Path) -> None:
+    studies = {study.id: study for study in read_manifest(full / "manifest.jsonl")}
+    counts = {split: sum(study.split == split for study in studies.values()) for split in ("train", "val", "test")}
+    assert counts == {"train": 31, "val": 9, "test": 10}
+    later = [study for study in studies.values() if study.prior is not None]
+    assert later
+    for study in later:
+        assert study.prior is not None
+        first = studies[study.prior]
+        assert (first.patient_id, first.split) == (study.patient_id, study.split)
+    for one in studies.values():
+        assert {other.split for other in studies.values() if other.patient_id == one.patient_id} == {one.split}
+    texts = {name for file in ("reports.csv", "heldout_reports.csv") for name in read_reports_csv(full / file)}
+    patients = {sample_study("full", 3, int(name.removeprefix("phantom-"))).patient_id for name in texts}
+    assert not texts & studies.keys() and not patients & {study.patient_id for study in studies.values()}
+
+
+def test_a_lost_view_of_full_comes_back(full: Path) -> None:
+    before = tree(full)
+    lost = next(study.images[1].path for study in read_manifest(full / "manifest.jsonl") if len(study.images) == 2)
+    lost.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantoms, "LABELER_TEXTS", 20)
+        patch.setattr(phantoms, "HELD_OUT_TEXTS", 10)
+        write(full, preset="full", splits={"train": 31, "val": 9, "test": 10})
+    assert tree(full) == before
+    with pytest.raises(ValueError, match="made with other settings .`preset` was 'full'"):
+        write(full, splits={"train": 31, "val": 9, "test": 10})

@@ -15,6 +15,7 @@ from PIL import Image
 from mrg_r1.data import rendering
 from mrg_r1.data.rendering import SETTINGS_FILE, Rendering, claim_folder, render_files
 from mrg_r1.phantom.findings import render
+from mrg_r1.phantom.views import render_view
 
 DRAWN = (0, 1, *[0] * 7, 1, 0, 0, 0, None)
 
@@ -32,6 +33,14 @@ def test_a_file_holds_the_pixels_that_were_rendered(tmp_path: Path) -> None:
     for index in range(2):
         with Image.open(tmp_path / f"{index}.png") as image:
             assert np.array_equal(np.asarray(image), render(DRAWN, seed=5, index=index, side=48))
+
+
+def test_a_view_of_full_is_rendered_for_its_patient(tmp_path: Path) -> None:
+    work = [Rendering(tmp_path / f"{view}.png", DRAWN, 5, view, 4) for view in ("frontal", "lateral")]
+    assert render_files(work, seed=5, side=48, workers=1) == 2
+    for rendering_ in work:
+        with Image.open(rendering_.path) as image:
+            assert np.array_equal(np.asarray(image), render_view(DRAWN, str(rendering_.view), seed=5, index=5, patient=4, side=48))
 
 
 def test_several_processes_write_the_bytes_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

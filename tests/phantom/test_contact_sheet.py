@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mrg_r1.phantom.contact_sheet import contact_sheet
+from mrg_r1.phantom.contact_sheet import contact_sheet, full_contact_sheet
 from mrg_r1.phantom.findings import render
+from mrg_r1.phantom.views import render_view
 
 
 def test_the_sheet_has_a_normal_row_and_one_for_every_observation(tmp_path: Path) -> None:
@@ -22,3 +23,14 @@ def test_the_sheet_has_a_normal_row_and_one_for_every_observation(tmp_path: Path
 def test_examples_that_show_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one example"):
         contact_sheet(tmp_path / "sheet.png", values=(0,))
+
+
+def test_the_sheet_of_full_shows_each_finding_twice_in_two_views(tmp_path: Path) -> None:
+    full_contact_sheet(tmp_path / "sheet.png", side=64)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (14 * (64 + 16), 4 * 64)
+    for column, (view, patient) in enumerate((v, p) for p in (0, 1) for v in ("frontal", "lateral")):
+        expected = render_view([None] * 14, view, seed=0, index=patient, patient=patient, side=64)
+        assert (sheet[:64, column * 64 : (column + 1) * 64] == expected).all()
+    captions = [sheet[row * 80 + 64 : row * 80 + 80, :64] for row in range(14)]
+    assert all((caption < 128).any() for caption in captions)

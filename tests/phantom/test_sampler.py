@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
 from mrg_r1.phantom.findings import LINE, sample_traits
-from mrg_r1.phantom.sampler import FIVE_FINDINGS, PRESETS, PhantomStudy, sample_study
+from mrg_r1.phantom.sampler import FIVE_FINDINGS, PRESETS, sample_study
+from mrg_r1.phantom.study import PhantomStudy
 from tests.phantom.keyword_reader import read_report
 
 SUPPORT_DEVICES = OBSERVATIONS.index("Support Devices")
@@ -21,7 +22,7 @@ def studies(wording: str = "train", count: int = 3000) -> list[PhantomStudy]:
 
 
 def test_the_five_are_large_enough_to_be_seen() -> None:
-    assert PRESETS == ("five",)
+    assert PRESETS == ("five", "full")
     assert [OBSERVATIONS[i] for i in FIVE_FINDINGS] == [
         "Cardiomegaly",
         "Lung Lesion",
@@ -115,7 +116,7 @@ def test_sides_and_devices_in_the_words_are_those_of_the_picture() -> None:
 
 
 def test_what_cannot_be_sampled_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="preset 'six'.*five"):
+    with pytest.raises(ValueError, match="preset 'six'.*five, full"):
         sample_study("six", 0, 0)
     with pytest.raises(ValueError, match="wording 'dev'.*heldout"):
         sample_study("five", 0, 0, wording="dev")
