@@ -102,7 +102,7 @@ def make_run(recipe: Recipe) -> Run:
         studies={"train": [], "val": [], "test": []},
         policy=policy,
         build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words),
-        rewarding=word_overlap(recipe),
+        rewards=word_overlap(recipe),
         dtype=DTYPE,
     )
 

@@ -137,7 +137,7 @@ def make_run(recipe: Recipe, folder: Path, task: Task) -> Run:
         studies={"train": studies, "val": [], "test": []},
         policy=policy,
         build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words),
-        rewarding=word_overlap(recipe),
+        rewards=word_overlap(recipe),
         dtype=torch.float32,
     )
 

@@ -234,7 +234,9 @@ class CheckpointSection(_Section):
 
 
 class ResumeSection(_Section):
-    allow_changes: bool = Field(False, description="Go on from RUN's checkpoint under a recipe that differs from its own. ours")
+    allow_changes: bool = Field(
+        False, description="Go on from RUN's checkpoint, or learn from saved experience, under a recipe that differs from its own. ours"
+    )
 
 
 class Recipe(_Section):
@@ -243,6 +245,11 @@ class Recipe(_Section):
     output_dir: Path = Field(description="RUN: where everything of this run is written; a run resumes when it holds a checkpoint. yours")
     seed: int = Field(0, ge=0, description="Seeds data order, sampling, initialisation and bootstraps. ours")
     steps: int = Field(ge=1, description="Outer steps: rollouts (GRPO) or optimizer steps (SFT). yours")
+    phases: Literal["all", "rollout", "update"] = Field(
+        "all",
+        description="rollout: sample, score and save; update: learn from `experience`, sample nothing (docs/debugging.md). ours",
+    )
+    experience: Path | None = Field(None, description="What phases=update learns from: RUN/experience, or a file of one step. ours")
     data: DataSection
     prompt: PromptSection = Field(default_factory=PromptSection)
     policy: PolicySection
@@ -298,11 +305,24 @@ def check_recipe(recipe: Recipe, *, world_size: int, task: Literal["grpo", "sft"
     """Checks across fields, ranks and the disk, made before any model is loaded.
 
     Raises:
-        RecipeError: a batch that does not divide over the ranks, or a path that is missing or is not what it should be.
+        RecipeError: a batch that does not divide over the ranks, phases that contradict, or a path that is not what it should be.
     """
+    _check_phases(recipe, task)
     if task != "evaluate":
         _check_batches(recipe, world_size, task)
     _check_paths(recipe)
+
+
+def _check_phases(recipe: Recipe, task: str) -> None:
+    if recipe.phases != "all" and task != "grpo":
+        script = {"sft": "launch/sft.py", "evaluate": "launch/evaluate.py"}[task]
+        raise RecipeError(f"phases {recipe.phases}: only launch/train.py has phases; {script} wants phases=all experience=null")
+    if recipe.phases == "update" and recipe.experience is None:
+        raise RecipeError("phases update without experience: give RUN/experience of a phases=rollout run as experience=RUN/experience")
+    if recipe.phases != "update" and recipe.experience is not None:
+        raise RecipeError(
+            f"experience {recipe.experience} with phases {recipe.phases}: only phases=update reads it; set that, or experience=null"
+        )
 
 
 def _check_batches(recipe: Recipe, world_size: int, task: str) -> None:
@@ -324,7 +344,7 @@ def _check_paths(recipe: Recipe) -> None:
     if not recipe.data.manifest.is_file():
         raise RecipeError(f"data.manifest {recipe.data.manifest}: no such file; `mrg-r1 prepare` makes one")
     check_checkpoint_directory(recipe.policy.path)
-    if not recipe.reward.labeler.exists():
+    if recipe.phases != "update" and not recipe.reward.labeler.exists():
         raise RecipeError(f"reward.labeler {recipe.reward.labeler}: no such file or directory; `mrg-r1 labeler train` makes one")
     if recipe.policy.adapter is not None and not (recipe.policy.adapter / "adapter_config.json").is_file():
         raise RecipeError(f"policy.adapter {recipe.policy.adapter}: no adapter_config.json there; give the adapter/ folder of a run")

@@ -1,7 +1,7 @@
 """What makes a run's rewards: the service of this node, the references' labels, and the report that needs no looking.
 
 `start_service` begins to load the labeler in its own process and returns; `open_rewards` waits for it, when the policy has been
-loaded meanwhile.
+loaded meanwhile. `redeem` and `on_all_ranks` see to it that no rank goes on without rewards.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mrg_r1.config import Recipe, RecipeError
 from mrg_r1.engine.ranks import Ranks
+from mrg_r1.grpo.loss import Metrics
 from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.reward.card import best_real_constant
 from mrg_r1.reward.client import ServiceRewards
 from mrg_r1.reward.references import reference_labels
-from mrg_r1.reward.service import RewardService
-from mrg_r1.reward.stage import Judging
+from mrg_r1.reward.service import Health, RewardService, RewardsMissing, RewardsNotFinite, Ticket
+from mrg_r1.reward.stage import Judging, NotFiniteError, RewardError
 from mrg_r1.reward.supervisor import ServiceSettings, Supervisor
 from mrg_r1.reward.terms import inverse_prevalence
-from mrg_r1.types import Study
+from mrg_r1.types import Rewards, Study
 
 
 @dataclass
@@ -149,3 +151,38 @@ def prepare(
     if train and recipe.reward.ccs_weights == "inverse_prevalence":
         opened.ccs_weights = inverse_prevalence(opened.classes("train"))
     return opened
+
+
+def redeem(rewards: RewardService, ticket: Ticket) -> Rewards | RewardError:
+    """The rewards, or why there are none: other ranks have theirs, and go on to the next collective."""
+    try:
+        return rewards.result(ticket)
+    except RewardError as error:
+        return error
+
+
+def on_all_ranks(judged: Rewards | RewardError, ranks: Ranks) -> Rewards:
+    """This rank's rewards, if every rank has its own.
+
+    Raises:
+        RewardsMissing: a rank has none; all ranks raise it, before anything is learned from the others (trap 22).
+            `RewardsNotFinite` where numbers that are not finite are the only reason.
+    """
+    mine = (str(judged), isinstance(judged, NotFiniteError)) if isinstance(judged, RewardError) else None
+    problems = ranks.gather(mine)
+    failed = [f"rank {rank}: {problem[0]}" for rank, problem in enumerate(problems) if problem is not None]
+    if failed or isinstance(judged, RewardError):
+        skippable = all(problem is None or problem[1] for problem in problems)
+        raise (RewardsNotFinite if skippable else RewardsMissing)("\n".join(failed))
+    return judged
+
+
+def service_metrics(health: Health) -> Metrics:
+    """What the reward service did for this rank's step. Under `time/`, since it is of the machine and the moment: no resume repeats it."""
+    one = torch.tensor(1.0)
+    return {
+        "time/reward_busy": (torch.tensor(health.busy), one),
+        # copies within the batch, and what an earlier step or a hint has had read, are not read again
+        "time/reward_read_share": (torch.tensor(float(health.computed)), torch.tensor(float(health.asked))),
+        "time/reward_restarts_max": (torch.tensor(float(health.restarts)), one),
+    }

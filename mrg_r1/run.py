@@ -46,9 +46,20 @@ class Run:
     studies: dict[str, list[Study]]  # by split: the recipe's train, val and test
     policy: Policy
     build: PromptBuilder
-    rewarding: Rewarding
+    rewards: Rewarding | None  # None: `phases=update`, which judges nothing
     dtype: torch.dtype
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def rewarding(self) -> Rewarding:
+        if self.rewards is None:
+            raise RuntimeError("phases=update has no rewards to ask for")
+        return self.rewards
+
+    def close(self) -> None:
+        """The run needs no more rewards."""
+        if self.rewards is not None:
+            self.rewards.close()
 
     def evaluate(self, studies: list[Study], *, title: str, samples: int | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Greedy reports of `studies` under the policy as it stands, and their scores."""
@@ -109,7 +120,10 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         check_changes(recipe, ranks)
     _claim_directory(recipe, ranks)
     dtype = _DTYPES[recipe.policy.dtype]
-    supervisor = rewarding.start_service(recipe, ranks)  # the labeler is loaded by its own process while the policy is loaded here
+    judging = recipe.phases != "update"
+    supervisor = (
+        rewarding.start_service(recipe, ranks) if judging else None
+    )  # the labeler is loaded by its own process while the policy is loaded here
     policy = load_policy(recipe.policy.path, dtype=dtype, temperature=recipe.rollout.temperature, partition=partition).to(ranks.device)
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
@@ -134,7 +148,7 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         studies=studies,
         policy=policy,
         build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words),
-        rewarding=rewarding.open_rewards(recipe, ranks, supervisor, met),
+        rewards=rewarding.open_rewards(recipe, ranks, supervisor, met) if judging else None,
         dtype=dtype,
     )
 
@@ -211,7 +225,7 @@ def finish(
     log: RunLog,
     clock: Clock,
     *,
-    stage: int,
+    stage: int | None,
     before: dict[str, Any] | None,
     after: dict[str, Any] | None,
     best: dict[str, Any] | None,
@@ -244,7 +258,7 @@ def finish(
     if run.ranks.is_main:
         log.say(f"page: {write_page(run.directory, run.studies['test'])}")
     log.close()
-    run.rewarding.close()
+    run.close()
 
 
 def is_finished(recipe: Recipe, ranks: Ranks) -> bool:
@@ -267,7 +281,7 @@ def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
     if ranks.is_main:
         write_evaluation(run.directory / "evaluation", split, result, predictions)
         Console().print(evaluation_table(result, f"{split} split"))
-    run.rewarding.close()
+    run.close()
 
 
 def _read_studies(recipe: Recipe, ranks: Ranks) -> dict[str, list[Study]]:
@@ -276,6 +290,8 @@ def _read_studies(recipe: Recipe, ranks: Ranks) -> dict[str, list[Study]]:
     everything = read_manifest(recipe.data.manifest)
     studies = {part: [study for study in everything if study.split == name] for part, name in names.items()}
     needed = ["train"] + (["val"] if recipe.evaluation.every or recipe.sft.stop_at else []) + (["test"] if recipe.evaluation.test else [])
+    if recipe.phases != "all":  # nothing is validated or evaluated
+        needed, studies = ["train"], {"train": studies["train"], "val": [], "test": []}
     for part in needed:
         if not studies[part]:
             found = sorted({study.split for study in everything})

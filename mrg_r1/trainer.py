@@ -1,15 +1,16 @@
-"""The GRPO loop (spec section 3). `grpo_step` is one step on one screen, in the order in which a study travels."""
+"""The GRPO loop (spec section 3). `grpo_step` is one step on one screen, in the order in which a study travels.
+
+`phases=rollout` runs its first half, down to the rewards (`sample_only`), `phases=update` its second, from there on (`update_step`).
+"""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mrg_r1.config import Recipe
@@ -19,29 +20,33 @@ from mrg_r1.engine.faults import NotFinite, Requeue, Signals, any_signal
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluate import short_summary
+from mrg_r1.experience import SavedExperience, adapter_folder, keep_newest_adapters, next_step, open_experience, write_step
 from mrg_r1.grpo.advantages import batch_moments, group_advantages, per_term_advantages, std_of_moments, zero_signal
 from mrg_r1.grpo.loss import Metrics, grpo_loss, loss_denominator, merge_metrics
 from mrg_r1.policy.adapters import add_lora, reference, restore_adapter, save_adapter
 from mrg_r1.policy.language import PromptStates
 from mrg_r1.policy.scoring import micro_batches, score_group
 from mrg_r1.reward.diagnostics import group_metrics, with_stds
-from mrg_r1.reward.service import Health, RewardService, RewardsMissing, RewardsNotFinite, Ticket
-from mrg_r1.reward.stage import NotFiniteError, RewardError
+from mrg_r1.reward.service import RewardService, RewardsMissing, RewardsNotFinite
+from mrg_r1.reward.stage import RewardError
+from mrg_r1.rewarding import on_all_ranks, redeem, service_metrics
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run, say_resuming
 from mrg_r1.tracking.collapse import CollapseWatch
 from mrg_r1.tracking.completions import write_completions
 from mrg_r1.tracking.log import Clock, RunLog
-from mrg_r1.types import Completions, Experience, Prompts, Rewards
+from mrg_r1.types import Experience, Rewards, Sampled, VisionFeatures
 
 LOGP_GAP_WARNING = 0.05  # nats; bf16 of a sound rollout is seen at 0.004 on average
 
 
-def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewards: RewardService, clock: Clock) -> dict[str, Any]:
-    """One step: B studies in, one or more updates of the policy out. Returns this rank's metrics as (sum, count) pairs."""
-    recipe, policy = run.recipe, run.policy
-    grpo, budget = recipe.grpo, recipe.engine.micro_batch_tokens
+def grpo_step(step: int, *, run: Run, engine: Engine | None, loader: StudyLoader, rewards: RewardService, clock: Clock) -> Metrics:
+    """One step: B studies in, one or more updates of the policy out. Returns this rank's metrics as (sum, count) pairs.
+
+    Without an engine nothing is learned: the step is left in RUN/experience.
+    """
+    recipe, policy, grpo = run.recipe, run.policy, run.recipe.grpo
 
     with clock.phase("load"):
         prompts = loader.batch(step).to(run.ranks.device)  # B studies, on this rank
@@ -77,72 +82,81 @@ def grpo_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewar
             with clock.phase("reward_exposed"):
                 ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references, judging)
             judged = None
-    reference_logp = old_logp = None
-    if grpo.beta > 0:
-        with clock.phase("reference"), reference(policy):  # adapters off, while the labeler works
-            reference_logp = score_group(policy, prompts, vision, completions, token_budget=budget)
-    if grpo.inner_iterations * grpo.minibatches > 1:
-        with clock.phase("old"):  # later updates need the rollout's log-probs; a single one has them at hand (trap 16)
-            old_logp = score_group(policy, prompts, vision, completions, token_budget=budget)
+    sampled = Sampled(prompts, completions)
+    if engine is not None:
+        score_frozen(sampled, vision, run=run, clock=clock)  # while the labeler works
     with clock.phase("reward_exposed"):
         judged = redeem(rewards, ticket) if judged is None else judged  # terms and total, [B, G]
     with clock.phase("advantages"):
         try:
-            judged = on_all_ranks(judged, run.ranks)
-        except RewardsNotFinite:
-            keep_for_replay(run, step, prompts, completions, None)
+            sampled.rewards = judged = on_all_ranks(judged, run.ranks)
+        except RewardsNotFinite as error:
+            keep_for_replay(run, step, sampled, problem=str(error))
             raise
-        advantages = global_advantages(judged, recipe, run.ranks).to(policy.device)  # [B, G]
-
-    experience = Experience(prompts, vision, completions, judged, advantages, reference_logp, old_logp)
-    with clock.phase("update"):
-        parts = update(experience, recipe=recipe, engine=engine, ranks=run.ranks, states=states)
-    if float(parts["policy/skipped_updates"][0]):
-        keep_for_replay(run, step, prompts, completions, judged)
+    if engine is None:
+        with clock.phase("save"):
+            write_step(run.directory / "experience", step, sampled, recipe=recipe, ranks=run.ranks)
+        parts: Metrics = {}
+    else:
+        parts = learn(step, sampled, vision, judged, states, run=run, engine=engine, clock=clock)
     if recipe.tracking.completions_every and step % recipe.tracking.completions_every == 0:
         folder = run.directory / "completions"
         write_completions(folder, step=step, rank=run.ranks.rank, prompts=prompts, completions=completions, rewards=judged)
     return parts | group_metrics(completions, judged) | service_metrics(rewards.health())
 
 
-def redeem(rewards: RewardService, ticket: Ticket) -> Rewards | RewardError:
-    """The rewards, or why there are none: other ranks have theirs, and go on to the next collective."""
-    try:
-        return rewards.result(ticket)
-    except RewardError as error:
-        return error
+def update_step(number: int, *, experience: SavedExperience, run: Run, engine: Engine, clock: Clock) -> Metrics:
+    """The step that learns from saved reports and rewards as from its own; log-probs that were saved with them are used as they are."""
+    with clock.phase("load"):
+        studies = {study.id: study for study in run.studies["train"]}
+        sampled, judged = experience.read(number, build=run.build, studies=studies, ranks=run.ranks)
+    with clock.phase("vision"):
+        vision = run.policy.encode_images(sampled.prompts)
+    with clock.phase("prefill"):
+        states = run.policy.prompt_states(sampled.prompts, vision) if run.recipe.rollout.reuse_prefill else None
+    score_frozen(sampled, vision, run=run, clock=clock)
+    parts = learn(number, sampled, vision, judged, states, run=run, engine=engine, clock=clock)
+    return parts | group_metrics(sampled.completions, judged)
 
 
-def on_all_ranks(judged: Rewards | RewardError, ranks: Ranks) -> Rewards:
-    """This rank's rewards, if every rank has its own.
-
-    Raises:
-        RewardsMissing: a rank has none; all ranks raise it, before anything is learned from the others (trap 22).
-            `RewardsNotFinite` where numbers that are not finite are the only reason.
-    """
-    mine = (str(judged), isinstance(judged, NotFiniteError)) if isinstance(judged, RewardError) else None
-    problems = ranks.gather(mine)
-    failed = [f"rank {rank}: {problem[0]}" for rank, problem in enumerate(problems) if problem is not None]
-    if failed or isinstance(judged, RewardError):
-        skippable = all(problem is None or problem[1] for problem in problems)
-        raise (RewardsNotFinite if skippable else RewardsMissing)("\n".join(failed))
-    return judged
+def score_frozen(sampled: Sampled, vision: VisionFeatures, *, run: Run, clock: Clock) -> None:
+    """Put in the log-probs that no update of this step changes, where the loss needs them and they are not there yet."""
+    policy, grpo, budget = run.policy, run.recipe.grpo, run.recipe.engine.micro_batch_tokens
+    if grpo.beta > 0 and sampled.reference_logp is None:
+        with clock.phase("reference"), reference(policy):  # adapters off
+            sampled.reference_logp = score_group(policy, sampled.prompts, vision, sampled.completions, token_budget=budget)
+    if grpo.inner_iterations * grpo.minibatches > 1 and sampled.old_logp is None:
+        with clock.phase("old"):  # later updates need the rollout's log-probs; a single one has them at hand (trap 16)
+            sampled.old_logp = score_group(policy, sampled.prompts, vision, sampled.completions, token_budget=budget)
 
 
-def service_metrics(health: Health) -> Metrics:
-    """What the reward service did for this rank's step. Under `time/`, since it is of the machine and the moment: no resume repeats it."""
-    one = torch.tensor(1.0)
-    return {
-        "time/reward_busy": (torch.tensor(health.busy), one),
-        # copies within the batch, and what an earlier step or a hint has had read, are not read again
-        "time/reward_read_share": (torch.tensor(float(health.computed)), torch.tensor(float(health.asked))),
-        "time/reward_restarts_max": (torch.tensor(float(health.restarts)), one),
-    }
+def learn(
+    step: int,
+    sampled: Sampled,
+    vision: VisionFeatures,
+    judged: Rewards,
+    states: PromptStates | None,
+    *,
+    run: Run,
+    engine: Engine,
+    clock: Clock,
+) -> Metrics:
+    """From rewards to advantages to updates of the policy; a batch whose gradient was not finite is kept."""
+    with clock.phase("advantages"):
+        advantages = global_advantages(judged, run.recipe, run.ranks).to(run.policy.device)  # [B, G]
+    experience = Experience(sampled.prompts, vision, sampled.completions, judged, advantages, sampled.reference_logp, sampled.old_logp)
+    with clock.phase("update"):
+        parts = update(experience, recipe=run.recipe, engine=engine, ranks=run.ranks, states=states)
+    if float(parts["policy/skipped_updates"][0]):
+        keep_for_replay(run, step, sampled)
+    return parts
 
 
 def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ranks, states: PromptStates | None = None) -> Metrics:
     """`inner_iterations` passes over the rollout, each in `minibatches` optimizer steps, each in passes of `micro_batch_tokens`.
 
+    Minibatch k has every `minibatches`-th completion from the k-th on: the same ones however many ranks share the batch, since a rank's
+    completions lie together and divide by their number (trap 5).
     With `states`, the prompts as the rollout's prefill left them, gradients gather at them and go through the prompts once at the end.
     """
     grpo, done = recipe.grpo, experience.completions
@@ -155,7 +169,8 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
     study_of_row = torch.arange(len(experience.prompts), device=ids.device).repeat_interleave(grpo.group_size)
 
     scored = done.mask.view(-1, length)
-    minibatches = torch.arange(len(ids), device=ids.device).chunk(grpo.minibatches)
+    everything = torch.arange(len(ids), device=ids.device)
+    minibatches = [everything[first :: grpo.minibatches] for first in range(grpo.minibatches)]
     local = torch.stack([loss_denominator(mask[rows], grpo.aggregation).cpu() for rows in minibatches])
     denominators = ranks.sum(local).tolist()  # so that every loss is a global mean (trap 5)
     plans = equal_plans(experience, minibatches, token_budget=recipe.engine.micro_batch_tokens, ranks=ranks)
@@ -196,6 +211,8 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
         skipped += engine.skipped
     names = {"loss": "loss", "logp_gap": "sampling/logp_gap", "logp_gap_max": "sampling/logp_gap_max"}
     merged = {names.get(name, f"policy/{name}"): pair for name, pair in merge_metrics(parts).items()}
+    passes = torch.tensor(float(sum(len(plan) for plan in plans)))
+    merged["policy/passes"] = (passes, torch.tensor(float(len(plans))))  # forward and backward passes of an update
     return merged | {"policy/skipped_updates": (torch.tensor(float(skipped)), torch.tensor(1.0))}
 
 
@@ -232,32 +249,31 @@ def global_advantages(judged: Rewards, recipe: Recipe, ranks: Ranks) -> Tensor:
 
 
 def train(recipe: Recipe, ranks: Ranks) -> None:
-    """Run or resume a GRPO recipe: evaluate, train, validate, keep the best adapter, evaluate again."""
+    """Run or resume a GRPO recipe: evaluate, train, validate, keep the best adapter, evaluate again.
+
+    `phases=update` trains on saved experience, without rewards and therefore without evaluations; `phases=rollout` is `sample_only`.
+    """
     if is_finished(recipe, ranks):
         return
+    if recipe.phases == "rollout":
+        return sample_only(recipe, ranks)
     signals, clock = Signals(), Clock(ranks.beat)
     with clock.phase("start"):
+        experience = open_experience(recipe.experience, recipe) if recipe.phases == "update" and recipe.experience else None
         run = open_run(recipe, ranks, task="grpo")
+    evaluating = recipe.evaluation.test and recipe.phases == "all"
     with clock.phase("evaluation"):
-        before = (
-            run.evaluate_test("test_before", title="evaluating before") if recipe.evaluation.test and recipe.evaluation.before else None
-        )
+        before = run.evaluate_test("test_before", title="evaluating before") if evaluating and recipe.evaluation.before else None
 
     with clock.phase("start"):
         add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
+        if experience is not None and experience.adapter is not None:
+            restore_adapter(run.policy, experience.adapter)
         engine = build_engine(run)
         record = load_checkpoint(engine, run.directory / "checkpoints") or {"step": 0, "best": None, "seconds": {}}
     start, best = record["step"], record["best"]
     clock.add(record["seconds"])  # of the run before it was interrupted
-    loader = StudyLoader(
-        run.studies["train"],
-        run.build,
-        seed=recipe.seed,
-        batch_size=recipe.grpo.studies_per_step,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        skip=recipe.sft.skip_studies,
-    )
+    loader = open_loader(run)
     watch = CollapseWatch(record.get("collapse"))
     skipped_in_a_row: int = record.get("skipped_in_a_row", 0)
     log = open_log(run, start)
@@ -280,14 +296,17 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     for step in range(start, recipe.steps):
         rate = engine.set_learning_rate(step)
         try:
-            parts = grpo_step(step, run=run, engine=engine, loader=loader, rewards=run.rewarding.service, clock=clock)
+            if experience is None:
+                parts = grpo_step(step, run=run, engine=engine, loader=loader, rewards=run.rewarding.service, clock=clock)
+            else:
+                parts = update_step(step, experience=experience, run=run, engine=engine, clock=clock)
         except RewardsNotFinite as error:
             parts = {"policy/skipped_updates": (torch.tensor(1.0), torch.tensor(1.0))}
             log.say(f"step {step} is skipped: {error}")
         except RewardsMissing:  # on all ranks alike, and before the step's first update
             if step > start and latest_step(run.directory / "checkpoints") != step:  # else it is on the disk, or there is nothing to keep
                 save(step)
-            run.rewarding.close()
+            run.close()
             raise
         reduced = with_stds(ranks.reduce_metrics(parts))
         metrics: dict[str, Any] = {**reduced, "policy/learning_rate": rate}
@@ -312,34 +331,77 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             with clock.phase("checkpoint"):
                 save(step + 1)
         if stopping:
-            run.rewarding.close()
+            run.close()
             raise NotFinite(
                 f"{skipped_in_a_row} steps in a row had a loss, gradient or reward that is not finite (engine.max_skipped); their batches "
                 f"are in {run.directory / 'not_finite'}, the weights are as they were before them"
             )
         if signalled and not last:
-            run.rewarding.close()
+            run.close()
             raise Requeue(f"stopped by {signalled} after step {step + 1} of {recipe.steps}, checkpoint written")
 
     signals.deferring = False
     loader.close()
     restore_adapter(run.policy, run.directory / "adapter")  # the best one, not the last
     with clock.phase("evaluation"):
-        after = run.evaluate_test("test", title="evaluating after") if recipe.evaluation.test else None
+        after = run.evaluate_test("test", title="evaluating after") if evaluating else None
     finish(run, log, clock, stage=engine.stage, before=before, after=after, best=best)
 
 
-def keep_for_replay(run: Run, step: int, prompts: Prompts, completions: Completions, judged: Rewards | None) -> None:
-    """Write a batch that could not be learned from: the studies and the sampled ids, and the rewards where there are any."""
+def sample_only(recipe: Recipe, ranks: Ranks) -> None:
+    """`phases=rollout`: sample and score `steps` batches under the policy as it is, and leave each in RUN/experience.
+
+    An interrupted one goes on at the first step that is not there.
+    """
+    signals, clock = Signals(), Clock(ranks.beat)
+    start = next_step(recipe.output_dir, recipe, ranks)
+    with clock.phase("start"):
+        run = open_run(recipe, ranks, task="grpo")
+    loader, log = open_loader(run), open_log(run, start)
+    signals.deferring = True
+    for step in range(start, recipe.steps):
+        try:
+            parts = grpo_step(step, run=run, engine=None, loader=loader, rewards=run.rewarding.service, clock=clock)
+        except RewardsMissing:
+            run.close()
+            raise
+        metrics: dict[str, Any] = {**with_stds(ranks.reduce_metrics(parts))}
+        log.log(step, metrics | clock.end_step())
+        signalled = any_signal(ranks.gather(signals.received))
+        if signalled and step + 1 < recipe.steps:
+            run.close()
+            raise Requeue(f"stopped by {signalled} after step {step + 1} of {recipe.steps}, its experience written")
+    signals.deferring = False
+    loader.close()
+    finish(run, log, clock, stage=None, before=None, after=None, best=None)
+
+
+def open_loader(run: Run) -> StudyLoader:
+    """This rank's batches."""
+    return StudyLoader(
+        run.studies["train"],
+        run.build,
+        seed=run.recipe.seed,
+        batch_size=run.recipe.grpo.studies_per_step,
+        rank=run.ranks.rank,
+        world_size=run.ranks.world_size,
+        skip=run.recipe.sft.skip_studies,
+    )
+
+
+def keep_for_replay(run: Run, step: int, sampled: Sampled, *, problem: str | None = None) -> None:
+    """Write a batch that could not be learned from, and the LoRA as the update left out found it, for `phases=update`.
+
+    Args:
+        problem: why there are no rewards; there was no update then, and nothing to repeat but the sampling.
+    """
     folder = run.directory / "not_finite"
-    folder.mkdir(exist_ok=True)
-    name = f"step_{step:06d}_rank{run.ranks.rank}"
-    tensors = {"token_ids": completions.token_ids, "mask": completions.mask, "logp": completions.logp, "ended": completions.ended}
-    if judged is not None:
-        tensors["total"] = judged.total
-    save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
-    described = {"step": step, "seed": run.recipe.seed, "studies": prompts.study_ids, "texts": completions.texts}
-    (folder / f"{name}.json").write_text(json.dumps(described), encoding="utf-8")
+    if problem is None and run.ranks.is_main:
+        adapter = adapter_folder(folder, step)
+        shutil.rmtree(adapter, ignore_errors=True)
+        save_adapter(run.policy, adapter)
+        keep_newest_adapters(folder, run.recipe.engine.max_skipped)
+    write_step(folder, step, sampled, recipe=run.recipe, ranks=run.ranks, problem=problem, own_weights=problem is None)
 
 
 def warn_of_gap(log: RunLog, step: int, gap: float | None, correction: str) -> None:

@@ -149,6 +149,17 @@ class Rewards:
 
 
 @dataclass
+class Sampled:
+    """A rollout and what is known of it before anything is learned: what the disk keeps of a step (`experience.py`)."""
+
+    prompts: Prompts
+    completions: Completions
+    rewards: Rewards | None = None  # None: not made yet, or not finite
+    reference_logp: Tensor | None = None  # [B, G, C] float32
+    old_logp: Tensor | None = None  # [B, G, C] float32
+
+
+@dataclass
 class Experience:
     """One rollout, ready for the loss. `old_logp` is the rollout's for every inner iteration (trap 16)."""
 

@@ -40,7 +40,8 @@ def print_report(runs: Sequence[Path], *, control: Path | None = None) -> None:
         beside = control if control is not None and len(runs) == 1 else run / "control"
         console.print(_before_after(run, summary, read_summary(beside) if (beside / "summary.json").is_file() else None))
         seconds = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
-        console.print(f"seconds by phase: {seconds}; {summary['world_size']} ranks, ZeRO-{summary['zero_stage']}, seed {summary['seed']}")
+        stage = f", ZeRO-{summary['zero_stage']}" if summary["zero_stage"] else ""  # none where nothing was learned
+        console.print(f"seconds by phase: {seconds}; {summary['world_size']} ranks{stage}, seed {summary['seed']}")
         if summary["note"]:
             console.print(summary["note"])
     if len(runs) > 1:

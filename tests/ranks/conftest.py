@@ -1,4 +1,4 @@
-"""One pool of two real DeepSpeed ranks for the whole test run: a launch costs ten seconds."""
+"""Pools of real DeepSpeed ranks, started once in a test run and of two unless a test says so: a launch costs ten seconds."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ TIMEOUT = 300
 class Pool:
     """Gives tasks (functions of tests/ranks/tasks.py) to all ranks and collects what each returned."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.number = folder, 0
+    def __init__(self, folder: Path, *, ranks: int = 2) -> None:
+        self.folder, self.number, self.ranks = folder, 0, ranks
         self.log = open(folder / "log.txt", "w")
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
@@ -31,7 +31,7 @@ class Pool:
             "CUDA_VISIBLE_DEVICES": "",
         }
         port = random.randint(20000, 40000)
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
+        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
         self.process = subprocess.Popen(
             [*command, str(ROOT / "tests/ranks/worker.py"), str(folder)],
             cwd=ROOT,
@@ -50,7 +50,7 @@ class Pool:
         task = self.folder / f".task_{number}.json"
         task.write_text(json.dumps({"function": function, "arguments": arguments}))
         task.rename(self.folder / f"task_{number}.json")
-        paths = [self.folder / f"answer_{number}_{rank}.json" for rank in range(2)]
+        paths = [self.folder / f"answer_{number}_{rank}.json" for rank in range(self.ranks)]
         deadline = time.monotonic() + TIMEOUT
         while not all(path.is_file() for path in paths):
             if self.process.poll() is not None or time.monotonic() > deadline:

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import mrg_r1.trainer as trainer
 from mrg_r1.config import load_recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords, rank_indices
 from mrg_r1.engine.checkpoint import load_checkpoint, save_checkpoint
 from mrg_r1.engine.partition import RankPartition, is_absent
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.engine.state import gather_state, optimizer_steps
+from mrg_r1.engine.state import gather_state, optimizer_steps, scatter_state
 from mrg_r1.engine.zero import Engine
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.policy.scoring import score_group
@@ -308,3 +309,27 @@ def update_with_nan(ranks: Ranks, **setting: Any) -> dict[str, Any]:
         "moved": not torch.equal(weights(engine), before),
         "same": torch.equal(weights(engine), weights(straight)),
     }
+
+
+def train_with_fault(ranks: Ranks, *, recipe: str, overrides: list[str], fault: str, step: int) -> None:
+    """A GRPO recipe in which, at `step`, a LoRA weight is infinite after sampling, or one reference log-prob of rank 1 is NaN."""
+    inner, calls = trainer.update, 0
+
+    def faulty(experience: Experience, *, engine: Engine, **rest: Any) -> Any:
+        nonlocal calls
+        if calls == step and fault == "weight":
+            state, name = gather_state(engine), next(name for name in engine.trainable if "lora_B" in name)
+            for part in ("live", "master"):
+                state[f"{part}/{name}"][0, 0] = float("inf")
+            scatter_state(engine, state, optimizer_steps(engine))
+        if calls == step and fault == "reference" and ranks.rank == 1:
+            assert experience.reference_logp is not None
+            experience.reference_logp[0, 0, 0] = float("nan")
+        calls += 1
+        return inner(experience, engine=engine, **rest)
+
+    trainer.update = faulty
+    try:
+        train_grpo(load_recipe(Path(recipe), overrides), ranks)
+    finally:
+        trainer.update = inner
