@@ -134,10 +134,10 @@ GPU_ARGS ?=
 GPU_CONSTRAINTS = -c $(GPU_VENV)/constraints.txt
 GPU_INDEX = $(if $(WHEELHOUSE),--no-index --find-links $(WHEELHOUSE))
 # What our step imports beside torch and transformers; then TRL, which may be left out: its rows say so.
-GPU_OURS := deepspeed peft accelerate pydantic rich PyYAML pillow jinja2 sacrebleu pycocoevalcap setuptools wheel
+GPU_OURS := deepspeed peft accelerate pydantic pydicom rich PyYAML pillow jinja2 sacrebleu pycocoevalcap setuptools wheel
 GPU_TRL := trl datasets
 # The same with what they need in turn, as far as a machine with torch and transformers may lack it.
-WHEELS ?= deepspeed einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic_core annotated-types typing-inspection typing_extensions \
+WHEELS ?= deepspeed einops hjson msgpack ninja psutil py-cpuinfo pydantic pydantic_core pydicom annotated-types typing-inspection typing_extensions \
 	tqdm packaging peft accelerate rich markdown-it-py mdurl Pygments PyYAML pillow Jinja2 MarkupSafe sacrebleu portalocker regex tabulate \
 	colorama lxml pycocoevalcap pycocotools setuptools wheel
 WHEELS_TRL ?= trl datasets pyarrow pandas dill multiprocess xxhash python-dateutil tzdata fsspec

@@ -24,6 +24,7 @@ setup(
         "numpy>=1.26",
         "pillow>=11",
         "pydantic>=2.9",
+        "pydicom>=3",
         "PyYAML>=6",
         "rich>=13",
         "sacrebleu>=2.4",

@@ -1,7 +1,7 @@
 """Fine-tune a policy on reports (SFT), the cold start and baseline: `deepspeed launch/sft.py RECIPE.yaml [key=value ...]`."""
 
-from mrg_r1.launching import run_on_ranks
-from mrg_r1.sft import train
+if __name__ == "__main__":  # image workers import this file too, and need none of it
+    from mrg_r1.launching import run_on_ranks
+    from mrg_r1.sft import train
 
-if __name__ == "__main__":
     run_on_ranks(train, __doc__)

@@ -39,7 +39,15 @@ class DataSection(_Section):
     max_pixels: int = Field(
         262_144, ge=28 * 28, description="Larger images are reduced to this area (published peers: 262,144 to 401,408). ours"
     )
-    context: list[Literal["indication", "comparison"]] = Field([], description="Study context written into the prompt. ours")
+    context: list[Literal["indication", "comparison", "prior_report"]] = Field(
+        [], description="Study context written into the prompt, in this order; prior_report: of the study that `prior` names. ours"
+    )
+    sampling: Literal["uniform", "rare_findings"] = Field(
+        "uniform", description="Each study once an epoch, or oftener where the labeler reads a rare finding in its report. ours"
+    )
+    workers: int | None = Field(
+        None, ge=0, description="Processes a rank that read images ahead; 0: a thread; None: 2 on a GPU, 0 on a CPU. ours"
+    )
     check_images: bool = Field(True, description="Open every image once before training, so that a truncated one is named now. ours")
 
 

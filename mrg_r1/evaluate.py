@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mrg_r1.data.loader import PromptBuilder
+from mrg_r1.data.loader import PromptBuilder, prompts_ahead
 from mrg_r1.engine.ranks import Ranks, shard
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import BLANK, NO_FINDING, POSITIVE, classes_of_values, values_of_classes
@@ -26,7 +26,7 @@ from mrg_r1.policy.load import Policy
 from mrg_r1.reward.service import RewardService
 from mrg_r1.reward.stage import Judging
 from mrg_r1.rollout.decode import greedy
-from mrg_r1.types import Study
+from mrg_r1.types import Prompts, Study
 
 SUMMARY_KEYS = (
     "disease_micro13",
@@ -75,9 +75,10 @@ def evaluate(
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     rows: list[dict[str, Any]] = []
     with policy.held(images=True):  # ranks have unequal numbers of batches
-        for batch in track(batches, title, console=Console(stderr=True), disable=not ranks.is_main, transient=True):
+        shown = track(batches, title, console=Console(stderr=True), disable=not ranks.is_main, transient=True)
+        for batch, prompts in zip(shown, prompts_ahead(build, batches), strict=True):
             ranks.beat(title)
-            rows += _predict(policy, batch, build=build, rewards=rewards, judging=judging, max_new_tokens=max_new_tokens)
+            rows += _predict(policy, batch, prompts.to(policy.device), rewards=rewards, judging=judging, max_new_tokens=max_new_tokens)
     by_id = {row["id"]: row for part in ranks.gather(rows) for row in part}
     predictions = [by_id[study.id] for study in studies]
     result: dict[str, Any] | None = None
@@ -90,13 +91,12 @@ def evaluate(
 def _predict(
     policy: Policy,
     batch: list[Study],
+    prompts: Prompts,
     *,
-    build: PromptBuilder,
     rewards: RewardService,
     judging: Callable[[Sequence[str]], Judging],
     max_new_tokens: int,
 ) -> list[dict[str, Any]]:
-    prompts = build(batch).to(policy.device)
     completions = greedy(policy, prompts, policy.encode_images(prompts), max_new_tokens=max_new_tokens)
     ids = prompts.study_ids
     judged = rewards.result(rewards.submit(completions.texts, completions.ended.cpu(), ids, prompts.references, judging(ids)))

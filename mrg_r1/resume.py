@@ -9,7 +9,17 @@ from mrg_r1.engine.checkpoint import recorded_recipe
 from mrg_r1.engine.ranks import Ranks
 
 # what a run may be continued with without being another one
-_FREE = ("output_dir", "evaluation.", "tracking.", "checkpoint.", "resume.", "reward.device", "reward.timeout", "data.check_images")
+_FREE = (
+    "output_dir",
+    "evaluation.",
+    "tracking.",
+    "checkpoint.",
+    "resume.",
+    "reward.device",
+    "reward.timeout",
+    "data.check_images",
+    "data.workers",
+)
 # what changes the order of sums and nothing else
 _ROUNDING = ("engine.", "rollout.cache_tokens", "rollout.reuse_prefill", "policy.gradient_checkpointing")
 

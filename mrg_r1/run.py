@@ -17,7 +17,9 @@ from rich.console import Console
 
 from mrg_r1 import rewarding
 from mrg_r1.config import Recipe, RecipeError, check_recipe, dump_recipe
-from mrg_r1.data.loader import PromptBuilder, PromptWords
+from mrg_r1.data.context import with_prior_reports
+from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
+from mrg_r1.data.order import rare_finding_weights
 from mrg_r1.data.study import check_images, read_manifest
 from mrg_r1.engine.partition import RankPartition
 from mrg_r1.engine.ranks import Ranks
@@ -121,9 +123,8 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     _claim_directory(recipe, ranks)
     dtype = _DTYPES[recipe.policy.dtype]
     judging = recipe.phases != "update"
-    supervisor = (
-        rewarding.start_service(recipe, ranks) if judging else None
-    )  # the labeler is loaded by its own process while the policy is loaded here
+    # the labeler is loaded by its own process while the policy is loaded here
+    supervisor = rewarding.start_service(recipe, ranks) if judging else None
     policy = load_policy(recipe.policy.path, dtype=dtype, temperature=recipe.rollout.temperature, partition=partition).to(ranks.device)
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
@@ -147,7 +148,13 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         directory=recipe.output_dir,
         studies=studies,
         policy=policy,
-        build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words),
+        build=PromptBuilder(
+            tokenizer=policy.tokenizer,
+            image_processor=processor,
+            positions=policy.positions,
+            words=words,
+            workers=(2 if ranks.device.type == "cuda" else 0) if recipe.data.workers is None else recipe.data.workers,
+        ),
         rewards=rewarding.open_rewards(recipe, ranks, supervisor, met) if judging else None,
         dtype=dtype,
     )
@@ -194,6 +201,37 @@ def build_engine(run: Run) -> Engine:
         schedule=recipe.optimizer.schedule,
         total_steps=recipe.steps,
     )
+
+
+def open_loader(run: Run, record: dict[str, Any], *, batch_size: int) -> StudyLoader:
+    """This rank's studies, from the one at which the run of the checkpoint's `record` had come.
+
+    The weights of `data.sampling` come from the labeler's reading of the training reports, which is what the reward compares with and
+    which every manifest has; the manifest's own `labels.said` may be null. (`phases=update` has no labeler, and takes no study from here.)
+
+    Raises:
+        RecipeError: the studies or their weights are not those of the checkpoint, so that its position means others.
+    """
+    recipe, studies = run.recipe, run.studies["train"]
+    loader = StudyLoader(
+        studies,
+        run.build,
+        seed=recipe.seed,
+        batch_size=batch_size,
+        rank=run.ranks.rank,
+        world_size=run.ranks.world_size,
+        weights=rare_finding_weights(run.rewards.classes("train")) if run.rewards and recipe.data.sampling == "rare_findings" else None,
+        step=record["step"],
+        position=record.get("position", recipe.sft.skip_studies + record["step"] * batch_size),
+    )
+    if record.get("studies", loader.fingerprint) != loader.fingerprint and not recipe.resume.allow_changes:
+        loader.close()
+        raise RecipeError(
+            f"{recipe.data.manifest}: its training studies, or what the labeler reads in them, are not those of the checkpoint in "
+            f"{run.directory}: the run would pass over some and repeat others; take the old ones back, set another output_dir, or go on "
+            "as another run with resume.allow_changes=true"
+        )
+    return loader
 
 
 def open_log(run: Run, start: int) -> RunLog:
@@ -288,6 +326,11 @@ def _read_studies(recipe: Recipe, ranks: Ranks) -> dict[str, list[Study]]:
     """The recipe's three splits; rank 0 opens every image once, and its verdict is everybody's."""
     names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
     everything = read_manifest(recipe.data.manifest)
+    if "prior_report" in recipe.data.context:
+        try:
+            everything = with_prior_reports(everything)
+        except ValueError as error:
+            raise RecipeError(f"{recipe.data.manifest}: {error}") from error
     studies = {part: [study for study in everything if study.split == name] for part, name in names.items()}
     needed = ["train"] + (["val"] if recipe.evaluation.every or recipe.sft.stop_at else []) + (["test"] if recipe.evaluation.test else [])
     if recipe.phases != "all":  # nothing is validated or evaluated

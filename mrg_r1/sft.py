@@ -22,7 +22,7 @@ from mrg_r1.policy.adapters import add_lora, save_adapter
 from mrg_r1.policy.load import save_policy
 from mrg_r1.policy.scoring import micro_batches
 from mrg_r1.report_format import target_text
-from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run, say_resuming
+from mrg_r1.run import Run, build_engine, finish, is_finished, open_loader, open_log, open_run, say_resuming
 from mrg_r1.tracking.log import Clock
 from mrg_r1.types import Study
 
@@ -31,6 +31,7 @@ def sft_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, clock:
     """One optimizer step on this rank's share of the batch. Returns metrics as (sum, count) pairs."""
     with clock.phase("load"):
         prompts = loader.batch(step)
+    with clock.phase("targets"):
         targets = [target_ids(run, study) for study in loader.studies_of(step)]
         ids = torch.full((len(targets), max(map(len, targets))), run.policy.pad_id)  # [B, C]
         mask = torch.zeros(ids.shape, dtype=torch.bool)
@@ -54,6 +55,7 @@ def sft_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, clock:
     return {
         "loss": (total, mask.sum()),
         "policy/skipped_updates": (skipped, torch.tensor(1.0)),
+        "time/load_share": clock.share("load"),
         "sft/target_tokens": (mask.sum(), torch.tensor(float(len(targets)))),
     }
 
@@ -102,15 +104,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         record = load_checkpoint(engine, run.directory / "checkpoints") or {"step": 0, "best": None, "seconds": {}, "stopped": None}
     start, best, stopped = record["step"], record["best"], record["stopped"]
     clock.add(record["seconds"])  # of the run before it was interrupted
-    loader = StudyLoader(
-        run.studies["train"],
-        run.build,
-        seed=recipe.seed,
-        batch_size=recipe.sft.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        skip=recipe.sft.skip_studies,
-    )
+    loader = open_loader(run, record, batch_size=recipe.sft.batch_size)
     log = open_log(run, start)
     say_resuming(run, log, record, stage=engine.stage)
     run.policy.train()
@@ -144,6 +138,8 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
                     "seconds": clock.totals,
                     "stopped": stopped,
                     "skipped_in_a_row": skipped_in_a_row,
+                    "position": loader.position(step + 1),
+                    "studies": loader.fingerprint,
                     "recipe": recipe.model_dump(mode="json"),
                 }
                 log.sync()

@@ -32,7 +32,7 @@ from mrg_r1.reward.stage import RewardError
 from mrg_r1.rewarding import on_all_ranks, redeem, service_metrics
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.resample import resample_groups
-from mrg_r1.run import Run, build_engine, finish, is_finished, open_log, open_run, say_resuming
+from mrg_r1.run import Run, build_engine, finish, is_finished, open_loader, open_log, open_run, say_resuming
 from mrg_r1.tracking.collapse import CollapseWatch
 from mrg_r1.tracking.completions import write_completions
 from mrg_r1.tracking.log import Clock, RunLog
@@ -102,7 +102,8 @@ def grpo_step(step: int, *, run: Run, engine: Engine | None, loader: StudyLoader
     if recipe.tracking.completions_every and step % recipe.tracking.completions_every == 0:
         folder = run.directory / "completions"
         write_completions(folder, step=step, rank=run.ranks.rank, prompts=prompts, completions=completions, rewards=judged)
-    return parts | group_metrics(completions, judged) | service_metrics(rewards.health())
+    waited = {"time/load_share": clock.share("load")}  # of the step, what the ranks waited for images and prompts
+    return parts | group_metrics(completions, judged) | service_metrics(rewards.health()) | waited
 
 
 def update_step(number: int, *, experience: SavedExperience, run: Run, engine: Engine, clock: Clock) -> Metrics:
@@ -273,7 +274,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         record = load_checkpoint(engine, run.directory / "checkpoints") or {"step": 0, "best": None, "seconds": {}}
     start, best = record["step"], record["best"]
     clock.add(record["seconds"])  # of the run before it was interrupted
-    loader = open_loader(run)
+    loader = open_loader(run, record, batch_size=recipe.grpo.studies_per_step)
     watch = CollapseWatch(record.get("collapse"))
     skipped_in_a_row: int = record.get("skipped_in_a_row", 0)
     log = open_log(run, start)
@@ -286,6 +287,8 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             "seconds": clock.totals,
             "collapse": watch.state,
             "skipped_in_a_row": skipped_in_a_row,
+            "position": loader.position(done),
+            "studies": loader.fingerprint,
             "recipe": recipe.model_dump(mode="json"),
         }
         kept = best["step"] if best else None
@@ -357,7 +360,8 @@ def sample_only(recipe: Recipe, ranks: Ranks) -> None:
     start = next_step(recipe.output_dir, recipe, ranks)
     with clock.phase("start"):
         run = open_run(recipe, ranks, task="grpo")
-    loader, log = open_loader(run), open_log(run, start)
+    loader = open_loader(run, {"step": start}, batch_size=recipe.grpo.studies_per_step)
+    log = open_log(run, start)
     signals.deferring = True
     for step in range(start, recipe.steps):
         try:
@@ -374,19 +378,6 @@ def sample_only(recipe: Recipe, ranks: Ranks) -> None:
     signals.deferring = False
     loader.close()
     finish(run, log, clock, stage=None, before=None, after=None, best=None)
-
-
-def open_loader(run: Run) -> StudyLoader:
-    """This rank's batches."""
-    return StudyLoader(
-        run.studies["train"],
-        run.build,
-        seed=run.recipe.seed,
-        batch_size=run.recipe.grpo.studies_per_step,
-        rank=run.ranks.rank,
-        world_size=run.ranks.world_size,
-        skip=run.recipe.sft.skip_studies,
-    )
 
 
 def keep_for_replay(run: Run, step: int, sampled: Sampled, *, problem: str | None = None) -> None:

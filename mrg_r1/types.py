@@ -40,6 +40,7 @@ class Study:
     drawn: tuple[int | None, ...] | None = None  # the truth that a phantom was rendered from
     rendered: bool = False  # True: the radiograph is a phantom
     prior: str | None = None  # id of an earlier study of the same patient
+    prior_report: str | None = None  # its report, where a recipe asks for it (`data.context`); not in the manifest
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""Studies: manifests, converters, images, and the loader, the only place that calls the processor."""
+"""Studies: manifests, converters, images, and the loader with its workers, the only places that call the processor."""

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from mrg_r1.data.dicom import DicomError, is_dicom, read_dicom, size_of_dicom
+
 # Only formats that Pillow decodes itself: EPS, for one, would start Ghostscript on a file from outside.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")
 # Below Pillow's own warning (89 million). The largest detectors give about 20 million pixels.
@@ -29,7 +31,7 @@ def load_image(path: Path, study_id: str) -> Image.Image:
     The format is read from the content, the extension is not looked at. EXIF orientation is applied. Transparency is laid
     over black. Palettes are resolved. Greyscale of more than 8 bits is scaled so that the image's own minimum and maximum
     become 0 and 255 (12-bit data in 16-bit files would be near black under a fixed scale). Of a file with several frames
-    the first is read.
+    the first is read. DICOM files come as a viewer shows them first (`data.dicom`).
 
     Args:
         path: the file.
@@ -40,7 +42,8 @@ def load_image(path: Path, study_id: str) -> Image.Image:
 
     Raises:
         ImageError: missing, unreadable, not an image, truncated, more than `MAX_PIXELS` pixels, a side more than
-            `MAX_ASPECT` times the other, or a colour mode that cannot be turned into RGB.
+            `MAX_ASPECT` times the other, a colour mode that cannot be turned into RGB, or a DICOM file that is no radiograph or
+            that nothing installed decodes.
     """
     image = _decode(path, study_id)
     try:
@@ -57,8 +60,9 @@ def check_image(path: Path, study_id: str) -> None:
     """
     data = _read(path, study_id)
     try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            image.verify()
+        if not is_dicom(data):
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
+                image.verify()
     except (Image.UnidentifiedImageError, Image.DecompressionBombError):
         pass  # _decode says it better
     except _DECODING_ERRORS as error:
@@ -70,27 +74,37 @@ def _decode(path: Path, study_id: str, data: bytes | None = None) -> Image.Image
     if data is None:
         data = _read(path, study_id)
     try:
+        if is_dicom(data):
+            _check_size(path, study_id, *size_of_dicom(data))
+            return Image.fromarray(read_dicom(data))
         image = Image.open(BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise Image.DecompressionBombError(f"{width} x {height} pixels")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            remedy = "crop it to the radiograph"
-            raise _refusal(path, study_id, f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other", remedy)
+        _check_size(path, study_id, *image.size)
+        if any(";16" in str(tile.args) for tile in image.tile if image.mode in ("RGB", "RGBA", "LA")):
+            # Pillow keeps the upper 8 bits of each: 12-bit data would be near black
+            remedy = "save it as grey of 16 bits or colour of 8"
+            raise _refusal(path, study_id, f"16 bits a channel of {image.mode}, of which only 8 would be read", remedy)
         image.load()
     except ImageError:
         raise
+    except DicomError as error:
+        raise _refusal(path, study_id, error.what, error.remedy) from error
     except Image.DecompressionBombError as error:
-        remedy = f"make it smaller than {MAX_PIXELS:,} pixels"
-        raise _refusal(path, study_id, f"too many pixels to be a radiograph ({error})", remedy) from error
+        raise _bomb(path, study_id, str(error)) from error
     except Image.UnidentifiedImageError as error:
-        if data[128:132] == b"DICM":
-            raise _refusal(path, study_id, "a DICOM file", "convert it to PNG or JPEG first") from error
-        remedy = f"replace it by one of {', '.join(FORMATS)}, or take the study out"
+        remedy = f"replace it by DICOM or one of {', '.join(FORMATS)}, or take the study out"
         raise _refusal(path, study_id, f"not an image that can be read (it begins with {data[:8]!r})", remedy) from error
     except _DECODING_ERRORS as error:
         raise _damaged(path, study_id, error) from error
     return image
+
+
+def _check_size(path: Path, study_id: str, width: int, height: int) -> None:
+    """Refuse what would fill the memory, or the image processor would refuse later, before it is decoded."""
+    if width * height > MAX_PIXELS:
+        raise _bomb(path, study_id, f"{width} x {height} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        remedy = "crop it to the radiograph"
+        raise _refusal(path, study_id, f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other", remedy)
 
 
 def _read(path: Path, study_id: str) -> bytes:
@@ -124,6 +138,10 @@ def _to_eight_bits(pixels: np.ndarray) -> np.ndarray:
         return np.zeros(pixels.shape, dtype=np.uint8)
     scaled: np.ndarray = np.rint((pixels - low) * (255.0 / (high - low))).astype(np.uint8)
     return scaled
+
+
+def _bomb(path: Path, study_id: str, what: str) -> ImageError:
+    return _refusal(path, study_id, f"too many pixels to be a radiograph ({what})", f"make it smaller than {MAX_PIXELS:,} pixels")
 
 
 def _damaged(path: Path, study_id: str, error: Exception) -> ImageError:

@@ -1,22 +1,24 @@
-"""From studies to prompts: the order in which studies come, and the only place that calls tokenizer and image processor.
+"""From studies to prompts: the only place that calls the tokenizer, and what has a step's batch ready when the step begins.
 
-The order is a pure function of (seed, position): step s takes studies s*n … s*n + n - 1 of an endless stream of seeded
-permutations. Resuming needs no state but the step, and any number of ranks sees the same studies in the same steps.
+`data.order` says which studies a step takes, `data.workers` reads their images; any number of ranks sees the same studies in the
+same steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mrg_r1.data.images import load_image
+from mrg_r1.data.context import context_lines
+from mrg_r1.data.order import StudyOrder
+from mrg_r1.data.workers import ImageReader
 from mrg_r1.types import Prompts, Study
 
 Positions = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -39,11 +41,13 @@ class PromptBuilder:
         tokenizer: the checkpoint's, with its chat template.
         image_processor: PIL images -> patches and grids.
         positions: (input_ids, attention_mask, grids) -> (position_ids, next_position); `policy.positions`.
+        workers: processes that read images; 0: the thread that builds.
     """
 
-    def __init__(self, *, tokenizer: Any, image_processor: Any, positions: Positions, words: PromptWords) -> None:
+    def __init__(self, *, tokenizer: Any, image_processor: Any, positions: Positions, words: PromptWords, workers: int = 0) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.images = ImageReader(image_processor, workers=workers)
         self.positions = positions
         self.words = words
         self.image_token = "<|image_pad|>"
@@ -56,10 +60,8 @@ class PromptBuilder:
             if self.words.show_view and image.view is not None:
                 content.append({"type": "text", "text": f"{image.view.capitalize()} view: "})
             content.append({"type": "image"})
-        for field in self.words.context:
-            value = {"indication": study.indication, "comparison": study.comparison}[field]
-            if value:
-                content.append({"type": "text", "text": f"\n{field.capitalize()}: {value}"})
+        for line in context_lines(study, self.words.context).values():
+            content.append({"type": "text", "text": line})
         content.append({"type": "text", "text": f"\n{self.words.instruction}"})
         return [{"role": "user", "content": content}]
 
@@ -67,14 +69,11 @@ class PromptBuilder:
         """
         Raises:
             ValueError: an unreadable image, or a prompt longer than `max_tokens`; names the study. A prompt is never cut (trap 12).
+            WorkerError: an image worker died.
         """
-        pixels, grids, rows = [], [], []
-        for study in studies:
-            images = [load_image(image.path, study.id) for image in study.images]
-            features = self.image_processor(images=images, return_tensors="pt")
-            pixels.append(features["pixel_values"])
-            grids.append(features["image_grid_thw"])
-            rows.append(self._ids(study, features["image_grid_thw"]))
+        patches = self.images.read(studies)
+        grids = [grid for _, grid in patches]
+        rows = [self._ids(study, grid) for study, grid in zip(studies, grids, strict=True)]
         length = max(len(ids) for ids in rows)
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
@@ -90,7 +89,7 @@ class PromptBuilder:
             attention_mask=attention_mask,
             position_ids=position_ids,
             next_position=next_position,
-            pixel_values=torch.cat(pixels),
+            pixel_values=torch.cat([pixels for pixels, _ in patches]),
             image_grid_thw=image_grid_thw,
             images_per_study=[len(study.images) for study in studies],
         )
@@ -109,51 +108,83 @@ class PromptBuilder:
         for piece, count in zip(pieces, [*(grid.prod(dim=1) // merge).tolist(), 0], strict=True):
             ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"] + [self.image_token_id] * count
         if len(ids) > self.words.max_tokens:
-            raise ValueError(
-                f"study {study.id}: prompt of {len(ids)} tokens, prompt.max_tokens is {self.words.max_tokens}; "
-                "lower data.max_pixels or raise prompt.max_tokens (a prompt is never cut: that could cut an image)"
-            )
+            raise ValueError(self._too_long(study, ids))
         return ids
 
-
-@lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, epoch: int) -> list[int]:
-    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
-
-
-def stream_indices(count: int, *, seed: int, start: int, length: int) -> list[int]:
-    """Positions `start` … `start + length - 1` of the endless stream of seeded permutations of 0..count-1."""
-    return [_permutation(count, seed, position // count)[position % count] for position in range(start, start + length)]
-
-
-def rank_indices(count: int, *, seed: int, step: int, batch_size: int, rank: int, world_size: int, skip: int = 0) -> list[int]:
-    """The studies of a step on one rank: a contiguous share of the global batch, a study (and so its group) on one rank only (trap 7)."""
-    share = batch_size // world_size
-    return stream_indices(count, seed=seed, start=skip + step * batch_size + rank * share, length=share)
+    def _too_long(self, study: Study, ids: Sequence[int]) -> str:
+        """What takes the room, and what to switch off."""
+        lines = context_lines(study, self.words.context)
+        parts = {field: len(self.tokenizer(line, add_special_tokens=False)["input_ids"]) for field, line in lines.items()}
+        longest = max(parts, key=lambda field: parts[field], default=None)
+        switch = "" if longest is None else f", take {longest} out of data.context"
+        listed = "".join(f", {count} of {field}" for field, count in parts.items())
+        return (
+            f"study {study.id}: prompt of {len(ids)} tokens, prompt.max_tokens is {self.words.max_tokens} "
+            f"({ids.count(self.image_token_id)} of images{listed}); lower data.max_pixels{switch} or raise prompt.max_tokens (a prompt is "
+            "never cut: that could cut an image)"
+        )
 
 
 class StudyLoader:
-    """This rank's batches, each prepared by a thread while the step before it runs."""
+    """This rank's batches, each prepared by a thread, and by the builder's image workers, while the step before it runs.
+
+    Args:
+        seed, weights: of the order (`data.order`).
+        batch_size: studies of a step over all ranks.
+        step, position: where the loader begins: this step's batch is the one at this position of the stream. A run that goes on with
+            another batch size begins at the studies that it has consumed, and neither repeats nor passes over one.
+    """
 
     def __init__(
-        self, studies: Sequence[Study], build: PromptBuilder, *, seed: int, batch_size: int, rank: int, world_size: int, skip: int = 0
+        self,
+        studies: Sequence[Study],
+        build: PromptBuilder,
+        *,
+        seed: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        weights: NDArray[np.float64] | None = None,
+        step: int = 0,
+        position: int = 0,
     ) -> None:
         self.studies = studies
         self.build = build
-        self._where: dict[str, int] = {"seed": seed, "batch_size": batch_size, "rank": rank, "world_size": world_size, "skip": skip}
+        self.order = StudyOrder(len(studies), seed=seed, weights=weights)
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self._start = position - step * batch_size
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self._ahead: dict[int, Any] = {}
+        self._ahead: dict[int, Future[Prompts]] = {}
+
+    def position(self, step: int) -> int:
+        """Studies that the steps before `step` have consumed, on all ranks; what a checkpoint keeps."""
+        return self._start + step * self._batch_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the studies and their weights: positions of equal ones mean the same studies."""
+        return self.order.fingerprint([study.id for study in self.studies])
 
     def studies_of(self, step: int) -> list[Study]:
-        return [self.studies[index] for index in rank_indices(len(self.studies), step=step, **self._where)]
+        mine = self.order.share(self.position(step), batch_size=self._batch_size, rank=self._rank, world_size=self._world_size)
+        return [self.studies[index] for index in mine]
 
     def batch(self, step: int) -> Prompts:
         """The prompts of `step`; those of the next step begin to be prepared."""
         for wanted in (step, step + 1):
             if wanted not in self._ahead:
                 self._ahead[wanted] = self._worker.submit(self.build, self.studies_of(wanted))
-        prompts: Prompts = self._ahead.pop(step).result()
-        return prompts
+        return self._ahead.pop(step).result()
 
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
+
+
+def prompts_ahead(build: Callable[[Sequence[Study]], Prompts], batches: Sequence[Sequence[Study]]) -> Iterator[Prompts]:
+    """The prompts of batch after batch, each prepared by a thread while the one before it is in use; for evaluations."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as worker:
+        ahead = [worker.submit(build, batch) for batch in batches[:1]]
+        for number in range(len(batches)):
+            prompts = ahead.pop().result()
+            ahead += [worker.submit(build, batch) for batch in batches[number + 1 : number + 2]]
+            yield prompts

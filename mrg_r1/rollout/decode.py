@@ -41,25 +41,30 @@ def rollout(
 
     Args:
         cache_tokens: tokens whose keys and values are held at a time, prompts once a study and completions at full length; more are
-            sampled in parts, which changes nothing, since sampling is keyed. None: all studies together.
+            sampled in parts, the largest first, which changes nothing, since sampling is keyed. None: all studies together.
         states: the prompts' states, where a prefill was made already.
         on_ended: is given texts of completions that have ended while others go on, so that their labels can be read meanwhile.
 
     Returns:
         Completions [B, G, C] with C at most `max_new_tokens`.
     """
-    parts: list[Completions] = []
+    own, tokens = group_size * max_new_tokens, prompts.attention_mask.sum(dim=1)
+    cut = _parts(prompts, own=own, cache_tokens=cache_tokens)
+    # largest first: what does not fit into memory shows now, and not when the last part's turn comes
+    turns = sorted(range(len(cut)), key=lambda part: -int(tokens[cut[part]].sum() + own * len(cut[part])))
+    parts: dict[int, Completions] = {}
     with policy.sampler() as language:
-        for rows in _parts(prompts, own=group_size * max_new_tokens, cache_tokens=cache_tokens):
+        for turn in turns:
+            rows = cut[turn]
             if parts and on_ended is not None:
-                on_ended([text for group in parts[-1].texts for text in group])
+                on_ended([text for group in parts[next(reversed(parts))].texts for text in group])
             some = prompts if len(rows) == len(prompts) else prompts.select(rows)
             uniforms = keyed_uniforms(
                 seed=seed, step=step, study_ids=some.study_ids, group_size=group_size, length=max_new_tokens, attempt=attempt
             ).to(policy.device)
             known = None if states is None else states.select(rows)
-            parts.append(_decode(policy, language, some, vision.select(rows), group_size, max_new_tokens, uniforms, known, on_ended))
-    return parts[0] if len(parts) == 1 else Completions.join(parts, pad_id=policy.pad_id)
+            parts[turn] = _decode(policy, language, some, vision.select(rows), group_size, max_new_tokens, uniforms, known, on_ended)
+    return parts[0] if len(parts) == 1 else Completions.join([parts[part] for part in range(len(cut))], pad_id=policy.pad_id)
 
 
 @torch.no_grad()

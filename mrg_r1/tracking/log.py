@@ -20,7 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from mrg_r1.files import write_text_atomically
 
@@ -146,13 +148,21 @@ class Clock:
     @property
     def training_seconds(self) -> float:
         """Seconds inside training steps: everything but start, validation, checkpoints and evaluation."""
-        return sum(seconds for name, seconds in self.totals.items() if name not in ("start", "validation", "checkpoint", "evaluation"))
+        return _training(self.totals)
+
+    def share(self, name: str) -> tuple[Tensor, Tensor]:
+        """(seconds of a phase, seconds of training phases) of the step so far: a metric whose mean over ranks is the phase's share."""
+        return torch.tensor(self._step.get(name, 0.0)), torch.tensor(_training(self._step))
 
     def end_step(self) -> dict[str, float]:
         """`time/PHASE` of the step that ends here."""
         times = {f"time/{name}": round(seconds, 4) for name, seconds in self._step.items()}
         self._step = {}
         return times
+
+
+def _training(seconds: dict[str, float]) -> float:
+    return sum(value for name, value in seconds.items() if name not in ("start", "validation", "checkpoint", "evaluation"))
 
 
 def write_environment(directory: Path, *, world_size: int, device: str, seed: int) -> None:

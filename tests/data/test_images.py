@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from mrg_r1.data.images import ImageError, check_image, load_image
+from mrg_r1.policy.load import load_image_processor
 from tests.shared_data import shared_data
 
 
@@ -119,7 +120,8 @@ def test_a_flipped_pixel_is_found_when_training_reads_it_and_a_flipped_checksum_
         (None, "no such file"),
         (b"", "empty"),
         (b"<html>404 not found</html>", "not an image"),
-        (b"\0" * 128 + b"DICM" + b"\0" * 64, "DICOM"),
+        (b"\0" * 128 + b"DICM" + b"\0" * 64, "a DICOM file"),
+        (b"\0" * 128 + b"DICM", "a DICOM file"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # would start Ghostscript
     ],
 )
@@ -138,20 +140,34 @@ def test_a_folder_in_place_of_an_image_is_refused(tmp_path: Path) -> None:
         load_image(tmp_path, "s")
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A valid PNG that promises width x height pixels and carries none of them."""
+def png(width: int, height: int, data: bytes, *, bits: int = 8, colour: int = 0) -> bytes:
+    """A PNG with this header and these rows."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_sixteen_bits_a_channel_of_colour_are_refused_and_not_read_near_black(tmp_path: Path, colour: int, channels: int) -> None:
+    """Pillow keeps the upper eight bits: of twelve-bit data the upper four."""
+    path = tmp_path / "image.png"
+    row = b"\0" + np.full((4, channels), 4095, dtype=">u2").tobytes()
+    path.write_bytes(png(4, 4, row * 4, bits=16, colour=colour))
+    for read in (load_image, check_image):
+        with pytest.raises(ImageError, match="study 's'.*16 bits a channel .*save it as grey of 16 bits"):
+            read(path, "s")
+    row = b"\0" + np.full((4, channels), 200, dtype=np.uint8).tobytes()
+    path.write_bytes(png(4, 4, row * 4, bits=8, colour=colour))
+    assert load_image(path, "s").size == (4, 4)
 
 
 @pytest.mark.parametrize("side", [9_100, 50_000])
 def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path: Path, side: int) -> None:
     path = tmp_path / "bomb.png"
-    path.write_bytes(png_header(side, side))
+    path.write_bytes(png(side, side, b"\0" * 100))  # promises what it does not carry
     for read in (load_image, check_image):
         with pytest.raises(ImageError, match="too many pixels"):
             read(path, "s")
@@ -176,3 +192,29 @@ def test_every_real_radiograph_loads_at_its_own_size_and_its_first_half_is_refus
         half.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(ImageError):
             load_image(half, path.name)
+
+
+def check_processed(processor: Any, image: Image.Image, *, largest: int) -> None:
+    """At most `largest` pixels reach the policy, and neither side is off its share by more than the 28 pixels of a token."""
+    features = processor(images=[image], return_tensors="pt")
+    ((time, rows, columns),) = features["image_grid_thw"].tolist()
+    height, width = rows * 14, columns * 14
+    assert time == 1 and height * width <= largest and features["pixel_values"].shape[0] == rows * columns
+    scale = (height * width / (image.width * image.height)) ** 0.5
+    assert abs(height - scale * image.height) <= 28 and abs(width - scale * image.width) <= 28
+
+
+@pytest.mark.parametrize("size", [(3000, 2400), (2048, 2496), (500, 500), (1200, 300), (60, 90), (10, 12)])
+@pytest.mark.parametrize("largest", [56 * 56, 262_144, 401_408])
+def test_the_aspect_is_kept_and_max_pixels_respected(tiny_policy_directory: Path, size: tuple[int, int], largest: int) -> None:
+    processor = load_image_processor(tiny_policy_directory, min_pixels=28 * 28, max_pixels=largest)
+    check_processed(processor, Image.new("RGB", size, (90, 90, 90)), largest=largest)
+
+
+def test_real_radiographs_keep_their_aspect_below_max_pixels(tiny_policy_directory: Path) -> None:
+    folder = shared_data() / "radiographs"
+    processor = load_image_processor(tiny_policy_directory, min_pixels=56 * 56, max_pixels=262_144)
+    paths = sorted(path for path in folder.iterdir() if path.suffix != ".csv")[::4]
+    for path in paths:
+        check_processed(processor, load_image(path, path.name), largest=262_144)
+    assert len(paths) > 15

@@ -13,7 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import mrg_r1.trainer as trainer
 from mrg_r1.config import load_recipe
-from mrg_r1.data.loader import PromptBuilder, PromptWords, rank_indices
+from mrg_r1.data.loader import PromptBuilder, PromptWords
+from mrg_r1.data.order import StudyOrder
 from mrg_r1.engine.checkpoint import load_checkpoint, save_checkpoint
 from mrg_r1.engine.partition import RankPartition, is_absent
 from mrg_r1.engine.ranks import Ranks
@@ -280,7 +281,7 @@ def sft(ranks: Ranks, *, recipe: str, overrides: list[str]) -> None:
 
 
 def indices(ranks: Ranks, *, step: int) -> list[int]:
-    return rank_indices(10, seed=3, step=step, batch_size=4, rank=ranks.rank, world_size=ranks.world_size)
+    return StudyOrder(10, seed=3).share(4 * step, batch_size=4, rank=ranks.rank, world_size=ranks.world_size)
 
 
 def update_with_nan(ranks: Ranks, **setting: Any) -> dict[str, Any]:

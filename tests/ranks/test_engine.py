@@ -141,8 +141,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(pool, tiny_
 
 def test_groups_stay_whole_over_ranks(pool):
     """Trap 7: the ranks' studies of a step are the global batch, in order, whoever asks."""
-    from mrg_r1.data.loader import rank_indices
+    from mrg_r1.data.order import StudyOrder
 
     for step in (0, 4):
         first, second = pool.run("indices", step=step)
-        assert first + second == rank_indices(10, seed=3, step=step, batch_size=4, rank=0, world_size=1)
+        assert first + second == StudyOrder(10, seed=3).share(4 * step, batch_size=4, rank=0, world_size=1)
