@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mrg_r1.cli import prepare_mimic
 from mrg_r1.cli.arguments import add_output, described, positive, seed
 
 
 def add_commands(commands: Any) -> None:
-    """`prepare {phantom, iu-xray, tiny-policy}`."""
+    """`prepare {phantom, iu-xray, mimic-cxr, tiny-policy}`."""
     prepare = commands.add_parser("prepare", help="write a dataset, or a tiny policy to try things on")
     kinds = prepare.add_subparsers(title="what to prepare", required=True, metavar="KIND")
 
@@ -72,6 +73,8 @@ def add_commands(commands: Any) -> None:
     iu.add_argument("--side", type=positive, default=224, metavar="PIXELS", help="width and height of rendered images (default: 224)")
     iu.add_argument("--seed", type=seed, default=0, help="of the rendered images (default: 0)")
     iu.set_defaults(run=_prepare_iu_xray)
+
+    prepare_mimic.add_command(kinds)
 
     policy = described(
         kinds.add_parser,

@@ -47,18 +47,32 @@ def claim_folder(output: Path, settings: Mapping[str, Any], *, images: int, seed
     """Make a folder ready for `images` renderings of side x side pixels and write its settings.
 
     Args:
-        output: the folder; made if absent.
-        settings: JSON values that the images depend on; None where nothing depends on it yet, to be settled by a later run.
-            The package's version is added.
+        output, settings: as `claim_settings`.
         images: how many images at most will be written.
         seed: of the images.
         side: their pixels.
 
     Raises:
-        ValueError: a seed or side that cannot be rendered, a folder made with other settings, or a dataset without settings.
-        OSError: it cannot be made or written, or its disk has no room for the images.
+        ValueError: a seed or side that cannot be rendered, or as `claim_settings`.
+        OSError: as `claim_settings`.
     """
     render([None] * len(OBSERVATIONS), seed=seed, index=0, side=side)  # refuses what it cannot draw before the folder is touched
+    claim_settings(output, settings, room=images * (side * side + 4096))  # noise: about a byte a pixel, and the rest of the last block
+
+
+def claim_settings(output: Path, settings: Mapping[str, Any], *, room: int = 0) -> None:
+    """Make a folder and write its settings, so that no run with other settings is mixed into it.
+
+    Args:
+        output: the folder; made if absent.
+        settings: JSON values that the content depends on; None where nothing depends on it yet, to be settled by a later run.
+            The package's version is added.
+        room: bytes that will be written at most.
+
+    Raises:
+        ValueError: a folder made with other settings, or a dataset without settings.
+        OSError: it cannot be made or written, or its disk has no such room.
+    """
     settings = {**settings, "mrg_r1": __version__}
     path = output / SETTINGS_FILE
     if path.is_file():
@@ -75,9 +89,8 @@ def claim_folder(output: Path, settings: Mapping[str, Any], *, images: int, seed
     try:
         output.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(output).free
-        needed = images * (side * side + 4096)  # noise: about a byte a pixel, and the rest of the last block
-        if free < needed:
-            raise OSError(f"needs {needed / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; free some or choose another output")
+        if free < room:
+            raise OSError(f"needs {room / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; free some or choose another output")
         write_json(path, settings)
     except OSError as error:
         raise OSError(f"{output}: cannot be written: {error.strerror or error}") from error

@@ -130,6 +130,20 @@ def write_manifest(path: Path, studies: Iterable[Study]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def manifest_line(study: Study, folder: Path) -> str:
+    """One study as the line, without its end, of a manifest in `folder`: image paths relative to it.
+
+    Raises:
+        ManifestError: what `read_manifest` would not read back, such as an empty report; one line a fault, naming the field.
+    """
+    record = _record_of(study, folder)
+    line = json.dumps(record, ensure_ascii=False)
+    _, faults = _study(json.loads(line), folder)
+    if faults:
+        raise ManifestError([f"field `{field}`: {fault}" for field, fault in faults])
+    return line
+
+
 def check_images(studies: Sequence[Study], *, sample: int | None = None) -> None:
     """Read every image of the studies once: there, an image, whole.
 

@@ -1,0 +1,190 @@
+"""A radiology report's text enters, its sections leave: findings, impression, indication and comparison.
+
+Nothing is guessed from the wording of sentences. What decides is where a heading stands and how it is written:
+
+- at a line's start with a colon, in capitals or beginning with one (`FINDINGS:`, `Impression:`);
+- alone on its line in capitals, and `Findings` and `Impression` also in small letters;
+- in capitals at a line's start without a colon, where what follows is not all capitals (`FINDINGS The lungs are clear.`);
+- in capitals with a colon behind a sentence's end or two blanks (`... clear.  IMPRESSION: Normal.`).
+
+Headings that are merged (`FINDINGS AND IMPRESSION:`, `COMPARISON/TECHNIQUE:`) open one section, of the first of findings, impression and
+the rest that is among them. Other words with a colon (`LUNGS:`) belong to the section that they stand in.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+# heading -> section; first match wins among merged headings in the order of _RANK
+_HEADINGS = {
+    "findings": ("FINDINGS", "FINDING", "RADIOGRAPHIC FINDINGS", "CHEST FINDINGS"),
+    "impression": ("IMPRESSION", "IMPRESSIONS", "CONCLUSION", "CONCLUSIONS"),
+    "indication": (
+        *("INDICATION", "INDICATIONS", "CLINICAL INDICATION", "CLINICAL INDICATIONS", "HISTORY", "CLINICAL HISTORY", "PATIENT HISTORY"),
+        *("CLINICAL INFORMATION", "REASON FOR EXAM", "REASON FOR EXAMINATION", "REASON FOR THE EXAM", "REASON FOR THE EXAMINATION"),
+        *("REASON FOR STUDY", "REASON FOR THE STUDY"),
+    ),
+    "comparison": ("COMPARISON", "COMPARISONS", "COMPARISON STUDY", "COMPARISON STUDIES", "COMPARISON EXAM", "COMPARISON FILM"),
+    "technique": ("TECHNIQUE", "PROCEDURE"),
+    "examination": ("EXAMINATION", "EXAM", "STUDY", "TYPE OF EXAMINATION", "TYPE OF EXAM"),
+    "recommendation": ("RECOMMENDATION", "RECOMMENDATIONS"),
+    "notification": ("NOTIFICATION", "NOTIFICATIONS"),
+    "addendum": ("ADDENDUM", "ADDENDA"),
+    "wet read": ("WET READ", "WET READ VERSION"),
+}
+_SECTION_OF = {heading: name for name, headings in _HEADINGS.items() for heading in headings}
+_RANK = {name: rank for rank, name in enumerate(_HEADINGS)}
+# These say one thing, in one paragraph; what follows a blank line without a heading is no longer theirs.
+_ONE_PARAGRAPH = ("indication", "comparison", "technique", "examination", "body")
+
+_WORDS = "|".join(re.escape(heading).replace(r"\ ", r"\s+") for heading in sorted(_SECTION_OF, key=len, reverse=True))
+_MERGED = rf"(?:{_WORDS})(?:\(S\))?(?:\s*(?:[,/&]|\bAND\b)\s*(?:{_WORDS})(?:\(S\))?)*(?!\w)(?:\s*#?\s*\d+(?=\s*:|\s*$))?"
+_AT_START = re.compile(rf"(?P<heading>{_MERGED})(?P<colon>\s*:)?", re.IGNORECASE)
+_WITHIN = re.compile(rf"(?:(?<=[.!?:;)\]_]\s)|(?<=\s\s))(?:{_MERGED})\s*:")
+_VIEW = (
+    r"AP|PA|LAT(?:ERAL)?|FRONTAL|CHEST|PORTABLE|UPRIGHT|SUPINE|ERECT|SEMI-?\s?(?:UPRIGHT|ERECT)|SINGLE|ONE|TWO|[1-4]|VIEWS?|FILMS?|"
+    r"RADIOGRAPHS?|X-?RAYS?|OF|THE|AND"
+)
+# The colon is asked for, and one of the words that make it a title: "TWO:" is none.
+_VIEW_TITLE = re.compile(rf"(?=[^:]*\b(?:CHEST|VIEWS?|RADIOGRAPHS?))(?:{_VIEW})(?:[\s,/&()-]+(?:{_VIEW}))*\)?\s*:")
+_BANNER = re.compile(r"[\W_]*(?P<words>FINAL\s+REPORT|FINAL\s+ADDENDUM)[\W_]*")
+_SEPARATOR = re.compile(r"[_=*-]{10,}")  # a de-identified word is three underscores
+_FEWEST_WORDS = 5  # of a text without a heading of its own: a title or a time of day has fewer
+
+
+@dataclass(frozen=True)
+class Section:
+    """One stretch of a report. Behind one another, headings and texts are the whole report but for white space."""
+
+    name: str  # a key of _HEADINGS, "view" (the title of a view, "PORTABLE CHEST:"), or "body" (no heading)
+    heading: str  # as it is written, with its colon; also a banner or a separating line; empty where there is none
+    text: str  # white space collapsed
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report's sections say; None where there is none or it is empty. Sections of one kind are joined in their order."""
+
+    findings: str | None
+    impression: str | None
+    indication: str | None
+    comparison: str | None
+    combined: bool  # the findings stand under FINDINGS AND IMPRESSION
+    last_paragraph: str | None  # without a heading, where there are neither findings nor an impression
+
+
+def read_report(text: str) -> Report:
+    """Read a report's sections.
+
+    Findings and impression hold what stands under their headings and nothing else: addenda, wet reads before a FINAL REPORT,
+    recommendations and notifications have sections of their own. Where no heading says FINDINGS, the text under the title of a view
+    (`PORTABLE CHEST: There is ...`) is taken for it if it has at least five words. Text under FINDINGS AND IMPRESSION is findings.
+
+    Args:
+        text: any text.
+
+    Returns:
+        The sections; `___`, which stands for what was de-identified, is kept as it is.
+    """
+    sections = split_sections(text)
+    titled = [section for section in sections if section.name == "view" and _is_narrative(section.text)]
+    findings = _joined(sections, "findings") or _joined(titled, "view")
+    impression = _joined(sections, "impression")
+    last = None
+    if findings is None and impression is None:
+        last = next((section.text for section in reversed(sections) if section.name == "body" and _is_narrative(section.text)), None)
+    return Report(
+        findings=findings,
+        impression=impression,
+        indication=_joined(sections, "indication"),
+        comparison=_joined(sections, "comparison"),
+        combined=any(section.name == "findings" and re.search("impression|conclusion", section.heading, re.I) for section in sections),
+        last_paragraph=last,
+    )
+
+
+def split_sections(text: str) -> list[Section]:
+    """Cut a report at its headings, banners (FINAL REPORT, FINAL ADDENDUM), separating lines, and blank lines that end a section.
+
+    Between WET READ and FINAL REPORT nothing counts as a heading: what stands there is preliminary.
+
+    Returns:
+        The sections in order. Nothing is lost: see `Section`.
+    """
+    lines = [line.strip() for line in text.splitlines()]
+    banners = {number for number, line in enumerate(lines) if _BANNER.fullmatch(line)}
+    last_report = max((number for number in banners if "REPORT" in lines[number]), default=-1)
+    found: list[tuple[str, str, list[str]]] = [("body", "", [])]
+
+    for number, line in enumerate(lines):
+        name, heading, texts = found[-1]
+        preliminary = name == "wet read" and number < last_report
+        if number in banners:
+            found.append(("addendum" if "ADDENDUM" in line else "body", line, []))
+        elif _SEPARATOR.fullmatch(line):
+            found.append((name, line, []))
+        elif not line:
+            if name in _ONE_PARAGRAPH and texts:
+                found.append(("body", "", []))
+        elif preliminary:
+            texts.append(line)
+        else:
+            for opened, title, rest in _cut(line, name):
+                if opened is not None:
+                    found.append((opened, title, []))
+                if rest.strip():
+                    found[-1][2].append(rest)
+    sections = [Section(name, _collapsed(heading), _collapsed(" ".join(texts))) for name, heading, texts in found]
+    return [section for section in sections if section.heading or section.text]
+
+
+def _cut(line: str, current: str) -> list[tuple[str | None, str, str]]:
+    """A line as (section that is opened, or None for what belongs to the one before; its heading; text)."""
+    start = _opening(line, current)
+    pieces: list[tuple[str | None, str, str]] = []
+    opened, begin, after = (start[0], 0, start[1]) if start else (None, 0, 0)
+    for match in _WITHIN.finditer(line, after):
+        pieces.append((opened, line[begin:after], line[after : match.start()]))
+        opened, begin, after = _named(match[0]), match.start(), match.end()
+    pieces.append((opened, line[begin:after], line[after:]))
+    return pieces
+
+
+def _opening(line: str, current: str) -> tuple[str, int] | None:
+    """The section that a line opens, and where its heading ends."""
+    match = _AT_START.match(line)
+    if match is None:
+        title = _VIEW_TITLE.match(line)
+        # within findings or an impression such a title is a part of them
+        return ("view", title.end()) if title and current not in ("findings", "impression", "addendum") else None
+    heading, rest = match["heading"], line[match.end() :]
+    if not "".join(heading.split()).isascii():  # case-blind matching takes the Kelvin sign for a K
+        return None
+    capitals = heading.isupper()
+    if match["colon"]:
+        opens = heading[0].isupper()
+    elif not rest.strip(" .-"):
+        opens = capitals or (heading[0].isupper() and _named(heading) in ("findings", "impression"))
+    else:
+        opens = capitals and re.match(r"\s+[-\s]*[A-Z0-9_]", rest) is not None and rest != rest.upper()
+    return (_named(heading), match.end()) if opens else None
+
+
+def _named(heading: str) -> str:
+    """The section of a heading, of merged ones the first in rank."""
+    words = re.split(r"\s*(?:[,/&:]|\bAND\b)\s*", re.sub(r"[#\d]|\(S\)", "", heading.upper()))
+    names = [_SECTION_OF[word] for word in map(_collapsed, words) if word in _SECTION_OF]
+    return min(names, key=_RANK.__getitem__)
+
+
+def _joined(sections: list[Section], name: str) -> str | None:
+    return " ".join(section.text for section in sections if section.name == name and section.text) or None
+
+
+def _is_narrative(text: str) -> bool:
+    return len(re.findall(r"[A-Za-z]{2,}", text)) >= _FEWEST_WORDS
+
+
+def _collapsed(text: str) -> str:
+    return " ".join(text.split())
