@@ -47,8 +47,8 @@ def check_changes(recipe: Recipe, ranks: Ranks) -> None:
 
 def differences(before: dict[str, Any], recipe: Recipe) -> list[str]:
     """`key: old -> new` of every field that differs and is not free to; a field that is younger than the checkpoint had its default."""
-    old, new = _flat(before), _flat(recipe.model_dump(mode="json"))
-    defaults = _flat(_defaults(recipe))
+    old, new = flat(before), flat(recipe.model_dump(mode="json"))
+    defaults = flat(_defaults(recipe))
     lines = []
     for key in sorted(old.keys() | new.keys()):
         was, now = old.get(key, defaults.get(key)), new.get(key)
@@ -72,15 +72,15 @@ def _starts(key: str, prefixes: tuple[str, ...]) -> bool:
     return any(key.startswith(prefix) for prefix in prefixes)
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted keys; `reward.weights` and other values that are mappings stay whole."""
-    flat: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for name, value in node.items():
         if isinstance(value, dict) and name != "weights":
-            flat |= _flat(value, f"{prefix}{name}.")
+            keys |= flat(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+            keys[f"{prefix}{name}"] = value
+    return keys
 
 
 def _defaults(recipe: Recipe) -> dict[str, Any]:

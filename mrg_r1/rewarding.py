@@ -73,10 +73,9 @@ class Rewarding:
 
 def start_service(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
     """Start this node's service, on its first rank; None on the others."""
-    if ranks.local_rank:
+    if not ranks.leads_node:
         return None
     reward = recipe.reward
-    local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)  # DeepSpeed's and torchrun's name
     settings = ServiceSettings(
         labeler=str(reward.labeler),
         tokenizer=reward.tokenizer,
@@ -89,7 +88,7 @@ def start_service(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
             "mode": recipe.prompt.mode,
             "normalise": reward.normalise,
         },
-        threads=max(1, min(16, len(os.sched_getaffinity(0)) - local_ranks)),  # the cores that the ranks leave
+        threads=max(1, min(16, len(os.sched_getaffinity(0)) - ranks.node.size)),  # the cores that the ranks leave
     )
     return Supervisor(settings, log=recipe.output_dir / f"reward_service_{ranks.rank}.log")
 
@@ -104,21 +103,21 @@ def open_rewards(recipe: Recipe, ranks: Ranks, supervisor: Supervisor | None, st
     Raises:
         RecipeError: a labeler or a term that cannot be loaded, on any node; all ranks raise it.
     """
-    mine: tuple[int, str | None, Path, int] | None = None
+    mine: tuple[str | None, Path, int] | None = None
     if supervisor is not None:
         problem = None
         try:
             supervisor.wait()
         except ValueError as error:
-            problem = str(error)
-        mine = (ranks.rank, problem, supervisor.directory, os.getpid())
-    nodes = {node[0]: node for node in ranks.gather(mine) if node is not None}
-    problems = [problem for _, problem, _, _ in nodes.values() if problem is not None]
+            problem = str(error) if len(ranks.nodes) == 1 else f"{ranks.node}: {error}"
+        mine = (problem, supervisor.directory, os.getpid())
+    everyone = ranks.gather(mine)
+    problems = [said[0] for said in everyone if said is not None and said[0] is not None]
     if problems:
         if supervisor is not None:
             supervisor.close()
-        raise RecipeError(problems[0])
-    _, _, directory, keeper = nodes[ranks.rank - ranks.local_rank]
+        raise RecipeError("\n".join(dict.fromkeys(problems)))
+    _, directory, keeper = everyone[ranks.node.first]
     service = ServiceRewards(directory, keeper=keeper, timeout=recipe.reward.timeout)
     return prepare(recipe, ranks, service, service.labeler, supervisor, studies)
 

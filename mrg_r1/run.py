@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from mrg_r1 import rewarding
+from mrg_r1 import nodes, rewarding
 from mrg_r1.config import Recipe, RecipeError, check_recipe, dump_recipe
 from mrg_r1.data.context import with_prior_reports
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
@@ -115,12 +115,14 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     Raises:
         RecipeError, ManifestError, ValueError: bad input, named; before any model is loaded.
     """
+    nodes.check_files(recipe, ranks)
     check_recipe(recipe, world_size=ranks.world_size, task=task)
     partition = _partition(recipe, ranks, task)
     studies = _read_studies(recipe, ranks)
     if task != "evaluate":
         check_changes(recipe, ranks)
     _claim_directory(recipe, ranks)
+    nodes.check_shared(recipe.output_dir, ranks)
     dtype = _DTYPES[recipe.policy.dtype]
     judging = recipe.phases != "update"
     # the labeler is loaded by its own process while the policy is loaded here
@@ -323,7 +325,7 @@ def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
 
 
 def _read_studies(recipe: Recipe, ranks: Ranks) -> dict[str, list[Study]]:
-    """The recipe's three splits; rank 0 opens every image once, and its verdict is everybody's."""
+    """The recipe's three splits; rank 0 opens every image once, other nodes' ranks see whether theirs are there, for everybody."""
     names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
     everything = read_manifest(recipe.data.manifest)
     if "prior_report" in recipe.data.context:
@@ -339,15 +341,17 @@ def _read_studies(recipe: Recipe, ranks: Ranks) -> dict[str, list[Study]]:
         if not studies[part]:
             found = sorted({study.split for study in everything})
             raise RecipeError(f"data.{part}_split {names[part]!r}: {recipe.data.manifest} has no study of that split; it has {found}")
-    problem = None
-    if ranks.is_main and recipe.data.check_images:
+    problem, shown = None, [study for part in needed for study in studies[part]]
+    if recipe.data.check_images and ranks.is_main:
         try:
-            check_images([study for part in needed for study in studies[part]])
+            check_images(shown)
         except ValueError as error:
             problem = str(error)
-    problem = ranks.agree(problem)
-    if problem is not None:
-        raise RecipeError(problem)
+    elif recipe.data.check_images and ranks.node.first:
+        problem = nodes.missing_images(shown, ranks)
+    problems = [problem for problem in ranks.gather(problem) if problem is not None]
+    if problems:
+        raise RecipeError("\n".join(problems))
     return studies
 
 

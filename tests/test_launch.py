@@ -31,7 +31,7 @@ def launch(*arguments, extra: dict[str, str] | None = None, **options) -> subpro
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
 def steps_of(run: Path) -> list[dict]:

@@ -1,10 +1,11 @@
-"""The ranks of a run: starting the process group, and the few collectives that the trainer needs."""
+"""The ranks of a run and the nodes they stand on: starting the process group, and the few collectives that the trainer needs."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +14,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 MAX_SUFFIX = "_max"  # metrics with this ending are reduced by maximum
+MEET_WITHIN = 900  # seconds in which the ranks of all nodes must have been started
+_OF_MANY = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # how many processes srun or mpirun has started
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of a run, by one launcher's start: its ranks are numbered one after another."""
+
+    number: int
+    host: str
+    first: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"node {self.number} ({self.host})"
+
+    @property
+    def ranks(self) -> range:
+        return range(self.first, self.first + self.size)
 
 
 @dataclass(frozen=True)
@@ -22,12 +42,34 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-    local_rank: int = 0  # among the ranks of this node, which are numbered one after another
+    nodes: tuple[Node, ...] = (Node(0, "localhost", 0, 1),)
     beat: Callable[[str], None] = lambda doing: None  # told that this rank goes on, and with what (`engine.faults.Watch`)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def node(self) -> Node:
+        """The one that this rank stands on."""
+        return next(node for node in self.nodes if self.rank in node.ranks)
+
+    @property
+    def leads_node(self) -> bool:
+        """The first rank of its node, which does what is done once a node."""
+        return self.rank == self.node.first
+
+    def name(self, ranks: Iterable[int]) -> str:
+        """`rank 1`, `ranks 1, 2`; of a run on several nodes `ranks 2, 3 (all of node 1 (host))`."""
+        chosen = sorted(ranks)
+        if len(self.nodes) == 1:
+            return _numbered(chosen)
+        parts = []
+        for node in self.nodes:
+            here = [rank for rank in chosen if rank in node.ranks]
+            if here:
+                parts.append(f"{_numbered(here)} ({'all of ' if len(here) == node.size else ''}{node})")
+        return ", ".join(parts)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in float64, on the CPU."""
@@ -71,12 +113,21 @@ class Ranks:
         dist.barrier()
 
 
+def on_one_node() -> bool:
+    """Whether the launcher's variables describe a run on one node, before any rank has spoken to another."""
+    return "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == _local_size()
+
+
 def start_ranks(seed: int, *, collective_timeout: float = 1800) -> Ranks:
     """Join the process group that the launcher describes, or become a group of one when started by plain `python`.
 
     Args:
         seed: of torch's generators.
         collective_timeout: seconds after which a collective gives up.
+
+    Raises:
+        ValueError: one of many processes that nobody has numbered, or nodes whose ranks are not numbered one after another.
+        torch.distributed.DistError: the ranks have not met within `MEET_WITHIN` seconds.
     """
     # deepspeed compiles this CPU collective on first use (a minute, and a compiler); gloo does the same work
     import deepspeed.ops
@@ -85,8 +136,14 @@ def start_ranks(seed: int, *, collective_timeout: float = 1800) -> Ranks:
     import deepspeed
 
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        _refuse_one_of_many()
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    described = (socket.gethostname(), _local_size())
     if not dist.is_initialized():
+        if described[1] != int(os.environ["WORLD_SIZE"]):
+            # nodes are started one by one: a missing one must not be waited for as long as a collective may take. torch gives both
+            # meetings the same server, as long as the first one's store is held
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEET_WITHIN)))
         deepspeed.init_distributed(dist_init_required=True, verbose=False, timeout=timedelta(seconds=collective_timeout))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -94,7 +151,54 @@ def start_ranks(seed: int, *, collective_timeout: float = 1800) -> Ranks:
     else:
         device = torch.device("cpu")
     torch.manual_seed(seed)
-    return Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    alone = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
+    return replace(alone, nodes=nodes_of(alone.gather(described)))
+
+
+def nodes_of(described: Sequence[tuple[str, int]]) -> tuple[Node, ...]:
+    """The nodes of a run from what each rank says, in rank order: the name of its machine, and how many ranks its node has.
+
+    Two launchers on one machine are two nodes.
+
+    Raises:
+        ValueError: the ranks of a node are not numbered one after another.
+    """
+    nodes: list[Node] = []
+    while (first := sum(node.size for node in nodes)) < len(described):
+        host, size = described[first]
+        if list(described[first : first + size]) != [(host, size)] * size:
+            listed = ", ".join(f"rank {rank} on {name} (one of {count})" for rank, (name, count) in enumerate(described))
+            raise ValueError(
+                f"the ranks of a node must be numbered one after another, and each must be told how many they are (LOCAL_SIZE or "
+                f"LOCAL_WORLD_SIZE); these are {listed}; with srun use --distribution=block and equal tasks a node (docs/multi-node.md)"
+            )
+        nodes.append(Node(len(nodes), host, first, size))
+    return tuple(nodes)
+
+
+def _local_size() -> int:
+    """How many ranks this node has: DeepSpeed's variable, or torchrun's."""
+    said = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
+    if said is None:
+        raise ValueError(
+            "RANK is set, but neither LOCAL_SIZE nor LOCAL_WORLD_SIZE, the number of ranks on this node: deepspeed and torchrun set one; "
+            "with srun, export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE (docs/multi-node.md)"
+        )
+    return int(said)
+
+
+def _refuse_one_of_many() -> None:
+    """Processes that do not know of one another would each be a run of their own, all in one output_dir."""
+    for name in _OF_MANY:
+        if int(os.environ.get(name, "1")) > 1:
+            raise ValueError(
+                f"one of {os.environ[name]} processes ({name}), but RANK is not set: each would be a run of its own; set RANK, WORLD_SIZE, "
+                "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT (docs/multi-node.md shows how)"
+            )
+
+
+def _numbered(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def finish_ranks() -> None:
