@@ -129,22 +129,6 @@ def test_another_preset_or_seed_in_the_same_folder_is_refused(capsys: pytest.Cap
     assert "the presets are" in refused(capsys, "prepare", "phantom", "-o", phantoms, "--preset", "six")
 
 
-def test_prepare_iu_xray_closes_with_a_table_of_every_split(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    studies = {
-        split: [{"id": f"CXR{n}_IM", "report": "Clear.", "image_path": ["0.png"], "split": split}]
-        for n, split in enumerate(("train", "val", "test"))
-    }
-    (tmp_path / "annotation.json").write_text(json.dumps(studies))
-    for name in ("CXR0_IM", "CXR1_IM"):
-        write_labels_csv(tmp_path / f"{name}.csv", {name: [0] * 13 + [1]})
-    labels = [part for name in ("CXR0_IM", "CXR1_IM") for part in ("--render-missing", tmp_path / f"{name}.csv")]
-    code, out, _ = run(capsys, "prepare", "iu-xray", tmp_path / "annotation.json", "-o", tmp_path / "out", *labels, "--side", 32)
-    assert code == 0
-    rows = {line.replace("│", " ").split()[0]: line.replace("│", " ").split()[1:] for line in out.splitlines() if "│" in line}
-    assert rows == {"train": ["1", "1", "1", "0"], "val": ["1", "1", "1", "0"], "test": ["1", "0", "0", "1"]}
-    assert "refused.jsonl" in out
-
-
 def test_prepare_tiny_policy_learns_its_words_from_the_train_reports(phantoms: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mrg_r1.cli import prepare_mimic
+from mrg_r1.cli import prepare_data, prepare_mimic
 from mrg_r1.cli.arguments import add_output, described, positive, seed
 
 
 def add_commands(commands: Any) -> None:
-    """`prepare {phantom, iu-xray, mimic-cxr, tiny-policy}`."""
+    """`prepare {phantom, iu-xray, mimic-cxr, manifest, tiny-policy}`."""
     prepare = commands.add_parser("prepare", help="write a dataset, or a tiny policy to try things on")
     kinds = prepare.add_subparsers(title="what to prepare", required=True, metavar="KIND")
 
@@ -47,33 +47,7 @@ def add_commands(commands: Any) -> None:
     phantom.add_argument("--seed", type=seed, default=0, help="the same seed gives the same bytes (default: 0)")
     phantom.set_defaults(run=_prepare_phantom)
 
-    iu = described(
-        kinds.add_parser,
-        "iu-xray",
-        help="IU X-Ray from R2Gen's annotation.json",
-        description="Turn R2Gen's annotation.json into a manifest, reports verbatim. Studies without radiographs are refused, or rendered\n"
-        "from CheXbert's labels of their reports and marked `rendered`. refused.jsonl says why each study was refused.",
-        examples="""
-        mrg-r1 prepare iu-xray iu_xray/annotation.json --images iu_xray/images -o data/iu
-        # without radiographs: label the reports, then render from the labels (repeat --render-missing for more files)
-        mrg-r1 prepare iu-xray iu_xray/annotation.json -o data/iu --render-missing chexbert_labels.csv
-        """,
-    )
-    iu.add_argument("annotation", type=Path, metavar="ANNOTATION.json", help="R2Gen's file: the text and the split")
-    add_output(iu, "folder to write: manifest.jsonl, refused.jsonl, reports.csv, reports_SPLIT.csv")
-    iu.add_argument("--images", type=Path, metavar="DIR", help="folder that the annotation's image_path is relative to")
-    iu.add_argument(
-        "--render-missing",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="LABELS.csv",
-        help="render radiographs that are not there from these labels (id and the 14 observations); may be repeated",
-    )
-    iu.add_argument("--side", type=positive, default=224, metavar="PIXELS", help="width and height of rendered images (default: 224)")
-    iu.add_argument("--seed", type=seed, default=0, help="of the rendered images (default: 0)")
-    iu.set_defaults(run=_prepare_iu_xray)
-
+    prepare_data.add_kinds(kinds)
     prepare_mimic.add_command(kinds)
 
     policy = described(
@@ -118,32 +92,6 @@ def _prepare_phantom(arguments: argparse.Namespace) -> None:
     )
     studies = ", ".join(f"{name} {count:,}" for name, count in arguments.splits.items())
     print(f"{manifest}: {studies} studies\n{arguments.output / 'contact_sheet.png'}: every finding, to look at")
-
-
-def _prepare_iu_xray(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from mrg_r1.data.iu_xray import prepare_iu_xray
-
-    counts = prepare_iu_xray(
-        arguments.annotation,
-        arguments.images,
-        arguments.output,
-        render_missing=arguments.render_missing,
-        side=arguments.side,
-        seed=arguments.seed,
-    )
-    table = Table("split", title="IU X-Ray, studies")
-    columns = ("read", "kept", "rendered", "refused")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for split, count in counts.items():
-        table.add_row(split, *(f"{count[column]:,}" for column in columns))
-    console = Console()
-    console.print(table)
-    if any(count["refused"] for count in counts.values()):
-        print(f"{arguments.output / 'refused.jsonl'}: why each was refused")
 
 
 def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
-"""`prepare iu-xray`: the R2Gen annotation.json of IU X-Ray becomes a manifest (arXiv 2010.16056 for the split).
+"""`prepare iu-xray`: IU X-Ray, in any of the layouts that it is passed on in, becomes a manifest.
 
-The reports are taken verbatim. Where the radiographs are not at hand they can be rendered from CheXbert's labels of the
+The texts are taken verbatim. Where the radiographs are not at hand they can be rendered from CheXbert's labels of the
 reports; such studies are marked `rendered`.
 """
 
@@ -9,148 +9,206 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import zlib
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
-from mrg_r1.data.images import ImageError, check_image
+from mrg_r1.data.checking import image_problems, refuse_changed_sources
+from mrg_r1.data.conversion import Conversion, Counts
+from mrg_r1.data.iu_images import ImageFolder
+from mrg_r1.data.iu_kaggle import PROJECTIONS_COLUMNS, PROJECTIONS_NAME, read_kaggle, read_views
+from mrg_r1.data.iu_open_i import read_open_i
+from mrg_r1.data.iu_r2gen import read_r2gen, read_split_ids
+from mrg_r1.data.iu_splits import published_split, seeded_split
+from mrg_r1.data.iu_study import IuCollection, IuStudy, study_number, with_views
 from mrg_r1.data.progress import progress
 from mrg_r1.data.rendering import Rendering, claim_folder, render_files
-from mrg_r1.data.study import SHOWN_PROBLEMS, ManifestError, write_manifest
+from mrg_r1.data.rows import csv_columns
+from mrg_r1.data.study import ManifestError
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, UNCERTAIN, read_labels_csv, values_of_classes
-from mrg_r1.labels.training import write_reports_csv
 from mrg_r1.types import Study, StudyImage
 
-
-@dataclass(frozen=True)
-class _Entry:
-    """One study of annotation.json."""
-
-    id: str
-    split: str
-    report: str
-    image_paths: tuple[str, ...]
+Report = Literal["findings", "impression", "both"]
+_NAMES = ("annotation.json", "indiana_reports.csv", "NLMCXR_reports.tgz")  # as the layouts are published
 
 
 def prepare_iu_xray(
-    annotation: Path,
+    source: Path,
     images: Path | None,
     output: Path,
     *,
+    projections: Path | None = None,
+    report: Report = "findings",
+    split: str | None = None,
     render_missing: Sequence[Path] = (),
     side: int = 224,
     seed: int = 0,
-) -> dict[str, dict[str, int]]:
-    """Write `manifest.jsonl`, `refused.jsonl` (id, split, reason), `reports.csv` and `reports_SPLIT.csv` into a folder.
+) -> Counts:
+    """`read_iu_xray`, then `convert_iu_xray`."""
+    collection = read_iu_xray(source, projections)
+    return convert_iu_xray(collection, images, output, report=report, split=split, render_missing=render_missing, side=side, seed=seed)
+
+
+def read_iu_xray(source: Path, projections: Path | None = None) -> IuCollection:
+    """Read one of the three layouts; which it is, is seen from the content.
+
+    Args:
+        source: NLMCXR_reports.tgz or a folder of its XMLs, indiana_reports.csv, annotation.json, or a folder that holds one of these.
+        projections: indiana_projections.csv. None takes the one beside indiana_reports.csv; beside XMLs it gives the views.
+
+    Raises:
+        ManifestError: no layout, or several in one folder; a file that is bad as a whole (see `read_open_i`, `read_kaggle`, `read_r2gen`).
+        OSError: a file cannot be read.
+    """
+    source = _only_layout(source) if source.is_dir() else source
+    if source.is_dir() or _is_archive(source):
+        collection = read_open_i(source)
+        return collection if projections is None else with_views(collection, read_views(projections), projections)
+    start = _first_bytes(source)
+    if start.startswith((b"{", b"[")):
+        if projections is not None:
+            raise ManifestError([f"{projections}: R2Gen names its images anew, so views cannot be found for them; leave --projections out"])
+        return read_r2gen(source)
+    if start.startswith(b"<"):
+        raise ManifestError([f"{source}: one XML; give the folder that it lies in, or NLMCXR_reports.tgz"])
+    if start.startswith(b"PK"):
+        raise ManifestError([f"{source}: a zip archive; unpack it and give the folder or the file in it"])
+    if set(PROJECTIONS_COLUMNS) <= set(csv_columns(source)):
+        raise ManifestError([f"{source}: the images and no reports; give indiana_reports.csv, and this file with --projections"])
+    beside = source.with_name(PROJECTIONS_NAME)
+    if projections is None and not beside.is_file():
+        raise ManifestError([f"{beside}: no such file; it names the images of {source.name}: give it with --projections"])
+    return read_kaggle(source, projections or beside)
+
+
+def convert_iu_xray(
+    collection: IuCollection,
+    images: Path | None,
+    output: Path,
+    *,
+    report: Report = "findings",
+    split: str | None = None,
+    render_missing: Sequence[Path] = (),
+    side: int = 224,
+    seed: int = 0,
+) -> Counts:
+    """Write `manifest.jsonl`, `refused.jsonl` (id, split, reason, where), `reports.csv` and `reports_SPLIT.csv` into a folder.
 
     The report CSVs hold every report that was read, also of studies that are refused, so that they can be labelled.
     A study whose images are all there keeps them; one of whose images some are missing, or one is damaged, is refused; one
-    without any is rendered where a label CSV has it, otherwise refused.
+    without any is rendered where a label CSV has it, otherwise refused. Interrupted, the same call goes on.
 
     Args:
-        annotation: R2Gen's annotation.json: split -> list of `{id, report, image_path: [...], split}`.
-        images: the folder that `image_path` is relative to; None where there are no radiographs.
+        collection: from `read_iu_xray`.
+        images: the folder of radiographs, as `ImageFolder` looks for them; None where there are none.
         output: folder to write; rendered images go to `images/ID.png` in it.
+        report: the text to learn: one section, or findings and impression with a line break between (one alone where there is
+            only one). A study without it is refused.
+        split: "seeded": 8:1:1 by patient; a file of R2Gen's ids: their split, and studies outside of it are refused; None: the
+            layout's own, and seeded where it has none.
         render_missing: label CSVs (`id` and the 14 observations), merged; empty renders nothing. The labels become
-            `labels.said`; `labels.drawn` is 1 for positive, the toss of a seeded coin for uncertain, 0 otherwise.
+            `labels.said`; `labels.drawn` is 1 for positive, the toss of a seeded coin for uncertain, 0 otherwise. An id of R2Gen's
+            stands for the study with its number, as long as findings are asked for: its labels are theirs.
         side: pixels of rendered images.
-        seed: of anatomy, noise and coins; each study's own depend on the seed and its id alone.
+        seed: of the seeded split, and of anatomy, noise and coins; each study's own depend on the seed and its id alone.
 
     Returns:
         split -> `{read, kept, rendered, refused}` counts, kept including rendered.
 
     Raises:
-        ManifestError: annotation.json is not R2Gen's: broken JSON, missing keys, wrong types, an id that stands twice.
-        ValueError: label CSVs that disagree, a folder made with other settings, or not one study that can be kept.
+        ManifestError: a split file that is bad as a whole.
+        ValueError: label CSVs that disagree, a folder made with other settings, sections that the layout lacks, or not one study
+            that can be kept.
         OSError: a file cannot be read or written.
     """
-    entries = _read_annotation(annotation)
-    if images is not None and not images.is_dir():
-        raise NotADirectoryError(f"{images}: no such folder of images; leave --images out where there are none")
-    labels = _merge_labels(render_missing)
-    claim_folder(
-        output,
-        {
-            "dataset": "iu-xray",
-            "seed": seed if labels else None,
-            "side": side if labels else None,
-            "labels": _fingerprint(labels) if labels else None,
-        },
-        images=sum(entry.id in labels for entry in entries),
-        seed=seed,
-        side=side,
-    )
-    read = [entry for entry in entries if entry.report.strip()]
-    write_reports_csv(output / "reports.csv", {entry.id: entry.report for entry in read})
-    splits = list(dict.fromkeys(entry.split for entry in entries))
-    for split in splits:
-        write_reports_csv(output / f"reports_{split}.csv", {entry.id: entry.report for entry in read if entry.split == split})
-
-    refused = {entry.id: "the report is empty" for entry in entries if not entry.report.strip()}
-    real: dict[str, list[Path]] = {}
-    renderings: dict[str, Rendering] = {}
-    for entry in read:
-        paths = [images / path for path in entry.image_paths] if images is not None else []
-        missing = [path for path in paths if not path.is_file()]
-        if paths and not missing:
-            real[entry.id] = paths
-        elif paths and len(missing) < len(paths):
-            there = f"{len(paths) - len(missing)} of the study's {len(paths)} images are there"
-            refused[entry.id] = f"{missing[0]}: no such file, though {there}; fetch it"
-        elif entry.id in labels:
-            drawn = _drawn(labels[entry.id], seed, entry.id)
-            renderings[entry.id] = Rendering(output / "images" / f"{entry.id}.png", drawn, zlib.crc32(entry.id.encode()))
-        else:
-            refused[entry.id] = _no_image(missing, bool(render_missing))
-    refused |= _damaged_images(real)
-    render_files(list(renderings.values()), seed=seed, side=side, workers=os.cpu_count() or 1)
-
-    kept = [_study(entry, real.get(entry.id), renderings.get(entry.id), labels) for entry in read if entry.id not in refused]
-    with open(output / "refused.jsonl", "w", encoding="utf-8") as file:
-        for entry in entries:
-            if entry.id in refused:
-                file.write(json.dumps({"id": entry.id, "split": entry.split, "reason": refused[entry.id]}, ensure_ascii=False) + "\n")
-    if not kept:
-        first = entries[0].id
+    folder = None if images is None else ImageFolder(images, collection.layout)
+    if report != "findings" and collection.layout == "r2gen":
         raise ValueError(
-            f"{annotation}: all {len(entries):,} studies were refused, the first, {first!r}, because: {refused[first]}. "
-            f"Every reason stands in {output / 'refused.jsonl'}; the reports stand in {output / 'reports.csv'}"
+            f"{collection.source}: R2Gen's file has the findings alone; for the impression give Open-i's XMLs or Kaggle's CSVs"
         )
-    write_manifest(output / "manifest.jsonl", kept)
-    return {
-        split: {
-            "read": sum(entry.split == split for entry in entries),
-            "kept": sum(study.split == split for study in kept),
-            "rendered": sum(study.split == split and study.rendered for study in kept),
-            "refused": sum(entry.split == split and entry.id in refused for entry in entries),
-        }
-        for split in splits
+    collection, split_name = _with_split(collection, split, seed)
+    labels = _labels_of_studies(_merge_labels(render_missing), collection, report) if render_missing else None
+    settings = {
+        "dataset": "iu-xray",
+        "layout": collection.layout,
+        "report": report,
+        "split": split_name,
+        "seed": seed if labels or split_name == "seeded" else None,
+        "side": side if labels else None,
+        "labels": _fingerprint(labels) if labels else None,
     }
+    claim_folder(output, settings, images=len(labels or ()), seed=seed, side=side)
+    refuse_changed_sources(output, [collection.source, *([collection.projections] if collection.projections else [])])
+    with Conversion(output, settings) as conversion:
+        plans = [_plan(entry, folder, labels, output, report, seed) for entry in collection.studies if not conversion.done(entry.id)]
+        render_files([plan.rendering for plan in plans if plan.rendering is not None], seed=seed, side=side, workers=os.cpu_count() or 1)
+        checked = image_problems(plans, lambda plan: plan.study if plan.rendering is None else None)
+        for plan, damage in progress(checked, "checking images", total=len(plans)):
+            entry = plan.entry
+            if plan.study is not None and damage is None:
+                conversion.keep(plan.study, entry.where)
+            else:
+                conversion.refuse(entry.id, entry.split or "", damage or plan.reason, entry.where, plan.text)
+        # last: a second record of a study must not pass for the study itself where a run is taken up again
+        for refusal in collection.refusals:
+            conversion.refuse(refusal.id, refusal.split or "", refusal.reason, refusal.where)
+        return conversion.close()
 
 
-def _study(entry: _Entry, real: list[Path] | None, rendering: Rendering | None, labels: dict[str, list[int]]) -> Study:
-    images: tuple[StudyImage, ...]
-    if rendering is not None:
-        images = (StudyImage(rendering.path.absolute(), "frontal"),)
-    else:  # the annotation does not say which image is frontal
-        images = tuple(StudyImage(path.absolute()) for path in real or ())
+@dataclass(frozen=True)
+class _Plan:
+    """What is to become of one study, if its images turn out to be whole."""
+
+    entry: IuStudy
+    text: str
+    study: Study | None = None
+    rendering: Rendering | None = None
+    reason: str = ""  # where there is no study
+
+
+def _plan(
+    entry: IuStudy, folder: ImageFolder | None, labels: Mapping[str, Sequence[int]] | None, output: Path, report: Report, seed: int
+) -> _Plan:
+    text = _text(entry, report)
+    if not text:
+        sections = "findings and impression" if report == "both" else report
+        return _Plan(entry, text, reason=f"the report is empty: no {sections} in it; choose another section with --report")
+    found, problem = folder.find(entry) if folder is not None else ((), "")
+    classes = labels.get(entry.id) if labels is not None else None
+    if found:
+        return _Plan(entry, text, _study(entry, text, found, classes))
+    if problem or classes is None:
+        return _Plan(entry, text, reason=problem or _no_image(entry, folder, labels is not None))
+    drawn = _drawn(classes, seed, entry.id)
+    rendering = Rendering(output / "images" / f"{entry.id}.png", drawn, zlib.crc32(entry.id.encode()))
+    phantom = _study(entry, text, (StudyImage(rendering.path.absolute(), "frontal"),), classes)
+    return _Plan(entry, text, replace(phantom, drawn=drawn, rendered=True), rendering)
+
+
+def _study(entry: IuStudy, text: str, images: tuple[StudyImage, ...], classes: Sequence[int] | None) -> Study:
     return Study(
         id=entry.id,
-        patient_id=entry.id.split("_")[0],  # CXR2384_IM-0942: report 2384 of the collection, one a patient
+        patient_id=entry.patient_id,
         images=images,
-        report=entry.report,
-        findings=entry.report,  # R2Gen's text is the XML's FINDINGS
-        split=entry.split,
-        said=tuple(values_of_classes(labels[entry.id])) if entry.id in labels else None,
-        drawn=rendering.drawn if rendering is not None else None,
-        rendered=rendering is not None,
+        report=text,
+        split=entry.split or "",
+        findings=entry.findings,
+        impression=entry.impression,
+        indication=entry.indication,
+        comparison=entry.comparison,
+        said=tuple(values_of_classes(classes)) if classes is not None else None,
     )
+
+
+def _text(entry: IuStudy, report: Report) -> str:
+    if report == "both":
+        return "\n".join(text for text in (entry.findings, entry.impression) if text and text.strip())
+    text = entry.findings if report == "findings" else entry.impression
+    return text if text and text.strip() else ""
 
 
 def _drawn(classes: Sequence[int], seed: int, study_id: str) -> tuple[int | None, ...]:
@@ -162,84 +220,80 @@ def _drawn(classes: Sequence[int], seed: int, study_id: str) -> tuple[int | None
     return tuple(drawn)
 
 
-def _no_image(missing: Sequence[Path], labels_given: bool) -> str:
-    where = f"{missing[0]}: no such file" if missing else "no images (no --images folder)"
+def _no_image(entry: IuStudy, folder: ImageFolder | None, labels_given: bool) -> str:
+    if not entry.images:
+        where, remedy = "the collection has no image of it", "render it"
+    elif folder is None:
+        where, remedy = "no images (no --images folder)", "give the folder with --images, or render it"
+    else:
+        where, remedy = folder.missing(entry.images[0]), "fetch it, or render it"
     if labels_given:
         return f"{where}, and no label CSV of --render-missing has this id; label its report with `mrg-r1 label` and give that CSV too"
-    return f"{where}; give the folder with --images, or render it from labels with --render-missing LABELS.csv"
+    return f"{where}; {remedy} from labels with --render-missing LABELS.csv"
 
 
-def _damaged_images(real: dict[str, list[Path]]) -> dict[str, str]:
-    """Study id -> what is wrong with its first bad image."""
-    images = [(study_id, path) for study_id, paths in real.items() for path in paths]
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-        found = progress(pool.map(lambda image: _image_problem(*image), images), "checking images", total=len(images))
-        problems = [(study_id, problem) for (study_id, _), problem in zip(images, found, strict=True) if problem is not None]
-    return dict(reversed(problems))
+def _with_split(collection: IuCollection, split: str | None, seed: int) -> tuple[IuCollection, str]:
+    """The collection with a split, and what the folder's settings call it."""
+    if split is None and collection.layout == "r2gen":
+        return collection, "r2gen"
+    if split in (None, "seeded"):
+        return seeded_split(collection, seed), "seeded"
+    path = Path(split or "")
+    split_of = read_split_ids(path)
+    return published_split(collection, split_of, path), hashlib.sha256(json.dumps(sorted(split_of.items())).encode()).hexdigest()[:16]
 
 
-def _image_problem(study_id: str, path: Path) -> str | None:
-    try:
-        check_image(path, study_id)
-    except ImageError as error:
-        return str(error)
-    return None
-
-
-def _merge_labels(paths: Sequence[Path]) -> dict[str, list[int]]:
-    merged: dict[str, list[int]] = {}
+def _merge_labels(paths: Sequence[Path]) -> dict[str, tuple[Path, list[int]]]:
+    merged: dict[str, tuple[Path, list[int]]] = {}
     for path in paths:
         for study_id, classes in read_labels_csv(path).items():
-            if merged.setdefault(study_id, classes) != classes:
+            if merged.setdefault(study_id, (path, classes))[1] != classes:
                 raise ValueError(f"{path}, id {study_id!r}: another label CSV has other labels for it; keep one of the two")
     return merged
 
 
-def _fingerprint(labels: dict[str, list[int]]) -> str:
+def _labels_of_studies(labels: Mapping[str, tuple[Path, list[int]]], collection: IuCollection, report: Report) -> dict[str, list[int]]:
+    """Study id -> classes. R2Gen's ids find the studies of the other layouts by number."""
+    found = {study.id: labels[study.id][1] for study in collection.studies if study.id in labels}
+    if collection.layout == "r2gen":
+        return found
+    ids = {study_number(study.id): study.id for study in collection.studies}
+    given = set(found)
+    for label_id, (path, classes) in labels.items():
+        study_id = ids.get(study_number(label_id))
+        if study_id is None or study_id in given:
+            continue
+        if report != "findings":
+            remedy = "label OUT/reports.csv with `mrg-r1 label` and give that file"
+            raise ValueError(f"{path}, id {label_id!r}: an id of R2Gen's, whose labels are of the findings, not of {report!r}; {remedy}")
+        if found.setdefault(study_id, classes) != classes:
+            raise ValueError(f"{path}, id {label_id!r}: another id has other labels for study {study_id!r}; keep one of the two")
+    return found
+
+
+def _fingerprint(labels: Mapping[str, Sequence[int]]) -> str:
     return hashlib.sha256(json.dumps(sorted(labels.items())).encode()).hexdigest()[:16]
 
 
-def _read_annotation(path: Path) -> list[_Entry]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ManifestError([f"{path}: broken JSON ({error}); fetch R2Gen's annotation.json again"]) from error
-    if not isinstance(content, dict) or not content or not all(isinstance(studies, list) for studies in content.values()):
-        raise ManifestError([f"{path}: not R2Gen's layout; expected an object of splits, each a list of studies"])
-    problems: list[str] = []
-    entries: dict[str, _Entry] = {}
-    for split, studies in content.items():
-        for position, record in enumerate(studies):
-            if len(problems) > SHOWN_PROBLEMS:
-                raise ManifestError(problems)
-            where = f"{path}, {split}[{position}]"
-            problem = _record_problem(record, split)
-            if problem is None and record["id"] in entries:
-                problem = f"id {record['id']!r} stands in {entries[record['id']].split!r} already; give every study its own id"
-            if problem is not None:
-                problems.append(f"{where}: {problem}")
-                continue
-            entries[record["id"]] = _Entry(record["id"], split, record["report"], tuple(record["image_path"]))
-    if problems:
-        raise ManifestError(problems)
-    if not entries:
-        raise ManifestError([f"{path}: no studies in it; fetch R2Gen's annotation.json again"])
-    return list(entries.values())
+def _only_layout(folder: Path) -> Path:
+    """The one layout in a folder: a file of a published name, or the folder itself if there are XMLs in it."""
+    found = [folder / name for name in _NAMES if (folder / name).is_file()]
+    if any(folder.rglob("*.xml")):
+        found.append(folder)
+    if len(found) > 1:
+        names = ", ".join(path.name if path != folder else "*.xml" for path in found)
+        raise ManifestError([f"{folder}: several layouts of IU X-Ray ({names}); give the one to read"])
+    if not found:
+        raise ManifestError([f"{folder}: neither XML reports nor one of {', '.join(_NAMES)} in it; give the folder or file of the reports"])
+    return found[0]
 
 
-def _record_problem(record: Any, split: str) -> str | None:
-    if not isinstance(record, dict):
-        return f"{record!r} is not a study; expected an object with id, report and image_path"
-    study_id = record.get("id")
-    # the id becomes a file's name
-    if not isinstance(study_id, str) or not re.fullmatch(r"\w[\w.-]*", study_id):
-        return f"field `id`: {study_id!r}; an id is letters, digits, _, - and dots"
-    where = f"study {study_id!r}, field"
-    if not isinstance(record.get("report"), str):
-        return f"{where} `report`: {record.get('report')!r}; expected a string"
-    paths = record.get("image_path")
-    if not isinstance(paths, list) or not paths or not all(isinstance(item, str) and item for item in paths):
-        return f"{where} `image_path`: {paths!r}; expected a list of at least one file"
-    if record.get("split", split) != split:
-        return f"{where} `split`: {record['split']!r}, but the study stands in the list of {split!r}; move it or mend the field"
-    return None
+def _is_archive(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(262)
+    return start.startswith(b"\x1f\x8b") or start[257:262] == b"ustar"
+
+
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()

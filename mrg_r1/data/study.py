@@ -81,7 +81,7 @@ def read_manifest(path: Path, *, split: str | None = None) -> list[Study]:
             if fault := _wrong_keys(record):
                 problems.append(f"{where}: {fault}")
                 continue
-            study, faults = _study(record, folder)
+            study, faults = study_of_record(record, folder)
             problems += [f"{where}, field `{field}`: {fault}" for field, fault in faults]
             if study is None:
                 continue
@@ -138,7 +138,7 @@ def manifest_line(study: Study, folder: Path) -> str:
     """
     record = _record_of(study, folder)
     line = json.dumps(record, ensure_ascii=False)
-    _, faults = _study(json.loads(line), folder)
+    _, faults = study_of_record(json.loads(line), folder)
     if faults:
         raise ManifestError([f"field `{field}`: {fault}" for field, fault in faults])
     return line
@@ -202,8 +202,8 @@ def _wrong_keys(record: dict[str, Any]) -> str | None:
     return f"{', '.join(parts)}; a study has exactly the keys {sorted(KEYS)}"
 
 
-def _study(record: dict[str, Any], folder: Path) -> tuple[Study | None, list[tuple[str, str]]]:
-    """A record as a Study, or None; with every fault of it as field and message."""
+def study_of_record(record: dict[str, Any], folder: Path) -> tuple[Study | None, list[tuple[str, str]]]:
+    """A record with exactly the keys `KEYS` as a Study, image paths relative to `folder`; or None, with its faults as field and message."""
     faults: list[tuple[str, str]] = []
 
     def refuse(field: str, message: str) -> None:

@@ -1,0 +1,142 @@
+"""`mrg-r1 prepare iu-xray` and `mrg-r1 prepare manifest`: from what lies on a researcher's disk to a manifest."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mrg_r1.cli.arguments import add_output, described, positive, seed
+
+
+def add_kinds(kinds: Any) -> None:
+    """`prepare {iu-xray, manifest}`."""
+    iu = described(
+        kinds.add_parser,
+        "iu-xray",
+        help="IU X-Ray: Open-i's XMLs, Kaggle's CSVs or R2Gen's annotation.json",
+        description="Turn IU X-Ray into a manifest, texts verbatim. The layout is recognised by its content:\n"
+        "  Open-i   NLMCXR_reports.tgz (read as it is, nothing is unpacked) or a folder of its XMLs; views from --projections\n"
+        "  Kaggle   indiana_reports.csv, and indiana_projections.csv beside it\n"
+        "  R2Gen    annotation.json: findings and split of 2,955 studies\n"
+        "Images are found by name at any depth of --images (PNG or DICOM, Open-i's names or Kaggle's); R2Gen's under their path.\n"
+        "Studies without radiographs are refused, or rendered from CheXbert's labels of their reports and marked `rendered`.\n"
+        "refused.jsonl says why each study was refused. Interrupted, the same command goes on.",
+        examples="""
+        mrg-r1 prepare iu-xray NLMCXR_reports.tgz --images NLMCXR_png --projections indiana_projections.csv -o data/iu
+        mrg-r1 prepare iu-xray kaggle/indiana_reports.csv --images kaggle/images --report both -o data/iu
+        mrg-r1 prepare iu-xray NLMCXR_reports.tgz --images NLMCXR_png --split iu_xray/annotation.json -o data/iu
+        mrg-r1 prepare iu-xray iu_xray/annotation.json --images iu_xray/images -o data/iu
+        # without radiographs: label the reports, then render from the labels (repeat --render-missing for more files)
+        mrg-r1 prepare iu-xray iu_xray/annotation.json -o data/iu --render-missing chexbert_labels.csv
+        """,
+    )
+    iu.add_argument("source", type=Path, metavar="SOURCE", help="archive, folder, indiana_reports.csv or annotation.json")
+    add_output(iu, "folder to write: manifest.jsonl, refused.jsonl, reports.csv, reports_SPLIT.csv")
+    iu.add_argument("--images", type=Path, metavar="DIR", help="folder of the radiographs")
+    iu.add_argument("--projections", type=Path, metavar="CSV", help="indiana_projections.csv: which image is frontal, which lateral")
+    iu.add_argument(
+        "--report",
+        choices=("findings", "impression", "both"),
+        default="findings",
+        help="the text to learn (default: findings); both: findings, a line break, impression, or the one that there is",
+    )
+    iu.add_argument(
+        "--split",
+        metavar="seeded|FILE",
+        help="seeded: 8:1:1 by patient (default of Open-i and Kaggle); or R2Gen's split: its annotation.json, or JSON of\n"
+        "{split: [ids]}; studies outside of it are refused (default of R2Gen: its own)",
+    )
+    iu.add_argument(
+        "--render-missing",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="LABELS.csv",
+        help="render radiographs that are not there from these labels (id and the 14 observations); may be repeated",
+    )
+    iu.add_argument("--side", type=positive, default=224, metavar="PIXELS", help="width and height of rendered images (default: 224)")
+    iu.add_argument("--seed", type=seed, default=0, help="of the seeded split and the rendered images (default: 0)")
+    iu.set_defaults(run=_prepare_iu_xray)
+
+    manifest = described(
+        kinds.add_parser,
+        "manifest",
+        help="studies of your own, from a CSV or JSONL file",
+        description="Check a table of your own studies into a manifest: every image is read once, every row kept or refused.\n"
+        "  id, images, report, split     needed\n"
+        "  patient_id                    left out: every study is a patient of its own\n"
+        "  findings, impression, indication, comparison, prior (an earlier study's id), view, labels, rendered: taken where present\n"
+        "  the 14 observations, a column each (1, 0, -1 or nothing): the labels of the report\n"
+        "Several images in a CSV cell stand apart by `;` or `|`, each perhaps with its view: frontal:a/1.png;lateral:a/2.png.\n"
+        "`view` may have them instead, in the same order: frontal;lateral. In JSONL `images` is such a text, a list of paths, or a\n"
+        "list of {path, view}. PNG, JPEG, DICOM and others. UTF-8, commas. Other columns are named and left out.\n"
+        "Interrupted, the same command goes on.",
+        examples="""
+        mrg-r1 prepare manifest studies.csv --images radiographs -o data/mine
+        mrg-r1 prepare manifest studies.jsonl -o data/mine --splits train,val,test,external
+        """,
+    )
+    manifest.add_argument("source", type=Path, metavar="STUDIES", help="CSV or JSONL, one study a row")
+    add_output(manifest, "folder to write: manifest.jsonl, refused.jsonl, reports.csv, reports_SPLIT.csv")
+    manifest.add_argument("--images", type=Path, metavar="DIR", help="what image paths are relative to (default: the folder of STUDIES)")
+    manifest.add_argument(
+        "--splits",
+        type=_names,
+        default=("train", "val", "test"),
+        metavar="NAME,...",
+        help="names a split may have (default: train,val,test)",
+    )
+    manifest.set_defaults(run=_prepare_manifest)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: an empty name; write for example train,val,test")
+    return names
+
+
+def _prepare_iu_xray(arguments: argparse.Namespace) -> None:
+    from mrg_r1.data.iu_xray import convert_iu_xray, read_iu_xray
+
+    collection = read_iu_xray(arguments.source, arguments.projections)
+    print(f"{collection.source}: {collection.title}, {len(collection.studies):,} studies")
+    counts = convert_iu_xray(
+        collection,
+        arguments.images,
+        arguments.output,
+        report=arguments.report,
+        split=arguments.split,
+        render_missing=arguments.render_missing,
+        side=arguments.side,
+        seed=arguments.seed,
+    )
+    _print_outcome("IU X-Ray, studies", counts, arguments.output)
+
+
+def _prepare_manifest(arguments: argparse.Namespace) -> None:
+    from mrg_r1.data.own_studies import prepare_manifest
+
+    prepared = prepare_manifest(arguments.source, arguments.images, arguments.output, splits=arguments.splits)
+    _print_outcome(f"{arguments.source.name}, studies", prepared.counts, arguments.output)
+    if prepared.left_out:
+        print(f"left out, as a study has no place for them: {', '.join(prepared.left_out)}")
+    if prepared.shared_patients:
+        patient, splits = next(iter(prepared.shared_patients.items()))
+        first = f"the first is {patient!r}, in {' and '.join(splits)}"
+        print(
+            f"warning: {len(prepared.shared_patients):,} patients have studies in several splits, so a test sees what was learned; {first}"
+        )
+
+
+def _print_outcome(title: str, counts: Mapping[str, Mapping[str, int]], output: Path) -> None:
+    from rich.console import Console
+
+    from mrg_r1.data.conversion import outcome_table
+
+    Console().print(outcome_table(title, {split: dict(count) for split, count in counts.items()}))
+    print(f"{output / 'manifest.jsonl'}: written")
+    if any(count["refused"] for count in counts.values()):
+        print(f"{output / 'refused.jsonl'}: why each was refused")
