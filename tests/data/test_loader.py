@@ -60,10 +60,8 @@ def opened(tmp_path, record, *, batch_size=4, sampling="uniform", skip=0, allow=
         sft=SimpleNamespace(skip_studies=skip),
         resume=SimpleNamespace(allow_changes=allow),
     )
-    rewarding = SimpleNamespace(classes=lambda split: classes)
-    run = SimpleNamespace(
-        recipe=recipe, studies={"train": named(count)}, build=None, ranks=OneRank(), rewarding=rewarding, directory=tmp_path
-    )
+    rewards = SimpleNamespace(classes=lambda split: classes)
+    run = SimpleNamespace(recipe=recipe, studies={"train": named(count)}, build=None, ranks=OneRank(), rewards=rewards, directory=tmp_path)
     return open_loader(run, record, batch_size=batch_size)
 
 

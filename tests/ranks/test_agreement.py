@@ -110,7 +110,7 @@ def check(found: Agreed, plain: Trace, passes: int | None = None) -> str:
     norms = max(abs(mine / its - 1) for mine, its in zip(found.norms, plain.norms, strict=True))
     said = f"losses apart by {losses:.1e}, adapters by {adapters:.1e} ({nearly:.1e}; moved by {moved:.1e}), norms by {norms:.1e}"
     assert losses < LOSS and adapters < ADAPTER and nearly < NEARLY_ALL and norms < 1e-4, said
-    assert moved > 20 * ADAPTER and max(map(abs, plain.losses)) > 1000 * LOSS, said
+    assert moved > 20 * ADAPTER and max(map(abs, plain.losses)) > 100 * LOSS, said
     assert passes is None or found.passes == [passes] * len(found.losses), (passes, found.passes)
     return said
 
@@ -119,6 +119,7 @@ def recipe_of(run: Path) -> dict[str, Any]:
     return yaml.safe_load((run / "config.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_two_ranks_and_one_plain_process_learn_the_same(pool, world, ragged, tmp_path):
     """The quick version: three steps, each update of one pass and of several, one update a rollout and six."""
     sampled = tmp_path / "sampled"

@@ -21,6 +21,7 @@ def studies_of_steps(run: Path, steps: range) -> list[list[str]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", ["uniform", "rare_findings"])
 def test_a_resume_with_smaller_batches_neither_repeats_nor_passes_over_a_study(pool, world, tmp_path, sampling):
     """Two steps of four studies, then two of two and one of four: the same sixteen that four steps of four take."""
@@ -41,6 +42,7 @@ def test_a_resume_with_smaller_batches_neither_repeats_nor_passes_over_a_study(p
     assert all(0 <= row["time/load_share"] <= 1 for row in map(json.loads, (straight / "metrics.jsonl").read_text().splitlines()))
 
 
+@pytest.mark.slow
 def test_a_run_whose_images_are_read_by_workers_is_the_same_run(pool, world, tmp_path):
     plain, working = tmp_path / "plain", tmp_path / "working"
     for number, run in enumerate((plain, working)):

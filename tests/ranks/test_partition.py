@@ -70,6 +70,7 @@ def test_a_checkpoint_goes_through_the_stages(pool, setting, tmp_path):
         assert answer["changing"] == pytest.approx(answer["straight"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_recipes_train_the_same_at_stage_2_and_3(pool, world, tmp_path):
     """SFT, then GRPO from its adapter: cold start, reference, groups sampled again, rollouts in parts, validation and both evaluations."""
 

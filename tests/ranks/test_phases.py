@@ -62,6 +62,7 @@ def test_a_rollout_and_an_update_are_a_step(pool, world, tmp_path, setting):
     assert {path.suffix for path in (sampled / "experience").iterdir()} == {".json", ".safetensors"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_update_run_continues_as_the_uninterrupted_one(pool, world, tmp_path):
     sampled = train(pool, world, tmp_path / "sampled", "steps=4", "phases=rollout")
     given = ["phases=update", f"experience={sampled}/experience"]

@@ -162,6 +162,7 @@ def test_killed_in_the_middle_of_a_batch_it_is_started_again_and_the_rewards_are
     two.close()
 
 
+@pytest.mark.slow
 def test_after_three_restarts_it_gives_up_and_names_the_cause(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     service = connected(start("die", times=100))
     ticket = service.submit(*BATCH)
@@ -315,6 +316,7 @@ def test_a_failure_while_labelling_reaches_the_caller(start: Start) -> None:
     service.close()
 
 
+@pytest.mark.slow
 def test_folders_of_runs_that_were_killed_are_swept(start, tmp_path, monkeypatch):
     """A run and its service are killed at once: nobody is left to remove their folder, until the next run starts. A living run's stays."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
