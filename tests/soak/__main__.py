@@ -120,7 +120,7 @@ class Disturbed:
                 if job.process.wait(timeout=LONGEST) != 0:
                     self.faults.append(f"it ended by itself; see {job.log}")
                 return made
-            victims = VICTIMS[number % len(VICTIMS)]
+            victims = VICTIMS[number % len(VICTIMS)] if PHASES[number % len(PHASES)] != "start" else "all"  # there may be no ranks yet
             job.kill(where[1] or job.members(), victims)
             left = job.leave()
             made += 1
