@@ -117,7 +117,9 @@ class GrpoSection(_Section):
         "token", description="token: GRPO; sequence: GSPO, wants clip_low and clip_high near 3e-4. ours"
     )
     beta: float = Field(0.02, ge=0, description="Weight of the KL to the reference; 0 leaves the reference pass out. ours")
-    aggregation: Literal["grpo", "dapo", "dr_grpo"] = Field("grpo", description="How token losses become one number (spec section 3). ours")
+    aggregation: Literal["grpo", "dapo", "dr_grpo"] = Field(
+        "grpo", description="Mean of token means (grpo), over all tokens (dapo), or of sums over max_new_tokens (dr_grpo). ours"
+    )
     advantage_scale: Literal["group", "batch", "none"] = Field("group", description="What the centred reward is divided by. paper (group)")
     mask_truncated: bool = Field(False, description="Leave completions without EOS out of the loss. ours")
     correction: Literal["none", "tis"] = Field("none", description="Weight tokens by scored / sampled probability, capped. ours")

@@ -24,8 +24,8 @@ from torch.nn.functional import pad
 
 from mrg_r1.config import Recipe, RecipeError
 from mrg_r1.data.loader import PromptBuilder
-from mrg_r1.engine.checkpoint import write_text_atomically
 from mrg_r1.engine.ranks import Ranks
+from mrg_r1.files import write_text_atomically
 from mrg_r1.resume import differences
 from mrg_r1.types import Completions, Prompts, Rewards, Sampled, Study
 

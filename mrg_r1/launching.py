@@ -18,6 +18,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from mrg_r1.config import Recipe, RecipeError, describe_fields, load_recipe
+from mrg_r1.data.images import ImageError
+from mrg_r1.data.loader import PromptError
 from mrg_r1.data.study import ManifestError
 from mrg_r1.engine.checkpoint import CheckpointError
 from mrg_r1.engine.faults import REQUEUE, NotFinite, Requeue, Watch, describe, is_broken_connection, shared_store
@@ -79,6 +81,8 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
         watch.fail(f"{stopped}; exit code {REQUEUE}: the same command goes on", code=REQUEUE)
     except (RecipeError, ManifestError, CheckpointError) as error:
         watch.fail(f"error: {error}", code=2)
+    except (ImageError, PromptError) as error:  # on the rank that met the study
+        watch.fail(f"error on {rank}: {error}", code=2)
     except RewardsMissing as error:  # on all ranks, with a checkpoint where something was learned
         watch.fail(f"error: no rewards: {error}", code=3)
     except NotFinite as error:

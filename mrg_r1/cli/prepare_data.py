@@ -113,14 +113,14 @@ def _prepare_iu_xray(arguments: argparse.Namespace) -> None:
         side=arguments.side,
         seed=arguments.seed,
     )
-    _print_outcome("IU X-Ray, studies", counts, arguments.output)
+    print_outcome("IU X-Ray, studies", counts, arguments.output)
 
 
 def _prepare_manifest(arguments: argparse.Namespace) -> None:
     from mrg_r1.data.own_studies import prepare_manifest
 
     prepared = prepare_manifest(arguments.source, arguments.images, arguments.output, splits=arguments.splits)
-    _print_outcome(f"{arguments.source.name}, studies", prepared.counts, arguments.output)
+    print_outcome(f"{arguments.source.name}, studies", prepared.counts, arguments.output)
     if prepared.left_out:
         print(f"left out, as a study has no place for them: {', '.join(prepared.left_out)}")
     if prepared.shared_patients:
@@ -131,7 +131,8 @@ def _prepare_manifest(arguments: argparse.Namespace) -> None:
         )
 
 
-def _print_outcome(title: str, counts: Mapping[str, Mapping[str, int]], output: Path) -> None:
+def print_outcome(title: str, counts: Mapping[str, Mapping[str, int]], output: Path) -> None:
+    """The table of what a converter read, kept and refused, and where it stands."""
     from rich.console import Console
 
     from mrg_r1.data.conversion import outcome_table

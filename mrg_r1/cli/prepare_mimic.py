@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mrg_r1.cli.arguments import add_output, described, positive
+from mrg_r1.cli.prepare_data import print_outcome
 
 
 def add_command(kinds: Any) -> None:
@@ -70,9 +71,6 @@ def add_command(kinds: Any) -> None:
 
 
 def _prepare_mimic_cxr(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from mrg_r1.data.conversion import outcome_table
     from mrg_r1.data.mimic_cxr import Choices, prepare_mimic_cxr
 
     choices = Choices(
@@ -86,8 +84,6 @@ def _prepare_mimic_cxr(arguments: argparse.Namespace) -> None:
     prepared = prepare_mimic_cxr(arguments.root, arguments.output, reports=arguments.reports, choices=choices)
     if prepared.found:
         print(f"{arguments.output}: went on after the {prepared.found:,} studies of the run that was interrupted")
-    Console().print(outcome_table("MIMIC-CXR, studies", prepared.counts))
-    if any(count["refused"] for count in prepared.counts.values()):
-        print(f"{arguments.output / 'refused.jsonl'}: why each was refused")
+    print_outcome("MIMIC-CXR, studies", prepared.counts, arguments.output)
     if prepared.not_utf8:
         print(f"reports that were not UTF-8 and were read as Windows-1252: {len(prepared.not_utf8):,}, the first {prepared.not_utf8[0]}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mrg_r1.data.conversion import JOURNAL_FILE
-from mrg_r1.data.images import ImageError, check_image
+from mrg_r1.data.images import image_problem
 from mrg_r1.types import Study
 
 Item = TypeVar("Item")
@@ -49,9 +49,5 @@ def refuse_changed_sources(output: Path, sources: Sequence[Path]) -> None:
 def _problem(study: Study | None) -> str | None:
     if study is None:
         return None
-    for image in study.images:
-        try:
-            check_image(image.path, study.id)
-        except ImageError as error:
-            return str(error)
-    return None
+    problems = (image_problem(image.path, study.id) for image in study.images)
+    return next((problem for problem in problems if problem is not None), None)

@@ -50,15 +50,18 @@ class Conversion:
         found: how many studies an earlier run had settled; set on entering.
     """
 
-    def __init__(self, output: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, settings: Mapping[str, Any], *, sources: Mapping[str, Any] | None = None) -> None:
         """
         Args:
             output: the folder to write.
             settings: JSON values that the content depends on (see `claim_settings`).
+            sources: JSON values, such as paths, that a finished folder may be done anew from others of, an interrupted run not gone on
+                with: where they differ from those of its journal, every study is looked at again.
         """
         self.output = output
         self.found = 0
         self._settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))  # tuples are lists in what is read back
+        self._sources = json.loads(json.dumps(dict(sources or {})))
         self._path = output / JOURNAL_FILE
         self._patients: dict[str, str] = {}  # of the kept studies
         self._refused: set[str] = set()  # ids
@@ -229,7 +232,7 @@ class Conversion:
 
     def _take_up(self) -> None:
         """Read what an earlier run with the same settings settled; cut off what it did not finish writing."""
-        header = json.dumps({"settings": self._settings, "mrg_r1": __version__}, sort_keys=True).encode() + b"\n"
+        header = json.dumps({"settings": self._settings, "sources": self._sources, "mrg_r1": __version__}, sort_keys=True).encode() + b"\n"
         self._journal.seek(0)
         # Settings that were open (None) may have been settled since: what was refused for want of them is looked at again.
         if self._journal.readline() != header:
@@ -308,7 +311,7 @@ class _Files:
         return self._open[name]
 
     def _temporary(self, name: str) -> Path:
-        return self._folder / f"{name}.{os.getpid()}.tmp"
+        return self._folder / f"{name}.tmp"  # the journal's lock keeps others out; what a kill leaves is written over
 
 
 def outcome_table(title: str, counts: Counts) -> Table:

@@ -70,6 +70,15 @@ def check_image(path: Path, study_id: str) -> None:
     _decode(path, study_id, data)
 
 
+def image_problem(path: Path, study_id: str) -> str | None:
+    """What `check_image` says against a file, or None."""
+    try:
+        check_image(path, study_id)
+    except ImageError as error:
+        return str(error)
+    return None
+
+
 def _decode(path: Path, study_id: str, data: bytes | None = None) -> Image.Image:
     if data is None:
         data = _read(path, study_id)

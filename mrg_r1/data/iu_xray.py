@@ -143,7 +143,12 @@ def convert_iu_xray(
     }
     claim_folder(output, settings, images=len(labels or ()), seed=seed, side=side)
     refuse_changed_sources(output, [collection.source, *([collection.projections] if collection.projections else [])])
-    with Conversion(output, settings) as conversion:
+    sources = {
+        "source": str(collection.source.absolute()),
+        "projections": str(collection.projections.absolute()) if collection.projections else None,
+        "images": str(images.absolute()) if images else None,
+    }
+    with Conversion(output, settings, sources=sources) as conversion:
         plans = [_plan(entry, folder, labels, output, report, seed) for entry in collection.studies if not conversion.done(entry.id)]
         render_files([plan.rendering for plan in plans if plan.rendering is not None], seed=seed, side=side, workers=os.cpu_count() or 1)
         checked = image_problems(plans, lambda plan: plan.study if plan.rendering is None else None)

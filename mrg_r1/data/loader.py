@@ -24,6 +24,10 @@ from mrg_r1.types import Prompts, Study
 Positions = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+class PromptError(ValueError):
+    """A study that no prompt can be made of; the message names the study, what is wrong and the remedy."""
+
+
 @dataclass(frozen=True)
 class PromptWords:
     """What the prompt says around the images (the recipe's `prompt` and `data.context`)."""
@@ -68,7 +72,8 @@ class PromptBuilder:
     def __call__(self, studies: Sequence[Study]) -> Prompts:
         """
         Raises:
-            ValueError: an unreadable image, or a prompt longer than `max_tokens`; names the study. A prompt is never cut (trap 12).
+            ImageError: an image that cannot be used.
+            PromptError: a prompt longer than `max_tokens` (it is never cut), or a text that has the image placeholder in it.
             WorkerError: an image worker died.
         """
         patches = self.images.read(studies)
@@ -99,7 +104,7 @@ class PromptBuilder:
         text = self.tokenizer.apply_chat_template(self.messages(study), tokenize=False, add_generation_prompt=True)
         pieces = text.split(self.image_token)
         if len(pieces) != len(grid) + 1:
-            raise ValueError(
+            raise PromptError(
                 f"study {study.id}: {len(grid)} image(s), but the prompt has {len(pieces) - 1} image placeholders; "
                 f"the report's context must not contain {self.image_token}"
             )
@@ -108,7 +113,7 @@ class PromptBuilder:
         for piece, count in zip(pieces, [*(grid.prod(dim=1) // merge).tolist(), 0], strict=True):
             ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"] + [self.image_token_id] * count
         if len(ids) > self.words.max_tokens:
-            raise ValueError(self._too_long(study, ids))
+            raise PromptError(self._too_long(study, ids))
         return ids
 
     def _too_long(self, study: Study, ids: Sequence[int]) -> str:

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from mrg_r1.data.checking import refuse_changed_sources
 from mrg_r1.data.conversion import Conversion, Counts
-from mrg_r1.data.images import ImageError, check_image
+from mrg_r1.data.images import image_problem
 from mrg_r1.data.mimic_tables import AP, LATERAL, PA, SPLITS, Labels, Studies, find_table, read_studies
 from mrg_r1.data.progress import progress
 from mrg_r1.data.sections import Report, read_report
@@ -77,7 +78,8 @@ def prepare_mimic_cxr(root: Path, output: Path, *, reports: Path | None = None, 
         choices: None takes the defaults.
 
     Raises:
-        ValueError: a table or archive that is damaged or lacks a column, a folder made with other settings, not one study that can be kept.
+        ValueError: a table or archive that is damaged or lacks a column, a folder made with other settings, a table that
+            changed after an interrupted run, not one study that can be kept.
         OSError: a file cannot be read or written, or there is no folder of images or reports.
     """
     choices = choices or Choices()
@@ -91,6 +93,8 @@ def prepare_mimic_cxr(root: Path, output: Path, *, reports: Path | None = None, 
             f"{root / 'files'}: no such folder of images; give the folder above it, or --check-images none without them"
         )
     settings = {"dataset": "mimic-cxr", "root": str(root.absolute()), "reports": str(reports.absolute()), **asdict(choices)}
+    tables = [table for table in (split_table, metadata, label_table) if table is not None]
+    refuse_changed_sources(output, [*tables, reports] if reports.is_file() else tables)
     with _Reports(reports) as texts:
         studies = read_studies(split_table, metadata)
         labels = Labels(label_table) if label_table is not None else None
@@ -228,15 +232,14 @@ def _text_to_learn(report: Report, choices: Choices) -> str:
 
 
 def _image_problem(path: Path, study_id: str, check: CheckImages) -> str | None:
+    if check == "open":
+        return image_problem(path, study_id)
+    if check == "none":
+        return None
     try:
-        if check == "open":
-            check_image(path, study_id)
-        elif check == "size":
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-                return f"{path}: an empty file or none at all; fetch it again"
-    except ImageError as error:
-        return str(error)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+            return f"{path}: an empty file or none at all; fetch it again"
     except OSError as error:
         return f"{path}: {error.strerror}; fetch the image or take the study out"
     return None

@@ -41,6 +41,8 @@ def prepare_manifest(source: Path, images: Path | None, output: Path, *, splits:
         ValueError: a folder made with other settings, a source that changed after an interrupted run, not one study that can be kept.
         OSError: a file cannot be read or written.
     """
+    if source.is_dir():
+        raise IsADirectoryError(f"{source}: a folder; give the CSV or JSONL file of the studies")
     if images is not None and not images.is_dir():
         raise NotADirectoryError(f"{images}: no such folder of images; without --images paths are relative to the folder of {source.name}")
     folder = (images or source.parent).absolute()

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def render_files(renderings: Sequence[Rendering], *, seed: int, side: int, worke
             job(rendering)
         return len(missing)
     # spawn: a process that has run torch holds threads that do not survive a fork
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_keep_memory) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin_worker) as pool:
         for _ in progress(pool.map(job, missing, chunksize=_CHUNK), "rendering", total=len(missing)):
             pass
     return len(missing)
@@ -132,6 +133,19 @@ def write_json(path: Path, content: Any) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _begin_worker() -> None:
+    """A pool's worker waits for its next chunk on a pipe that it holds open itself, so it would outlive a parent that is killed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _keep_memory()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None  # run in a pool's worker alone
+    parent.join()
+    os._exit(1)  # a half-written file has its temporary name
 
 
 def _keep_memory() -> None:

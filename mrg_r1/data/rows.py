@@ -73,8 +73,9 @@ def read_csv(path: Path, required: Sequence[str]) -> Iterator[Row]:
     """
     columns = csv_columns(path)
     if missing := [name for name in required if name not in columns]:
-        separator = next((f"; separated by {mark!r}? Save it with commas" for mark in (";", "\t") if mark in columns[0]), "")
-        raise ManifestError([f"{path}, line 1: no column {', '.join(f'`{name}`' for name in missing)}; it has {columns}{separator}"])
+        marks = (mark for mark in (";", "\t") if mark in columns[0])
+        remedy = next((f"separated by {mark!r}? Save it with commas" for mark in marks), "rename a column, or give the right file")
+        raise ManifestError([f"{path}, line 1: no column {', '.join(f'`{name}`' for name in missing)}; it has {columns}; {remedy}"])
     with open(path, newline="", encoding="utf-8-sig") as file:
         # strict: an open quote would else swallow the rest of the file into one field
         reader = csv.reader(file, strict=True)

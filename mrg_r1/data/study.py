@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mrg_r1.data.images import ImageError, check_image
+from mrg_r1.data.images import image_problem
 from mrg_r1.data.progress import progress
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
 from mrg_r1.types import Study, StudyImage
@@ -159,7 +159,7 @@ def check_images(studies: Sequence[Study], *, sample: int | None = None) -> None
     images = [(image.path, study.id) for study in studies for image in study.images]
     problems: list[str] = []
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-        found = pool.map(lambda image: _image_problem(*image), images)
+        found = pool.map(lambda image: image_problem(*image), images)
         for problem in progress(found, "checking images", total=len(images)):
             if problem is not None:
                 problems.append(problem)
@@ -168,14 +168,6 @@ def check_images(studies: Sequence[Study], *, sample: int | None = None) -> None
                     break
     if problems:
         raise ManifestError(problems)
-
-
-def _image_problem(path: Path, study_id: str) -> str | None:
-    try:
-        check_image(path, study_id)
-    except ImageError as error:
-        return str(error)
-    return None
 
 
 def _record(line: bytes, where: str, problems: list[str]) -> dict[str, Any] | None:

@@ -79,7 +79,7 @@ def study_of_row(record: Record, folder: Path, splits: Sequence[str]) -> Study:
     """A row as a study.
 
     Args:
-        record: of `Table.records`.
+        record: of `read_records`.
         folder: what image paths are relative to, absolute.
         splits: names that a split may have.
 

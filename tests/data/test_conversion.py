@@ -144,6 +144,17 @@ def test_a_journal_damaged_in_its_middle_is_refused(tmp_path: Path) -> None:
         pass
 
 
+def test_an_interrupted_run_is_not_gone_on_with_from_other_sources(tmp_path: Path) -> None:
+    with Conversion(tmp_path / "out", SETTINGS, sources={"images": "wrong"}) as conversion:
+        conversion.refuse("a", "train", "wrong/a.png: no such file")
+    with Conversion(tmp_path / "out", SETTINGS, sources={"images": "right"}) as conversion:
+        assert conversion.found == 0 and not conversion.done("a")
+        conversion.keep(study(tmp_path, "a"))
+    with Conversion(tmp_path / "out", SETTINGS, sources={"images": "right"}) as conversion:
+        assert conversion.done("a")
+        assert conversion.close() == {"train": {"read": 1, "kept": 1, "rendered": 0, "refused": 0}}
+
+
 def test_a_folder_made_with_other_settings_is_refused(tmp_path: Path) -> None:
     with Conversion(tmp_path / "out", SETTINGS) as conversion:
         conversion.keep(study(tmp_path, "a"))

@@ -281,6 +281,21 @@ def test_a_source_that_changed_after_an_interruption_is_not_mixed_in(tmp_path: P
         prepare_iu_xray(source, images, output)
 
 
+def test_studies_refused_for_want_of_images_are_looked_at_again_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, images = archive(tmp_path / "reports.tgz", ("7.xml", report(7))), tmp_path / "images"
+    pictures(images, "CXR7_IM-0001-1001.png", "CXR7_IM-0001-2001.png")
+    (tmp_path / "wrong").mkdir()
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(iu_xray.Conversion, "close", kill)
+        prepare_iu_xray(source, tmp_path / "wrong", tmp_path / "out")
+    prepare_iu_xray(source, images, tmp_path / "out")
+    assert set(studies(tmp_path / "out")) == {"CXR7"} and refused(tmp_path / "out") == {}
+
+
 def test_a_finished_folder_is_done_anew_when_images_have_come(tmp_path: Path) -> None:
     source = archive(tmp_path / "reports.tgz", ("7.xml", report(7)), ("8.xml", report(8)))
     names = [f"CXR{n}_IM-0001-{series}001.png" for n in (7, 8) for series in (1, 2)]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from mrg_r1.cli import main
+from mrg_r1.data import conversion
 from mrg_r1.data.mimic_cxr import Choices, Prepared, prepare_mimic_cxr
 from mrg_r1.data.study import check_images, read_manifest
 from mrg_r1.labels.observations import OBSERVATIONS
@@ -404,6 +405,23 @@ def test_a_run_that_is_killed_goes_on_and_ends_as_one_that_was_not(tmp_path: Pat
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     with pytest.raises(ValueError, match="`views` was 'frontal', asked for 'all'"):
         prepared(tmp_path, views="all")
+
+
+def test_a_table_that_changed_after_an_interruption_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree(tmp_path / "mimic", [ONE, TWO])
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(conversion.Conversion, "close", kill)
+        prepared(tmp_path)
+    journal, metadata = tmp_path / "out" / conversion.JOURNAL_FILE, table(tmp_path / "mimic", "metadata")
+    os.utime(metadata, (journal.stat().st_mtime + 5,) * 2)
+    with pytest.raises(ValueError, match=rf"{metadata.name}: changed after a run that was interrupted.*remove .*conversion\.part"):
+        prepared(tmp_path)
+    journal.unlink()
+    assert prepared(tmp_path).found == 0 and kept(tmp_path).keys() == {ONE.name, TWO.name}
 
 
 def test_a_folder_of_many_studies_agrees_with_what_was_generated(tmp_path: Path) -> None:

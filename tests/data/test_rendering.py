@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +62,33 @@ def test_several_processes_write_the_bytes_of_one(tmp_path: Path, monkeypatch: p
     render_files(jobs(tmp_path / "two", 6), seed=0, side=32, workers=8)
     assert started == [2]
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from mrg_r1.data import rendering
+from tests.data.test_rendering import jobs
+if __name__ == "__main__":
+    rendering._WORTH_A_WORKER = 1
+    rendering.render_files(jobs(Path(sys.argv[1]), 100_000), seed=0, side=32, workers=2)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script, folder = tmp_path / "killed.py", tmp_path / "images"
+    script.write_text(KILLED)
+    root = str(Path(__file__).resolve().parents[2])
+    # the workers inherit the writing end: the reading end ends when the last of them is gone
+    with subprocess.Popen(
+        [sys.executable, str(script), str(folder)], env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE
+    ) as parent:
+        waited = time.monotonic() + 60
+        while not folder.is_dir() or not any(folder.glob("*.png")):
+            assert time.monotonic() < waited and parent.poll() is None
+            time.sleep(0.05)
+        parent.send_signal(signal.SIGKILL)
+        assert parent.communicate(timeout=30)[0] == b""
 
 
 def test_only_missing_files_are_rendered(tmp_path: Path) -> None:
