@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mrg_r1.cli.arguments import add_labeler_arguments, add_output, described, load_labeler, margin
+from mrg_r1.cli.arguments import add_labeler_arguments, add_output, described, load_labeler, margin, positive, seed
 
 if TYPE_CHECKING:
     from mrg_r1.types import Study
@@ -21,20 +21,37 @@ def add_commands(commands: Any) -> None:
     score = described(
         commands.add_parser,
         "score",
-        help="clinical efficacy of reports, by every published definition",
-        description="Score predicted against reference reports. Each file is a label CSV (`id` and the 14 observations) or a report CSV\n"
-        "(`id`, `report`), which needs --labeler. All definitions of clinical efficacy in use are printed side by side, with bootstrap\n"
-        "intervals and with what a constant normal report, a blank one and a random training report would have scored.",
+        help="clinical and lexical metrics of reports, by every published definition, as a score card; compare two cards",
+        description="Score predicted against reference reports. Each file holds labels (CSV: `id` and the 14 observations) or reports,\n"
+        "which need --labeler: CSV (`id`, `report`), JSON or JSONL of objects with an id and a report (R2Gen's annotation.json, a run's\n"
+        "SPLIT_predictions.jsonl, which has both sides), or .txt with one report a line. All definitions of clinical efficacy in use are\n"
+        "printed side by side, with bootstrap intervals and with what a constant normal report, a blank one and a random training report\n"
+        "would have scored. The card written by -o also holds the study ids and the labels of each study, and no report.",
         examples="""
-        mrg-r1 score predicted_labels.csv reference_labels.csv --json scores.json
-        mrg-r1 score predicted.csv reference.csv --labeler chexbert.pth --train train.csv
+        mrg-r1 score predicted_labels.csv reference_labels.csv --labels-by CheXbert -o card.json
+        mrg-r1 score predicted.csv reference.csv --labeler chexbert.pth --train train.csv -o ours.json
+        mrg-r1 score RUN/evaluation/test_predictions.jsonl -o ours.json
+        mrg-r1 score predictions.json annotation.json --split test --labeler chexbert.pth --cleaning r2gen-iu -o theirs.json
+        mrg-r1 score res.txt gts.txt --labeler chexbert.pth
+        mrg-r1 score --compare theirs.json ours.json
         """,
     )
-    score.add_argument("predicted", type=Path, metavar="PREDICTED.csv")
-    score.add_argument("reference", type=Path, metavar="REFERENCE.csv")
+    score.add_argument("predicted", type=Path, nargs="?", metavar="PREDICTED")
+    score.add_argument("reference", type=Path, nargs="?", metavar="REFERENCE", help="left out where PREDICTED has both sides")
     add_labeler_arguments(score, required=False)
+    score.add_argument("--labels-by", metavar="NAME", help="who read the labels that are given as labels, for the card")
     score.add_argument("--train", type=Path, metavar="TRAIN.csv", help="training reports or labels, for the random-report baseline")
-    score.add_argument("--json", type=Path, metavar="OUT.json", help="write the numbers too")
+    score.add_argument("--split", metavar="NAME", help="only the studies of this split, where a JSON or JSONL file names splits")
+    score.add_argument(
+        "--cleaning",
+        default="raw",
+        choices=("raw", "r2gen-iu", "r2gen-mimic"),
+        help="of the texts before BLEU, ROUGE-L, CIDEr and METEOR: as they are, or as R2Gen does on IU X-Ray or MIMIC-CXR (default: raw)",
+    )
+    score.add_argument("--samples", type=positive, default=1000, metavar="N", help="bootstrap resamples (default: 1000)")
+    score.add_argument("--seed", type=seed, default=0, metavar="N", help="of the bootstrap and the random reports (default: 0)")
+    score.add_argument("--compare", type=Path, nargs=2, metavar="CARD", help="two cards: the second system less the first, study by study")
+    score.add_argument("-o", "--json", type=Path, metavar="CARD.json", help="write the score card, or the comparison")
     score.set_defaults(run=_score)
     _add_reward_card(commands)
 
@@ -64,14 +81,37 @@ def _add_reward_card(commands: Any) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from mrg_r1.score import print_scores, score_files
+    from mrg_r1.score.card import score_files, write_card
+    from mrg_r1.score.compare import compare_cards, write_comparison
+    from mrg_r1.score.tables import print_card, print_comparison
 
-    load = None if arguments.labeler is None else lambda: load_labeler(arguments)
-    scores = score_files(arguments.predicted, arguments.reference, train=arguments.train, load_labeler=load)
-    print_scores(scores)
+    if arguments.compare is not None:
+        if arguments.predicted is not None:
+            raise ValueError(
+                f"--compare reads two cards and nothing else; leave {arguments.predicted} out, or score it first (-o CARD.json)"
+            )
+        comparison = compare_cards(*arguments.compare, samples=arguments.samples, seed=arguments.seed)
+        print_comparison(comparison)
+        if arguments.json is not None:
+            write_comparison(arguments.json, comparison)
+    elif arguments.predicted is None:
+        raise ValueError("nothing to score; name PREDICTED and REFERENCE, or --compare CARD CARD")
+    else:
+        card = score_files(
+            arguments.predicted,
+            arguments.reference,
+            train=arguments.train,
+            split=arguments.split,
+            load_labeler=None if arguments.labeler is None else lambda: load_labeler(arguments),
+            labels_by=arguments.labels_by,
+            cleaning=arguments.cleaning,
+            samples=arguments.samples,
+            seed=arguments.seed,
+        )
+        print_card(card)
+        if arguments.json is not None:
+            write_card(arguments.json, card)
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
         print(f"{arguments.json}: written")
 
 

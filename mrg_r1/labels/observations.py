@@ -77,8 +77,11 @@ def values_of_classes(classes: Iterable[int]) -> list[int | None]:
     return [_VALUE_OF_CLASS[int(label)] for label in classes]
 
 
-def read_labels_csv(path: Path) -> dict[str, list[int]]:
+def read_labels_csv(path: Path, *, numbered: bool = False) -> dict[str, list[int]]:
     """Read `id` and the 14 observation columns (any order, any case of `id`) into classes by id.
+
+    Args:
+        numbered: without a column `id` the ids are the rows' numbers, from 1.
 
     Raises:
         ValueError: a missing column, a duplicate id or a value outside 1, 0, -1 and empty; names file, line and field.
@@ -87,14 +90,14 @@ def read_labels_csv(path: Path) -> dict[str, list[int]]:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or [])
         id_column = next((name for name in columns if name.strip().lower() == "id"), None)
-        if id_column is None:
+        if id_column is None and not numbered:
             raise ValueError(f"{path}: no column `id`; the columns are {columns}")
         missing = [name for name in OBSERVATIONS if name not in columns]
         if missing:
             raise ValueError(f"{path}: missing observation columns {missing}; all 14 are needed: {list(OBSERVATIONS)}")
         labels: dict[str, list[int]] = {}
         for row in reader:
-            study_id = (row[id_column] or "").strip()
+            study_id = str(len(labels) + 1) if id_column is None else (row[id_column] or "").strip()
             where = f"{path}, line {reader.line_num}"
             if not study_id:
                 raise ValueError(f"{where}: empty id")
@@ -103,7 +106,7 @@ def read_labels_csv(path: Path) -> dict[str, list[int]]:
             if None in row or None in row.values():  # a shifted or cut row would else be read as blanks
                 raise ValueError(f"{where}, id {study_id!r}: the row has more or fewer fields than the {len(columns)} columns")
             try:
-                labels[study_id] = classes_of_values([_parse_value(row[name]) for name in OBSERVATIONS])
+                labels[study_id] = classes_of_values([_parse_value(name, row[name]) for name in OBSERVATIONS])
             except ValueError as error:
                 raise ValueError(f"{where}, id {study_id!r}: {error}") from error
     return labels
@@ -118,14 +121,14 @@ def write_labels_csv(path: Path, labels: dict[str, Sequence[int]]) -> None:
             writer.writerow([study_id, *("" if value is None else value for value in values_of_classes(classes))])
 
 
-def _parse_value(text: str | None) -> int | None:
+def _parse_value(observation: str, text: str | None) -> int | None:
     text = (text or "").strip()
     if text == "":
         return None
     try:
         number = float(text)
     except ValueError:
-        raise ValueError(f"label value {text!r} is not a number; allowed are 1, 0, -1 and empty") from None
+        raise ValueError(f"{observation}: label value {text!r} is not a number; allowed are 1, 0, -1 and empty") from None
     if not number.is_integer():
-        raise ValueError(f"label value {text!r}; allowed are 1, 0, -1 and empty")
+        raise ValueError(f"{observation}: label value {text!r}; allowed are 1, 0, -1 and empty")
     return int(number)

@@ -1,10 +1,7 @@
 """Clinical efficacy under every published definition (spec section 4): label arrays enter, named precision, recall and F1 leave.
 
 Everything is computed from counts per study and observation (true positives, false positives, false negatives), so that the
-bootstrap is a product of study weights and the same counts.
-
-Sources: `r2gen_*`, the R2Gen authors' table; `example14`, PromptMRG and CvT2DistilGPT2; `chexbert_*`, f1chexbert and RadEval;
-`disease_*13`, ours.
+bootstrap is a product of study weights and the same counts. Where each definition is from stands with it, in `DEFINITIONS`.
 """
 
 from __future__ import annotations
@@ -47,21 +44,39 @@ class Definition:
     """How a published number is computed."""
 
     labels: tuple[int, ...]
-    positive: tuple[int, ...]  # the classes that count as positive
+    positive: tuple[int, ...]  # the classes that count as positive, `STRICT` or `LENIENT`
     average: Average
+    source: str
 
+    def described(self) -> dict[str, object]:
+        """The definition in words, as a score card has it; two numbers are comparable only if these are equal."""
+        return {
+            "observations": [OBSERVATIONS[label] for label in self.labels],
+            "uncertain": "positive" if UNCERTAIN in self.positive else "not positive",
+            "average": self.average,
+            "zero_division": 0,
+            "source": self.source,
+        }
+
+
+STRICT: tuple[int, ...] = (POSITIVE,)
+LENIENT: tuple[int, ...] = (POSITIVE, UNCERTAIN)
+_R2GEN = "R2Gen, compute_ce.py: uncertain and blank become 0, scikit-learn's mean over 14 labels"
+_EXAMPLE = "PromptMRG and CvT2DistilGPT2: mean over reports of per-report values, 0/0 = 0"
+_CHEXBERT = "f1chexbert 0.0.2 and RadEval: scikit-learn's classification_report, uncertain becomes 1"
+_DISEASE = "ours: without No Finding, which hides misses where most studies are normal"
 
 DEFINITIONS: dict[str, Definition] = {
-    "r2gen_macro14": Definition(ALL, (POSITIVE,), "macro"),
-    "r2gen_micro14": Definition(ALL, (POSITIVE,), "micro"),
-    "example14": Definition(ALL, (POSITIVE,), "example"),
-    "chexbert_micro14": Definition(ALL, (POSITIVE, UNCERTAIN), "micro"),
-    "chexbert_macro14": Definition(ALL, (POSITIVE, UNCERTAIN), "macro"),
-    "chexbert_micro5": Definition(FIVE, (POSITIVE, UNCERTAIN), "micro"),
-    "chexbert_macro5": Definition(FIVE, (POSITIVE, UNCERTAIN), "macro"),
-    "chexbert_weighted14": Definition(ALL, (POSITIVE, UNCERTAIN), "weighted"),
-    "disease_micro13": Definition(DISEASES, (POSITIVE,), "micro"),
-    "disease_macro13": Definition(DISEASES, (POSITIVE,), "macro"),
+    "r2gen_macro14": Definition(ALL, STRICT, "macro", _R2GEN),
+    "r2gen_micro14": Definition(ALL, STRICT, "micro", _R2GEN),
+    "example14": Definition(ALL, STRICT, "example", _EXAMPLE),
+    "chexbert_micro14": Definition(ALL, LENIENT, "micro", _CHEXBERT),
+    "chexbert_macro14": Definition(ALL, LENIENT, "macro", _CHEXBERT),
+    "chexbert_micro5": Definition(FIVE, LENIENT, "micro", _CHEXBERT),
+    "chexbert_macro5": Definition(FIVE, LENIENT, "macro", _CHEXBERT),
+    "chexbert_weighted14": Definition(ALL, LENIENT, "weighted", _CHEXBERT),
+    "disease_micro13": Definition(DISEASES, STRICT, "micro", _DISEASE),
+    "disease_macro13": Definition(DISEASES, STRICT, "macro", _DISEASE),
 }
 
 
@@ -79,11 +94,16 @@ def clinical_scores(predicted: NDArray[np.int64], reference: NDArray[np.int64]) 
         ValueError: no study, unequal or wrong shapes, or a class that an observation does not have.
     """
     check_classes(predicted, reference)
+    counts = {positive: study_counts(predicted, reference, positive) for positive in (STRICT, LENIENT)}
     scores = {}
     for name, definition in DEFINITIONS.items():
-        counts = study_counts(predicted, reference, definition)
-        precision, recall, f1 = average_counts(counts, definition.average, np.ones((1, len(reference))))
-        scores[name] = Score(float(precision[0]), float(recall[0]), float(f1[0]))
+        of_studies = counts[definition.positive]
+        if definition.average == "example":
+            rates = example_rates(of_studies[:, :, list(definition.labels)])
+            scores[name] = Score(*(float(rate.mean()) for rate in rates))
+        else:
+            totals = of_studies.sum(axis=1, dtype=np.float64)[:, None]  # [3, 1, 14]
+            scores[name] = Score(*(float(rate[0]) for rate in average_totals(totals, definition)))
     return scores
 
 
@@ -96,7 +116,7 @@ def support(reference: NDArray[np.int64]) -> dict[str, int]:
 def per_observation(predicted: NDArray[np.int64], reference: NDArray[np.int64]) -> dict[str, Score]:
     """Precision, recall and F1 of each observation alone, class 1 as positive, of [N, 14] classes each."""
     check_classes(predicted, reference)
-    totals = study_counts(predicted, reference, Definition(ALL, (POSITIVE,), "macro")).sum(axis=1)  # [3, 14]
+    totals = study_counts(predicted, reference, STRICT).sum(axis=1, dtype=np.float64)  # [3, 14]
     rates = zip(*(rate.tolist() for rate in _rates(*totals)), strict=True)
     return {name: Score(*rate) for name, rate in zip(OBSERVATIONS, rates, strict=True)}
 
@@ -122,41 +142,39 @@ def truth_scores(predicted: NDArray[np.int64], drawn: Sequence[Sequence[int | No
     return {name: scores[name] for name in ("disease_micro13", "disease_macro13")}
 
 
-def study_counts(predicted: NDArray[np.int64], reference: NDArray[np.int64], definition: Definition) -> NDArray[np.float64]:
-    """[3, N, L] true positives, false positives and false negatives of each study and label (0 or 1 each)."""
-    labels = list(definition.labels)
-    said = np.isin(predicted[:, labels], definition.positive)
-    true = np.isin(reference[:, labels], definition.positive)
-    return np.stack([said & true, said & ~true, ~said & true]).astype(np.float64)
+def study_counts(predicted: NDArray[np.int64], reference: NDArray[np.int64], positive: tuple[int, ...]) -> NDArray[np.bool_]:
+    """[3, N, 14] true positives, false positives and false negatives of each study and observation, `positive` the classes that count."""
+    said, true = np.isin(predicted, positive), np.isin(reference, positive)
+    return np.stack([said & true, said & ~true, ~said & true])
 
 
-def average_counts(
-    counts: NDArray[np.float64], average: Average, weights: NDArray[np.float64]
+def average_totals(
+    totals: NDArray[np.float64], definition: Definition
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Precision, recall and F1 of weighted studies.
+    """Precision, recall and F1 of counts that are summed over studies: every average but `example`.
 
     Args:
-        counts: [3, N, L] from `study_counts`.
-        average: micro (of summed counts), macro (mean over labels), weighted (mean over labels by their positives in the reference) or
-            example (mean over studies).
-        weights: [S, N], how often each of S samples holds each study.
+        totals: [3, S, 14] float64, S sums of `study_counts` over studies.
+        definition: micro (of the labels' summed counts), macro (mean over labels) or weighted (mean over labels by their positives in
+            the reference).
 
     Returns:
         Three arrays [S].
     """
-    if average == "example":
-        share = weights / weights.sum(axis=1, keepdims=True)
-        precision, recall, f1 = _rates(*counts.sum(axis=2))  # [N]
-        return share @ precision, share @ recall, share @ f1
-    tp, fp, fn = (weights @ counts[kind] for kind in range(3))  # [S, L]
-    if average == "micro":
+    tp, fp, fn = totals[:, :, list(definition.labels)]  # [S, L]
+    if definition.average == "micro":
         return _rates(tp.sum(axis=1), fp.sum(axis=1), fn.sum(axis=1))
     rates = _rates(tp, fp, fn)
-    if average == "macro":
+    if definition.average == "macro":
         return rates[0].mean(axis=1), rates[1].mean(axis=1), rates[2].mean(axis=1)
     positives = tp + fn
     share = _divide(positives, positives.sum(axis=1, keepdims=True))
     return (rates[0] * share).sum(axis=1), (rates[1] * share).sum(axis=1), (rates[2] * share).sum(axis=1)
+
+
+def example_rates(counts: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Precision, recall and F1 [N] of each study alone, of its `study_counts` [3, N, L]; 0/0 is 0."""
+    return _rates(*counts.sum(axis=2, dtype=np.float64))
 
 
 def check_classes(predicted: NDArray[np.int64], reference: NDArray[np.int64]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_fscore_support
 
 from mrg_r1.labels.observations import FIVE, OBSERVATIONS, read_labels_csv, values_of_classes
-from mrg_r1.metrics.clinical import clinical_scores, per_observation, support, truth_scores
+from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, per_observation, support, truth_scores
 from tests.shared_data import shared_data
 
 NAMES = [
@@ -60,6 +60,39 @@ def assert_agrees(predicted: NDArray[np.int64], reference: NDArray[np.int64]) ->
 @settings(max_examples=40, deadline=None)
 def test_every_definition_agrees_with_scikit_learn(studies: int, seed: int, positive: float) -> None:
     assert_agrees(drawn_classes(studies, seed, positive), drawn_classes(studies, seed + 1, positive))
+
+
+def test_the_published_case_of_f1chexbert_comes_out() -> None:
+    """The five reports of f1chexbert 0.0.2's own test (tests/f1chexbert_test.py, also RadEval's) and the averages that it expects.
+
+    The labels follow from the published tables: support, precision and recall of every observation and the reports that are right.
+    Whether a positive is class 1 or 3 is not published, and these definitions do not ask.
+    """
+    said = [["No Finding"], ["No Finding"], ["Edema", "Atelectasis"], ["Consolidation"], []]
+    true = [["No Finding"], ["Cardiomegaly"], ["Cardiomegaly"], ["Consolidation"], ["Lung Opacity", "Lung Lesion"]]
+    predicted, reference = np.zeros((5, 14), dtype=np.int64), np.zeros((5, 14), dtype=np.int64)
+    for classes, reports in ((predicted, said), (reference, true)):
+        for row, names in enumerate(reports):
+            classes[row, [OBSERVATIONS.index(name) for name in names]] = 1
+    reference[4, 2:4] = predicted[2, 7] = 3
+    scores = clinical_scores(predicted, reference)
+    for name, expected in {
+        "chexbert_micro14": (0.4, 0.3333333333333333, 0.36363636363636365),
+        "chexbert_macro14": (0.10714285714285714, 0.14285714285714285, 0.11904761904761904),
+        "chexbert_weighted14": (0.25, 0.3333333333333333, 0.27777777777777773),
+        "chexbert_micro5": (0.3333333333333333, 0.3333333333333333, 0.3333333333333333),
+        "chexbert_macro5": (0.2, 0.2, 0.2),
+    }.items():
+        assert (scores[name].precision, scores[name].recall, scores[name].f1) == pytest.approx(expected, rel=1e-15), name
+
+
+def test_definitions_say_how_they_are_computed() -> None:
+    for name, definition in DEFINITIONS.items():
+        described = definition.described()
+        assert described["uncertain"] == ("positive" if name.startswith("chexbert") else "not positive")
+        count = next(count for count in (14, 13, 5) if name.endswith(str(count)))
+        assert len(described["observations"]) == count  # type: ignore[arg-type]
+        assert described["average"] in name and described["source"]
 
 
 def test_real_labels_agree_with_scikit_learn() -> None:

@@ -1,0 +1,148 @@
+"""Score cards and comparisons on the terminal. Every number stands under its definition's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+PIPE_WIDTH = 120  # a pipe has no width, and a table cut to 80 columns loses figures
+_COMPARED = {"constant_normal": "normal", "blank": "blank", "random_train": "random", "reference": "itself"}
+_TITLES = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "meteor": "METEOR",
+}
+_HASH = 12  # digits shown; the card has them all
+UNCERTAIN = "uncertain counts as positive in chexbert_*, as not positive in all others; 0/0 = 0"
+
+
+def print_card(card: Mapping[str, Any]) -> None:
+    """A card of `score_files`: clinical efficacy by definition, by observation, lexical metrics, and what they are of."""
+    console = _console()
+    table = _table("definition")
+    for column in ("P", "R", "F1", "95 % of F1", *_COMPARED.values()):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, score in card["definitions"].items():
+        entries = [card["baselines"][baseline] for baseline in _COMPARED]
+        table.add_row(
+            name,
+            *(f"{score[part]:.3f}" for part in ("precision", "recall", "f1")),
+            "{:.3f}-{:.3f}".format(*score["f1_ci"]),
+            *("-" if entry is None else f"{entry[name]['f1']:.3f}" for entry in entries),
+        )
+    _print_table(console, f"Clinical efficacy, {card['n']:,} studies; right: the F1 of baselines", table)
+    lines = [
+        UNCERTAIN,
+        "normal: every report No Finding; random: a random training report; itself: the references against themselves",
+    ]
+    if card["random_train_reason"]:
+        lines.append(f"random is missing: {card['random_train_reason']}")
+    _print_lines(console, lines)
+    _print_table(console, f"By observation: {card['observations_are']}", _observations(card))
+    if card["lexical"] is not None:
+        lexical = card["lexical"]
+        table = _table("metric", "value", "what it is")
+        for name, value in lexical["scores"].items():
+            table.add_row(_TITLES[name], f"{value:.4f}", lexical["scores_are"][name])
+        _print_table(console, f"Lexical metrics, cleaning {lexical['cleaning']}, {lexical['package']}", table)
+        lines = [f"cleaning {lexical['cleaning']}: {lexical['cleaning_is']}", *lexical["left_out"].values()]
+        if lexical["empty_predictions"]:
+            lines.append(f"{lexical['empty_predictions']:,} predicted reports are empty; they count")
+        _print_lines(console, lines)
+    else:
+        _print_lines(console, [f"lexical metrics are missing: {card['lexical_reason']}"])
+    _print_lines(console, _origin(card))
+
+
+def print_comparison(comparison: Mapping[str, Any]) -> None:
+    """The result of `compare_cards`: every definition's difference with its interval."""
+    console = _console()
+    cards = comparison["cards"]
+    table = _table("definition")
+    for column in ("first", "second", "difference", "95 % of difference", "excludes 0", "p"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, found in comparison["definitions"].items():
+        table.add_row(
+            name,
+            f"{found['first']:.3f}",
+            f"{found['second']:.3f}",
+            f"{found['difference']:+.3f}",
+            "{:+.3f} to {:+.3f}".format(*found["ci"]),
+            "yes" if found["excludes_zero"] else "no",
+            f"{found['p']:.3f}",
+        )
+    _print_table(console, f"F1 by definition, {comparison['n']:,} studies, paired; difference: second - first", table)
+    if comparison["lexical"] is not None:
+        lexical = comparison["lexical"]
+        table = _table("metric", "first", "second", "difference")
+        for name, found in lexical["scores"].items():
+            table.add_row(_TITLES[name], f"{found['first']:.4f}", f"{found['second']:.4f}", f"{found['difference']:+.4f}")
+        _print_table(console, f"Lexical metrics, cleaning {lexical['cleaning']}, {lexical['package']}; without intervals", table)
+    bootstrap = comparison["bootstrap"]
+    lines = [
+        *(f"{which}: {card['file']}, mrg-r1 {card['version']}" for which, card in cards.items()),
+        UNCERTAIN,
+        f"{bootstrap['samples']:,} resamples, seed {bootstrap['seed']}, {bootstrap['method']}",
+        f"p: {bootstrap['p']}",
+        f"labelers: predicted {_labeler(comparison['predicted']['labeler'])}, reference {_labeler(comparison['reference']['labeler'])}",
+    ]
+    _print_lines(console, lines)
+
+
+def _observations(card: Mapping[str, Any]) -> Table:
+    table = _table("observation")
+    for column in ("P", "R", "F1", "support"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, score in card["observations"].items():
+        table.add_row(name, *(f"{score[part]:.3f}" for part in ("precision", "recall", "f1")), f"{card['support'][name]:,}")
+    return table
+
+
+def _origin(card: Mapping[str, Any]) -> list[str]:
+    predicted, reference = card["predicted"]["labeler"], card["reference"]["labeler"]
+    bootstrap, studies = card["bootstrap"], card["studies"]
+    lines = [
+        f"labelers: predicted {_labeler(predicted)}, reference {_labeler(reference)}",
+        f"studies: {card['n']:,} by {studies['identified_by']}, hash {studies['ids_sha256'][:_HASH]}; intervals: {bootstrap['samples']:,} "
+        f"resamples, seed {bootstrap['seed']}, {bootstrap['method']}; mrg-r1 {card['version']}",
+    ]
+    if predicted != reference:
+        lines.append("warning: predicted and reference labels are not known to be by one labeler; their differences count as errors")
+    return lines
+
+
+def _labeler(labeler: Mapping[str, str | None] | None) -> str:
+    if labeler is None:
+        return "not named (label file; --labels-by NAME names it)"
+    fingerprint = labeler["fingerprint"]
+    return f"{labeler['name']}, fingerprint {'unknown' if fingerprint is None else fingerprint[:_HASH]}"
+
+
+def _print_table(console: Console, title: str, table: Table) -> None:
+    console.print(f"\n{title}", style="bold", highlight=False, markup=False, soft_wrap=True)  # a table's own title wraps at its width
+    console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def _print_lines(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
