@@ -68,8 +68,8 @@ def test_columns_may_stand_in_any_order(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("s" + ",2" + "," * 13, r"line 3, id 's': Enlarged Cardiomediastinum: label value 2"),
-        ("s" + ",yes" + "," * 13, r"line 3, id 's': label value 'yes'"),
-        ("s" + ",0.5" + "," * 13, r"line 3, id 's': label value '0.5'"),
+        ("s" + ",yes" + "," * 13, r"line 3, id 's': Enlarged Cardiomediastinum: label value 'yes'"),
+        ("s" + ",0.5" + "," * 13, r"line 3, id 's': Enlarged Cardiomediastinum: label value '0.5'"),
         ("" + "," * 14, r"line 3: empty id"),
         ("first" + "," * 14, r"line 3: id 'first' stands twice"),
         ("s" + ",1" * 3, r"line 3, id 's': the row has more or fewer fields"),
