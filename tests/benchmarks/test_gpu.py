@@ -198,6 +198,7 @@ def test_a_contender_that_is_not_installed_is_told_and_is_no_failure(tmp_path: P
     assert "not installed: no_such_package" in (tmp_path / "bench.md").read_text()
 
 
+@pytest.mark.slow
 def test_our_step_is_measured_from_the_first_to_the_last_line(tmp_path: Path) -> None:
     arguments = ["--size", "tiny", "--device", "cpu", "--contenders", "ours", "--cases", "2x30", "--out", str(tmp_path), "--minutes", "3"]
     assert gpu.main([*arguments, "--micro-batch-tokens", "64"]) == 0

@@ -68,12 +68,17 @@ def test_members_of_a_group_stand_together_with_their_terms(pool, world, tmp_pat
     "overrides",
     [
         ["grpo.inner_iterations=2", "grpo.minibatches=2", "grpo.aggregation=dapo"],
-        ["grpo.ratio=sequence", "grpo.clip_low=3e-4", "grpo.clip_high=4e-4", "grpo.advantage_scale=batch"],
+        pytest.param(
+            ["grpo.ratio=sequence", "grpo.clip_low=3e-4", "grpo.clip_high=4e-4", "grpo.advantage_scale=batch"], marks=pytest.mark.slow
+        ),
         ["reward.normalise=per_term", "grpo.advantage_scale=batch", "grpo.correction=tis"],
-        ["grpo.beta=0", "grpo.advantage_scale=none", "grpo.aggregation=dr_grpo"],
+        pytest.param(["grpo.beta=0", "grpo.advantage_scale=none", "grpo.aggregation=dr_grpo"], marks=pytest.mark.slow),
         ["grpo.max_resample=2", "reward.weights={mccs: 1.0}", "rollout.temperature=0.7", "policy.gradient_checkpointing=true"],
         ["prompt.mode=think", "reward.weights={mccs: 0.75, format: 0.25}", "reward.format=graded", "policy.dtype=bfloat16"],
-        ["reward.weights={ce_f1: 1.0, bleu4: 0.5, rouge_l: 0.5, ccs: 0.1}", "engine.deepspeed=ds_configs/zero1.json"],
+        pytest.param(
+            ["reward.weights={ce_f1: 1.0, bleu4: 0.5, rouge_l: 0.5, ccs: 0.1}", "engine.deepspeed=ds_configs/zero1.json"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda overrides: overrides[0],
 )

@@ -201,6 +201,7 @@ def test_a_service_that_hangs_is_killed_and_started_again(start: Start, capfd: p
     service.close()
 
 
+@pytest.mark.slow
 def test_a_service_that_is_frozen_is_killed_and_started_again(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     supervisor = start()
     service = connected(supervisor, timeout=1.0)
