@@ -95,10 +95,10 @@ def _prepare_phantom(arguments: argparse.Namespace) -> None:
 
 
 def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
-    from mrg_r1.config import PLAIN_INSTRUCTION, THINK_INSTRUCTION
     from mrg_r1.data.study import read_manifest
     from mrg_r1.labels.observations import OBSERVATIONS
     from mrg_r1.policy.tiny import create_tiny_policy
+    from mrg_r1.recipe_sections import PLAIN_INSTRUCTION, THINK_INSTRUCTION
 
     reports = [study.report for study in read_manifest(arguments.manifest, split="train")]
     words = [THINK_INSTRUCTION, PLAIN_INSTRUCTION, "<think></think><report></report>", "Frontal view: Lateral view:", *OBSERVATIONS]
