@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mrg_r1.cli import labeler, prepare, runs, scoring
+from mrg_r1.cli import labeler, prepare, runs, scoring, tables
 from mrg_r1.cli.arguments import described
 
 
@@ -51,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
         """,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (prepare, labeler, scoring, runs):
+    for group in (prepare, labeler, scoring, runs, tables):
         group.add_commands(commands)
     return parser
