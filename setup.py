@@ -28,6 +28,8 @@ setup(
         "PyYAML>=6",
         "rich>=13",
         "sacrebleu>=2.4",
+        "scipy>=1.11",
+        "tabulate>=0.9",
         "pycocoevalcap>=1.2",
         "jinja2>=3.1",
         "matplotlib>=3.8",

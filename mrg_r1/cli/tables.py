@@ -15,9 +15,9 @@ def add_commands(commands: Any) -> None:
         commands.add_parser,
         "table",
         help="a table whose rows are recipes over seeds",
-        description="Run every row of a table's file over its seeds and write the table as Markdown, CSV, LaTeX and JSON. Finished rows are\n"
-        "kept and shared by tables; interrupted, the same command goes on. `--plan` shows what would be run, `--no-run` writes the table\n"
-        "of what there is.",
+        description="Run every row of a table's file over its seeds and write the table as Markdown, CSV, LaTeX and JSON. Finished rows\n"
+        "are kept and shared by tables; interrupted, the same command goes on. `--plan` shows what would be run, `--no-run` writes\n"
+        "the table of what there is.",
         examples="""
         mrg-r1 table launch/recipes/tables/rewards-phantom.yaml --parallel 2
         mrg-r1 table launch/recipes/tables/rewards-phantom.yaml --plan
@@ -26,27 +26,32 @@ def add_commands(commands: Any) -> None:
     )
     table.add_argument("file", type=Path, metavar="TABLE.yaml", help="the table; launch/recipes/tables/ has those that come along")
     table.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys for every row, over the file's own")
-    table.add_argument("-o", "--output", type=Path, default=Path("runs/tables"), metavar="DIR", help="where rows and tables go (runs/tables)")
-    table.add_argument("--seeds", type=seed, nargs="+", default=[], metavar="SEED", help="only these seeds of the file")
+    where = "where rows and tables go (default: runs/tables)"
+    table.add_argument("-o", "--output", type=Path, default=Path("runs/tables"), metavar="DIR", help=where)
+    table.add_argument("--seeds", type=_seeds, default=[], metavar="0,1,...", help="only these seeds of the file")
     table.add_argument("--parallel", type=positive, default=1, metavar="N", help="rows at a time (default: 1)")
-    table.add_argument(
-        "--launch", default="deepspeed --num_gpus 1", metavar="COMMAND", help="how a row's ranks are started (default: deepspeed --num_gpus 1)"
-    )
+    start = "how a row's ranks are started (default: deepspeed --num_gpus 1)"
+    table.add_argument("--launch", default="deepspeed --num_gpus 1", metavar="COMMAND", help=start)
     instead = table.add_mutually_exclusive_group()
     instead.add_argument("--plan", action="store_true", help="show the runs and which are finished, and run nothing")
     instead.add_argument("--no-run", action="store_true", help="write the table of the finished rows, and run nothing")
     table.set_defaults(run=_table)
 
 
+def _seeds(text: str) -> list[int]:
+    return [seed(part.strip()) for part in text.split(",")]
+
+
 def _table(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from mrg_r1.tables.build import build_table, write_table
+    from mrg_r1.tables.build import build_table, check_columns
     from mrg_r1.tables.plan import plan_table
-    from mrg_r1.tables.render import plan_as_table, table_as_text
+    from mrg_r1.tables.render import plan_as_table, table_as_text, write_table
     from mrg_r1.tables.run import RowsFailed, run_rows
 
     plan = plan_table(arguments.file, rows_folder=arguments.output / "rows", overrides=arguments.overrides, seeds=arguments.seeds)
+    check_columns(plan.spec.columns)  # before hours of rows
     console = Console(stderr=True)
     if arguments.plan:
         print(plan_as_table(plan))

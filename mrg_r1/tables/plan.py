@@ -62,7 +62,7 @@ class TableSpec(_Part):
     question: str
     recipes: dict[str, Path]  # grpo, sft, …: files beside the table's
     seeds: dict[int, dict[str, str]] = Field(min_length=1)  # seed -> names and what they stand for at that seed
-    # recipe key -> value, for every row. In a text {name} stands for what `seeds` says, {run:ROW} for the folder of that row's run of the seed
+    # recipe key -> value, for every row. In a text {name} stands for what `seeds` says, {run:ROW} for the folder of that row's run
     set: dict[str, Any] = {}
     rows: list[RowSpec] = Field(min_length=1)
     reference: str  # the row that the others are compared with
@@ -208,6 +208,7 @@ def _row_run(
         raise RecipeError(f"{path}, row {row.name!r}, seed {seed}: {error}") from error
     timed = runs[row.cpu_seconds_of, seed].folder if row.cpu_seconds_of else None
     folder = rows_folder / f"{row.task}-seed{seed}-{_fingerprint(recipe, row.task, timed)}"
+    _check_made_with(folder, recipe)
     return RowRun(
         row=row.name,
         seed=seed,
@@ -218,6 +219,27 @@ def _row_run(
         waits_for=(*waits_for, *([timed] if timed else [])),
         cpu_seconds_of=timed,
     )
+
+
+def _check_made_with(folder: Path, recipe: Recipe) -> None:
+    """Refuse a folder whose run had other values: a default may have changed since, which its name does not tell."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    theirs, ours = (_flat(one.model_dump(mode="json", exclude={"output_dir", "tracking", "resume"})) for one in (load_recipe(path), recipe))
+    for key, value in ours.items():
+        if theirs.get(key) != value and key != "sft.max_cpu_seconds":  # which the scheduler adds
+            raise TableError(
+                f"{folder}: was run with {key} {theirs.get(key)!r}, the row has {value!r} today; remove the folder to run it again, or set "
+                f"{key} in the table's file"
+            )
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and key != "weights" else {f"{prefix}{key}": value}
+    return flat
 
 
 def _fingerprint(recipe: Recipe, task: Task, timed: Path | None) -> str:
