@@ -21,11 +21,11 @@ def add_commands(commands: Any) -> None:
         examples="""
         mrg-r1 table launch/recipes/tables/rewards-phantom.yaml --parallel 2
         mrg-r1 table launch/recipes/tables/rewards-phantom.yaml --plan
-        mrg-r1 table launch/recipes/tables/main-iu.yaml --launch 'deepspeed --num_gpus 8' data.manifest=/data/iu/manifest.jsonl
+        mrg-r1 table launch/recipes/tables/main-iu.yaml data.manifest=/data/iu/manifest.jsonl --launch 'deepspeed --num_gpus 8'
         """,
     )
     table.add_argument("file", type=Path, metavar="TABLE.yaml", help="the table; launch/recipes/tables/ has those that come along")
-    table.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys for every row, over the file's own")
+    table.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys for every row, over the file's own; before any option")
     where = "where rows and tables go (default: runs/tables)"
     table.add_argument("-o", "--output", type=Path, default=Path("runs/tables"), metavar="DIR", help=where)
     table.add_argument("--seeds", type=_seeds, default=[], metavar="0,1,...", help="only these seeds of the file")

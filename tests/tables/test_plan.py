@@ -69,8 +69,9 @@ def test_what_is_wrong_with_a_table_is_named(table, changes, message):
 
 def test_a_wrong_recipe_key_names_the_table_the_row_and_the_seed(table, tmp_path):
     path = table(rows=[{"name": "Four", "set": {"grpo.group": 4}}])
-    with pytest.raises(RecipeError, match=r"table\.yaml, row 'Four', seed 0: (.|\n)*grpo\.group: unknown key; did you mean grpo\.group_size"):
+    with pytest.raises(RecipeError, match="did you mean grpo.group_size") as refused:
         plan_table(path, rows_folder=tmp_path)
+    assert "table.yaml, row 'Four', seed 0" in str(refused.value)
 
 
 @pytest.mark.parametrize("column", ["disease_micro13", "truth:disease_micro14", "judged:example14", "step:"])
