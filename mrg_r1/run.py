@@ -24,11 +24,12 @@ from mrg_r1.data.study import check_images, read_manifest
 from mrg_r1.engine.partition import RankPartition
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
-from mrg_r1.evaluate import evaluate, evaluation_table, short_summary, write_evaluation
+from mrg_r1.evaluate import evaluate, print_evaluation, short_summary, write_evaluation
 from mrg_r1.files import write_text_atomically
 from mrg_r1.policy.adapters import load_adapter, merge_adapter
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.resume import check_changes, what_rounds_otherwise
+from mrg_r1.reward.judge import Judge
 from mrg_r1.rewarding import Rewarding
 from mrg_r1.tracking.log import Clock, RunLog, write_environment
 from mrg_r1.tracking.page import write_page
@@ -50,6 +51,7 @@ class Run:
     build: PromptBuilder
     rewards: Rewarding | None  # None: `phases=update`, which judges nothing
     dtype: torch.dtype
+    judge: Judge | None = None  # on rank 0, where the recipe has one
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -62,9 +64,16 @@ class Run:
         """The run needs no more rewards."""
         if self.rewards is not None:
             self.rewards.close()
+        if self.judge is not None:
+            self.judge.close()
 
     def evaluate(self, studies: list[Study], *, title: str, samples: int | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Greedy reports of `studies` under the policy as it stands, and their scores."""
+        """Greedy reports of `studies` under the policy as it stands, and their scores.
+
+        Args:
+            samples: bootstrap samples of a validation, which leaves out what only a closing evaluation needs; None: a closing one.
+        """
+        cleaning = self.recipe.evaluation.lexical
         was_training = self.policy.training
         self.policy.eval()
         answer = evaluate(
@@ -80,6 +89,8 @@ class Run:
             bootstrap_samples=samples or self.recipe.evaluation.bootstrap_samples,
             train=self.rewarding.classes("train") if samples is None else None,
             labeler=self.rewarding.labeler,
+            judge=self.judge,
+            cleaning=None if samples is not None or cleaning == "off" else cleaning,
             title=title,
         )
         self.policy.train(was_training)
@@ -98,10 +109,9 @@ class Run:
         self.ranks.barrier()
         return result
 
-    def validate(self) -> dict[str, Any]:
-        """Scores on the validation split; few bootstrap samples, since only the point values are read."""
-        result, _ = self.evaluate(self.studies["val"][: self.recipe.evaluation.max_studies], title="validating", samples=100)
-        return result
+    def validate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Scores and predictions on the validation split; few bootstrap samples, since only the point values are read."""
+        return self.evaluate(self.studies["val"][: self.recipe.evaluation.max_studies], title="validating", samples=100)
 
     def write_summary(self, content: dict[str, Any]) -> None:
         """RUN/summary.json, by rank 0."""
@@ -127,6 +137,7 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     judging = recipe.phases != "update"
     # the labeler is loaded by its own process while the policy is loaded here
     supervisor = rewarding.start_service(recipe, ranks) if judging else None
+    judge_process = rewarding.start_judge(recipe, ranks) if recipe.phases == "all" else None
     policy = load_policy(recipe.policy.path, dtype=dtype, temperature=recipe.rollout.temperature, partition=partition).to(ranks.device)
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
@@ -144,6 +155,10 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         "test": studies["test"][: recipe.evaluation.max_test_studies],
     }
     processor = load_image_processor(recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
+    rewards = rewarding.open_rewards(recipe, ranks, supervisor, met) if judging else None
+    judge = None
+    if rewards is not None and recipe.phases == "all":
+        judge = rewarding.open_judge(recipe, ranks, judge_process, met["val"] + met["test"], rewarded=rewards.labeler)
     return Run(
         recipe=recipe,
         ranks=ranks,
@@ -157,8 +172,9 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
             words=words,
             workers=(2 if ranks.device.type == "cuda" else 0) if recipe.data.workers is None else recipe.data.workers,
         ),
-        rewards=rewarding.open_rewards(recipe, ranks, supervisor, met) if judging else None,
+        rewards=rewards,
         dtype=dtype,
+        judge=judge,
     )
 
 
@@ -289,7 +305,7 @@ def finish(
         }
     )
     if after is not None:
-        log.console.print(evaluation_table(after, "test split after training"))
+        print_evaluation(log.console, after, "test split after training")
         constant = after["constant"].get("total")
         if constant is not None and after["mean_reward"] <= constant:
             log.say(
@@ -321,7 +337,7 @@ def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
     result, predictions = run.evaluate(run.studies["test"][: recipe.evaluation.max_test_studies], title=f"evaluating {split}")
     if ranks.is_main:
         write_evaluation(run.directory / "evaluation", split, result, predictions)
-        Console().print(evaluation_table(result, f"{split} split"))
+        print_evaluation(Console(), result, f"{split} split")
     run.close()
 
 
