@@ -19,6 +19,7 @@ from mrg_r1.config import Recipe, RecipeError, check_recipe, dump_recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
 from mrg_r1.data.order import rare_finding_weights
 from mrg_r1.data.study import check_images
+from mrg_r1.doctor.checks import launch_findings
 from mrg_r1.doctor.inputs import check_disk, check_stage, read_splits
 from mrg_r1.engine.partition import RankPartition
 from mrg_r1.engine.ranks import Ranks
@@ -121,6 +122,7 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         check_changes(recipe, ranks)
     _claim_directory(recipe, ranks)
     nodes.check_shared(recipe.output_dir, ranks)
+    _examine(recipe, ranks, studies, task)
     dtype = _DTYPES[recipe.policy.dtype]
     judging = recipe.phases != "update"
     # the labeler is loaded by its own process while the policy is loaded here
@@ -174,6 +176,24 @@ def _partition(recipe: Recipe, ranks: Ranks, task: str) -> RankPartition | None:
         raise RecipeError(f"engine.deepspeed {error}") from error
     check_stage(recipe, stage=2 if partition is None else 3, task=task)
     return partition
+
+
+def _examine(recipe: Recipe, ranks: Ranks, studies: dict[str, list[Study]], task: Literal["grpo", "sft", "evaluate"]) -> None:
+    """What `mrg-r1 doctor` looks at and no other check of a launch: rank 0 says its warnings once, its failures end the launch.
+
+    Raises:
+        RecipeError: every failure, a line each.
+    """
+    problem = None
+    if ranks.is_main:
+        findings = launch_findings(recipe, task=task, ranks=ranks, studies=studies)
+        for finding in findings:
+            if finding.state == "warning":
+                Console(stderr=True).print(f"warning: {finding}", markup=False, highlight=False, soft_wrap=True)
+        problem = "\n".join(str(finding) for finding in findings if finding.state == "failure") or None
+    problem = ranks.agree(problem)
+    if problem is not None:
+        raise RecipeError(f"{problem}\n(`mrg-r1 doctor RECIPE` shows everything that is looked at)")
 
 
 def build_engine(run: Run) -> Engine:

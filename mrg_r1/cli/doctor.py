@@ -25,7 +25,7 @@ def add_commands(commands: Any) -> None:
         examples="""
         mrg-r1 doctor
         mrg-r1 doctor launch/recipes/iu_7b.yaml
-        mrg-r1 doctor launch/recipes/iu_7b.yaml --world-size 7 reward.device=cuda:7
+        mrg-r1 doctor launch/recipes/iu_7b.yaml reward.device=cuda:7 --world-size 7
         mrg-r1 doctor runs/mine/config.yaml --json
         """,
     )

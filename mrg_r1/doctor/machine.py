@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -31,10 +32,10 @@ class Device:
     capability: tuple[int, int]
 
 
-def cuda_devices() -> list[Device]:
-    """Those that this process sees, with what is free on each now."""
+def cuda_devices(indices: Sequence[int] | None = None) -> list[Device]:
+    """Those that this process sees, or some of them, with what is free on each now."""
     devices = []
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count()) if indices is None else indices:
         free, total = torch.cuda.mem_get_info(index)
         name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
         devices.append(Device(index, name, free, total, capability))

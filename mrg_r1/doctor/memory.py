@@ -15,7 +15,7 @@ from mrg_r1.policy.packing import plan_micro_batches
 from mrg_r1.policy.scoring import CHUNK_ELEMENTS
 
 Parts = dict[str, int]  # name -> bytes
-Task = Literal["grpo", "sft"]
+Task = Literal["grpo", "sft", "evaluate"]
 
 # Allowances, not measured: what no tensor of ours accounts for on a GPU.
 CONTEXT_BYTES = 1_000_000_000  # CUDA context, kernels, cuBLAS workspaces, NCCL's buffers
@@ -24,7 +24,7 @@ _COMPACTING = 0.375  # of own keys and values: `Decoder.compact` copies the keys
 _PROMPT_WORDS = 48  # tokens of the chat template around the words, and
 _IMAGE_WORDS = 8  # of a view's name and the marks around an image: generous for published tokenizers
 _CONTEXT_WORDS = 96  # of an indication or a comparison
-_LABELER_TOKENS = 2048  # of the labeler's batches
+_LABELER_TOKENS, _LABELER_VALUES = 2048, 12_000  # of the labeler's batches, and what a BERT-base's layer has of a token at once
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Workload:
     offload_parameters: bool = False
     bucket: int = 50_000_000  # elements of ZeRO's reduction bucket
     labeler_bytes: int = 0  # the labeler's weights, where they lie on this device
+    part: Literal["all", "rollout", "update"] = "all"  # the recipe's `phases`
 
     @property
     def cut(self) -> int:
@@ -76,9 +77,11 @@ class Prediction:
 def predict(shape: PolicyShape, work: Workload) -> Prediction:
     """The memory of a rank's device in each phase of a step."""
     resident = resting_parts(shape, work)
-    images = _image_parts(shape, work, work.studies if work.task == "grpo" else 1)
+    images = _image_parts(shape, work, _encoded(work))
     phases = {"vision": {**resident, **images, "vision tower's activations": _tower(shape, work, _encoded(work))}}
-    if work.task == "grpo":
+    if work.task == "evaluate":
+        pass  # below
+    elif work.task == "grpo":
         graph = {"prompts' graph (reuse_prefill)": _prompt_graph(shape, work, work.studies)} if work.reuse_prefill else {}
         phases["rollout"] = {**resident, **images, **graph, **_rollout_parts(shape, work)}
         phases["update"] = {**resident, **images, **graph, **_update_parts(shape, work)}
@@ -88,7 +91,8 @@ def predict(shape: PolicyShape, work: Workload) -> Prediction:
         alone = replace(work, studies=work.evaluated, group_size=1, cache_tokens=10**12, reuse_prefill=False)
         shown = _image_parts(shape, alone, alone.studies)
         phases["evaluation"] = {**resident, **shown, **_rollout_parts(shape, alone)}
-    return Prediction({name: _with_allowance(parts, work) for name, parts in phases.items()})
+    left_out = {"all": None, "rollout": "update", "update": "rollout"}[work.part]
+    return Prediction({name: _with_allowance(parts, work) for name, parts in phases.items() if name != left_out})
 
 
 def resting_parts(shape: PolicyShape, work: Workload) -> Parts:
@@ -99,17 +103,19 @@ def resting_parts(shape: PolicyShape, work: Workload) -> Parts:
         "language model": 0 if away else shape.language_parameters * b // work.cut,
         "vision tower": 0 if away else shape.vision.parameters * b // work.cut,
     }
+    if work.labeler_bytes:
+        parts["labeler"] = work.labeler_bytes + _LABELER_TOKENS * _LABELER_VALUES * 4
     trained = shape.parameters if work.lora_rank is None else shape.lora_parameters(work.lora_rank)
     if work.lora_rank is not None:
         parts["LoRA"] = trained * b
+    if work.task == "evaluate":
+        return parts
     share = trained if work.stage == 1 else trained // ranks
     bucket = work.bucket if work.device == "cuda" else min(work.bucket, trained)  # memory that is never touched is no memory on a CPU
     parts["gradients"] = (share + bucket) * b
     if not work.offload_optimizer:
         parts["fp32 masters, gradients"] = 8 * trained // ranks
         parts["Adam's moments"] = 8 * trained // ranks
-    if work.labeler_bytes:
-        parts["labeler"] = work.labeler_bytes + _LABELER_TOKENS * 12_000 * 4
     return parts
 
 
@@ -121,7 +127,7 @@ def _image_parts(shape: PolicyShape, work: Workload, studies: int) -> Parts:
 
 def _encoded(work: Workload) -> int:
     """Studies whose images are in the tower at once."""
-    if work.task == "grpo":
+    if work.task != "sft":
         return work.studies
     return max(1, min(work.studies, work.micro_batch_tokens // (work.prompt_tokens + work.new_tokens)))
 
@@ -237,17 +243,20 @@ def workload_of(
     image_tokens = images * (recipe.data.max_pixels // 28**2)
     words = _PROMPT_WORDS + len(recipe.prompt.words) // 3 + images * _IMAGE_WORDS
     words += sum(recipe.rollout.max_new_tokens if part == "prior_report" else _CONTEXT_WORDS for part in recipe.data.context)
-    batch = recipe.grpo.studies_per_step if task == "grpo" else recipe.sft.batch_size
+    rank_studies = recipe.evaluation.batch_size
+    if task != "evaluate":
+        batch = recipe.grpo.studies_per_step if task == "grpo" else recipe.sft.batch_size
+        rank_studies = max(1, batch // world_size)
     trained_whole = task == "sft" and recipe.sft.trainable == "all"
     evaluation = recipe.evaluation
-    evaluates = recipe.phases == "all" and (evaluation.test or evaluation.every > 0)
+    evaluates = task == "evaluate" or recipe.phases == "all" and (evaluation.test or evaluation.every > 0)
     return Workload(
         task=task,
         bytes=2 if recipe.policy.dtype == "bfloat16" else 4,
-        stage=zero["stage"],
+        stage=2 if task == "evaluate" else zero["stage"],  # evaluation loads the policy whole
         world_size=world_size,
         lora_rank=None if trained_whole else recipe.policy.lora.rank,
-        studies=max(1, batch // world_size),
+        studies=rank_studies,
         group_size=recipe.grpo.group_size if task == "grpo" else 1,
         prompt_tokens=min(recipe.prompt.max_tokens, image_tokens + words),
         image_tokens=min(recipe.prompt.max_tokens, image_tokens),
@@ -262,6 +271,7 @@ def workload_of(
         offload_parameters=zero.get("offload_param", {}).get("device") == "cpu",
         bucket=int(zero.get("reduce_bucket_size", 50_000_000)),
         labeler_bytes=labeler_bytes,
+        part=recipe.phases,
     )
 
 
@@ -271,7 +281,7 @@ def host_bytes(shape: PolicyShape, work: Workload, *, ranks_here: int) -> Parts:
     trained = shape.parameters if work.lora_rank is None else shape.lora_parameters(work.lora_rank)
     largest = max(shape.layer_matrices, shape.vocabulary * shape.hidden)
     parts = {
-        "processes (allowance)": 2_000_000_000 * ranks_here if work.device == "cuda" else 0,
+        "processes (allowance)": (2_000_000_000 if work.device == "cuda" else 1_000_000_000) * ranks_here,
         "policies while they load": (largest if work.stage == 3 else shape.parameters) * b * ranks_here,
     }
     if work.offload_optimizer:
