@@ -106,10 +106,19 @@ def check_recipe(recipe: Recipe, *, world_size: int, task: Literal["grpo", "sft"
     Raises:
         RecipeError: a batch that does not divide over the ranks, phases that contradict, or a path that is not what it should be.
     """
+    check_numbers(recipe, world_size=world_size, task=task)
+    _check_paths(recipe)
+
+
+def check_numbers(recipe: Recipe, *, world_size: int, task: Literal["grpo", "sft", "evaluate"]) -> None:
+    """The part of `check_recipe` that looks at no file.
+
+    Raises:
+        RecipeError: a batch that does not divide over the ranks, or phases that contradict.
+    """
     _check_phases(recipe, task)
     if task != "evaluate":
         _check_batches(recipe, world_size, task)
-    _check_paths(recipe)
 
 
 def _check_phases(recipe: Recipe, task: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +16,11 @@ from rich.console import Console
 
 from mrg_r1 import nodes, rewarding
 from mrg_r1.config import Recipe, RecipeError, check_recipe, dump_recipe
-from mrg_r1.data.context import with_prior_reports
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
 from mrg_r1.data.order import rare_finding_weights
-from mrg_r1.data.study import check_images, read_manifest
+from mrg_r1.data.study import check_images
+from mrg_r1.doctor.checks import launch_findings
+from mrg_r1.doctor.inputs import check_disk, check_stage, read_splits
 from mrg_r1.engine.partition import RankPartition
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
@@ -36,7 +36,6 @@ from mrg_r1.tracking.page import write_page
 from mrg_r1.types import Study
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_NEEDED_BYTES = 64 * 1024**2  # logs, completions and pages; checkpoints are added
 
 
 @dataclass
@@ -133,6 +132,7 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         check_changes(recipe, ranks)
     _claim_directory(recipe, ranks)
     nodes.check_shared(recipe.output_dir, ranks)
+    _examine(recipe, ranks, studies, task)
     dtype = _DTYPES[recipe.policy.dtype]
     judging = recipe.phases != "update"
     # the labeler is loaded by its own process while the policy is loaded here
@@ -190,17 +190,26 @@ def _partition(recipe: Recipe, ranks: Ranks, task: str) -> RankPartition | None:
         partition = RankPartition.of_config(recipe.engine.deepspeed, device=ranks.device, dtype=_DTYPES[recipe.policy.dtype])
     except ValueError as error:
         raise RecipeError(f"engine.deepspeed {error}") from error
-    if partition is not None and task == "sft" and recipe.sft.trainable == "all":
-        raise RecipeError(
-            f"sft.trainable all with {recipe.engine.deepspeed} (stage 3): only LoRA is trained over partitioned weights; "
-            "set sft.trainable=lora, or engine.deepspeed=ds_configs/zero2.json"
-        )
-    if partition is not None and recipe.rollout.reuse_prefill:
-        raise RecipeError(
-            f"rollout.reuse_prefill with {recipe.engine.deepspeed} (stage 3): the prefill's graph would hold the weights of every layer; "
-            "set it to false, or engine.deepspeed=ds_configs/zero2.json"
-        )
+    check_stage(recipe, stage=2 if partition is None else 3, task=task)
     return partition
+
+
+def _examine(recipe: Recipe, ranks: Ranks, studies: dict[str, list[Study]], task: Literal["grpo", "sft", "evaluate"]) -> None:
+    """What `mrg-r1 doctor` looks at and no other check of a launch: rank 0 says its warnings once, its failures end the launch.
+
+    Raises:
+        RecipeError: every failure, a line each.
+    """
+    problem = None
+    if ranks.is_main:
+        findings = launch_findings(recipe, task=task, ranks=ranks, studies=studies)
+        for finding in findings:
+            if finding.state == "warning":
+                Console(stderr=True).print(f"warning: {finding}", markup=False, highlight=False, soft_wrap=True)
+        problem = "\n".join(str(finding) for finding in findings if finding.state == "failure") or None
+    problem = ranks.agree(problem)
+    if problem is not None:
+        raise RecipeError(f"{problem}\n(`mrg-r1 doctor RECIPE` shows everything that is looked at)")
 
 
 def build_engine(run: Run) -> Engine:
@@ -343,21 +352,7 @@ def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
 
 def _read_studies(recipe: Recipe, ranks: Ranks) -> dict[str, list[Study]]:
     """The recipe's three splits; rank 0 opens every image once, other nodes' ranks see whether theirs are there, for everybody."""
-    names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
-    everything = read_manifest(recipe.data.manifest)
-    if "prior_report" in recipe.data.context:
-        try:
-            everything = with_prior_reports(everything)
-        except ValueError as error:
-            raise RecipeError(f"{recipe.data.manifest}: {error}") from error
-    studies = {part: [study for study in everything if study.split == name] for part, name in names.items()}
-    needed = ["train"] + (["val"] if recipe.evaluation.every or recipe.sft.stop_at else []) + (["test"] if recipe.evaluation.test else [])
-    if recipe.phases != "all":  # nothing is validated or evaluated
-        needed, studies = ["train"], {"train": studies["train"], "val": [], "test": []}
-    for part in needed:
-        if not studies[part]:
-            found = sorted({study.split for study in everything})
-            raise RecipeError(f"data.{part}_split {names[part]!r}: {recipe.data.manifest} has no study of that split; it has {found}")
+    studies, needed = read_splits(recipe)
     problem, shown = None, [study for part in needed for study in studies[part]]
     if recipe.data.check_images and ranks.is_main:
         try:
@@ -378,20 +373,14 @@ def _claim_directory(recipe: Recipe, ranks: Ranks) -> None:
     if ranks.is_main:
         try:
             recipe.output_dir.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(recipe.output_dir).free
-            weights = sum(path.stat().st_size for path in recipe.policy.path.glob("*.safetensors"))
-            # LoRA is small beside the weights it adapts; all parameters mean live, master and two moments, twice while one is replaced
-            needed = _NEEDED_BYTES + (weights * 8 * (recipe.checkpoint.keep + 1) if recipe.sft.trainable == "all" else weights // 2)
-            if free < needed:
-                problem = (
-                    f"output_dir {recipe.output_dir}: {free / 1e9:.2f} GB free on that disk, about {needed / 1e9:.2f} GB needed for "
-                    "checkpoints; free some, lower checkpoint.keep or set another output_dir"
-                )
-            elif not os.access(recipe.output_dir, os.W_OK):
+            check_disk(recipe, recipe.output_dir)
+            if not os.access(recipe.output_dir, os.W_OK):
                 problem = f"output_dir {recipe.output_dir}: not writable"
             else:
                 write_text_atomically(recipe.output_dir / "config.yaml", dump_recipe(recipe))
                 write_environment(recipe.output_dir, world_size=ranks.world_size, device=str(ranks.device), seed=recipe.seed)
+        except RecipeError as error:
+            problem = str(error)
         except OSError as error:
             problem = f"output_dir {recipe.output_dir}: cannot be written ({error.strerror}); set another output_dir"
     problem = ranks.agree(problem)
