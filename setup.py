@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["mrg_r1", "mrg_r1.*"]),
-    package_data={"mrg_r1.tracking": ["templates/*.j2"]},
+    package_data={"mrg_r1.tracking.page": ["templates/*", "vendor/*"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8",
