@@ -183,14 +183,14 @@ def _studies(run: Path, studies: Mapping[str, Study], references: Mapping[str, S
             versions = {version["name"]: version for version in evaluated[study_id]["at"]}
             own["at"] = [versions[name] for name, _ in files[:1] if name in versions] + own["at"]
             own["at"] += [versions[name] for name, _ in files[1:] if name in versions]
-    test = within(evaluated.values(), int(room * 0.45))
-    training = within(sampled.cards.values(), int(room * 0.2))
-    pictures = Pictures(budget=int(room * 0.35), studies=_WITH_IMAGES)
-    first = test[: max(_WITH_IMAGES - _TRAINING_WITH_IMAGES, _WITH_IMAGES - len(training))]
-    wanted = [*first, *training, *test[len(first) :]]
-    wanted = [own for own in wanted if own["id"] in studies]
-    for own in progress(wanted[:_WITH_IMAGES], "page: radiographs", total=min(len(wanted), _WITH_IMAGES)):
+    training = within(sampled.cards.values(), room // 5)
+    pictures = Pictures(budget=room // 3, studies=_WITH_IMAGES)
+    candidates = list(evaluated.values())
+    first = candidates[: max(_WITH_IMAGES - _TRAINING_WITH_IMAGES, _WITH_IMAGES - len(training))]
+    wanted = [own for own in (*first, *training, *candidates[len(first) :]) if own["id"] in studies][:_WITH_IMAGES]
+    for own in progress(wanted, "page: radiographs", total=len(wanted)):
         own["images"] = pictures.add(studies[own["id"]])
+    test = within(candidates, room - size_of(training) - size_of(pictures.data))
     sets = [
         {"title": "Test studies", "order": "as evaluated", "cards": test},
         {"title": "Training studies", "order": "by first step", "cards": training},
