@@ -100,9 +100,8 @@ def _write_page(arguments: argparse.Namespace) -> Path:
     from mrg_r1.tracking.page import write_page
 
     run, *others = arguments.runs
-    for each in arguments.runs:
-        if not (each / "config.yaml").is_file():
-            raise ValueError(f"{each}: no config.yaml in it; give the output_dir of a run")
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run}: no config.yaml in it; give the output_dir of a run")
     data = load_recipe(run / "config.yaml").data
     if not data.manifest.is_file():
         raise ValueError(

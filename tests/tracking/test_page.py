@@ -76,7 +76,7 @@ def test_embedded_json_reads_back_and_holds_nothing_that_html_reads(content):
 
 def test_a_run_at_its_first_steps_has_curves_only(run):
     page = Page(write_page(run, []))
-    assert "3 steps" in page.text and "not finished" in page.text and "No studies on this page yet" in page.text
+    assert "3 steps" in page.text and "unfinished when this page was written" in page.text and "No studies on this page yet" in page.text
     assert "Results" not in page.text and page.json["data"]["sets"] == []
 
 

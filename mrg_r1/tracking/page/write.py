@@ -156,7 +156,8 @@ def _facts(run: Path, curves: Curves, evaluations: tuple[dict[str, Any] | None, 
     before, after = evaluations
     steps = f"{curves.steps:,}" + (f" of {summary['steps']:,}" if summary.get("steps") else "")
     facts = [f"{steps} steps"] if curves.steps else ["an evaluation without steps"]
-    facts += [f"{summary.get('world_size') or environment.get('world_size')} ranks"] if environment or summary else []
+    ranks = summary.get("world_size") or environment.get("world_size")
+    facts += [f"{ranks} rank{'s' * (ranks != 1)}"] if ranks else []
     facts += [f"ZeRO-{summary['zero_stage']}"] if summary.get("zero_stage") else []
     facts += [f"seed {summary.get('seed', environment.get('seed'))}"] if environment or summary else []
     facts += [f"{summary['training_seconds'] / 60:,.1f} minutes of training"] if summary.get("training_seconds") else []
@@ -164,7 +165,7 @@ def _facts(run: Path, curves: Curves, evaluations: tuple[dict[str, Any] | None, 
     return {
         "name": curves.name,
         "facts": facts,
-        "status": summary.get("status") or ("not finished when this page was written" if curves.steps else "evaluated"),
+        "status": summary.get("status") or ("unfinished" if curves.steps else "evaluated"),
         "note": summary.get("note"),
         "before": before,
         "last": after or before,

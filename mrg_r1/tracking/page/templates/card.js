@@ -101,8 +101,8 @@ function renderCard(card, state) {
     const member = Math.min(state.member || 0, version.samples.length - 1);
     const columns = slider || card.at.length === 1 ? [[version.name, version.samples[member]]] : card.at.map((each) => [each.name, each.samples[0]]);
     if (version.samples.length > 1) columns[0][0] += `, sample ${member + 1} of ${version.samples.length}`;
-    const group = version.samples.length < 2 ? null : make("div", { class: "samples", role: "group", "aria-label": "Samples of the group, by reward" },
-      make("span", { class: "hint" }, "samples, by reward"), version.samples.map((sample, g) => make("button", {
+    const group = version.samples.length < 2 ? null : make("div", { class: "samples", role: "group", "aria-label": "Samples of the group, each with its reward" },
+      make("span", { class: "hint" }, "rewards of the samples"), version.samples.map((sample, g) => make("button", {
         type: "button", "aria-pressed": String(g === member), onclick: () => { state.member = g; refresh(); body.querySelector('.samples [aria-pressed="true"]').focus(); },
       }, sample.total.toFixed(2))));
     const reference = make("section", { class: "pane reference" }, make("h4", {}, "Reference"),

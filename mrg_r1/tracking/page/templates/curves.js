@@ -54,12 +54,13 @@
     const series = [{ label: "step" }], tables = [], outputs = [];
     for (const line of all) {
       const stroke = color(line.index), show = !off.has(line.label), few = line.x.length < 40;
-      if (weight > 0 && !few) {
+      const smoothed = weight > 0 && !few && line.name !== "policy/learning_rate"; // a schedule has no noise
+      if (smoothed) {
         series.push({ label: line.label, stroke, alpha: 0.28, width: 1, show, points: { show: false }, spanGaps: true });
         tables.push([line.x, line.y]);
       }
       series.push({ label: line.label, stroke, width: 1.8, dash: line.dash, show, points: { show: few, size: 5, fill: stroke }, spanGaps: true });
-      tables.push([line.x, few ? line.y : smooth(line.y, weight)]);
+      tables.push([line.x, smoothed ? smooth(line.y, weight) : line.y]);
       const at = series.length - 1;
       const output = make("span", { class: "value" }, number(tables[at - 1][1].at(-1)));
       outputs.push([at, output, tables[at - 1][1].at(-1)]);
