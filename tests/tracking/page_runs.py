@@ -130,4 +130,6 @@ def large_run(folder: Path, *, studies: int = 2000) -> tuple[Path, list[Study]]:
             for g in range(4)
         ]
         write_completions(run, step, rows)
+    thought = completion(12, train[37], 0, "<think>the angle is blunted</think><report>Effusion.</report>", labels(Pleural_Effusion=1))
+    write_completions(run, 12, [thought | {"report": "Effusion."}])
     return run, [*test, *train]

@@ -175,6 +175,18 @@ def test_a_slider_follows_a_training_study_through_the_steps(browser):
     assert "step 1 member 3" in browser.text("#card .pane:last-child .report")
 
 
+def test_a_think_text_is_found_folded_and_opened_by_a_key(browser):
+    browser.run("document.querySelectorAll('button.set')[1].click()")
+    browser.search("angle is blunted")
+    browser.wait(lambda: browser.found() == 1)
+    opened = "return document.querySelector('#card details.think').open"
+    assert browser.text("#card .pane:last-child .report") == "Effusion." and "angle is blunted" in browser.text("#card details.think")
+    assert not browser.run(opened)
+    browser.press("t")
+    assert browser.run(opened)
+    browser.press("t")
+
+
 def test_curves_are_drawn_and_smoothed(browser):
     browser.run("document.documentElement.style.scrollBehavior = 'auto'; document.querySelector('.plots figure').scrollIntoView()")
     browser.wait(lambda: browser.run("return document.querySelectorAll('.plots canvas').length") > 0)

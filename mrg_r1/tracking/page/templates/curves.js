@@ -104,7 +104,7 @@
   for (const panel of panels) {
     const section = DATA.sections[Number(panel.dataset.section)];
     for (const plot of section.plots) {
-      const figure = make("figure", {}, make("figcaption", {}, plot.title), make("div", { class: "plot", role: "img" }), make("div", { class: "legend" }));
+      const figure = make("figure", {}, make("figcaption", {}, plot.title), make("div", { class: "plot", role: "img", "aria-label": plot.title }), make("div", { class: "legend" }));
       figure.state = { plot, off: new Set() };
       panel.querySelector(".plots").append(figure);
       visible.observe(figure);
