@@ -212,6 +212,7 @@ def test_a_folder_without_metrics_is_refused(tmp_path):
         ("evaluation/test_predictions.jsonl", '{"id": "a"}\n', "line 1: no field `text`"),
         ("completions/step_000004_rank0.jsonl", '{"step": 4}\n', "line 1: no field `study`"),
         ("completions/step_000004_rank0.jsonl", "\udcff\n", "line 1: not UTF-8"),
+        ("metrics.jsonl", '{"step": 0, "loss": NaN}\n', "line 1: field `loss` is 'nan' and not a number"),
         ("summary.json", "{", "line 1: broken JSON"),
     ],
 )

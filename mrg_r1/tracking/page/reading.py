@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,12 @@ def letters(values: Sequence[int | None], where: str) -> str:
 
 
 def number(value: Any, where: str, field: str) -> float:
-    """A field that has to be a number.
+    """A field that has to be a finite number.
 
     Raises:
         ValueError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{where}: field `{field}` is {str(value)[:60]!r} and not a number; mend or remove the line")
     return float(value)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from mrg_r1.data.progress import progress
 from mrg_r1.tracking.page.cards import card, sample
-from mrg_r1.tracking.page.reading import letters, read_lines
+from mrg_r1.tracking.page.reading import letters, number, read_lines
 from mrg_r1.types import Study
 
 _STEPS_READ = 500  # of a longer run, steps evenly apart
@@ -45,14 +45,16 @@ def read_sampled(run: Path, studies: Mapping[str, Study], references: Mapping[st
     seen: dict[str, dict[int, None]] = {}
     for step in progress(steps, "page: which studies were sampled", total=len(steps)):
         for path in files[step]:
-            for _, row in read_lines(path, _COMPLETION):
+            for where, row in read_lines(path, _COMPLETION):
+                if not isinstance(row["study"], str):
+                    raise ValueError(f"{where}: field `study` is {str(row['study'])[:60]!r} and not an id; mend or remove the line")
                 seen.setdefault(row["study"], {})[step] = None
     shown = {study_id: set(_evenly(list(seen[study_id]), _STEPS_SHOWN)) for study_id in _chosen(seen)}
     cards: dict[str, dict[str, Any]] = {}
     for step in progress(steps, "page: what was sampled", total=len(steps)):
         for path in files[step]:
             for where, row in read_lines(path, _COMPLETION):
-                if step in shown.get(row["study"], ()) and row["member"] < _MEMBERS:
+                if step in shown.get(row["study"], ()) and number(row["member"], where, "member") < _MEMBERS:
                     _add(cards, where, row, studies.get(row["study"]), references)
     return Sampled(cards=cards, studies=len(seen), steps=len(files), steps_read=len(steps))
 
@@ -96,7 +98,7 @@ def _add(
         cards[study_id] = card(study_id, study.report if study else None, study)
         labels = references.get(study_id) or (study.said if study else None)
         cards[study_id]["said"] = None if labels is None else letters(labels, f"reference of study {study_id!r}")
-    name = f"step {row['step'] + 1}"
+    name = f"step {int(number(row['step'], where, 'step')) + 1}"
     versions = cards[study_id]["at"]
     if not versions or versions[-1]["name"] != name:
         versions.append({"name": name, "samples": []})

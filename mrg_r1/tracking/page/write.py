@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -108,7 +109,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("mrg_r1.tracking.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["score"] = lambda value: "–" if value is None else f"{value:.3f}"
+    environment.filters["score"] = lambda value: "–" if value is None or math.isnan(value) else f"{value:.3f}"
     environment.filters["signed"] = lambda value: "–" if value is None else f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")
     return environment
 
