@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["mrg_r1", "mrg_r1.*"]),
-    package_data={"mrg_r1.tracking": ["templates/*.j2"]},
+    package_data={"mrg_r1.tracking.page": ["templates/*", "vendor/*"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8",
@@ -38,7 +38,7 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.19"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "import-linter>=2", "scikit-learn>=1.5", "types-PyYAML"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "import-linter>=2", "scikit-learn>=1.5", "selenium>=4.20", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["mrg-r1=mrg_r1.cli:main"]},
 )

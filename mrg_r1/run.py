@@ -26,6 +26,7 @@ from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluate import evaluate, print_evaluation, short_summary, write_evaluation
 from mrg_r1.files import write_text_atomically
+from mrg_r1.labels.observations import values_of_classes
 from mrg_r1.policy.adapters import load_adapter, merge_adapter
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.resume import check_changes, what_rounds_otherwise
@@ -322,7 +323,9 @@ def finish(
                 "every study: this policy has learned nothing that needs looking (docs/rewards.md)"
             )
     if run.ranks.is_main:
-        log.say(f"page: {write_page(run.directory, run.studies['test'])}")
+        labels = {} if run.rewards is None else run.rewards.labels
+        references = {study_id: values_of_classes(classes) for study_id, classes in labels.items()}
+        log.say(f"page: {write_page(run.directory, run.studies['test'] + run.studies['train'], references=references)}")
     log.close()
     run.close()
 
