@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-SHIPPED = ("launch/*.py", "launch/recipes/*.yaml", "ds_configs/*.json")  # `mrg-r1 recipes` copies them out of an installed package
+SHIPPED = ("launch/*.py", "launch/recipes/**/*.yaml", "ds_configs/*.json")  # `mrg-r1 recipes` copies them out of an installed package
 
 
 class BuildWithRecipes(build_py):
@@ -68,6 +68,8 @@ setup(
         "PyYAML>=6",
         "rich>=13",
         "sacrebleu>=2.4",
+        "scipy>=1.11",
+        "tabulate>=0.9",
         "pycocoevalcap>=1.2",
         "jinja2>=3.1",
         "matplotlib>=3.8",

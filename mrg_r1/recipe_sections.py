@@ -186,6 +186,11 @@ class SftSection(Section):
         None, gt=0, le=1, description="Stop once validation disease_micro13 F1 reaches this (early-stopped cold start). ours"
     )
     max_seconds: float | None = Field(None, gt=0, description="Stop after this many seconds of training steps (equal-time controls). ours")
+    max_cpu_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="The same in processor seconds of rank 0, which other work on the machine does not stretch (tables). ours",
+    )
     skip_studies: int = Field(0, ge=0, description="Start this far into the seeded stream of studies. ours")
 
 

@@ -278,6 +278,7 @@ def finish(
             "after": None if after is None else short_summary(after),
             "seconds": {name: round(seconds, 2) for name, seconds in clock.totals.items()},
             "training_seconds": round(clock.training_seconds, 2),
+            "training_cpu_seconds": round(clock.training_cpu_seconds, 2),
             "steps": run.recipe.steps,
             "best": best,
             "world_size": run.ranks.world_size,

@@ -103,7 +103,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         engine = build_engine(run)
         record = load_checkpoint(engine, run.directory / "checkpoints") or {"step": 0, "best": None, "seconds": {}, "stopped": None}
     start, best, stopped = record["step"], record["best"], record["stopped"]
-    clock.add(record["seconds"])  # of the run before it was interrupted
+    clock.add(record["seconds"], record.get("cpu_seconds", 0.0))  # of the run before it was interrupted
     loader = open_loader(run, record, batch_size=recipe.sft.batch_size)
     log = open_log(run, start)
     say_resuming(run, log, record, stage=engine.stage)
@@ -125,6 +125,8 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
                 stopped = f"validation disease_micro13 {result['disease_micro13']:.3f} reached sft.stop_at {recipe.sft.stop_at}"
         if recipe.sft.max_seconds is not None and ranks.agree(clock.training_seconds >= recipe.sft.max_seconds):
             stopped = f"sft.max_seconds {recipe.sft.max_seconds} reached"
+        if recipe.sft.max_cpu_seconds is not None and ranks.agree(clock.training_cpu_seconds >= recipe.sft.max_cpu_seconds):
+            stopped = f"sft.max_cpu_seconds {recipe.sft.max_cpu_seconds} reached"
         # before the checkpoint: a killed run's surplus lines are cut off at resuming, missing ones would be lost
         log.log(step, metrics | clock.end_step())
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["policy/skipped_updates"] else 0
@@ -136,6 +138,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
                 extra = {
                     "best": best,
                     "seconds": clock.totals,
+                    "cpu_seconds": clock.training_cpu_seconds,
                     "stopped": stopped,
                     "skipped_in_a_row": skipped_in_a_row,
                     "position": loader.position(step + 1),

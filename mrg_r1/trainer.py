@@ -273,7 +273,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         engine = build_engine(run)
         record = load_checkpoint(engine, run.directory / "checkpoints") or {"step": 0, "best": None, "seconds": {}}
     start, best = record["step"], record["best"]
-    clock.add(record["seconds"])  # of the run before it was interrupted
+    clock.add(record["seconds"], record.get("cpu_seconds", 0.0))  # of the run before it was interrupted
     loader = open_loader(run, record, batch_size=recipe.grpo.studies_per_step)
     watch = CollapseWatch(record.get("collapse"))
     skipped_in_a_row: int = record.get("skipped_in_a_row", 0)
@@ -285,6 +285,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         extra = {
             "best": best,
             "seconds": clock.totals,
+            "cpu_seconds": clock.training_cpu_seconds,
             "collapse": watch.state,
             "skipped_in_a_row": skipped_in_a_row,
             "position": loader.position(done),

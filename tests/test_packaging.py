@@ -91,6 +91,7 @@ def test_recipes_come_out_of_a_clone_too_and_name_files_that_are_there(away: Pat
     assert cli.main(["recipes", "-o", "."]) == 0
     assert "deepspeed launch/train.py" in capsys.readouterr().out
     assert Recipe.model_fields["engine"].get_default(call_default_factory=True).deepspeed.is_file()
+    assert set(Path("launch/recipes").rglob("*.yaml")) == {path.relative_to(ROOT) for path in (ROOT / "launch/recipes").rglob("*.yaml")}
     for recipe in Path("launch/recipes").glob("*.yaml"):
         assert load_recipe(recipe).engine.deepspeed.is_file(), recipe
 

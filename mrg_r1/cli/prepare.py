@@ -44,6 +44,13 @@ def add_commands(commands: Any) -> None:
         help="studies a split (default: train=4000,val=256,test=512)",
     )
     phantom.add_argument("--side", type=positive, default=112, metavar="PIXELS", help="width and height of the images (default: 112)")
+    phantom.add_argument(
+        "--prevalence",
+        type=_prevalence,
+        default={},
+        metavar="NAME=SHARE,...",
+        help="of five: findings that are to be in another share of the studies than 35 %%, as in 'Pneumothorax=0.05'",
+    )
     phantom.add_argument("--seed", type=seed, default=0, help="the same seed gives the same bytes (default: 0)")
     phantom.set_defaults(run=_prepare_phantom)
 
@@ -79,6 +86,21 @@ def _splits(text: str) -> dict[str, int]:
     return splits
 
 
+def _prevalence(text: str) -> dict[int, float]:
+    from mrg_r1.labels.observations import OBSERVATIONS
+
+    shares: dict[int, float] = {}
+    for part in text.split(","):
+        name, equals, share = part.partition("=")
+        if not equals or name.strip() not in OBSERVATIONS:
+            raise argparse.ArgumentTypeError(f"{part!r} is not OBSERVATION=SHARE; write for example 'Pneumothorax=0.05'")
+        try:
+            shares[OBSERVATIONS.index(name.strip())] = float(share)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part!r}: {share!r} is not a share; write a number between 0 and 1") from None
+    return shares
+
+
 def _prepare_phantom(arguments: argparse.Namespace) -> None:
     from mrg_r1.data.phantoms import write_phantoms
 
@@ -89,6 +111,7 @@ def _prepare_phantom(arguments: argparse.Namespace) -> None:
         side=arguments.side,
         splits=arguments.splits,
         workers=os.cpu_count() or 1,
+        prevalence=arguments.prevalence,
     )
     studies = ", ".join(f"{name} {count:,}" for name, count in arguments.splits.items())
     print(f"{manifest}: {studies} studies\n{arguments.output / 'contact_sheet.png'}: every finding, to look at")

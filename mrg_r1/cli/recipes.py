@@ -28,7 +28,7 @@ def add_commands(commands: Any) -> None:
 
 def _recipes(arguments: argparse.Namespace) -> None:
     root = _shipped()
-    sources = [path for pattern in ("launch/*.py", "launch/recipes/*.yaml", "ds_configs/*.json") for path in sorted(root.glob(pattern))]
+    sources = [path for pattern in ("launch/*.py", "launch/recipes/**/*.yaml", "ds_configs/*.json") for path in sorted(root.glob(pattern))]
     files = {path.relative_to(root): path.read_bytes() for path in sources}
     for name, content in files.items():
         there = arguments.output / name

@@ -9,7 +9,7 @@ from pathlib import Path
 from mrg_r1.data.progress import progress
 from mrg_r1.data.rendering import Rendering, claim_folder, render_files
 from mrg_r1.data.study import read_manifest, write_manifest
-from mrg_r1.labels.observations import classes_of_values, write_labels_csv
+from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values, write_labels_csv
 from mrg_r1.labels.training import write_reports_csv
 from mrg_r1.phantom.contact_sheet import contact_sheet, full_contact_sheet
 from mrg_r1.phantom.sampler import PRESETS, sample_balanced, sample_study
@@ -20,7 +20,16 @@ LABELER_TEXTS = 10_000  # reports to train a labeler on: texts are cheap, and wo
 HELD_OUT_TEXTS = 400  # reports in wordings that no split uses: how well a labeler reads what it was not taught
 
 
-def write_phantoms(output: Path, *, preset: str, seed: int, side: int, splits: Mapping[str, int], workers: int) -> Path:
+def write_phantoms(
+    output: Path,
+    *,
+    preset: str,
+    seed: int,
+    side: int,
+    splits: Mapping[str, int],
+    workers: int,
+    prevalence: Mapping[int, float] | None = None,
+) -> Path:
     """Write a phantom dataset; an interrupted one is taken up where it stopped.
 
     Studies are numbered through the splits in their order, so that no two splits share one. The folder receives
@@ -35,6 +44,7 @@ def write_phantoms(output: Path, *, preset: str, seed: int, side: int, splits: M
         side: pixels of the square images.
         splits: name -> studies, at least one each.
         workers: rendering processes.
+        prevalence: of "five": observation -> share of studies that have it, where it is not to be 35 %.
 
     Returns:
         The manifest's path. It is written last: where it stands with all its images, nothing is done again.
@@ -55,13 +65,15 @@ def write_phantoms(output: Path, *, preset: str, seed: int, side: int, splits: M
     split_of = _numbered(preset, splits)
     images = 2 * len(split_of) if preset == "full" else len(split_of)
     settings = {"dataset": "phantom", "preset": preset, "seed": seed, "side": side, "splits": [list(split) for split in splits.items()]}
+    if prevalence:
+        settings["prevalence"] = [[OBSERVATIONS[observation], share] for observation, share in sorted(prevalence.items())]
     claim_folder(output, settings, images=images, seed=seed, side=side)
 
     manifest = output / "manifest.jsonl"
     if manifest.is_file() and all(image.path.is_file() for study in read_manifest(manifest) for image in study.images):
         return manifest
 
-    phantoms = [sample_study(preset, seed, index) for index in progress(split_of, "sampling", total=len(split_of))]
+    phantoms = [sample_study(preset, seed, index, prevalence=prevalence) for index in progress(split_of, "sampling", total=len(split_of))]
     paths = {phantom.index: _paths(output / "images" / split_of[phantom.index], phantom) for phantom in phantoms}
     renderings = [
         Rendering(path, phantom.shown, phantom.index, view, phantom.patient)

@@ -6,13 +6,14 @@ and text (`said`) are kept apart, because a report is silent, unsure or shorter 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mrg_r1.labels.observations import NO_FINDING
+from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
 from mrg_r1.phantom.findings import (
     CARDIOMEGALY,
     LABELS_STREAM,
@@ -48,7 +49,9 @@ _CORRELATIONS: dict[tuple[int, int], float] = {
 }
 
 
-def sample_study(preset: str, seed: int, index: int, *, wording: str = "train") -> PhantomStudy:
+def sample_study(
+    preset: str, seed: int, index: int, *, wording: str = "train", prevalence: Mapping[int, float] | None = None
+) -> PhantomStudy:
     """Study `index` of the endless data set (`preset`, `seed`).
 
     Args:
@@ -57,15 +60,22 @@ def sample_study(preset: str, seed: int, index: int, *, wording: str = "train") 
         seed: 0 or greater.
         index: 0 or greater; studies do not depend on each other, but for the second of a patient of "full".
         wording: "train", "heldout" or "all", as `wording.write_report`'s; it changes the report alone.
+        prevalence: of "five" alone: observation -> share of studies that have it, for those that are to differ from 35 %.
 
     Returns:
         The same study for the same arguments.
 
     Raises:
-        ValueError: an unknown preset or wording, a negative seed or index.
+        ValueError: an unknown preset or wording, a negative seed or index, or a prevalence that the preset has not or that is none.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}; allowed are {', '.join(PRESETS)}")
+    for observation, share in (prevalence or {}).items():
+        if preset != "five" or observation not in FIVE_FINDINGS or not 0 < share < 1:
+            raise ValueError(
+                f"prevalence {OBSERVATIONS[observation]} {share} with preset {preset!r}; it can be set for preset five, between 0 and 1, "
+                f"of {', '.join(OBSERVATIONS[known] for known in FIVE_FINDINGS)}"
+            )
     if wording not in (*SPLITS, "all"):
         raise ValueError(f"wording {wording!r}; allowed are {', '.join(SPLITS)} and all")
     if preset == "full":
@@ -73,7 +83,8 @@ def sample_study(preset: str, seed: int, index: int, *, wording: str = "train") 
     rng = keyed_generator(seed, index, LABELS_STREAM)
     # Gaussian copula: exact prevalences, chosen correlations
     latent = _copula() @ rng.standard_normal(len(FIVE_FINDINGS))
-    present = latent < NormalDist().inv_cdf(_PREVALENCE)
+    shares = [(prevalence or {}).get(observation, _PREVALENCE) for observation in FIVE_FINDINGS]
+    present = latent < np.array([NormalDist().inv_cdf(share) for share in shares])
     speech = rng.random(len(FIVE_FINDINGS))
     drawn: list[int | None] = [0] * NO_FINDING
     said: list[int | None] = [None] * NO_FINDING

@@ -30,6 +30,8 @@ WandbMode = Literal["off", "offline", "online"]
 
 logger = logging.getLogger(__name__)
 
+_OUTSIDE_TRAINING = ("start", "validation", "checkpoint", "evaluation")
+
 _LINE = {  # what the terminal shows of a step: title -> metric
     "reward": "reward/total",
     "constant": "reward/constant",
@@ -127,21 +129,25 @@ class Clock:
     def __init__(self, beat: Callable[[str], None] = lambda phase: None) -> None:
         self.beat = beat
         self.totals: dict[str, float] = {}
+        self.training_cpu_seconds = 0.0  # this process's own, all its threads: what a busy machine does not stretch
         self._step: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self.beat(name)
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
             seconds = time.perf_counter() - began
+            if name not in _OUTSIDE_TRAINING:
+                self.training_cpu_seconds += time.process_time() - began_cpu
             self.totals[name] = self.totals.get(name, 0.0) + seconds
             self._step[name] = self._step.get(name, 0.0) + seconds
 
-    def add(self, totals: dict[str, float]) -> None:
-        """Seconds that an interrupted run had spent before."""
+    def add(self, totals: dict[str, float], cpu_seconds: float = 0.0) -> None:
+        """Seconds that an interrupted run had spent before, and its `training_cpu_seconds`."""
+        self.training_cpu_seconds += cpu_seconds
         for name, seconds in totals.items():
             self.totals[name] = self.totals.get(name, 0.0) + seconds
 
@@ -162,7 +168,7 @@ class Clock:
 
 
 def _training(seconds: dict[str, float]) -> float:
-    return sum(value for name, value in seconds.items() if name not in ("start", "validation", "checkpoint", "evaluation"))
+    return sum(value for name, value in seconds.items() if name not in _OUTSIDE_TRAINING)
 
 
 def write_environment(directory: Path, *, world_size: int, device: str, seed: int) -> None:

@@ -1,0 +1,269 @@
+"""From what the rows' runs left to the numbers of a table: mean and spread over seeds, and differences from the reference row.
+
+Everything clinical and lexical is computed here from RUN/evaluation/*_predictions.jsonl, so that all rows are measured alike,
+whatever their recipes logged.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
+from mrg_r1.metrics.bootstrap import paired_differences
+from mrg_r1.metrics.clinical import DEFINITIONS, against_truth, clinical_scores, per_observation
+from mrg_r1.tables.plan import Plan, RowRun, TableError
+
+Classes = NDArray[np.int64]
+_CLINICAL = ("truth", "labeler", "judge")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row's values of a column over its finished seeds. What cannot be computed, as of no seed or of one, is None."""
+
+    values: dict[int, float]  # by seed
+    mean: float | None
+    std: float | None  # over seeds, unbiased
+    least: float | None
+    most: float | None
+    interval: tuple[float, float] | None  # 95 % t interval of the mean over seeds
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A row against the reference row, seed by seed: both have the same start, studies and labeler."""
+
+    mean: float
+    interval: tuple[float, float] | None  # 95 % t interval of the mean over seeds
+    studies_difference: float | None  # of the F1 over all seeds' studies together
+    studies_interval: tuple[float, float] | None  # 95 % paired bootstrap over those studies: of these very policies, not of the method
+
+
+@dataclass(frozen=True)
+class BuiltRow:
+    """One row."""
+
+    name: str
+    seeds: list[int]  # finished
+    cells: dict[str, Cell]  # by column
+    gains: dict[str, Gain]  # by column; none for the reference
+
+
+@dataclass(frozen=True)
+class BuiltTable:
+    """A table with its numbers. `missing` names the runs that are not finished."""
+
+    title: str
+    question: str
+    made_on: str
+    reference: str
+    columns: list[str]
+    rows: list[BuiltRow]
+    published: list[dict[str, Any]]
+    missing: list[str]
+    studies: dict[int, int]  # evaluated, by seed
+    commits: list[str]  # that the rows were run at
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one run left of one evaluation."""
+
+    classes: dict[str, tuple[Classes, Classes]]  # truth, labeler, judge -> predicted and reference [N, 14]
+    predictions: list[dict[str, Any]]
+    evaluation: dict[str, Any]
+    steps: list[dict[str, Any]]  # of metrics.jsonl; none for an evaluation before training
+
+
+def check_columns(columns: Sequence[str]) -> None:
+    """Raise TableError for a column that is none.
+
+    A column is KIND:NAME. `truth`, `labeler` and `judge`: F1 of a definition, or of one observation (class 1 as positive), against the
+    drawn truth, the rewarded labeler's reading or the judge's. `lexical`: of the raw texts. `evaluation`: a number of the evaluation
+    file. `step`: a metric's mean over all training steps.
+    """
+    for column in columns:
+        kind, _, name = column.partition(":")
+        if kind not in (*_CLINICAL, "lexical", "evaluation", "step") or not name:
+            raise TableError(f"column {column!r}: write KIND:NAME with truth, labeler, judge, lexical, evaluation or step for KIND")
+        if kind in _CLINICAL and name not in (*DEFINITIONS, *OBSERVATIONS):
+            raise TableError(f"column {column!r}: no definition and no observation; there are {', '.join((*DEFINITIONS, *OBSERVATIONS))}")
+
+
+def build_table(plan: Plan, *, samples: int = 1000) -> BuiltTable:
+    """Compute a table from the finished runs of a plan.
+
+    Raises:
+        TableError: a column that is none or that a run cannot give, or a run whose files are not whole.
+    """
+    spec = plan.spec
+    check_columns(spec.columns)
+    seeds = sorted({seed for _, seed in plan.runs})
+    read: dict[tuple[str, int], _Read] = {}
+    missing: list[str] = []
+    commits: set[str] = set()
+    for row in spec.rows:
+        for seed in seeds:
+            run, evaluation = plan.evaluation(row.name, seed)
+            if run.finished:
+                read[row.name, seed] = _read(run, evaluation)
+                commits.add(_commit(run))
+            else:
+                missing.append(f"{row.name}, seed {seed}")
+    values = {
+        (row.name, column): {seed: _value(column, read[row.name, seed]) for seed in seeds if (row.name, seed) in read}
+        for row in spec.rows
+        for column in spec.columns
+    }
+    rows = []
+    for row in spec.rows:
+        done = [seed for seed in seeds if (row.name, seed) in read]
+        cells = {column: _cell(values[row.name, column]) for column in spec.columns}
+        gains = {}
+        for column in spec.columns if row.name != spec.reference else ():
+            gain = _gain(column, values[spec.reference, column], values[row.name, column], spec.reference, row.name, read, samples)
+            if gain is not None:
+                gains[column] = gain
+        rows.append(BuiltRow(row.name, done, cells, gains))
+    return BuiltTable(
+        title=spec.title,
+        question=spec.question,
+        made_on=spec.made_on,
+        reference=spec.reference,
+        columns=spec.columns,
+        rows=rows,
+        published=[number.model_dump() for number in spec.published],
+        missing=missing,
+        studies={seed: len(one.predictions) for (_, seed), one in read.items()},
+        commits=sorted(commits),
+    )
+
+
+def as_json(table: BuiltTable) -> str:
+    """The table with every seed's values."""
+    return json.dumps(asdict(table), indent=1, ensure_ascii=False) + "\n"
+
+
+def _read(run: RowRun, name: str) -> _Read:
+    folder = run.folder / "evaluation"
+    try:
+        evaluation = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        predictions = [json.loads(line) for line in (folder / f"{name}_predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+        log = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise TableError(
+            f"{error.filename}: not there, though the run of row {run.row!r}, seed {run.seed} is complete; does its recipe evaluate "
+            "(evaluation.test, and evaluation.before for a row that is `before` another)?"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise TableError(f"{folder}: {name}: not whole JSON ({error}); remove {run.folder} to run the row again") from error
+    predicted = _classes(predictions, "labels")
+    classes = {"labeler": (predicted, _classes(predictions, "reference_labels"))}
+    if all(row["drawn"] is not None for row in predictions):
+        classes["truth"] = against_truth(predicted, [row["drawn"] for row in predictions])
+    if all(row.get("judge_labels") is not None for row in predictions):
+        classes["judge"] = (_classes(predictions, "judge_labels"), _classes(predictions, "judge_reference_labels"))
+    steps = [json.loads(line) for line in log.splitlines()] if name == "test" else []
+    return _Read(classes, predictions, evaluation, steps)
+
+
+def _classes(predictions: Sequence[Mapping[str, Any]], key: str) -> Classes:
+    return np.array([classes_of_values(row[key]) for row in predictions], dtype=np.int64)
+
+
+def _value(column: str, read: _Read) -> float | None:
+    """A run's value; None where a run of its kind has none, as the training steps of the policy before training."""
+    kind, _, name = column.partition(":")
+    if kind in _CLINICAL:
+        if kind not in read.classes:
+            raise TableError(f"column {column!r}: the predictions have no {kind}; {_WHY_NOT[kind]}")
+        pair = read.classes[kind]
+        return clinical_scores(*pair)[name].f1 if name in DEFINITIONS else per_observation(*pair)[name].f1
+    if kind == "lexical":
+        from mrg_r1.metrics.lexical import lexical_scores
+
+        scores = lexical_scores([row["report"] or "" for row in read.predictions], [row["reference"] for row in read.predictions]).scores
+        if name not in scores:
+            raise TableError(f"column {column!r}: not computed here; there are {', '.join(scores)}")
+        return scores[name]
+    if kind == "evaluation":
+        if not isinstance(read.evaluation.get(name), int | float):
+            raise TableError(f"column {column!r}: no number {name!r} in the evaluation")
+        return float(read.evaluation[name])
+    logged = [step[name] for step in read.steps if step.get(name) is not None]
+    return statistics.fmean(logged) if logged else None
+
+
+_WHY_NOT = {
+    "truth": "only phantoms have a drawn truth",
+    "judge": "only a recipe with evaluation.judge has a judge's reading",
+    "labeler": "the run was not evaluated",
+}
+
+
+def _cell(by_seed: Mapping[int, float | None]) -> Cell:
+    values = {seed: value for seed, value in by_seed.items() if value is not None}
+    numbers = list(values.values())
+    if not numbers:
+        return Cell({}, None, None, None, None, None)
+    return Cell(
+        values,
+        statistics.fmean(numbers),
+        statistics.stdev(numbers) if len(numbers) > 1 else None,
+        min(numbers),
+        max(numbers),
+        t_interval(numbers),
+    )
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a mean by Student's t, n - 1 degrees of freedom; None of fewer than two values."""
+    if len(values) < 2:
+        return None
+    mean = statistics.fmean(values)
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return mean - half, mean + half
+
+
+def _gain(
+    column: str,
+    reference: Mapping[int, float | None],
+    values: Mapping[int, float | None],
+    reference_row: str,
+    row: str,
+    read: Mapping[tuple[str, int], _Read],
+    samples: int,
+) -> Gain | None:
+    """None where no seed has both."""
+    shared = [seed for seed, value in values.items() if value is not None and reference.get(seed) is not None]
+    differences = [float(values[seed] or 0.0) - float(reference[seed] or 0.0) for seed in shared]
+    if not differences:
+        return None
+    kind, _, name = column.partition(":")
+    if kind not in _CLINICAL or name not in DEFINITIONS:
+        return Gain(statistics.fmean(differences), t_interval(differences), None, None)
+    pairs = [(read[reference_row, seed].classes[kind], read[row, seed].classes[kind]) for seed in shared]
+    for seed, (of_reference, of_row) in zip(shared, pairs, strict=True):
+        if not np.array_equal(of_reference[1], of_row[1]):
+            raise TableError(f"{row!r} and {reference_row!r}, seed {seed}: other studies or references; they cannot be compared")
+    first, second, truth = (
+        np.concatenate(parts)
+        for parts in ([one[0][0] for one in pairs], [one[1][0] for one in pairs], [one[0][1] for one in pairs])
+    )
+    pooled = paired_differences(first, second, truth, samples=samples)[name]
+    return Gain(statistics.fmean(differences), t_interval(differences), pooled.difference, pooled.ci)
+
+
+def _commit(run: RowRun) -> str:
+    path = Path(run.folder / "environment.json")
+    commit: str = json.loads(path.read_text(encoding="utf-8")).get("commit") or "unknown"
+    return commit
