@@ -1,7 +1,7 @@
 """README and docs/: links lead somewhere, commands parse, keys and targets exist, marked blocks run, tables say what the code says.
 
 A fence under `<!-- test -->` is executed in a fresh folder, with the others of its page in their order; one under `<!-- file: NAME -->` is
-written there as NAME.
+written there as NAME. `<!-- test: slow -->` makes the whole page a slow test.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 PAGES_TO_COME = {"metrics.md", "page.md", "reports.md", "memory.md", "findings.md", "tables.md", "page.png"}
 COMMANDS_TO_COME = {"summary", "report", "doctor"}
 
-FENCE = re.compile(r"^(?:<!-- (?P<mark>test|file: \S+) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(?:<!-- (?P<mark>test(?:: slow)?|file: \S+) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
@@ -165,7 +166,14 @@ def test_make_targets_exist(page: Path) -> None:
             assert set(named) <= targets, words
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(fence["mark"] for fence in fences(page))], ids=lambda page: page.name)
+def executed_pages() -> Iterator[Any]:
+    for page in PAGES:
+        marks = {fence["mark"] for fence in fences(page)} - {None}
+        if marks:
+            yield pytest.param(page, id=page.name, marks=[pytest.mark.slow] if "test: slow" in marks else [])
+
+
+@pytest.mark.parametrize("page", executed_pages())
 def test_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
