@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-control demo-seeds iu-phantom bench bench-gpu wheelhouse soak test test-slow test-gpu lint clean
+.PHONY: help setup demo demo-control demo-seeds start starts iu-phantom tables-phantom bench bench-gpu wheelhouse soak test test-slow test-gpu lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -75,6 +75,50 @@ $(DEMO)/summary.json: $(DEMO)/sft/summary.json
 $(DEMO)/control/summary.json: $(DEMO)/summary.json
 	$(LAUNCH) launch/sft.py launch/recipes/demo_control.yaml output_dir=$(DEMO)/control policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) \
 		sft.max_seconds=$$($(BIN)/mrg-r1 report $(DEMO) --training-seconds)
+
+# ---- tables: rows are recipes over seeds; finished rows are kept, an interrupted table goes on. On phantoms two rows at a time, one rank each.
+# ---- On reports: make table-main-iu TABLE_KEYS='data.manifest=... policy.path=... reward.labeler=...' TABLE_LAUNCH='deepspeed --num_gpus 8'
+
+TABLES := launch/recipes/tables
+TABLE_KEYS ?=
+TABLE_PARALLEL ?= 1
+TABLE_LAUNCH ?= $(BIN)/deepspeed --num_gpus 1
+TABLE = $(BIN)/mrg-r1 table $(TABLES)/$(1).yaml $(TABLE_KEYS) --launch '$(TABLE_LAUNCH)' --parallel
+RARE = Cardiomegaly=0.08,Pneumothorax=0.08
+FULL := runs/tables/full-phantoms-seed$(SEED)
+
+start: $(DEMO)/sft/summary.json
+
+starts:  ## the cold starts of three seeds, from which the phantom tables go on
+	for seed in 0 1 2; do $(MAKE) --no-print-directory start SEED=$$seed; done
+
+table-rewards-phantom table-margin-phantom table-format-phantom table-advantages-phantom: table-%: starts
+	$(call TABLE,$*) 2
+
+table-rare-phantom: starts
+	for seed in 0 1 2; do $(BIN)/mrg-r1 prepare phantom -o runs/tables/rare-phantoms-seed$$seed --splits train=1920,val=32,test=2048 --side 84 \
+		--seed $$seed --prevalence $(RARE); done
+	$(call TABLE,rare-phantom) 2
+
+full-start: $(FULL)/labeler/training.json $(FULL)/tiny-policy/config.json
+
+$(FULL)/manifest.jsonl: | $(READY)
+	$(BIN)/mrg-r1 prepare phantom -o $(FULL) --preset full --splits sft=4000,train=1920,val=64,test=512 --side 84 --seed $(SEED)
+
+$(FULL)/labeler/training.json: $(FULL)/manifest.jsonl
+	$(BIN)/mrg-r1 labeler train $(FULL)/reports.csv $(FULL)/labels.csv -o $(FULL)/labeler --seed $(SEED) --passes 5
+
+$(FULL)/tiny-policy/config.json: $(FULL)/manifest.jsonl
+	$(BIN)/mrg-r1 prepare tiny-policy -o $(FULL)/tiny-policy --manifest $(FULL)/manifest.jsonl --side 84 --seed $(SEED)
+
+table-context-phantom:
+	for seed in 0 1 2; do $(MAKE) --no-print-directory full-start SEED=$$seed; done
+	$(call TABLE,context-phantom) 2
+
+tables-phantom: table-rewards-phantom table-margin-phantom table-rare-phantom table-format-phantom  ## the tables that docs/findings.md reports
+
+table-main-iu table-main-mimic table-rewards table-margin table-format table-advantages table-context: table-%: $(READY)  ## (TABLE_KEYS=...)
+	$(call TABLE,$*) $(TABLE_PARALLEL)
 
 # ---- real IU X-Ray reports over rendered radiographs: IU holds annotation.json and chexbert_labels_train_val.csv
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mrg_r1 import cli
 from mrg_r1.data.study import read_manifest
-from mrg_r1.labels.observations import write_labels_csv
+from mrg_r1.labels.observations import OBSERVATIONS, write_labels_csv
 from tests.data.test_iu_layouts import kaggle, pictures, xmls
 from tests.test_cli import refused, run, usage_error
 
@@ -118,3 +118,22 @@ def test_help_of_both_waits_for_no_heavy_import() -> None:
     code += "print([name for name in ('torch', 'numpy', 'PIL') if name in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
     assert output.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("Cardiomegaly", "not OBSERVATION=SHARE"), ("Heart=0.1", "not OBSERVATION=SHARE"), ("Pneumothorax=rare", "'rare' is not a share")],
+)
+def test_a_mistaken_prevalence_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path, given: str, message: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["prepare", "phantom", "-o", str(tmp_path / "out"), "--prevalence", given])
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_manifest_of_a_set_prevalence_has_it_and_the_folder_remembers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = ["prepare", "phantom", "-o", str(tmp_path), "--splits", "train=60", "--side", "32"]
+    assert cli.main([*out, "--prevalence", "Cardiomegaly=0.999,Pneumothorax=0.001"]) == 0
+    drawn = [study.drawn for study in read_manifest(tmp_path / "manifest.jsonl")]
+    heart, pneumothorax = OBSERVATIONS.index("Cardiomegaly"), OBSERVATIONS.index("Pneumothorax")
+    assert [(row[heart], row[pneumothorax]) for row in drawn if row] == [(1, 0)] * 60
+    assert cli.main(out) == 2 and "other settings" in capsys.readouterr().err

@@ -21,11 +21,11 @@ def add_commands(commands: Any) -> None:
         examples="""
         mrg-r1 table launch/recipes/tables/rewards-phantom.yaml --parallel 2
         mrg-r1 table launch/recipes/tables/rewards-phantom.yaml --plan
-        mrg-r1 table launch/recipes/tables/main-iu.yaml --launch 'deepspeed --num_gpus 8' data.manifest=/data/iu/manifest.jsonl
+        mrg-r1 table launch/recipes/tables/main-iu.yaml data.manifest=/data/iu/manifest.jsonl --launch 'deepspeed --num_gpus 8'
         """,
     )
     table.add_argument("file", type=Path, metavar="TABLE.yaml", help="the table; launch/recipes/tables/ has those that come along")
-    table.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys for every row, over the file's own")
+    table.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys for every row, over its own; before any option")
     where = "where rows and tables go (default: runs/tables)"
     table.add_argument("-o", "--output", type=Path, default=Path("runs/tables"), metavar="DIR", help=where)
     table.add_argument("--seeds", type=_seeds, default=[], metavar="0,1,...", help="only these seeds of the file")
@@ -46,7 +46,7 @@ def _table(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from mrg_r1.tables.build import build_table, check_columns
-    from mrg_r1.tables.plan import plan_table
+    from mrg_r1.tables.plan import check_inputs, plan_table
     from mrg_r1.tables.render import plan_as_table, table_as_text, write_table
     from mrg_r1.tables.run import RowsFailed, run_rows
 
@@ -58,6 +58,7 @@ def _table(arguments: argparse.Namespace) -> None:
         return
     failed: RowsFailed | None = None
     if not arguments.no_run:
+        check_inputs(plan)
         try:
             run_rows(plan, launch=arguments.launch, parallel=arguments.parallel, console=console)
         except RowsFailed as error:  # the table of the others is still written

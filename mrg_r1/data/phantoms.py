@@ -65,8 +65,7 @@ def write_phantoms(
     split_of = _numbered(preset, splits)
     images = 2 * len(split_of) if preset == "full" else len(split_of)
     settings = {"dataset": "phantom", "preset": preset, "seed": seed, "side": side, "splits": [list(split) for split in splits.items()]}
-    if prevalence:
-        settings["prevalence"] = [[OBSERVATIONS[observation], share] for observation, share in sorted(prevalence.items())]
+    settings["prevalence"] = [[OBSERVATIONS[observation], share] for observation, share in sorted((prevalence or {}).items())]
     claim_folder(output, settings, images=images, seed=seed, side=side)
 
     manifest = output / "manifest.jsonl"

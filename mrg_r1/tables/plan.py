@@ -112,6 +112,7 @@ class RowRun:
     folder: Path
     waits_for: tuple[Path, ...]  # folders of runs that must be complete before this one starts
     cpu_seconds_of: Path | None
+    inputs: tuple[tuple[str, Path], ...]  # recipe key and path, of what must be there and is not made by another row
 
     @property
     def finished(self) -> bool:
@@ -209,6 +210,7 @@ def _row_run(
     timed = runs[row.cpu_seconds_of, seed].folder if row.cpu_seconds_of else None
     folder = rows_folder / f"{row.task}-seed{seed}-{_fingerprint(recipe, row.task, timed)}"
     _check_made_with(folder, recipe)
+    given = (("data.manifest", recipe.data.manifest), ("policy.path", recipe.policy.path), ("reward.labeler", recipe.reward.labeler))
     return RowRun(
         row=row.name,
         seed=seed,
@@ -218,7 +220,20 @@ def _row_run(
         folder=folder,
         waits_for=(*waits_for, *([timed] if timed else [])),
         cpu_seconds_of=timed,
+        inputs=tuple((key, given) for key, given in given if not given.is_relative_to(rows_folder)),
     )
+
+
+def check_inputs(plan: Plan) -> None:
+    """Refuse, before anything is started, a plan whose unfinished runs lack what they read.
+
+    Raises:
+        TableError: names every missing path once, the key that it is the value of, and the remedy.
+    """
+    missing = {(key, path) for run in plan.runs.values() if not run.finished for key, path in run.inputs if not path.exists()}
+    if missing:
+        lines = [f"  {key} {path}: no such file or folder" for key, path in sorted(missing)]
+        raise TableError("the table's rows lack what they read; give yours as key=value after the table's file\n" + "\n".join(lines))
 
 
 def _check_made_with(folder: Path, recipe: Recipe) -> None:

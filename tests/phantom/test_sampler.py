@@ -122,3 +122,21 @@ def test_what_cannot_be_sampled_is_refused_by_name() -> None:
         sample_study("five", 0, 0, wording="dev")
     with pytest.raises(ValueError, match="index -1"):
         sample_study("five", 0, -1)
+
+
+def test_a_set_prevalence_changes_that_finding_alone() -> None:
+    cardiomegaly = OBSERVATIONS.index("Cardiomegaly")
+    rare = [sample_study("five", 7, index, prevalence={cardiomegaly: 0.08}) for index in range(3000)]
+    share = np.mean([study.drawn[cardiomegaly] for study in rare])
+    assert abs(share - 0.08) < 3 * (0.08 * 0.92 / 3000) ** 0.5
+    others = [finding for finding in FIVE_FINDINGS if finding != cardiomegaly]
+    assert all(one.drawn[i] == usual.drawn[i] for one, usual in zip(rare, studies(), strict=True) for i in others)
+
+
+@pytest.mark.parametrize(
+    ("preset", "prevalence"),
+    [("full", {1: 0.1}), ("five", {OBSERVATIONS.index("Edema"): 0.1}), ("five", {1: 0.0}), ("five", {1: 1.0})],
+)
+def test_a_prevalence_that_the_preset_cannot_have_is_refused(preset: str, prevalence: dict[int, float]) -> None:
+    with pytest.raises(ValueError, match="it can be set for preset five, between 0 and 1"):
+        sample_study(preset, 0, 0, prevalence=prevalence)

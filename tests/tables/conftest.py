@@ -17,8 +17,12 @@ def table(tmp_path):
     """Writes a table's file, with changes, and gives its path."""
 
     def write(**changes) -> Path:
-        recipe = {"output_dir": "unnamed", "steps": 1, "data": {"manifest": "m.jsonl"}, "policy": {"path": "p"}, "reward": {"labeler": "l"}}
+        recipe = {"output_dir": "unnamed", "steps": 1, "data": {"manifest": "m.jsonl"}}
+        recipe |= {"policy": {"path": str(tmp_path)}, "reward": {"labeler": str(tmp_path)}}
         recipe["optimizer"] = {"learning_rate": 0.01}
+        for folder in ("d0", "d1"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / "manifest.jsonl").touch()
         for name in ("grpo", "sft"):
             (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
         content = {
@@ -26,7 +30,7 @@ def table(tmp_path):
             "made_on": "phantoms",
             "question": "Which is better?",
             "recipes": {"grpo": "grpo.yaml", "sft": "sft.yaml"},
-            "seeds": {0: {"data": "d0"}, 1: {"data": "d1"}},
+            "seeds": {0: {"data": f"{tmp_path}/d0"}, 1: {"data": f"{tmp_path}/d1"}},
             "set": {"data.manifest": "{data}/manifest.jsonl"},
             "rows": [
                 {"name": "Start", "before": "Four"},

@@ -50,6 +50,18 @@ def test_clock_adds_phases_and_counts_only_training(capsys):
     assert clock.training_seconds > 5
 
 
+def test_clock_keeps_processor_seconds_of_training_through_an_interruption(monkeypatch):
+    processor = iter([10.0, 13.0, 100.0, 20.0, 21.0])
+    monkeypatch.setattr(time, "process_time", lambda: next(processor))
+    clock = Clock()
+    for name in ("update", "validation", "rollout"):
+        with clock.phase(name):
+            pass
+    assert clock.training_cpu_seconds == 4.0  # 3 of update and 1 of rollout, nothing of validation
+    clock.add({}, 6.5)
+    assert clock.training_cpu_seconds == 10.5
+
+
 def summary(before, after, **more):
     return {"before": {"f1": before}, "after": {"f1": after}, "seconds": {"rollout": 1}, "training_seconds": 7.5, "world_size": 2} | {
         "zero_stage": 2,
