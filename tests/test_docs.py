@@ -159,7 +159,8 @@ def test_recipe_keys_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_make_targets_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {target for rule in re.findall(r"^([a-z0-9 -]+):", makefile, re.MULTILINE) for target in rule.split()}
     for words in [*shell_commands(page), *(text.split() for text in inline(page))]:
         if words and words[0] == "make":
             named = [word for word in words[1:] if re.fullmatch(r"[a-z][a-z0-9-]*", word)]
