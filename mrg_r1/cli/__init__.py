@@ -10,7 +10,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mrg_r1.cli import doctor, labeler, prepare, runs, scoring, tables
+from mrg_r1 import __version__
+from mrg_r1.cli import doctor, labeler, prepare, recipes, runs, scoring, tables
 from mrg_r1.cli.arguments import described
 
 
@@ -50,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         mrg-r1 score predicted.csv reference.csv --labeler data/five/labeler
         """,
     )
+    parser.add_argument("--version", action="version", version=f"mrg-r1 {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (prepare, labeler, scoring, runs, tables, doctor):
+    for group in (prepare, labeler, scoring, runs, tables, recipes, doctor):
         group.add_commands(commands)
     return parser
