@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-control demo-seeds start starts iu-phantom tables-phantom bench bench-gpu wheelhouse soak test test-slow test-gpu lint clean
+.PHONY: help setup demo demo-control demo-seeds start starts iu-phantom tables-phantom bench bench-gpu wheelhouse soak browser test test-slow test-gpu lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -222,7 +222,13 @@ wheelhouse: $(READY)  ## fill WHEELHOUSE with what bench-gpu needs on a machine 
 
 # ---- tests
 
-test: $(READY)  ## style, types, import rules and every test but the slow ones
+# A machine that cannot have a browser skips the page's browser tests, which say so.
+browser:  ## chromium and its driver, for the tests of the page
+	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || { \
+		for root in '' 'sudo -n'; do $$root apt-get update -qq && $$root apt-get install -y -qq chromium chromium-driver && break; done > /dev/null 2>&1; \
+		command -v chromium > /dev/null || echo "no chromium could be installed: the page's browser tests will be skipped" >&2; }
+
+test: $(READY) browser  ## style, types, import rules and every test but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports

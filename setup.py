@@ -62,7 +62,9 @@ setup(
         "tokenizers>=0.21",
         "safetensors>=0.5",
         "numpy>=1.26",
+        "packaging>=24",
         "pillow>=11",
+        "psutil>=5.9",
         "pydantic>=2.9",
         "pydicom>=3",
         "PyYAML>=6",
@@ -76,7 +78,7 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.31"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "import-linter>=2", "scikit-learn>=1.5", "types-PyYAML"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "import-linter>=2", "scikit-learn>=1.5", "selenium>=4.20", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["mrg-r1=mrg_r1.cli:main"]},
 )

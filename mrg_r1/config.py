@@ -106,10 +106,19 @@ def check_recipe(recipe: Recipe, *, world_size: int, task: Literal["grpo", "sft"
     Raises:
         RecipeError: a batch that does not divide over the ranks, phases that contradict, or a path that is not what it should be.
     """
+    check_numbers(recipe, world_size=world_size, task=task)
+    _check_paths(recipe)
+
+
+def check_numbers(recipe: Recipe, *, world_size: int, task: Literal["grpo", "sft", "evaluate"]) -> None:
+    """The part of `check_recipe` that looks at no file.
+
+    Raises:
+        RecipeError: a batch that does not divide over the ranks, or phases that contradict.
+    """
     _check_phases(recipe, task)
     if task != "evaluate":
         _check_batches(recipe, world_size, task)
-    _check_paths(recipe)
 
 
 def _check_phases(recipe: Recipe, task: str) -> None:
@@ -145,10 +154,23 @@ def _check_paths(recipe: Recipe) -> None:
     check_checkpoint_directory(recipe.policy.path)
     if recipe.phases != "update" and not recipe.reward.labeler.exists():
         raise RecipeError(f"reward.labeler {recipe.reward.labeler}: no such file or directory; `mrg-r1 labeler train` makes one")
+    judge = recipe.evaluation.judge
+    if judge is not None and not judge.exists():
+        raise RecipeError(f"evaluation.judge {judge}: no such file or directory; `mrg-r1 labeler train` makes one, or leave it out")
+    if judge is not None and judge.resolve() == recipe.reward.labeler.resolve():
+        raise RecipeError(judges_itself(recipe))
     if recipe.policy.adapter is not None and not (recipe.policy.adapter / "adapter_config.json").is_file():
         raise RecipeError(f"policy.adapter {recipe.policy.adapter}: no adapter_config.json there; give the adapter/ folder of a run")
     if not recipe.engine.deepspeed.is_file():
         raise RecipeError(f"engine.deepspeed {recipe.engine.deepspeed}: no such file; ds_configs/ has zero1.json to zero3.json")
+
+
+def judges_itself(recipe: Recipe) -> str:
+    """What to say where the judge is the rewarded labeler."""
+    return (
+        f"evaluation.judge {recipe.evaluation.judge} is reward.labeler {recipe.reward.labeler} (equal weights): it would judge itself, and "
+        "never see a policy that fools it; give a labeler of another seed, size or training set (`mrg-r1 labeler train --seed 1`), or none"
+    )
 
 
 def check_checkpoint_directory(path: Path) -> None:

@@ -1,9 +1,12 @@
-"""Evaluation: greedy reports over the ranks, then every definition of clinical efficacy with its baselines (spec section 4)."""
+"""Evaluation: greedy reports over the ranks, then every definition of clinical efficacy with its baselines (spec section 4).
+
+Beside the rewarded labeler stand those that the policy is not paid by: a judge where there is one, and what a phantom was drawn from.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,15 +19,19 @@ from rich.progress import track
 from rich.table import Table
 
 from mrg_r1.data.loader import PromptBuilder, prompts_ahead
+from mrg_r1.data.progress import progress
 from mrg_r1.engine.ranks import Ranks, shard
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import BLANK, NO_FINDING, POSITIVE, classes_of_values, values_of_classes
+from mrg_r1.metrics import lexical
 from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import bootstrap_intervals
 from mrg_r1.metrics.clinical import clinical_scores, per_observation, support, truth_scores
+from mrg_r1.metrics.identity import ids_hash, labels_hash
 from mrg_r1.policy.load import Policy
-from mrg_r1.reward.service import RewardService
-from mrg_r1.reward.stage import Judging
+from mrg_r1.reward.judge import Judge
+from mrg_r1.reward.service import RewardService, RewardsMissing
+from mrg_r1.reward.stage import Judging, RewardError
 from mrg_r1.rollout.decode import greedy
 from mrg_r1.types import Prompts, Study
 
@@ -36,6 +43,12 @@ SUMMARY_KEYS = (
     "mean_reward",
     "format_rate",
     "distinct_share",
+    "judge_disease_micro13",
+    "hacking_gap",
+)
+HACKING_GAP_IS = (
+    "disease_micro13 (strict, 13 observations, micro F1) by the rewarded labeler, minus the same by the judge; each reads reports and "
+    "references itself. Its growth says more than its size (docs/rewards.md)"
 )
 
 
@@ -54,6 +67,8 @@ def evaluate(
     seed: int,
     bootstrap_samples: int,
     train: NDArray[np.int64] | None = None,
+    judge: Judge | None = None,
+    cleaning: lexical.Cleaning | None = None,
     title: str = "evaluating",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Greedy reports of `studies`, spread over the ranks, and what they are worth. All ranks call it and all get the result.
@@ -62,12 +77,15 @@ def evaluate(
         judging: study ids to how their reports are judged.
         labeler: name and fingerprint of what reads the reports.
         train: [M, 14] classes of training reports, for the baseline that gives each study a random one of them; None leaves it out.
+        judge: a second labeler, on rank 0 alone, which reads the same reports.
+        cleaning: of the texts before lexical metrics; None leaves these out.
 
     Returns:
         The result (the content of evaluation/SPLIT.json) and one prediction a study, in the order of `studies`.
 
     Raises:
         ValueError: no studies.
+        RewardsMissing: the judge cannot read the reports; all ranks raise it.
     """
     if not studies:
         raise ValueError("no studies to evaluate: the split is empty; set data.val_split or data.test_split to one that the manifest has")
@@ -79,11 +97,16 @@ def evaluate(
         for batch, prompts in zip(shown, prompts_ahead(build, batches), strict=True):
             ranks.beat(title)
             rows += _predict(policy, batch, prompts.to(policy.device), rewards=rewards, judging=judging, max_new_tokens=max_new_tokens)
+            if judge is not None:
+                judge.service.hint([row["text"] for row in rows[-len(batch) :]])  # read while the next batch is written
     by_id = {row["id"]: row for part in ranks.gather(rows) for row in part}
     predictions = [by_id[study.id] for study in studies]
+    by_judge = _add_judgements(predictions, judge, ranks)
     result: dict[str, Any] | None = None
     if ranks.is_main:
-        result = summarise(predictions, studies, train=train, seed=seed, bootstrap_samples=bootstrap_samples)
+        result = summarise(
+            predictions, studies, train=train, seed=seed, bootstrap_samples=bootstrap_samples, judge=by_judge, cleaning=cleaning
+        )
         result["labeler"] = dict(labeler)
     return ranks.agree(result), predictions
 
@@ -119,6 +142,34 @@ def _predict(
     ]
 
 
+def _add_judgements(predictions: list[dict[str, Any]], judge: Judge | None, ranks: Ranks) -> dict[str, str] | None:
+    """Put the judge's reading into every row, on every rank; None where there is no judge. Returns the judge's name and fingerprint.
+
+    Raises:
+        RewardsMissing: it cannot read; never a silent null.
+    """
+    answer, problem = None, None
+    if judge is not None:
+
+        def shown(starts: Sequence[int]) -> Iterator[int]:
+            for start in track(starts, "the judge reads", console=Console(stderr=True), transient=True):
+                ranks.beat("the judge reads")
+                yield start
+
+        try:
+            classes = judge.read([row["report"] for row in predictions], shown)
+            answer = (judge.labeler, classes.tolist(), [judge.references[row["id"]] for row in predictions])
+        except RewardError as error:
+            problem = str(error)
+    answer, problem = ranks.agree((answer, problem))
+    if problem is not None:
+        raise RewardsMissing(f"evaluation.judge: {problem}; the same command goes on, with evaluation.judge=null without a judge")
+    for number, row in enumerate(predictions):
+        row["judge_labels"] = None if answer is None else values_of_classes(answer[1][number])
+        row["judge_reference_labels"] = None if answer is None else values_of_classes(answer[2][number])
+    return None if answer is None else answer[0]
+
+
 def summarise(
     predictions: Sequence[dict[str, Any]],
     studies: Sequence[Study],
@@ -126,24 +177,28 @@ def summarise(
     train: NDArray[np.int64] | None,
     seed: int,
     bootstrap_samples: int,
+    judge: Mapping[str, str] | None = None,
+    cleaning: lexical.Cleaning | None = None,
 ) -> dict[str, Any]:
-    """Every definition with its interval, the baselines, the drawn truth where there is one, and the health of the reports.
+    """Every definition with its interval, the baselines, the judge and the drawn truth where they are, and the health of the reports.
 
     Args:
         predictions: rows with `labels`, `reference_labels` (14 file values), `report`, `terms`, `total`, `constant`; one a study.
         train: [M, 14] classes of training reports, or None.
+        judge: name and fingerprint of who read `judge_labels` and `judge_reference_labels` of the rows.
+        cleaning: of the texts before lexical metrics; None leaves these out.
     """
-    predicted = np.array([classes_of_values(row["labels"]) for row in predictions])
-    reference = np.array([classes_of_values(row["reference_labels"]) for row in predictions])
+    ids = [row["id"] for row in predictions]
+    predicted, reference = _classes(predictions, "labels"), _classes(predictions, "reference_labels")
     scores = clinical_scores(predicted, reference)
-    intervals = bootstrap_intervals(predicted, reference, samples=bootstrap_samples, seed=seed)
     reports = [row["report"] for row in predictions if row["report"] is not None]
     result: dict[str, Any] = {
         "n": len(predictions),
+        "ids_sha256": ids_hash(ids),
+        "reference_labels_sha256": labels_hash(ids, reference),
         "rendered": sum(study.rendered for study in studies),
-        "definitions": {name: {**asdict(score), "f1_ci": list(intervals[name])} for name, score in scores.items()},
+        **_clinical(predicted, reference, samples=bootstrap_samples, seed=seed),
         "support": support(reference),
-        "observations": {name: asdict(score) for name, score in per_observation(predicted, reference).items()},
         "baselines": {
             name: None if entry is None else {key: asdict(score) for key, score in entry.items()}
             for name, entry in baselines(reference, train=train, seed=seed).items()
@@ -161,7 +216,23 @@ def summarise(
         "disease_micro13_truth": None,
         "disease_macro13_truth": None,
         "labeler_gap": None,
+        "judge": None,
+        "judge_disease_micro13": None,
+        "hacking_gap": None,
+        "hacking_gap_is": HACKING_GAP_IS,
+        "lexical": None if cleaning is None else _lexical(predictions, cleaning),
     }
+    if judge is not None:
+        by_judge = _classes(predictions, "judge_labels"), _classes(predictions, "judge_reference_labels")
+        result["judge"] = {
+            "labeler": dict(judge),
+            **_clinical(*by_judge, samples=bootstrap_samples, seed=seed),
+            "reference_labels_sha256": labels_hash(ids, by_judge[1]),
+            # of the 14 classes of each reference, the share in which both labelers read the same
+            "agreement_on_references": float((by_judge[1] == reference).mean()),
+        }
+        own = result["judge"]["disease_micro13"] = result["judge"]["definitions"]["disease_micro13"]["f1"]
+        result["judge_disease_micro13"], result["hacking_gap"] = own, result["disease_micro13"] - own
     drawn_rows = [row["drawn"] for row in predictions]
     if all(row is not None for row in drawn_rows):
         truth = truth_scores(predicted, drawn_rows)
@@ -172,9 +243,35 @@ def summarise(
     return result
 
 
+def _classes(predictions: Sequence[dict[str, Any]], key: str) -> NDArray[np.int64]:
+    """[N, 14] classes of the rows' file values."""
+    return np.array([classes_of_values(row[key]) for row in predictions])
+
+
+def _clinical(predicted: NDArray[np.int64], reference: NDArray[np.int64], *, samples: int, seed: int) -> dict[str, Any]:
+    """What one labeler's reading, [N, 14] classes of both sides, is worth under every definition and for each observation."""
+    intervals = bootstrap_intervals(predicted, reference, samples=samples, seed=seed)
+    scores = clinical_scores(predicted, reference)
+    return {
+        "definitions": {name: {**asdict(score), "f1_ci": list(intervals[name])} for name, score in scores.items()},
+        "observations": {name: asdict(score) for name, score in per_observation(predicted, reference).items()},
+    }
+
+
+def _lexical(predictions: Sequence[dict[str, Any]], cleaning: lexical.Cleaning) -> dict[str, Any]:
+    """Lexical metrics of what may be labelled: the report inside its tags, nothing where it is malformed."""
+
+    def shown(names: Sequence[str]) -> Iterable[str]:
+        return progress(names, "lexical metrics", len(names))
+
+    ordered = sorted(predictions, key=lambda row: str(row["id"]))  # as in a score card, so that both have one hash
+    said, true = {row["id"]: row["report"] or "" for row in ordered}, {row["id"]: row["reference"] for row in ordered}
+    return lexical.described_scores(said, true, cleaning, shown=shown)
+
+
 def short_summary(result: dict[str, Any]) -> dict[str, float | None]:
-    """The keys that summary.json's `before` and `after` hold."""
-    return {key: result[key] for key in SUMMARY_KEYS}
+    """The keys that summary.json's `before` and `after` hold; None also where `result` was read from a file that is older than the key."""
+    return {key: result.get(key) for key in SUMMARY_KEYS}
 
 
 def write_evaluation(directory: Path, name: str, result: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> None:
@@ -187,7 +284,7 @@ def write_evaluation(directory: Path, name: str, result: dict[str, Any], predict
 
 
 def evaluation_table(result: dict[str, Any], title: str) -> Table:
-    """Every definition with its interval, beside the baselines."""
+    """Every definition with its interval, beside the baselines; under it the drawn truth and the judge, where there are any."""
     table = Table(title=f"{title}: F1 by definition, {result['n']} studies" + (", rendered phantoms" if result["rendered"] else ""))
     table.add_column("definition", no_wrap=True)
     for name in ("P", "R", "F1", "95 % of F1", "normal", "blank", "random", "itself"):
@@ -207,4 +304,39 @@ def evaluation_table(result: dict[str, Any], title: str) -> Table:
         )
     for name, score in result.get("truth", {}).items():
         table.add_row(f"{name} (truth)", *(f"{score[key]:.3f}" for key in ("precision", "recall", "f1")), *["-"] * 5)
+    judge = result.get("judge")
+    if judge is not None:
+        table.add_section()
+        for name, score in judge["definitions"].items():
+            low, high = score["f1_ci"]
+            cells = (f"{score[key]:.3f}" for key in ("precision", "recall", "f1"))
+            table.add_row(f"{name} (judge)", *cells, f"{low:.3f}-{high:.3f}", *["-"] * 4)
+        table.caption += (
+            f"\nhacking gap {result['hacking_gap']:+.3f}: disease_micro13 by {result['labeler']['name']}, which is rewarded, minus by the "
+            f"judge {judge['labeler']['name']}; they agree on {judge['agreement_on_references']:.1%} of the references' classes"
+        )
     return table
+
+
+def lexical_table(result: dict[str, Any]) -> Table | None:
+    """The lexical metrics under their cleaning's name; None where there are none."""
+    found = result.get("lexical")
+    if found is None:
+        return None
+    table = Table(title=f"Lexical metrics, cleaning {found['cleaning']}, {found['package']}, {result['n']} studies")
+    for name in found["scores"]:
+        table.add_column(lexical.TITLES[name], justify="right", no_wrap=True)
+    table.add_row(*(f"{value:.4f}" for value in found["scores"].values()))
+    lines = [f"cleaning {found['cleaning']}: {found['cleaning_is']}", *found["left_out"].values()]
+    if found["empty_predictions"]:
+        lines.append(f"{found['empty_predictions']} reports are empty or malformed; they count")
+    table.caption = "\n".join(lines)
+    return table
+
+
+def print_evaluation(console: Console, result: dict[str, Any], title: str) -> None:
+    """A closing evaluation's tables."""
+    console.print(evaluation_table(result, title))
+    words = lexical_table(result)
+    if words is not None:
+        console.print(words)

@@ -20,7 +20,7 @@ from mrg_r1.resume import flat
 from mrg_r1.types import Study
 
 SHARED_WITHIN = 90.0  # seconds; a network file system may show a new folder a minute late to a node that has looked for it before
-_OWN_KEYS = ("reward.device",)  # what a node may have otherwise
+_OWN_KEYS = ("reward.device", "evaluation.judge_device")  # what a node may have otherwise
 _PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
 
@@ -134,6 +134,8 @@ def _fingerprints(recipe: Recipe) -> dict[str, str | None]:
         found[f"policy.adapter {recipe.policy.adapter}"] = _listing(recipe.policy.adapter)
     if recipe.reward.tokenizer is not None:
         found[f"reward.tokenizer {recipe.reward.tokenizer}"] = _listing(Path(recipe.reward.tokenizer))
+    if recipe.evaluation.judge is not None:
+        found[f"evaluation.judge {recipe.evaluation.judge}"] = _listing(recipe.evaluation.judge)
     return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 

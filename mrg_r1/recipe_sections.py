@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 THINK_INSTRUCTION = (
     "Write the findings of this chest X-ray. First reason inside <think></think>, then give the report inside <report></report>."
 )
 PLAIN_INSTRUCTION = "Write the findings of this chest X-ray."
+
+
+DEVICE = r"^(cpu|cuda:\d+|(GPU|MIG)-[0-9A-Za-z/-]+)$"  # physical, whatever the ranks see
 
 
 class Section(BaseModel):
@@ -130,7 +133,7 @@ class RewardSection(Section):
     tokenizer: str | None = Field(None, description="Tokenizer directory for a CheXbert checkpoint file (bert-base-uncased). yours")
     device: str = Field(
         "cpu",
-        pattern=r"^(cpu|cuda:\d+|(GPU|MIG)-[0-9A-Za-z/-]+)$",
+        pattern=DEVICE,
         description="Physical device of the labeler, whatever the ranks see: cpu, cuda:7 (nvidia-smi's number) or a UUID. ours",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Precision of the labeler's weights. ours")
@@ -218,14 +221,36 @@ class EvaluationSection(Section):
     batch_size: int = Field(16, ge=1, description="Studies decoded together on each rank. ours")
     before: bool = Field(True, description="Evaluate the test split before training too, for summary.json's `before`. ours")
     test: bool = Field(True, description="Evaluate the test split at the end. ours")
+    judge: Path | None = Field(
+        None,
+        description="A second labeler (a directory, or a CheXbert file), never rewarded: it scores every evaluation beside reward.labeler, "
+        "so that a policy that learns what one labeler misreads is seen; another seed, size or training set. None: no judge. ours",
+    )
+    judge_tokenizer: str | None = Field(None, description="Tokenizer directory for a judge that is a CheXbert checkpoint file. yours")
+    judge_device: str = Field(
+        "cpu", pattern=DEVICE, description="Physical device of the judge on the first node, as reward.device: cpu, cuda:7 or a UUID. ours"
+    )
+    lexical: Literal["raw", "r2gen-iu", "r2gen-mimic", "off"] = Field(
+        "raw",
+        description="Cleaning of texts before closing evaluations score BLEU, ROUGE-L, CIDEr and, where Java runs, METEOR "
+        "(docs/scores.md); off: none of them. ours",
+    )
     bootstrap_samples: int = Field(1000, ge=100, description="Bootstrap samples of the 95 % intervals. ours")
     select: Literal["disease_micro13", "disease_macro13", "example14", "r2gen_micro14", "mean_reward"] = Field(
         "disease_micro13", description="Validation score that chooses the best adapter. ours"
     )
 
+    @field_validator("lexical", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
+
 
 class TrackingSection(Section):
-    wandb: Literal["off", "offline", "online"] = Field("offline", description="wandb gets numbers and this recipe, never reports or images. ours")
+    wandb: Literal["off", "offline", "online"] = Field(
+        "offline", description="wandb gets numbers and this recipe, never reports or images. ours"
+    )
     wandb_project: str = Field("mrg-r1", description="Project name in wandb. ours")
     completions_every: int = Field(1, ge=0, description="Write the sampled reports every this many steps; 0: never. ours")
 

@@ -7,7 +7,7 @@ loaded meanwhile. `redeem` and `on_all_ranks` see to it that no rank goes on wit
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +15,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mrg_r1.config import Recipe, RecipeError
+from mrg_r1.config import Recipe, RecipeError, judges_itself
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.grpo.loss import Metrics
 from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.reward.card import best_real_constant
 from mrg_r1.reward.client import ServiceRewards
+from mrg_r1.reward.judge import Judge
 from mrg_r1.reward.references import reference_labels
 from mrg_r1.reward.service import Health, RewardService, RewardsMissing, RewardsNotFinite, Ticket
 from mrg_r1.reward.stage import Judging, NotFiniteError, RewardError
 from mrg_r1.reward.supervisor import ServiceSettings, Supervisor
 from mrg_r1.reward.terms import inverse_prevalence
 from mrg_r1.types import Rewards, Study
+
+JUDGE_DTYPE = "float32"
 
 
 @dataclass
@@ -150,6 +153,86 @@ def prepare(
     if train and recipe.reward.ccs_weights == "inverse_prevalence":
         opened.ccs_weights = inverse_prevalence(opened.classes("train"))
     return opened
+
+
+def start_judge(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
+    """Start the judge's process on rank 0, which is the only one that asks it; None on the others, and without a judge."""
+    evaluation = recipe.evaluation
+    if evaluation.judge is None or not ranks.is_main:
+        return None
+    settings = ServiceSettings(
+        labeler=str(evaluation.judge),
+        tokenizer=evaluation.judge_tokenizer,
+        device=evaluation.judge_device,
+        dtype=JUDGE_DTYPE,
+        stage={"mode": recipe.prompt.mode},  # nothing is scored there; hints are taken apart
+        threads=max(1, min(16, len(os.sched_getaffinity(0)) - ranks.node.size)),
+        name="judge",
+        device_field="evaluation.judge_device",
+    )
+    return Supervisor(settings, log=recipe.output_dir / "judge_service.log")
+
+
+def open_judge(
+    recipe: Recipe, ranks: Ranks, supervisor: Supervisor | None, studies: Sequence[Study], *, rewarded: Mapping[str, str]
+) -> Judge | None:
+    """Wait for the judge and have it read the references of the studies that are evaluated. Every rank calls this; rank 0 gets it.
+
+    Args:
+        supervisor: from `start_judge`.
+        studies: those that the run can evaluate.
+        rewarded: name and fingerprint of the rewarded labeler.
+
+    Raises:
+        RecipeError: the judge cannot be loaded, or it is the rewarded labeler under another name; all ranks raise it.
+        RewardsMissing: it fails while it reads the references; all ranks raise it.
+    """
+    if recipe.evaluation.judge is None:
+        return None
+    judge, problem, failure = None, None, None
+    if supervisor is not None:
+        try:
+            supervisor.wait()
+            service = ServiceRewards(supervisor.directory, keeper=os.getpid(), timeout=recipe.reward.timeout, name=supervisor.settings.name)
+            judge = prepare_judge(recipe, service, service.labeler, supervisor, studies, rewarded=rewarded)
+        except ValueError as error:
+            problem = str(error) if isinstance(error, RecipeError) else f"evaluation.judge {recipe.evaluation.judge}: {error}"
+        except RewardError as error:
+            failure = f"evaluation.judge {recipe.evaluation.judge}: {error}"
+    problem, failure = ranks.agree((problem, failure))
+    if (problem or failure) and supervisor is not None:
+        supervisor.close()
+    if problem is not None:
+        raise RecipeError(problem)
+    if failure is not None:
+        raise RewardsMissing(failure)
+    return judge
+
+
+def prepare_judge(
+    recipe: Recipe,
+    service: RewardService,
+    labeler: dict[str, str],
+    supervisor: Supervisor | None,
+    studies: Sequence[Study],
+    *,
+    rewarded: Mapping[str, str],
+) -> Judge:
+    """Refuse a judge that is the rewarded labeler, and have the references read, on rank 0.
+
+    Raises:
+        RecipeError: equal fingerprints.
+    """
+    if labeler["fingerprint"] == rewarded["fingerprint"]:
+        raise RecipeError(judges_itself(recipe))
+    references = reference_labels(
+        studies,
+        manifest=recipe.data.manifest,
+        labeler=labeler | {"dtype": JUDGE_DTYPE, "tokenizer": str(recipe.evaluation.judge_tokenizer)},
+        label=service.label,
+        fallback=recipe.output_dir / "reference_labels",
+    )
+    return Judge(service, labeler, references, supervisor)
 
 
 def redeem(rewards: RewardService, ticket: Ticket) -> Rewards | RewardError:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,25 +16,27 @@ from rich.console import Console
 
 from mrg_r1 import nodes, rewarding
 from mrg_r1.config import Recipe, RecipeError, check_recipe, dump_recipe
-from mrg_r1.data.context import with_prior_reports
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
 from mrg_r1.data.order import rare_finding_weights
-from mrg_r1.data.study import check_images, read_manifest
+from mrg_r1.data.study import check_images
+from mrg_r1.doctor.checks import launch_findings
+from mrg_r1.doctor.inputs import check_disk, check_stage, read_splits
 from mrg_r1.engine.partition import RankPartition
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
-from mrg_r1.evaluate import evaluate, evaluation_table, short_summary, write_evaluation
+from mrg_r1.evaluate import evaluate, print_evaluation, short_summary, write_evaluation
 from mrg_r1.files import write_text_atomically
+from mrg_r1.labels.observations import values_of_classes
 from mrg_r1.policy.adapters import load_adapter, merge_adapter
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.resume import check_changes, what_rounds_otherwise
+from mrg_r1.reward.judge import Judge
 from mrg_r1.rewarding import Rewarding
 from mrg_r1.tracking.log import Clock, RunLog, write_environment
 from mrg_r1.tracking.page import write_page
 from mrg_r1.types import Study
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_NEEDED_BYTES = 64 * 1024**2  # logs, completions and pages; checkpoints are added
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Run:
     build: PromptBuilder
     rewards: Rewarding | None  # None: `phases=update`, which judges nothing
     dtype: torch.dtype
+    judge: Judge | None = None  # on rank 0, where the recipe has one
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -62,9 +64,16 @@ class Run:
         """The run needs no more rewards."""
         if self.rewards is not None:
             self.rewards.close()
+        if self.judge is not None:
+            self.judge.close()
 
     def evaluate(self, studies: list[Study], *, title: str, samples: int | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Greedy reports of `studies` under the policy as it stands, and their scores."""
+        """Greedy reports of `studies` under the policy as it stands, and their scores.
+
+        Args:
+            samples: bootstrap samples of a validation, which leaves out what only a closing evaluation needs; None: a closing one.
+        """
+        cleaning = self.recipe.evaluation.lexical
         was_training = self.policy.training
         self.policy.eval()
         answer = evaluate(
@@ -80,6 +89,8 @@ class Run:
             bootstrap_samples=samples or self.recipe.evaluation.bootstrap_samples,
             train=self.rewarding.classes("train") if samples is None else None,
             labeler=self.rewarding.labeler,
+            judge=self.judge,
+            cleaning=None if samples is not None or cleaning == "off" else cleaning,
             title=title,
         )
         self.policy.train(was_training)
@@ -98,10 +109,9 @@ class Run:
         self.ranks.barrier()
         return result
 
-    def validate(self) -> dict[str, Any]:
-        """Scores on the validation split; few bootstrap samples, since only the point values are read."""
-        result, _ = self.evaluate(self.studies["val"][: self.recipe.evaluation.max_studies], title="validating", samples=100)
-        return result
+    def validate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Scores and predictions on the validation split; few bootstrap samples, since only the point values are read."""
+        return self.evaluate(self.studies["val"][: self.recipe.evaluation.max_studies], title="validating", samples=100)
 
     def write_summary(self, content: dict[str, Any]) -> None:
         """RUN/summary.json, by rank 0."""
@@ -123,10 +133,12 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         check_changes(recipe, ranks)
     _claim_directory(recipe, ranks)
     nodes.check_shared(recipe.output_dir, ranks)
+    _examine(recipe, ranks, studies, task)
     dtype = _DTYPES[recipe.policy.dtype]
     judging = recipe.phases != "update"
     # the labeler is loaded by its own process while the policy is loaded here
     supervisor = rewarding.start_service(recipe, ranks) if judging else None
+    judge_process = rewarding.start_judge(recipe, ranks) if recipe.phases == "all" else None
     policy = load_policy(recipe.policy.path, dtype=dtype, temperature=recipe.rollout.temperature, partition=partition).to(ranks.device)
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
@@ -144,6 +156,10 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         "test": studies["test"][: recipe.evaluation.max_test_studies],
     }
     processor = load_image_processor(recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
+    rewards = rewarding.open_rewards(recipe, ranks, supervisor, met) if judging else None
+    judge = None
+    if rewards is not None and recipe.phases == "all":
+        judge = rewarding.open_judge(recipe, ranks, judge_process, met["val"] + met["test"], rewarded=rewards.labeler)
     return Run(
         recipe=recipe,
         ranks=ranks,
@@ -157,8 +173,9 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
             words=words,
             workers=(2 if ranks.device.type == "cuda" else 0) if recipe.data.workers is None else recipe.data.workers,
         ),
-        rewards=rewarding.open_rewards(recipe, ranks, supervisor, met) if judging else None,
+        rewards=rewards,
         dtype=dtype,
+        judge=judge,
     )
 
 
@@ -174,17 +191,26 @@ def _partition(recipe: Recipe, ranks: Ranks, task: str) -> RankPartition | None:
         partition = RankPartition.of_config(recipe.engine.deepspeed, device=ranks.device, dtype=_DTYPES[recipe.policy.dtype])
     except ValueError as error:
         raise RecipeError(f"engine.deepspeed {error}") from error
-    if partition is not None and task == "sft" and recipe.sft.trainable == "all":
-        raise RecipeError(
-            f"sft.trainable all with {recipe.engine.deepspeed} (stage 3): only LoRA is trained over partitioned weights; "
-            "set sft.trainable=lora, or engine.deepspeed=ds_configs/zero2.json"
-        )
-    if partition is not None and recipe.rollout.reuse_prefill:
-        raise RecipeError(
-            f"rollout.reuse_prefill with {recipe.engine.deepspeed} (stage 3): the prefill's graph would hold the weights of every layer; "
-            "set it to false, or engine.deepspeed=ds_configs/zero2.json"
-        )
+    check_stage(recipe, stage=2 if partition is None else 3, task=task)
     return partition
+
+
+def _examine(recipe: Recipe, ranks: Ranks, studies: dict[str, list[Study]], task: Literal["grpo", "sft", "evaluate"]) -> None:
+    """What `mrg-r1 doctor` looks at and no other check of a launch: rank 0 says its warnings once, its failures end the launch.
+
+    Raises:
+        RecipeError: every failure, a line each.
+    """
+    problem = None
+    if ranks.is_main:
+        findings = launch_findings(recipe, task=task, ranks=ranks, studies=studies)
+        for finding in findings:
+            if finding.state == "warning":
+                Console(stderr=True).print(f"warning: {finding}", markup=False, highlight=False, soft_wrap=True)
+        problem = "\n".join(str(finding) for finding in findings if finding.state == "failure") or None
+    problem = ranks.agree(problem)
+    if problem is not None:
+        raise RecipeError(f"{problem}\n(`mrg-r1 doctor RECIPE` shows everything that is looked at)")
 
 
 def build_engine(run: Run) -> Engine:
@@ -289,7 +315,7 @@ def finish(
         }
     )
     if after is not None:
-        log.console.print(evaluation_table(after, "test split after training"))
+        print_evaluation(log.console, after, "test split after training")
         constant = after["constant"].get("total")
         if constant is not None and after["mean_reward"] <= constant:
             log.say(
@@ -297,7 +323,9 @@ def finish(
                 "every study: this policy has learned nothing that needs looking (docs/rewards.md)"
             )
     if run.ranks.is_main:
-        log.say(f"page: {write_page(run.directory, run.studies['test'])}")
+        labels = {} if run.rewards is None else run.rewards.labels
+        references = {study_id: values_of_classes(classes) for study_id, classes in labels.items()}
+        log.say(f"page: {write_page(run.directory, run.studies['test'] + run.studies['train'], references=references)}")
     log.close()
     run.close()
 
@@ -321,27 +349,13 @@ def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
     result, predictions = run.evaluate(run.studies["test"][: recipe.evaluation.max_test_studies], title=f"evaluating {split}")
     if ranks.is_main:
         write_evaluation(run.directory / "evaluation", split, result, predictions)
-        Console().print(evaluation_table(result, f"{split} split"))
+        print_evaluation(Console(), result, f"{split} split")
     run.close()
 
 
 def _read_studies(recipe: Recipe, ranks: Ranks) -> dict[str, list[Study]]:
     """The recipe's three splits; rank 0 opens every image once, other nodes' ranks see whether theirs are there, for everybody."""
-    names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
-    everything = read_manifest(recipe.data.manifest)
-    if "prior_report" in recipe.data.context:
-        try:
-            everything = with_prior_reports(everything)
-        except ValueError as error:
-            raise RecipeError(f"{recipe.data.manifest}: {error}") from error
-    studies = {part: [study for study in everything if study.split == name] for part, name in names.items()}
-    needed = ["train"] + (["val"] if recipe.evaluation.every or recipe.sft.stop_at else []) + (["test"] if recipe.evaluation.test else [])
-    if recipe.phases != "all":  # nothing is validated or evaluated
-        needed, studies = ["train"], {"train": studies["train"], "val": [], "test": []}
-    for part in needed:
-        if not studies[part]:
-            found = sorted({study.split for study in everything})
-            raise RecipeError(f"data.{part}_split {names[part]!r}: {recipe.data.manifest} has no study of that split; it has {found}")
+    studies, needed = read_splits(recipe)
     problem, shown = None, [study for part in needed for study in studies[part]]
     if recipe.data.check_images and ranks.is_main:
         try:
@@ -362,20 +376,14 @@ def _claim_directory(recipe: Recipe, ranks: Ranks) -> None:
     if ranks.is_main:
         try:
             recipe.output_dir.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(recipe.output_dir).free
-            weights = sum(path.stat().st_size for path in recipe.policy.path.glob("*.safetensors"))
-            # LoRA is small beside the weights it adapts; all parameters mean live, master and two moments, twice while one is replaced
-            needed = _NEEDED_BYTES + (weights * 8 * (recipe.checkpoint.keep + 1) if recipe.sft.trainable == "all" else weights // 2)
-            if free < needed:
-                problem = (
-                    f"output_dir {recipe.output_dir}: {free / 1e9:.2f} GB free on that disk, about {needed / 1e9:.2f} GB needed for "
-                    "checkpoints; free some, lower checkpoint.keep or set another output_dir"
-                )
-            elif not os.access(recipe.output_dir, os.W_OK):
+            check_disk(recipe, recipe.output_dir)
+            if not os.access(recipe.output_dir, os.W_OK):
                 problem = f"output_dir {recipe.output_dir}: not writable"
             else:
                 write_text_atomically(recipe.output_dir / "config.yaml", dump_recipe(recipe))
                 write_environment(recipe.output_dir, world_size=ranks.world_size, device=str(ranks.device), seed=recipe.seed)
+        except RecipeError as error:
+            problem = str(error)
         except OSError as error:
             problem = f"output_dir {recipe.output_dir}: cannot be written ({error.strerror}); set another output_dir"
     problem = ranks.agree(problem)

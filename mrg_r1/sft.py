@@ -119,8 +119,9 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         metrics: dict[str, Any] = {**ranks.reduce_metrics(parts), "policy/grad_norm": engine.grad_norm(), "policy/learning_rate": rate}
         if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0:
             with clock.phase("validation"):
-                result = run.validate()
-            metrics |= {f"validation/{key}": result[key] for key in ("disease_micro13", "disease_macro13", "mean_reward", "format_rate")}
+                result, _ = run.validate()
+            shown = ("disease_micro13", "disease_macro13", "mean_reward", "format_rate", "judge_disease_micro13", "hacking_gap")
+            metrics |= {f"validation/{key}": result[key] for key in shown if result[key] is not None}
             if recipe.sft.stop_at is not None and result["disease_micro13"] >= recipe.sft.stop_at:
                 stopped = f"validation disease_micro13 {result['disease_micro13']:.3f} reached sft.stop_at {recipe.sft.stop_at}"
         if recipe.sft.max_seconds is not None and ranks.agree(clock.training_seconds >= recipe.sft.max_seconds):
@@ -148,13 +149,13 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
                 log.sync()
                 save_checkpoint(engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep)
         if failing:
-            run.rewarding.close()
+            run.close()
             raise NotFinite(
                 f"{skipped_in_a_row} steps in a row had a gradient that is not finite (engine.max_skipped), the last one step {step}; the "
                 "weights are as they were before them, and in the checkpoint; a smaller optimizer.learning_rate or float32 may help"
             )
         if signalled and stopped is None and step + 1 < recipe.steps:
-            run.rewarding.close()
+            run.close()
             raise Requeue(f"stopped by {signalled} after step {step + 1} of {recipe.steps}, checkpoint written")
     signals.deferring = False
 

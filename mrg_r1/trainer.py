@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -19,11 +18,11 @@ from mrg_r1.engine.checkpoint import latest_step, load_checkpoint, save_checkpoi
 from mrg_r1.engine.faults import NotFinite, Requeue, Signals, any_signal
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
-from mrg_r1.evaluate import short_summary
-from mrg_r1.experience import SavedExperience, adapter_folder, keep_newest_adapters, next_step, open_experience, write_step
+from mrg_r1.experience import SavedExperience, next_step, open_experience, write_step
 from mrg_r1.grpo.advantages import batch_moments, group_advantages, per_term_advantages, std_of_moments, zero_signal
 from mrg_r1.grpo.loss import Metrics, grpo_loss, loss_denominator, merge_metrics
-from mrg_r1.policy.adapters import add_lora, reference, restore_adapter, save_adapter
+from mrg_r1.keeping import keep_best, keep_for_replay, validate_before, warn_at_close, warn_of_gap
+from mrg_r1.policy.adapters import add_lora, reference, restore_adapter
 from mrg_r1.policy.language import PromptStates
 from mrg_r1.policy.scoring import micro_batches, score_group
 from mrg_r1.reward.diagnostics import group_metrics, with_stds
@@ -35,10 +34,9 @@ from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.run import Run, build_engine, finish, is_finished, open_loader, open_log, open_run, say_resuming
 from mrg_r1.tracking.collapse import CollapseWatch
 from mrg_r1.tracking.completions import write_completions
-from mrg_r1.tracking.log import Clock, RunLog
+from mrg_r1.tracking.gaps import GapWatch
+from mrg_r1.tracking.log import Clock
 from mrg_r1.types import Experience, Rewards, Sampled, VisionFeatures
-
-LOGP_GAP_WARNING = 0.05  # nats; bf16 of a sound rollout is seen at 0.004 on average
 
 
 def grpo_step(step: int, *, run: Run, engine: Engine | None, loader: StudyLoader, rewards: RewardService, clock: Clock) -> Metrics:
@@ -275,7 +273,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     start, best = record["step"], record["best"]
     clock.add(record["seconds"], record.get("cpu_seconds", 0.0))  # of the run before it was interrupted
     loader = open_loader(run, record, batch_size=recipe.grpo.studies_per_step)
-    watch = CollapseWatch(record.get("collapse"))
+    watch, gaps = CollapseWatch(record.get("collapse")), GapWatch(record.get("gaps"))
     skipped_in_a_row: int = record.get("skipped_in_a_row", 0)
     log = open_log(run, start)
     say_resuming(run, log, record, stage=engine.stage)
@@ -287,6 +285,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             "seconds": clock.totals,
             "cpu_seconds": clock.training_cpu_seconds,
             "collapse": watch.state,
+            "gaps": gaps.state,
             "skipped_in_a_row": skipped_in_a_row,
             "position": loader.position(done),
             "studies": loader.fingerprint,
@@ -296,6 +295,9 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         log.sync()
         save_checkpoint(engine, run.directory / "checkpoints", step=done, extra=extra, keep=recipe.checkpoint.keep, best=kept)
 
+    if start == 0 and experience is None:
+        with clock.phase("validation"):
+            validate_before(run, gaps, log)
     signals.deferring = True  # from here on a step is finished first
     for step in range(start, recipe.steps):
         rate = engine.set_learning_rate(step)
@@ -320,7 +322,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         last = step + 1 == recipe.steps
         if last or (recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0):
             with clock.phase("validation"):
-                best = keep_best(run, best, step=step + 1, metrics=metrics)
+                best = keep_best(run, best, step=step + 1, metrics=metrics, gaps=gaps, log=log)
         # before the checkpoint: what a killed run wrote too much is cut off at resuming, what it had not written would be lost
         log.log(step, metrics | clock.end_step())
         if "loss" in metrics:
@@ -349,6 +351,8 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     restore_adapter(run.policy, run.directory / "adapter")  # the best one, not the last
     with clock.phase("evaluation"):
         after = run.evaluate_test("test", title="evaluating after") if evaluating else None
+    if before is not None and after is not None:
+        warn_at_close(run, log)
     finish(run, log, clock, stage=engine.stage, before=before, after=after, best=best)
 
 
@@ -379,46 +383,3 @@ def sample_only(recipe: Recipe, ranks: Ranks) -> None:
     signals.deferring = False
     loader.close()
     finish(run, log, clock, stage=None, before=None, after=None, best=None)
-
-
-def keep_for_replay(run: Run, step: int, sampled: Sampled, *, problem: str | None = None) -> None:
-    """Write a batch that could not be learned from, and the LoRA as the update left out found it, for `phases=update`.
-
-    Args:
-        problem: why there are no rewards; there was no update then, and nothing to repeat but the sampling.
-    """
-    folder = run.directory / "not_finite"
-    if problem is None and run.ranks.is_main:
-        adapter = adapter_folder(folder, step)
-        shutil.rmtree(adapter, ignore_errors=True)
-        save_adapter(run.policy, adapter)
-        keep_newest_adapters(folder, run.recipe.engine.max_skipped)
-    write_step(folder, step, sampled, recipe=run.recipe, ranks=run.ranks, problem=problem, own_weights=problem is None)
-
-
-def warn_of_gap(log: RunLog, step: int, gap: float | None, correction: str) -> None:
-    """Say where sampled and scored log-probs have come apart: the policy is then trained on samples of another one."""
-    if gap is not None and gap > LOGP_GAP_WARNING:
-        remedy = "grpo.correction=tis weights it out" if correction == "none" else "grpo.correction=tis weights what its cap allows"
-        log.say(f"step {step}: sampling/logp_gap {gap:.3f} nats a token on average, over {LOGP_GAP_WARNING}; {remedy}; float32 closes it")
-
-
-def keep_best(run: Run, best: dict[str, Any] | None, *, step: int, metrics: dict[str, Any]) -> dict[str, Any] | None:
-    """Validate; where the score is the best so far, the adapter of RUN becomes this one. Without a validation split, the last is kept."""
-    score: float | None = None
-    if run.studies["val"]:
-        result = run.validate()
-        score = result[run.recipe.evaluation.select] if run.recipe.evaluation.select in result else None
-        score = result["definitions"][run.recipe.evaluation.select]["f1"] if score is None else score
-        metrics |= {f"validation/{key}": value for key, value in short_summary(result).items() if value is not None}
-        metrics |= {"validation/labeler_gap": result["labeler_gap"], "validation/no_finding_rate": result["no_finding_rate"]}
-    if best is None or score is None or score > best["score"]:
-        best = {"step": step, "score": score}
-        if run.ranks.is_main:
-            fresh = run.directory / ".adapter.tmp"
-            shutil.rmtree(fresh, ignore_errors=True)
-            save_adapter(run.policy, fresh)
-            shutil.rmtree(run.directory / "adapter", ignore_errors=True)
-            fresh.rename(run.directory / "adapter")
-        run.ranks.barrier()
-    return best

@@ -79,7 +79,7 @@ def test_a_split_that_the_manifest_lacks_is_refused(world, tmp_path, no_model):
 
 def test_a_full_disk_is_refused_at_the_start(world, tmp_path, no_model, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     assert "GB free on that disk" in refused(world, tmp_path)
 
 

@@ -11,6 +11,7 @@ import torch
 import mrg_r1.trainer as trainer
 from mrg_r1.config import RecipeError, load_recipe
 from mrg_r1.grpo.advantages import group_advantages
+from mrg_r1.keeping import warn_of_gap
 from mrg_r1.policy.scoring import score_group
 from mrg_r1.reward.service import InProcessRewards, RewardsMissing, RewardsNotFinite
 from mrg_r1.reward.stage import Judging, NotFiniteError, RewardError, RewardStage
@@ -123,9 +124,9 @@ def test_reuse_of_the_prefill_is_refused_where_weights_change_in_between(world, 
 def test_a_gap_between_sampling_and_scoring_is_said():
     said = []
     log = SimpleNamespace(say=said.append)
-    trainer.warn_of_gap(log, 3, 0.051, "none")
-    trainer.warn_of_gap(log, 4, 0.049, "none")
-    trainer.warn_of_gap(log, 5, None, "tis")
+    warn_of_gap(log, 3, 0.051, "none")
+    warn_of_gap(log, 4, 0.049, "none")
+    warn_of_gap(log, 5, None, "tis")
     assert len(said) == 1 and "step 3: sampling/logp_gap 0.051" in said[0] and "grpo.correction=tis" in said[0]
 
 

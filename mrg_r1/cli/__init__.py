@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from mrg_r1 import __version__
-from mrg_r1.cli import labeler, prepare, recipes, runs, scoring, tables
+from mrg_r1.cli import doctor, labeler, prepare, recipes, runs, scoring, tables
 from mrg_r1.cli.arguments import described
 
 
@@ -22,12 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None takes sys.argv.
 
     Returns:
-        0, or 2 after one message on stderr where the input is bad (a ValueError or OSError); anything else is a fault of
-        ours and propagates.
+        0, or 1 where `doctor` finds a failure, or 2 after one message on stderr where the input is bad (a ValueError or OSError);
+        anything else is a fault of ours and propagates.
     """
     parsed = _parser().parse_args(arguments)
     try:
-        parsed.run(parsed)
+        code: int | None = parsed.run(parsed)
     except OSError as error:
         named = error.filename is not None and error.strerror is not None
         print(f"mrg-r1: {f'{error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"mrg-r1: {error}", file=sys.stderr)
         return 2
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,6 +53,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mrg-r1 {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (prepare, labeler, scoring, runs, tables, recipes):
+    for group in (prepare, labeler, scoring, runs, tables, recipes, doctor):
         group.add_commands(commands)
     return parser

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mrg_r1.cli.arguments import described
+from mrg_r1.cli.arguments import add_output, described, positive
 
 
 def add_commands(commands: Any) -> None:
@@ -33,14 +33,21 @@ def add_commands(commands: Any) -> None:
     page = described(
         commands.add_parser,
         "page",
-        help="a run as one HTML file",
-        description="Write RUN/page/index.html: curves, the clinical table and study cards in one file without network.\n"
-        "It holds reports and radiographs: treat it as patient data.",
+        help="a run as one HTML file, to look at in a browser",
+        description="Write RUN/page/index.html: the clinical table before and after with its baselines, bars of each observation,\n"
+        "curves, and studies with their radiographs, references and reports, findings marked as agreed, missed, invented or of wrong\n"
+        "polarity; with search, filters and keys (? on the page). One file of less than 15 MB, opened from disk, that fetches nothing.\n"
+        "A run writes it when it ends; while it goes on, this command shows how far it has come. Of several runs, the first has the\n"
+        "tables and studies, all have their curves. The file holds reports and radiographs: treat it as patient data.",
         examples="""
         mrg-r1 page runs/demo
+        mrg-r1 page runs/demo runs/demo-seed1 runs/demo-seed2 -o seeds.html
+        mrg-r1 page runs/mine --watch 60
         """,
     )
-    page.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run")
+    page.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run, finished or not; then others to overlay")
+    add_output(page, "the file to write (default: RUN/page/index.html of the first run)", "FILE", required=False)
+    page.add_argument("--watch", type=positive, metavar="SECONDS", help="write it again and again until the first run has ended")
     page.set_defaults(run=_page)
 
     export = described(
@@ -79,13 +86,43 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _page(arguments: argparse.Namespace) -> None:
+    import time
+
+    print(_write_page(arguments))
+    while arguments.watch is not None and not (arguments.runs[0] / "summary.json").is_file():
+        time.sleep(arguments.watch)
+        _write_page(arguments)
+
+
+def _write_page(arguments: argparse.Namespace) -> Path:
     from mrg_r1.config import load_recipe
     from mrg_r1.data.study import read_manifest
     from mrg_r1.tracking.page import write_page
 
-    for run in arguments.runs:
-        recipe = load_recipe(run / "config.yaml")
-        print(write_page(run, read_manifest(recipe.data.manifest, split=recipe.data.test_split)))
+    run, *others = arguments.runs
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run}: no config.yaml in it; give the output_dir of a run")
+    data = load_recipe(run / "config.yaml").data
+    if not data.manifest.is_file():
+        raise ValueError(
+            f"{data.manifest}: no such file (data.manifest of {run / 'config.yaml'}); go to the folder that the run was started in"
+        )
+    studies = [study for study in read_manifest(data.manifest) if study.split in (data.test_split, data.train_split)]
+    return write_page(run, studies, others=others, references=_references(run, data.manifest), output=arguments.output)
+
+
+def _references(run: Path, manifest: Path) -> dict[str, list[int | None]]:
+    """The references' labels that the run's labeler has read, where an evaluation says which one that was."""
+    from mrg_r1.labels.observations import values_of_classes
+    from mrg_r1.reward.references import kept_reference_labels
+    from mrg_r1.tracking.page.reading import read_json
+
+    for name in ("test", "test_before"):
+        labeler = (read_json(run / "evaluation" / f"{name}.json") or {}).get("labeler")
+        if labeler is not None:
+            kept = kept_reference_labels(manifest, labeler, run / "reference_labels")
+            return {study_id: values_of_classes(classes) for study_id, classes in kept.items()}
+    return {}
 
 
 def _export(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -134,18 +134,17 @@ def truth_scores(predicted: NDArray[np.int64], drawn: Sequence[Sequence[int | No
     Raises:
         ValueError: as `clinical_scores`, or a value other than 1, 0, -1 and None.
     """
-    scores = clinical_scores(*against_truth(predicted, drawn))
+    blanked, truth = known_truth(predicted, drawn)
+    scores = clinical_scores(blanked, truth)
     return {name: scores[name] for name in ("disease_micro13", "disease_macro13")}
 
 
-def against_truth(
-    predicted: NDArray[np.int64], drawn: Sequence[Sequence[int | None]]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """[N, 14] predicted classes, blank where the truth is unknown, and the [N, 14] classes of the truth; as `truth_scores`."""
+def known_truth(predicted: NDArray[np.int64], drawn: Sequence[Sequence[int | None]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[N, 14] predicted and [N, 14] true classes, both blank where the truth is not known; arguments and errors as `truth_scores`."""
     truth = np.array([classes_of_values(row) for row in drawn], dtype=np.int64).reshape(-1, len(OBSERVATIONS))  # [N, 14]
     known = np.array([[value is not None for value in row] for row in drawn], dtype=bool).reshape(-1, len(OBSERVATIONS))
     check_classes(predicted, truth)
-    return np.where(known, predicted, BLANK), truth  # neither a true nor a false positive, and the truth is blank there already
+    return np.where(known, predicted, BLANK), truth  # there neither a true nor a false positive, and the truth is blank already
 
 
 def study_counts(predicted: NDArray[np.int64], reference: NDArray[np.int64], positive: tuple[int, ...]) -> NDArray[np.bool_]:

@@ -6,16 +6,17 @@ COCO's own evaluation. What a number is depends on how texts were cleaned before
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import inspect
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pycocoevalcap.bleu.bleu import Bleu
@@ -31,7 +32,16 @@ CLEANING_IS: dict[Cleaning, str] = {
     "r2gen-iu": "R2Gen's clean_report_iu_xray; references cut to 59 words, predictions to 60; rare words kept (R2Gen: <unk>)",
     "r2gen-mimic": "R2Gen's clean_report_mimic_cxr; references cut to 99 words, predictions to 100; rare words kept (R2Gen: <unk>)",
 }
-NAMES = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "meteor")
+TITLES = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "meteor": "METEOR",
+}
+NAMES = tuple(TITLES)
 SOURCES = {
     "bleu_1": "BLEU-1, corpus level, closest reference length, no smoothing (Papineni et al., 2002)",
     "bleu_2": "BLEU-2, as BLEU-1",
@@ -100,6 +110,40 @@ def lexical_scores(
             except (ValueError, IndexError, OSError, subprocess.SubprocessError) as error:  # the others are not lost with it
                 left_out["meteor"] = f"METEOR left out: java ended while it scored ({error}); it needs 2 GB of memory"
     return Lexical({name: scores[name] for name in NAMES if name in scores}, left_out)
+
+
+def described_scores(
+    predicted: Mapping[str, str],
+    reference: Mapping[str, str],
+    cleaning: Cleaning,
+    *,
+    shown: Callable[[Sequence[str]], Iterable[str]] = iter,
+) -> dict[str, Any]:
+    """`lexical_scores` of texts as they were written, with everything that makes the numbers comparable: what a score card holds.
+
+    Args:
+        predicted, reference: study id -> text, the same studies in the same order.
+        cleaning: of both sides, before anything is scored.
+        shown: as for `lexical_scores`.
+
+    Returns:
+        JSON values: the cleaning's name and words, scores with what they are, what was left out and why, the scorer's version, the number
+        of empty reports (which count), and a hash of the cleaned references.
+    """
+    said = [clean(text, cleaning, reference=False) for text in predicted.values()]
+    true = [clean(text, cleaning, reference=True) for text in reference.values()]
+    result = lexical_scores(said, true, shown=shown)
+    texts = "".join(f"{study} {text}\n" for study, text in zip(reference, true, strict=True))
+    return {
+        "cleaning": cleaning,
+        "cleaning_is": CLEANING_IS[cleaning],
+        "scores": result.scores,
+        "scores_are": {name: SOURCES[name] for name in result.scores},
+        "left_out": result.left_out,
+        "package": package(),
+        "empty_predictions": sum(not text for text in said),
+        "references_sha256": hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest(),
+    }
 
 
 def clean(text: str, cleaning: Cleaning, *, reference: bool) -> str:

@@ -22,6 +22,11 @@ _CPU_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for
 _CUDA_TYPES = (torch.bfloat16, torch.float16)
 
 
+def has_cpu_kernels() -> bool:
+    """Whether this torch has flash attention for CPUs, forward and backward."""
+    return _CPU_FORWARD is not None and _CPU_BACKWARD is not None
+
+
 @dataclass(frozen=True)
 class Runs:
     """Consecutive sequences on a packed axis; a run may be empty."""

@@ -18,7 +18,7 @@ from mrg_r1.types import Completions, Prompts, VisionFeatures
 if TYPE_CHECKING:
     from mrg_r1.policy.load import Policy
 
-_CHUNK_ELEMENTS = 2**26  # logits held at a time, 256 MiB in float32: 441 tokens of a vocabulary of 152,064
+CHUNK_ELEMENTS = 2**26  # logits held at a time, 256 MiB in float32: 441 tokens of a vocabulary of 152,064
 
 
 def score_completions(
@@ -105,7 +105,7 @@ class _TokenLogp(torch.autograd.Function):
         logp = torch.empty(len(ids), device=hidden.device)
         entropy = torch.empty(len(ids), device=hidden.device)
         jacobian = torch.empty_like(hidden) if gradient else None
-        for part in torch.arange(len(ids)).split(max(1, _CHUNK_ELEMENTS // len(head))):
+        for part in torch.arange(len(ids)).split(max(1, CHUNK_ELEMENTS // len(head))):
             chunk = slice(int(part[0]), int(part[-1]) + 1)
             log_probs = policy.next_token_logits(hidden[chunk]).log_softmax(dim=-1)
             logp[chunk] = log_probs.gather(1, ids[chunk].unsqueeze(1)).squeeze(1)

@@ -41,13 +41,14 @@ class ServiceRewards:
         directory: the supervisor's.
         keeper: process id of the rank that has the supervisor.
         timeout: seconds after which a service that is still at work on one batch is taken for stuck.
+        name: what it is called in messages.
 
     Raises:
         RewardServiceError: the service is gone for good.
     """
 
-    def __init__(self, directory: Path, *, keeper: int, timeout: float) -> None:
-        self.directory, self.keeper, self.timeout = directory, keeper, timeout
+    def __init__(self, directory: Path, *, keeper: int, timeout: float, name: str = "reward service") -> None:
+        self.directory, self.keeper, self.timeout, self.name = directory, keeper, timeout, name
         self._key = bytes.fromhex((directory / "key").read_text(encoding="utf-8"))
         self._state = ServiceState(generation=0, status="starting", pid=0)
         self._unanswered: dict[str, bytes] = {}  # id -> request, in order
@@ -158,7 +159,7 @@ class ServiceRewards:
         if self._unanswered.pop(message["id"], None) is not None:  # else an answer that was thought to be lost
             self._answers[message["id"]] = message
             for note in message["notes"]:
-                print(f"reward service: {note}", file=sys.stderr, flush=True)
+                print(f"{self.name}: {note}", file=sys.stderr, flush=True)
             self._health = replace(
                 self._health,
                 busy=self._health.busy + message["busy"],
@@ -209,7 +210,7 @@ class ServiceRewards:
         self._asked_at = None
         while True:
             if not (self.directory / "state.json").is_file() or not _alive(self.keeper):
-                raise RewardServiceError(f"the rank that keeps this node's reward service (process {self.keeper}) has ended")
+                raise RewardServiceError(f"the rank that keeps this node's {self.name} (process {self.keeper}) has ended")
             state = ServiceState.read(self.directory)
             if state.status == "failed":
                 raise RewardServiceError(str(state.cause))

@@ -63,6 +63,16 @@ def reference_labels(
     return {study.id: known[study.id] for study in studies}
 
 
+def kept_reference_labels(manifest: Path, labeler: Mapping[str, str], fallback: Path) -> dict[str, list[int]]:
+    """id -> 14 classes, as far as `reference_labels` has kept them; nothing is read anew.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    path = _cache_file(manifest, labeler, fallback)
+    return read_labels_csv(path) if path.is_file() else {}
+
+
 def _cache_file(manifest: Path, labeler: Mapping[str, str], fallback: Path) -> Path:
     with open(manifest, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")

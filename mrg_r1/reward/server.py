@@ -225,8 +225,9 @@ def _load(settings: dict[str, Any]) -> tuple[Labeler, RewardStage]:
         device = "cuda:0"  # the only one that this process sees
         if not torch.cuda.is_available() or torch.cuda.device_count() != 1:
             raise ValueError(
-                f"reward.device {settings['device']}: this node has no such GPU (CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} "
-                f"shows {torch.cuda.device_count()}); `nvidia-smi -L` lists numbers and UUIDs, reward.device=cpu needs none"
+                f"{settings['device_field']} {settings['device']}: this node has no such GPU "
+                f"(CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} shows {torch.cuda.device_count()}); `nvidia-smi -L` lists "
+                f"numbers and UUIDs, {settings['device_field']}=cpu needs none"
             )
     labeler = Labeler.load(settings["labeler"], tokenizer=settings["tokenizer"], device=device, dtype=_DTYPES[settings["dtype"]])
     labeler.label(["No acute cardiopulmonary abnormality."])  # kernels and memory, before a run depends on them

@@ -41,6 +41,8 @@ class ServiceSettings:
         dtype: float32, bfloat16 or float16.
         stage: the keyword arguments of `RewardStage`.
         threads: of the labeler on a CPU.
+        name: what it is called in messages.
+        device_field: the recipe's field that names the device.
     """
 
     labeler: str
@@ -49,6 +51,8 @@ class ServiceSettings:
     dtype: str
     stage: Mapping[str, Any]
     threads: int
+    name: str = "reward service"
+    device_field: str = "reward.device"
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class Supervisor:
         self._generation = 0
         self._lock = threading.Lock()
         self._process = self._start()
-        self._watcher = threading.Thread(target=self._watch, name="reward service watcher", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name=f"{self.settings.name} watcher", daemon=True)
         self._watcher.start()
 
     def wait(self) -> None:
@@ -206,10 +210,10 @@ class Supervisor:
                 cause = said["error"] if "error" in said else self._cause(code, ready="ready" in said)
                 # a labeler that cannot be loaded at first is bad input; later it could be, so that another start may help
                 if ("ready" not in said and self._generation == 1) or code == RANK_DIED or self._generation > RESTARTS:
-                    again = f"the reward service has died {self._generation} times; the last time: " if self._generation > 1 else ""
+                    again = f"the {self.settings.name} has died {self._generation} times; the last time: " if self._generation > 1 else ""
                     self._write("failed", process.pid, cause=again + cause)
                     return
-                print(f"the reward service is started again ({self._generation} of {RESTARTS}): {cause}", file=sys.stderr, flush=True)
+                print(f"the {self.settings.name} is started again ({self._generation} of {RESTARTS}): {cause}", file=sys.stderr, flush=True)
                 self._process = self._start()
 
     def _cause(self, code: int, *, ready: bool) -> str:

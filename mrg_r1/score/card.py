@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,10 +15,10 @@ from numpy.typing import NDArray
 from mrg_r1 import __version__
 from mrg_r1.data.progress import progress
 from mrg_r1.files import write_text_atomically
-from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import LEVEL, SAMPLES, bootstrap_intervals
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, per_observation, support
+from mrg_r1.metrics.identity import digits, ids_hash, labels_hash
 from mrg_r1.score.reading import Side, read_side, require_same_studies
 
 FORMAT = "mrg-r1 score card 1"
@@ -85,7 +84,7 @@ def score_files(
         "bootstrap": {"samples": samples, "seed": seed, "level": LEVEL, "method": "percentile, studies drawn with replacement"},
         **_clinical(said, true, of_training, samples, seed),
         **_lexical(of_predicted, of_reference, ids, cleaning),
-        "predictions": {"ids": ids, "predicted": _digits(said), "reference": _digits(true)},
+        "predictions": {"ids": ids, "predicted": digits(said), "reference": digits(true)},
     }
 
 
@@ -94,29 +93,6 @@ def write_card(path: Path, card: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     short = json.dumps({name: value for name, value in card.items() if name != "predictions"}, indent=2)
     write_text_atomically(path, f'{short[:-2]},\n  "predictions": {json.dumps(card["predictions"])}\n}}\n')
-
-
-def ids_hash(ids: Sequence[str]) -> str:
-    """SHA-256 of the ids, sorted by code point, each ended by a line feed: `LC_ALL=C sort ids.txt | sha256sum`."""
-    return hashlib.sha256("".join(f"{study}\n" for study in sorted(ids)).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def labels_hash(ids: Sequence[str], classes: NDArray[np.int64]) -> str:
-    """SHA-256 of lines `ID CLASSES`, the [N, 14] classes as digits, ids sorted by code point."""
-    lines = sorted(zip(ids, _digits(classes).split(" "), strict=True))
-    return hashlib.sha256("".join(f"{study} {row}\n" for study, row in lines).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def classes_of_digits(digits: str) -> NDArray[np.int64]:
-    """[N, 14] classes of N words of 14 digits, as a card has them.
-
-    Raises:
-        ValueError: a word of other characters or of another length.
-    """
-    words = digits.split(" ")
-    if wrong := next((word for word in words if len(word) != len(OBSERVATIONS) or not set(word) <= set("0123")), None):
-        raise ValueError(f"{wrong!r} is not {len(OBSERVATIONS)} classes from 0 to 3")
-    return np.array([list(word) for word in words]).astype(np.int64)
 
 
 def _with_both_sides(path: Path) -> Path:
@@ -147,11 +123,6 @@ def _labelled(side: Side, labeler: LoadLabeler | None, labels_by: str | None) ->
 def _classes(side: Side, ids: Sequence[str]) -> NDArray[np.int64]:
     assert side.classes is not None
     return np.array([side.classes[study] for study in ids], dtype=np.int64)
-
-
-def _digits(classes: NDArray[np.int64]) -> str:
-    text = (classes + ord("0")).astype(np.uint8).tobytes().decode("ascii")
-    return " ".join(text[start : start + len(OBSERVATIONS)] for start in range(0, len(text), len(OBSERVATIONS)))
 
 
 def _clinical(
@@ -194,20 +165,8 @@ def _lexical(predicted: Side, reference: Side, ids: Sequence[str], cleaning: str
     named = next((name for name in lexical.CLEANINGS if name == cleaning), None)
     if named is None:
         raise ValueError(f"cleaning {cleaning!r}; there are {', '.join(lexical.CLEANINGS)}")
-    said = [lexical.clean(predicted.texts[study], named, reference=False) for study in ids]
-    true = [lexical.clean(reference.texts[study], named, reference=True) for study in ids]
-    result = lexical.lexical_scores(said, true, shown=lambda names: progress(names, "lexical metrics", len(names)))
-    texts = "".join(f"{study} {text}\n" for study, text in zip(ids, true, strict=True))
+    said, true = ({study: side.texts[study] for study in ids} for side in (predicted, reference) if side.texts is not None)
     return {
-        "lexical": {
-            "cleaning": named,
-            "cleaning_is": lexical.CLEANING_IS[named],
-            "scores": result.scores,
-            "scores_are": {name: lexical.SOURCES[name] for name in result.scores},
-            "left_out": result.left_out,
-            "package": lexical.package(),
-            "empty_predictions": sum(not text for text in said),
-            "references_sha256": hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest(),
-        },
+        "lexical": lexical.described_scores(said, true, named, shown=lambda names: progress(names, "lexical metrics", len(names))),
         "lexical_reason": None,
     }

@@ -19,7 +19,7 @@ from scipy.stats import t as student
 
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
 from mrg_r1.metrics.bootstrap import paired_differences
-from mrg_r1.metrics.clinical import DEFINITIONS, against_truth, clinical_scores, per_observation
+from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, known_truth, per_observation
 from mrg_r1.tables.plan import Plan, RowRun, TableError
 
 Classes = NDArray[np.int64]
@@ -169,7 +169,7 @@ def _read(run: RowRun, name: str) -> _Read:
     predicted = _classes(predictions, "labels")
     classes = {"labeler": (predicted, _classes(predictions, "reference_labels"))}
     if all(row["drawn"] is not None for row in predictions):
-        classes["truth"] = against_truth(predicted, [row["drawn"] for row in predictions])
+        classes["truth"] = known_truth(predicted, [row["drawn"] for row in predictions])
     if all(row.get("judge_labels") is not None for row in predictions):
         classes["judge"] = (_classes(predictions, "judge_labels"), _classes(predictions, "judge_reference_labels"))
     steps = [json.loads(line) for line in log.splitlines()] if name == "test" else []

@@ -22,6 +22,8 @@ from mrg_r1.config import Recipe, RecipeError, load_recipe
 Task = Literal["grpo", "sft"]
 SCRIPTS: dict[Task, str] = {"grpo": "launch/train.py", "sft": "launch/sft.py"}
 _RUN_OF = re.compile(r"\{run:([^{}]+)\}")
+# What changes nothing of what a run learns or of the reports that it leaves; lexical metrics are computed by the table itself
+_BESIDE: Any = {"output_dir": True, "tracking": True, "resume": True, "evaluation": {"lexical"}}
 _NAME = re.compile(r"\{([a-z_]+)\}")
 
 
@@ -241,7 +243,7 @@ def _check_made_with(folder: Path, recipe: Recipe) -> None:
     path = folder / "config.yaml"
     if not path.is_file():
         return
-    theirs, ours = (_flat(one.model_dump(mode="json", exclude={"output_dir", "tracking", "resume"})) for one in (load_recipe(path), recipe))
+    theirs, ours = (_flat(one.model_dump(mode="json", exclude=_BESIDE)) for one in (load_recipe(path), recipe))
     for key, value in ours.items():
         if theirs.get(key) != value and key != "sft.max_cpu_seconds":  # which the scheduler adds
             raise TableError(
@@ -259,6 +261,6 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _fingerprint(recipe: Recipe, task: Task, timed: Path | None) -> str:
     # without defaults, so that a field which a later version adds leaves the name as it was
-    content = recipe.model_dump(mode="json", exclude={"output_dir", "tracking", "resume"}, exclude_defaults=True)
+    content = recipe.model_dump(mode="json", exclude=_BESIDE, exclude_defaults=True)
     text = json.dumps([task, content, None if timed is None else timed.name], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

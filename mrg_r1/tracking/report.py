@@ -63,7 +63,7 @@ def _before_after(run: Path, summary: dict[str, Any], control: dict[str, Any] | 
         before = (summary["before"] or {}).get(key)
         cells = [_number(before), _number(after), _change(before, after)]
         if control:
-            cells += [_number(control["after"][key]), _change(before, control["after"][key])]
+            cells += [_number(control["after"].get(key)), _change(before, control["after"].get(key))]
         table.add_row(key, *cells)
     return table
 
@@ -75,14 +75,19 @@ def _gains(summaries: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any
     if controls:
         table.add_column("control: further SFT", justify="right")
     for key in summaries[0]["after"]:
-        cells = [_spread([summary["after"][key] - summary["before"][key] for summary in summaries])]
+        cells = [_spread([(summary["before"].get(key), summary["after"].get(key)) for summary in summaries])]
         if controls:
-            cells.append(_spread([one["after"][key] - summary["before"][key] for one, summary in zip(controls, summaries, strict=True)]))
+            pairs = zip(summaries, controls, strict=True)
+            cells.append(_spread([(summary["before"].get(key), one["after"].get(key)) for summary, one in pairs]))
         table.add_row(key, *cells)
     return table
 
 
-def _spread(values: list[float]) -> str:
+def _spread(pairs: Sequence[tuple[float | None, float | None]]) -> str:
+    """The changes' mean and range; `-` where a run has no such number (no judge, no drawn truth)."""
+    values = [after - before for before, after in pairs if before is not None and after is not None]
+    if len(values) < len(pairs):
+        return "-"
     return f"{statistics.mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
 
 

@@ -224,7 +224,7 @@ def test_chunked_log_softmax_equals_the_whole_one(tiny_policy_directory, monkeyp
     weights = torch.randn(10, generator=torch.Generator().manual_seed(2))
     whole = policy.next_token_logits(hidden).log_softmax(-1).gather(1, ids[:, None])[:, 0]
     (wanted,) = torch.autograd.grad((whole * weights).sum(), hidden)
-    monkeypatch.setattr(scoring, "_CHUNK_ELEMENTS", 3 * len(policy.banned))
+    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 3 * len(policy.banned))
     logp, _ = scoring.token_logp(policy, hidden, ids)
     (found,) = torch.autograd.grad((logp * weights).sum(), hidden)
     torch.testing.assert_close(logp, whole, atol=1e-6, rtol=0)

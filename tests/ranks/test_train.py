@@ -42,7 +42,7 @@ def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_
     assert summary["world_size"] == 2 and summary["zero_stage"] == 2 and summary["status"] == "complete"
     for side in ("before", "after"):
         keys = {"disease_micro13", "disease_macro13", "disease_micro13_truth", "disease_macro13_truth", "mean_reward", "format_rate"}
-        assert keys | {"distinct_share"} == summary[side].keys()
+        assert keys | {"distinct_share", "judge_disease_micro13", "hacking_gap"} == summary[side].keys()
 
 
 def test_members_of_a_group_stand_together_with_their_terms(pool, world, tmp_path):

@@ -1,0 +1,176 @@
+"""What a recipe needs of this machine: each check one finding, none stops the others, no policy is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from mrg_r1.config import Recipe, RecipeError, check_checkpoint_directory, check_numbers
+from mrg_r1.data.images import image_problem
+from mrg_r1.doctor.finding import Finding, examined
+from mrg_r1.doctor.fitting import Place, memory_findings
+from mrg_r1.doctor.inputs import check_disk, check_output, check_stage, most_images, read_splits
+from mrg_r1.doctor.labeler import check_labeler, device_of_labeler
+from mrg_r1.doctor.machine import Device, cuda_devices, package_findings
+from mrg_r1.doctor.memory import Task
+from mrg_r1.doctor.shape import PolicyShape
+from mrg_r1.engine.config import read_config
+from mrg_r1.engine.ranks import Ranks
+from mrg_r1.policy.checkpoint_files import read_layout
+from mrg_r1.types import Study
+
+_IMAGE_TOKEN = "<|image_pad|>"
+_IMAGES = 8  # of each split that `mrg-r1 doctor` opens; a launch opens all (data.check_images)
+
+
+def task_of(recipe: Recipe) -> Task:
+    """What a recipe is for, where nobody says: SFT where it has a section `sft` and none `grpo`."""
+    return "sft" if "sft" in recipe.model_fields_set and "grpo" not in recipe.model_fields_set else "grpo"
+
+
+def recipe_findings(recipe: Recipe, *, task: Task, world_size: int, devices: list[Device]) -> list[Finding]:
+    """Everything that `mrg-r1 doctor RECIPE` looks at besides the machine."""
+    splits: dict[str, list[Study]] = {}
+
+    def numbers() -> str:
+        check_numbers(recipe, world_size=world_size, task=task)
+        batch = recipe.grpo.studies_per_step if task == "grpo" else recipe.sft.batch_size
+        return f"{task}, {recipe.steps} steps of {batch} studies over {world_size} rank(s)"
+
+    def data() -> str:
+        found, _ = read_splits(recipe)
+        splits.update(found)
+        names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
+        return f"{recipe.data.manifest}: " + ", ".join(f"{len(part)} studies in {names[name]!r}" for name, part in found.items())
+
+    findings = [examined("recipe", numbers), examined("deepspeed", lambda: _deepspeed(recipe, task)), examined("data", data)]
+    if splits:
+        findings.append(examined("images", lambda: _first_images(splits)))
+    place = Place(world_size, min(world_size, len(devices)) if devices else world_size, devices, len(devices))
+    images = most_images([study for part in splits.values() for study in part])
+    findings += static_findings(recipe, task=task, place=place, images=images)
+    findings += [examined("output_dir", lambda: f"{recipe.output_dir} can be written ({check_output(recipe)} is there)")]
+    if findings[-1].state == "ok":
+        findings.append(examined("disk", lambda: check_disk(recipe, check_output(recipe))))
+    return [*findings, wandb_finding(recipe)]
+
+
+def launch_findings(recipe: Recipe, *, task: Task, ranks: Ranks, studies: dict[str, list[Study]]) -> list[Finding]:
+    """What a launch looks at besides its own checks, on its first rank: packages, the policy's and the labeler's files, memory."""
+    # its own device only: a look at another one would take memory there
+    devices = cuda_devices([ranks.device.index]) if ranks.device.type == "cuda" else []
+    place = Place(world_size=ranks.world_size, here=ranks.node.size, devices=devices, gpus=torch.cuda.device_count())
+    images = most_images([study for part in studies.values() for study in part])
+    return [*package_findings(), *static_findings(recipe, task=task, place=place, images=images), wandb_finding(recipe)]
+
+
+def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) -> list[Finding]:
+    """Policy, labeler and memory: also what a launch looks at before it loads the policy.
+
+    Args:
+        images: of the study that has most.
+    """
+    findings = [examined("policy", lambda: _policy(recipe)), examined("tokenizer", lambda: _tokenizer(recipe))]
+    if recipe.phases != "update":
+        reward = recipe.reward
+        findings += [examined("labeler", lambda: check_labeler(reward.labeler, reward.tokenizer)), device_of_labeler(recipe, place.gpus)]
+    if findings[0].state == "ok" and recipe.engine.deepspeed.is_file():
+        findings += memory_findings(recipe, task=task, place=place, images=images)
+    return findings
+
+
+def _deepspeed(recipe: Recipe, task: Task) -> str:
+    path = recipe.engine.deepspeed
+    if not path.is_file():
+        raise RecipeError(f"engine.deepspeed {path}: no such file; ds_configs/ has zero1.json to zero3.json")
+    stage = read_config(path)["zero_optimization"]["stage"]
+    check_stage(recipe, stage=stage, task=task)
+    return f"{path}: ZeRO stage {stage}"
+
+
+def _first_images(splits: dict[str, list[Study]]) -> str:
+    count, problems = 0, []
+    for studies in splits.values():
+        for path, name in [(image.path, study.id) for study in studies[:_IMAGES] for image in study.images][:_IMAGES]:
+            count += 1
+            problem = image_problem(path, name)
+            if problem is not None:
+                problems.append(problem)
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return f"the first {count} open"
+
+
+def _policy(recipe: Recipe) -> str:
+    path = recipe.policy.path
+    check_checkpoint_directory(path)
+    shape, tensors = PolicyShape.of_directory(path), [tensor for file in read_layout(path).values() for tensor in file]
+    elements = sum(_elements(tensor.shape) for tensor in tensors)
+    if recipe.policy.adapter is not None and not (recipe.policy.adapter / "adapter_config.json").is_file():
+        raise RecipeError(f"policy.adapter {recipe.policy.adapter}: no adapter_config.json there; give the adapter/ folder of a run")
+    spare = shape.vocabulary * shape.hidden if shape.tied else 0  # a tied head may be stored twice
+    if not shape.parameters <= elements <= shape.parameters + spare:
+        raise RecipeError(
+            f"policy.path {path}: its safetensors hold {elements:,} numbers, config.json describes {shape.parameters:,}; "
+            "the download is incomplete or of two checkpoints, fetch it again"
+        )
+    return f"{path}: {elements / 1e9:.3f} billion parameters in {len({tensor.file for tensor in tensors})} file(s), whole"
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _tokenizer(recipe: Recipe) -> str:
+    from mrg_r1.policy.load import load_image_processor, load_tokenizer
+
+    path = recipe.policy.path
+    try:
+        words = load_tokenizer(path)
+        image = json.loads((path / "config.json").read_text(encoding="utf-8")).get("image_token_id")
+        if words.convert_tokens_to_ids(_IMAGE_TOKEN) != image:  # transformers makes an empty tokenizer where there are no files
+            raise ValueError(f"its {_IMAGE_TOKEN} is not token {image}, as config.json says")
+        load_image_processor(path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
+    except (ValueError, OSError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise RecipeError(f"policy.path {path}: no tokenizer and image processor that can be loaded ({first}); fetch it again") from error
+    return f"{len(words)} entries, chat template and image processor there"
+
+
+def wandb_finding(recipe: Recipe) -> Finding:
+    """Whether wandb can do what it is asked."""
+    mode = recipe.tracking.wandb
+    if mode == "off":
+        return Finding("wandb", "ok", "off")
+    version = wandb_version()
+    if version is None:
+        text = f"tracking.wandb {mode}: wandb is not installed, numbers go to metrics.jsonl only"
+        return Finding("wandb", "warning", text, "pip install 'mrg-r1[wandb]', or tracking.wandb=off")
+    text = f"{mode}, version {version}"
+    if mode == "online" and not _has_key():
+        return Finding("wandb", "failure", f"{text}: no key for the service", "wandb login, WANDB_API_KEY, or tracking.wandb=offline")
+    return Finding("wandb", "ok", text)
+
+
+def wandb_version() -> str | None:
+    """None where it is not installed. It is not imported: that takes a second, and is tracking's alone."""
+    try:
+        return metadata.version("wandb")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _has_key() -> bool:
+    """Whether wandb would find a key: in the environment, or an entry of its host in netrc. The key itself is not read."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").removeprefix("https://").split("/")[0]
+    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return file.is_file() and f"machine {host}" in file.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,106 @@
+"""What a recipe points at, as a launch and `mrg-r1 doctor` both check it: splits, the ZeRO stage, the disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from mrg_r1.config import Recipe, RecipeError
+from mrg_r1.data.context import with_prior_reports
+from mrg_r1.data.study import read_manifest
+from mrg_r1.types import Study
+
+_NEEDED_BYTES = 64 * 1024**2  # logs, completions and pages; checkpoints are added
+
+
+def read_splits(recipe: Recipe) -> tuple[dict[str, list[Study]], list[str]]:
+    """The recipe's studies by part (train, val, test), and the parts that it cannot do without. No image is opened.
+
+    Raises:
+        RecipeError: a part that is needed has no study; a prior report that is not there.
+        ManifestError, OSError: the manifest cannot be read.
+    """
+    names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
+    everything = read_manifest(recipe.data.manifest)
+    if "prior_report" in recipe.data.context:
+        try:
+            everything = with_prior_reports(everything)
+        except ValueError as error:
+            raise RecipeError(f"{recipe.data.manifest}: {error}") from error
+    studies = {part: [study for study in everything if study.split == name] for part, name in names.items()}
+    needed = ["train"] + (["val"] if recipe.evaluation.every or recipe.sft.stop_at else []) + (["test"] if recipe.evaluation.test else [])
+    if recipe.phases != "all":  # nothing is validated or evaluated
+        needed, studies = ["train"], {"train": studies["train"], "val": [], "test": []}
+    for part in needed:
+        if not studies[part]:
+            found = sorted({study.split for study in everything})
+            raise RecipeError(f"data.{part}_split {names[part]!r}: {recipe.data.manifest} has no study of that split; it has {found}")
+    return studies, needed
+
+
+def check_stage(recipe: Recipe, *, stage: int, task: str) -> None:
+    """Refuse what cannot be done over partitioned weights.
+
+    Raises:
+        RecipeError: ZeRO-3 with a switch that wants whole weights.
+    """
+    if stage != 3:
+        return
+    if task == "sft" and recipe.sft.trainable == "all":
+        raise RecipeError(
+            f"sft.trainable all with {recipe.engine.deepspeed} (stage 3): only LoRA is trained over partitioned weights; "
+            "set sft.trainable=lora, or engine.deepspeed=ds_configs/zero2.json"
+        )
+    if recipe.rollout.reuse_prefill:
+        raise RecipeError(
+            f"rollout.reuse_prefill with {recipe.engine.deepspeed} (stage 3): the prefill's graph would hold the weights of every layer; "
+            "set it to false, or engine.deepspeed=ds_configs/zero2.json"
+        )
+
+
+def check_disk(recipe: Recipe, folder: Path) -> str:
+    """Refuse a disk that cannot hold the run's checkpoints.
+
+    Args:
+        folder: on that disk; it exists.
+
+    Returns:
+        What is free and what is needed, in words.
+
+    Raises:
+        RecipeError: too little is free.
+    """
+    free = shutil.disk_usage(folder).free
+    weights = sum(path.stat().st_size for path in recipe.policy.path.glob("*.safetensors"))
+    # LoRA is small beside the weights it adapts; all parameters mean live, master and two moments, twice while one is replaced
+    needed = _NEEDED_BYTES + (weights * 8 * (recipe.checkpoint.keep + 1) if recipe.sft.trainable == "all" else weights // 2)
+    if free < needed:
+        raise RecipeError(
+            f"output_dir {recipe.output_dir}: {free / 1e9:.2f} GB free on that disk, about {needed / 1e9:.2f} GB needed for "
+            "checkpoints; free some, lower checkpoint.keep or set another output_dir"
+        )
+    return f"{free / 1e9:.1f} GB free, about {needed / 1e9:.2f} GB needed for checkpoints"
+
+
+def check_output(recipe: Recipe) -> Path:
+    """Refuse an output_dir that could not be made or written; nothing is left there.
+
+    Returns:
+        The folder itself or, where it is not there yet, the nearest one above it that is.
+
+    Raises:
+        RecipeError: a file stands in its place or in its way, or this user may not write there.
+    """
+    there = next(folder for folder in (recipe.output_dir, *recipe.output_dir.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise RecipeError(f"output_dir {recipe.output_dir}: {there} is a file; set another output_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"output_dir {recipe.output_dir}: {there} is not writable for this user; set another output_dir")
+    return there
+
+
+def most_images(studies: Sequence[Study]) -> int:
+    """Images of the study that has most."""
+    return max((len(study.images) for study in studies), default=1)

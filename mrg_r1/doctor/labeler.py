@@ -1,0 +1,72 @@
+"""A recipe's labeler: whether its files fit its network, what they weigh, and where it will run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from mrg_r1.config import Recipe, RecipeError
+from mrg_r1.doctor.finding import Finding
+from mrg_r1.labels import loading
+from mrg_r1.labels.chexbert import CheXbert
+from mrg_r1.labels.tokenizer import PUBLISHED_VOCABULARY, read_tokenizer, require_uncased
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def check_labeler(path: Path, tokenizer: str | None) -> str:
+    """Refuse a labeler whose tensors are not, by name and shape, those of its network, or whose tokenizer cannot be had.
+
+    Raises:
+        ValueError, OSError: names the file, what is wrong and the remedy.
+    """
+    if path.is_dir():
+        config, state = loading.read_directory(path)
+        words = read_tokenizer(tokenizer if tokenizer is not None else str(path))
+    elif path.is_file():
+        config, state = loading.read_checkpoint(path)
+        words = read_tokenizer(tokenizer or PUBLISHED_VOCABULARY)
+        require_uncased(words, config.vocab_size, tokenizer or PUBLISHED_VOCABULARY)
+    else:
+        raise RecipeError(f"reward.labeler {path}: no such file or directory; `mrg-r1 labeler train` makes one (docs/labelers.md)")
+    with torch.device("meta"):
+        expected = CheXbert(config).state_dict()
+    loading.require_fit(expected, state, path)
+    return f"{path}: {sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} million parameters, {words.get_vocab_size()} words"
+
+
+def labeler_bytes(recipe: Recipe) -> int:
+    """Of the labeler's weights in its dtype; files hold float32."""
+    path = recipe.reward.labeler
+    file = path / loading.WEIGHTS if path.is_dir() else path
+    return file.stat().st_size // 4 * _BYTES[recipe.reward.dtype] if file.is_file() and recipe.phases != "update" else 0
+
+
+def shared_device(recipe: Recipe) -> int | None:
+    """The index at which this process sees the labeler's GPU; None: on none of them, or its number is not to be told."""
+    name = recipe.reward.device
+    if not name.startswith("cuda:"):
+        return None
+    physical, visible = name.removeprefix("cuda:"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return int(physical)
+    seen = [part.strip() for part in visible.split(",")]
+    return seen.index(physical) if physical in seen else None
+
+
+def device_of_labeler(recipe: Recipe, gpus: int) -> Finding:
+    """Whether reward.device is there."""
+    device = recipe.reward.device
+    if device == "cpu":
+        slow = gpus > 0
+        text = "cpu: with a BERT-base and a policy on GPUs, steps may wait for rewards (time/reward_exposed)" if slow else "cpu"
+        return Finding("labeler's device", "ok", text)
+    if not gpus:
+        return Finding("labeler's device", "failure", f"reward.device {device}: this machine shows no GPU", "set reward.device=cpu")
+    index = shared_device(recipe)
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is None and index is not None and index >= gpus:
+        text = f"reward.device {device}: this machine has {gpus} GPU(s), numbered from 0"
+        return Finding("labeler's device", "failure", text, "name one of them, or cpu")
+    return Finding("labeler's device", "ok", f"{device}, a physical number" if device.startswith("cuda:") else device)

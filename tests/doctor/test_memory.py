@@ -1,0 +1,152 @@
+"""The memory formula: counts against a published checkpoint's and modules' own, growth in each number, real peaks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mrg_r1.doctor.memory import Workload, predict, resting_parts
+from mrg_r1.doctor.shape import PolicyShape
+from mrg_r1.policy.adapters import add_lora
+from mrg_r1.policy.load import Policy
+
+FACTOR = 1.25  # within which the formula must lie of a measured peak, both ways
+# Qwen2.5-VL-7B as published: the sizes of its config.json
+SEVEN_B: dict[str, Any] = {
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+    "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "num_heads": 16},
+}
+STEP = Workload(
+    task="grpo",
+    bytes=2,
+    stage=2,
+    world_size=1,
+    lora_rank=32,
+    studies=8,
+    group_size=8,
+    prompt_tokens=800,
+    image_tokens=668,
+    new_tokens=512,
+    cache_tokens=262_144,
+    micro_batch_tokens=8192,
+    recompute=False,
+    reuse_prefill=False,
+    evaluated=16,
+    device="cuda",
+)
+
+
+def total(work: Workload, phase: str) -> int:
+    return sum(predict(PolicyShape.of_config(SEVEN_B), work).phases[phase].values())
+
+
+def test_the_published_7b_has_the_bytes_of_its_index() -> None:
+    assert 2 * PolicyShape.of_config(SEVEN_B).parameters == 16_584_333_312  # total_size of its model.safetensors.index.json
+
+
+def test_a_policy_and_its_lora_are_counted_as_their_modules_have_them(policy: Policy, tiny_policy_directory: Path) -> None:
+    shape = PolicyShape.of_directory(tiny_policy_directory)
+    assert shape.parameters == sum(parameter.numel() for parameter in policy.parameters())
+    assert shape.vision.parameters == sum(parameter.numel() for parameter in policy.base.model.visual.parameters())
+    add_lora(policy, rank=4, alpha=8, seed=0)
+    trained = [parameter.numel() for parameter in policy.parameters() if parameter.requires_grad]
+    assert shape.lora_parameters(4) == sum(trained)
+
+
+def test_a_7b_token_is_what_it_is_by_hand() -> None:
+    shape = PolicyShape.of_config(SEVEN_B)
+    assert 2 * shape.cache_values == 57_344  # 28 layers, 4 heads of 128, keys and values, two bytes each
+    assert shape.lora_parameters(1) == 28 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+
+
+def test_a_rollout_by_hand() -> None:
+    parts = predict(PolicyShape.of_config(SEVEN_B), STEP).phases["rollout"]
+    matrices = 28 * (3584 * (28 + 2 * 4) * 128 + 3584 * 3584 + 3 * 3584 * 18944)
+    assert parts["merged decoder"] == 2 * matrices  # once beside the policy's own, in bfloat16
+    assert parts["prompts' keys and values"] == 8 * 800 * 57_344 and parts["completions' keys and values"] == 64 * 512 * 57_344
+    few = predict(PolicyShape.of_config(SEVEN_B), replace(STEP, cache_tokens=2 * (800 + 8 * 512))).phases["rollout"]
+    assert few["completions' keys and values"] == 2 * 8 * 512 * 57_344  # two studies at a time
+    on_cpu = predict(PolicyShape.of_config(SEVEN_B), replace(STEP, bytes=4, device="cpu")).phases["rollout"]
+    assert on_cpu["merged decoder"] == 2 * 4 * matrices  # and once more in oneDNN's layout
+
+
+def test_an_update_by_hand() -> None:
+    parts = predict(PolicyShape.of_config(SEVEN_B), STEP).phases["update"]
+    token = 28 * (2 * (4 * 3584 + 36 * 128 + 28 * 128 + 3 * 18944 + 7 * 32) + 8)  # a token's kept numbers, and two scales a layer
+    assert parts["completions' activations"] == 8 * 512 * token  # a study and its group fit into 8,192 tokens, a second study does not
+    again = predict(PolicyShape.of_config(SEVEN_B), replace(STEP, recompute=True)).phases["update"]
+    assert again["completions' activations"] == 8 * 512 * 28 * 3584 * 2  # each layer's input alone
+
+
+def test_a_config_without_a_number_says_which() -> None:
+    with pytest.raises(ValueError, match="no num_hidden_layers"):
+        PolicyShape.of_config({key: value for key, value in SEVEN_B.items() if key != "num_hidden_layers"})
+
+
+@pytest.mark.parametrize(
+    ("change", "phase"),
+    [
+        ({"new_tokens": 1024}, "rollout"),
+        ({"group_size": 16}, "rollout"),
+        ({"reuse_prefill": True}, "rollout"),
+        ({"reuse_prefill": True}, "update"),
+        ({"micro_batch_tokens": 16_384}, "update"),
+        ({"labeler_bytes": 440_000_000}, "update"),
+        ({"evaluated": 64}, "evaluation"),
+        ({"image_tokens": 1300, "prompt_tokens": 1400}, "vision"),
+        ({"bytes": 4}, "update"),
+    ],
+)
+def test_more_work_needs_more(change: dict[str, Any], phase: str) -> None:
+    assert total(replace(STEP, **change), phase) > 1.01 * total(STEP, phase)
+
+
+@pytest.mark.parametrize(
+    ("change", "phase"),
+    [
+        ({"recompute": True}, "update"),
+        ({"cache_tokens": 10_000}, "rollout"),
+        ({"micro_batch_tokens": 2048}, "update"),
+        ({"stage": 3, "world_size": 8}, "update"),
+    ],
+)
+def test_what_saves_memory_saves_it(change: dict[str, Any], phase: str) -> None:
+    assert total(replace(STEP, **change), phase) < 0.95 * total(STEP, phase)
+
+
+def test_zero_cuts_what_its_stage_says() -> None:
+    shape = PolicyShape.of_config(SEVEN_B)
+    trained = shape.lora_parameters(32)
+
+    def parts(**change: Any) -> dict[str, int]:
+        return resting_parts(shape, replace(STEP, world_size=4, bucket=0, **change))
+
+    assert parts(stage=1)["gradients"] == 2 * trained and parts(stage=2)["gradients"] == 2 * (trained // 4)
+    assert parts(stage=2)["Adam's moments"] == 8 * trained // 4 and "Adam's moments" not in parts(stage=2, offload_optimizer=True)
+    assert parts(stage=2)["language model"] == 2 * shape.language_parameters
+    assert parts(stage=3)["language model"] == 2 * shape.language_parameters // 4
+    assert parts(stage=3, offload_parameters=True)["language model"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["rollout", "update"])
+def test_the_formula_lies_near_the_peak_of_a_real_step(case: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.doctor.measured", case, str(tmp_path)], capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    for phase, found in json.loads(line.removeprefix("RESULT ")).items():
+        assert found["predicted"] / FACTOR < found["measured"] < found["predicted"] * FACTOR, (phase, found)
