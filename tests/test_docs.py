@@ -1,4 +1,4 @@
-"""README, docs/ and recipes' heads: links lead somewhere, commands parse, keys and targets exist, marked blocks run, tables agree with code.
+"""README, docs/ and recipes' heads: links lead somewhere, commands parse, keys and targets exist, marked blocks run, tables match the code.
 
 A fence under `<!-- test -->` is executed in a fresh folder, with the others of its page in their order; one under `<!-- file: NAME -->` is
 written there as NAME. `<!-- test: slow -->` makes the whole page a slow test.
