@@ -248,7 +248,9 @@ class EvaluationSection(Section):
 
 
 class TrackingSection(Section):
-    wandb: Literal["off", "offline", "online"] = Field("offline", description="wandb gets numbers only, never texts or images. ours")
+    wandb: Literal["off", "offline", "online"] = Field(
+        "offline", description="wandb gets numbers and this recipe, never reports or images. ours"
+    )
     wandb_project: str = Field("mrg-r1", description="Project name in wandb. ours")
     completions_every: int = Field(1, ge=0, description="Write the sampled reports every this many steps; 0: never. ours")
 

@@ -116,7 +116,7 @@ class RunLog:
         if self.active:
             self._file.close()
             if self._wandb is not None:
-                self._wandb.finish(quiet=True)
+                self._wandb.finish()
 
 
 class Clock:
@@ -204,8 +204,17 @@ def _start_wandb(directory: Path, mode: WandbMode, project: str, config: dict[st
     except ImportError:
         logger.warning("wandb is not installed (pip install 'mrg-r1[wandb]'): metrics go to metrics.jsonl only")
         return None
-    # numbers only: no code, no console capture (a completion could be printed), no system probes of the machine
-    settings = wandb.Settings(console="off", disable_code=True, disable_git=True, save_code=False, silent=True)
+    # numbers and the recipe only: no code, no console capture (a completion could be printed), no system probes of the machine
+    settings = wandb.Settings(
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        save_code=False,
+        silent=True,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_disable_machine_info=True,
+    )
     assert mode != "off"
     return wandb.init(project=project, name=directory.name, dir=directory, mode=mode, config=config, settings=settings)
 
