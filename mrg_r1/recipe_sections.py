@@ -248,8 +248,10 @@ class EvaluationSection(Section):
 
 
 class TrackingSection(Section):
-    wandb: Literal["off", "offline", "online"] = Field("offline", description="wandb gets numbers only, never texts or images. ours")
+    wandb: Literal["off", "offline", "online"] = Field("offline", description="wandb gets numbers; offline keeps them here. ours")
     wandb_project: str = Field("mrg-r1", description="Project name in wandb. ours")
+    share_text: bool = Field(False, description="Also give wandb a few reports of each validation: patient data. ours")
+    share_images: bool = Field(False, description="Also give wandb a few radiographs of each validation: patient data. ours")
     completions_every: int = Field(1, ge=0, description="Write the sampled reports every this many steps; 0: never. ours")
 
 
