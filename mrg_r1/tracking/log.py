@@ -98,7 +98,8 @@ class RunLog:
         self._file.write(json.dumps({"step": step, **written}) + "\n")  # NaN is no JSON
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.share(step, samples)
+            if "validation/mean_reward" in metrics:  # a validation before training belongs to no step
+                self._wandb.share(step, samples)
             self._wandb.log(step, metrics)
         rate = metrics.get("time/tokens_per_second")
         if rate is not None:

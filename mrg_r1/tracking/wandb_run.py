@@ -123,19 +123,17 @@ class WandbRun:
         """A table of a validation's reports or images, where the recipe shares them. Call it before `log` of the same step."""
         if self._run is None or not samples or not (self._text or self._images) or step <= self._last:
             return
-        columns = ["study", *(["report", "reference"] if self._text else []), *(["image"] if self._images else [])]
-        rows = []
-        for number, (study, prediction) in enumerate(samples[:_SHARED]):
-            row: list[Any] = [number]  # not its id, which may be a patient's
-            if self._text:
-                row += [prediction["text"], study.report]
-            if self._images:
-                image = load_image(study.images[0].path, study.id)
+        shown: dict[str, Any] = {}  # numbered, without the studies' ids, which may be patients'
+        if self._text:
+            rows = [[number, row["text"], study.report] for number, (study, row) in enumerate(samples[:_SHARED])]
+            shown["samples/reports"] = self._wandb.Table(columns=["study", "report", "reference"], data=rows)
+        if self._images:
+            images = [load_image(study.images[0].path, study.id) for study, _ in samples[:_SHARED]]
+            for image in images:
                 image.thumbnail((_SIDE, _SIDE))
-                row.append(self._wandb.Image(image))
-            rows.append(row)
+            shown["samples/images"] = [self._wandb.Image(image, caption=str(number)) for number, image in enumerate(images)]
         try:
-            self._run.log({"step": step, "samples/validation": self._wandb.Table(columns=columns, data=rows)}, step=step)
+            self._run.log({"step": step, **shown}, step=step)
         except self._errors as error:
             self._give_up(error)
 
