@@ -17,16 +17,21 @@ class Tty(io.StringIO):
 
 
 @pytest.fixture
-def tty(monkeypatch):
-    screen = Tty()
-    monkeypatch.setattr("sys.stderr", screen)
+def screen_of(monkeypatch):
+    """Puts a screen in stderr's place; called in the test itself, since pytest sets stderr anew before each."""
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
-    return screen
+
+    def place(screen: io.StringIO) -> io.StringIO:
+        monkeypatch.setattr("sys.stderr", screen)
+        return screen
+
+    return place
 
 
-def test_on_a_terminal_a_step_is_written_over_the_last_one_and_a_validation_stays(tty):
+def test_on_a_terminal_a_step_is_written_over_the_last_one_and_a_validation_stays(screen_of):
+    tty = screen_of(Tty())
     line = StepLine(active=True, steps=10)
     line.step(0, {"reward/total": 0.5})
     line.step(1, {"reward/total": 0.6})
@@ -38,7 +43,8 @@ def test_on_a_terminal_a_step_is_written_over_the_last_one_and_a_validation_stay
     assert tty.getvalue().endswith("something\n") and tty.getvalue().count(ERASE) == 3
 
 
-def test_a_bar_finds_the_line_cleared(tty):
+def test_a_bar_finds_the_line_cleared(screen_of):
+    tty = screen_of(Tty())
     line = StepLine(active=True, steps=10)
     line.step(0, {"loss": 1.0})
     line.entering("rollout")
@@ -48,13 +54,10 @@ def test_a_bar_finds_the_line_cleared(tty):
 
 
 @pytest.mark.parametrize("where", ["pipe", "CI"])
-def test_piped_or_under_ci_about_twenty_plain_lines_are_left(where, tty, monkeypatch):
-    screen = tty
+def test_piped_or_under_ci_about_twenty_plain_lines_are_left(where, screen_of, monkeypatch):
+    screen = screen_of(Tty() if where == "CI" else io.StringIO())
     if where == "CI":
         monkeypatch.setenv("CI", "true")
-    else:
-        screen = io.StringIO()
-        monkeypatch.setattr("sys.stderr", screen)
     line = StepLine(active=True, steps=200)
     for step in range(200):
         line.step(step, {"loss": 1.0} | ({"validation/disease_micro13": 0.5} if step == 104 else {}))
@@ -63,7 +66,8 @@ def test_piped_or_under_ci_about_twenty_plain_lines_are_left(where, tty, monkeyp
     assert lines[0].startswith("step 1/200") and lines[-1].startswith("step 200/200") and any("val F1" in one for one in lines)
 
 
-def test_other_ranks_are_silent(tty):
+def test_other_ranks_are_silent(screen_of):
+    tty = screen_of(Tty())
     line = StepLine(active=False, steps=2)
     line.step(0, {"loss": 1.0})
     line.say("hello")
