@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
-from mrg_r1.metrics.bootstrap import paired_differences
+from mrg_r1.metrics.bootstrap import Difference, paired_differences
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, known_truth, per_observation
 from mrg_r1.tables.plan import Plan, RowRun, TableError
 
@@ -129,10 +129,16 @@ def build_table(plan: Plan, *, samples: int = 1000) -> BuiltTable:
         done = [seed for seed in seeds if (row.name, seed) in read]
         cells = {column: _cell(values[row.name, column]) for column in spec.columns}
         gains = {}
-        for column in spec.columns if row.name != spec.reference else ():
-            gain = _gain(column, values[spec.reference, column], values[row.name, column], spec.reference, row.name, read, samples)
-            if gain is not None:
-                gains[column] = gain
+        if row.name != spec.reference:
+            compared = {
+                column: [seed for seed in done if None not in (values[row.name, column][seed], values[spec.reference, column].get(seed))]
+                for column in spec.columns
+            }
+            kinds = {column.partition(":")[0] for column in spec.columns if compared[column] and _is_definition(column)}
+            pooled = {kind: _pooled(kind, spec.reference, row.name, done, read, samples) for kind in sorted(kinds)}
+            for column, shared in compared.items():
+                if shared:
+                    gains[column] = _gain(column, values[spec.reference, column], values[row.name, column], shared, pooled)
         rows.append(BuiltRow(row.name, done, cells, gains))
     return BuiltTable(
         title=spec.title,
@@ -238,29 +244,36 @@ def _gain(
     column: str,
     reference: Mapping[int, float | None],
     values: Mapping[int, float | None],
-    reference_row: str,
-    row: str,
-    read: Mapping[tuple[str, int], _Read],
-    samples: int,
-) -> Gain | None:
-    """None where no seed has both."""
-    shared = [seed for seed, value in values.items() if value is not None and reference.get(seed) is not None]
+    shared: Sequence[int],
+    pooled: Mapping[str, Mapping[str, Difference]],
+) -> Gain:
+    """Of the seeds that both rows have."""
     differences = [float(values[seed] or 0.0) - float(reference[seed] or 0.0) for seed in shared]
-    if not differences:
-        return None
     kind, _, name = column.partition(":")
-    if kind not in _CLINICAL or name not in DEFINITIONS:
+    if not _is_definition(column):
         return Gain(statistics.fmean(differences), t_interval(differences), None, None)
-    pairs = [(read[reference_row, seed].classes[kind], read[row, seed].classes[kind]) for seed in shared]
-    for seed, (of_reference, of_row) in zip(shared, pairs, strict=True):
-        if not np.array_equal(of_reference[1], of_row[1]):
-            raise TableError(f"{row!r} and {reference_row!r}, seed {seed}: other studies or references; they cannot be compared")
-    first, second, truth = (
-        np.concatenate(parts)
-        for parts in ([one[0][0] for one in pairs], [one[1][0] for one in pairs], [one[0][1] for one in pairs])
-    )
-    pooled = paired_differences(first, second, truth, samples=samples)[name]
-    return Gain(statistics.fmean(differences), t_interval(differences), pooled.difference, pooled.ci)
+    of_studies = pooled[kind][name]
+    return Gain(statistics.fmean(differences), t_interval(differences), of_studies.difference, of_studies.ci)
+
+
+def _is_definition(column: str) -> bool:
+    kind, _, name = column.partition(":")
+    return kind in _CLINICAL and name in DEFINITIONS
+
+
+def _pooled(
+    kind: str, reference: str, row: str, seeds: Sequence[int], read: Mapping[tuple[str, int], _Read], samples: int
+) -> dict[str, Difference]:
+    """The row against the reference row over all seeds' studies together, by definition."""
+    pairs = []
+    for seed in seeds:
+        if (reference, seed) in read:
+            of_reference, of_row = read[reference, seed].classes[kind], read[row, seed].classes[kind]
+            if not np.array_equal(of_reference[1], of_row[1]):
+                raise TableError(f"{row!r} and {reference!r}, seed {seed}: other studies or references; they cannot be compared")
+            pairs.append((of_reference[0], of_row[0], of_row[1]))
+    first, second, truth = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+    return paired_differences(first, second, truth, samples=samples)
 
 
 def _commit(run: RowRun) -> str:
