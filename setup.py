@@ -77,8 +77,18 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "wandb": ["wandb>=0.19"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff", "mypy", "import-linter>=2", "scikit-learn>=1.5", "selenium>=4.20", "types-PyYAML"],
+        "wandb": ["wandb>=0.31"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff",
+            "mypy",
+            "import-linter>=2",
+            "scikit-learn>=1.5",
+            "selenium>=4.20",
+            "types-PyYAML",
+            "wandb>=0.31",
+        ],
     },
     entry_points={"console_scripts": ["mrg-r1=mrg_r1.cli:main"]},
 )

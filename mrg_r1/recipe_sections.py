@@ -16,6 +16,11 @@ PLAIN_INSTRUCTION = "Write the findings of this chest X-ray."
 DEVICE = r"^(cpu|cuda:\d+|(GPU|MIG)-[0-9A-Za-z/-]+)$"  # physical, whatever the ranks see
 
 
+def _off_is_a_word(value: object) -> object:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
@@ -240,17 +245,17 @@ class EvaluationSection(Section):
         "disease_micro13", description="Validation score that chooses the best adapter. ours"
     )
 
-    @field_validator("lexical", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: object) -> object:
-        """YAML reads a bare `off` as false."""
-        return "off" if value is False else value
+    _bare_off = field_validator("lexical", mode="before")(_off_is_a_word)
 
 
 class TrackingSection(Section):
-    wandb: Literal["off", "offline", "online"] = Field("offline", description="wandb gets numbers only, never texts or images. ours")
+    wandb: Literal["off", "offline", "online"] = Field("offline", description="wandb gets numbers; offline keeps them here. ours")
     wandb_project: str = Field("mrg-r1", description="Project name in wandb. ours")
+    share_text: bool = Field(False, description="Also give wandb a few reports of each validation: patient data. ours")
+    share_images: bool = Field(False, description="Also give wandb a few radiographs of each validation: patient data. ours")
     completions_every: int = Field(1, ge=0, description="Write the sampled reports every this many steps; 0: never. ours")
+
+    _bare_off = field_validator("wandb", mode="before")(_off_is_a_word)
 
 
 class CheckpointSection(Section):

@@ -34,6 +34,7 @@ from mrg_r1.reward.judge import Judge
 from mrg_r1.rewarding import Rewarding
 from mrg_r1.tracking.log import Clock, RunLog, write_environment
 from mrg_r1.tracking.page import write_page
+from mrg_r1.tracking.wandb_run import Sample, check_wandb
 from mrg_r1.types import Study
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,6 +54,7 @@ class Run:
     dtype: torch.dtype
     judge: Judge | None = None  # on rank 0, where the recipe has one
     notes: list[str] = field(default_factory=list)
+    validated: list[Sample] = field(default_factory=list)
 
     @property
     def rewarding(self) -> Rewarding:
@@ -111,7 +113,15 @@ class Run:
 
     def validate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Scores and predictions on the validation split; few bootstrap samples, since only the point values are read."""
-        return self.evaluate(self.studies["val"][: self.recipe.evaluation.max_studies], title="validating", samples=100)
+        studies = self.studies["val"][: self.recipe.evaluation.max_studies]
+        result, predictions = self.evaluate(studies, title="validating", samples=100)
+        self.validated = list(zip(studies, predictions, strict=True))
+        return result, predictions
+
+    def take_validated(self) -> list[Sample]:
+        """The studies and predictions of a validation that nobody has taken yet."""
+        taken, self.validated = self.validated, []
+        return taken
 
     def write_summary(self, content: dict[str, Any]) -> None:
         """RUN/summary.json, by rank 0."""
@@ -125,6 +135,7 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     Raises:
         RecipeError, ManifestError, ValueError: bad input, named; before any model is loaded.
     """
+    check_wandb(recipe.tracking.wandb)
     nodes.check_files(recipe, ranks)
     check_recipe(recipe, world_size=ranks.world_size, task=task)
     partition = _partition(recipe, ranks, task)
@@ -265,7 +276,7 @@ def open_loader(run: Run, record: dict[str, Any], *, batch_size: int) -> StudyLo
     return loader
 
 
-def open_log(run: Run, start: int) -> RunLog:
+def open_log(run: Run, start: int, clock: Clock) -> RunLog:
     """The run's log on rank 0, silent on the others."""
     tracking = run.recipe.tracking
     return RunLog(
@@ -276,6 +287,9 @@ def open_log(run: Run, start: int) -> RunLog:
         wandb_project=tracking.wandb_project,
         config=run.recipe.model_dump(mode="json"),
         start_step=start,
+        clock=clock,
+        share_text=tracking.share_text,
+        share_images=tracking.share_images,
     )
 
 

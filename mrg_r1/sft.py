@@ -57,6 +57,7 @@ def sft_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, clock:
         "policy/skipped_updates": (skipped, torch.tensor(1.0)),
         "time/load_share": clock.share("load"),
         "sft/target_tokens": (mask.sum(), torch.tensor(float(len(targets)))),
+        **clock.costs(int(mask.sum()), world_size=run.ranks.world_size),
     }
 
 
@@ -105,7 +106,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     start, best, stopped = record["step"], record["best"], record["stopped"]
     clock.add(record["seconds"], record.get("cpu_seconds", 0.0))  # of the run before it was interrupted
     loader = open_loader(run, record, batch_size=recipe.sft.batch_size)
-    log = open_log(run, start)
+    log = open_log(run, start, clock)
     say_resuming(run, log, record, stage=engine.stage)
     run.policy.train()
 
@@ -129,7 +130,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         if recipe.sft.max_cpu_seconds is not None and ranks.agree(clock.training_cpu_seconds >= recipe.sft.max_cpu_seconds):
             stopped = f"sft.max_cpu_seconds {recipe.sft.max_cpu_seconds} reached"
         # before the checkpoint: a killed run's surplus lines are cut off at resuming, missing ones would be lost
-        log.log(step, metrics | clock.end_step())
+        log.log(step, metrics | clock.end_step(), run.take_validated())
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["policy/skipped_updates"] else 0
         failing = skipped_in_a_row >= recipe.engine.max_skipped
         signalled = any_signal(ranks.gather(signals.received))

@@ -101,7 +101,8 @@ def grpo_step(step: int, *, run: Run, engine: Engine | None, loader: StudyLoader
         folder = run.directory / "completions"
         write_completions(folder, step=step, rank=run.ranks.rank, prompts=prompts, completions=completions, rewards=judged)
     waited = {"time/load_share": clock.share("load")}  # of the step, what the ranks waited for images and prompts
-    return parts | group_metrics(completions, judged) | service_metrics(rewards.health()) | waited
+    costs = clock.costs(int(completions.lengths.sum()), world_size=run.ranks.world_size)
+    return parts | group_metrics(completions, judged) | service_metrics(rewards.health()) | waited | costs
 
 
 def update_step(number: int, *, experience: SavedExperience, run: Run, engine: Engine, clock: Clock) -> Metrics:
@@ -115,7 +116,8 @@ def update_step(number: int, *, experience: SavedExperience, run: Run, engine: E
         states = run.policy.prompt_states(sampled.prompts, vision) if run.recipe.rollout.reuse_prefill else None
     score_frozen(sampled, vision, run=run, clock=clock)
     parts = learn(number, sampled, vision, judged, states, run=run, engine=engine, clock=clock)
-    return parts | group_metrics(sampled.completions, judged)
+    costs = clock.costs(int(sampled.completions.lengths.sum()), world_size=run.ranks.world_size)
+    return parts | group_metrics(sampled.completions, judged) | costs
 
 
 def score_frozen(sampled: Sampled, vision: VisionFeatures, *, run: Run, clock: Clock) -> None:
@@ -275,7 +277,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     loader = open_loader(run, record, batch_size=recipe.grpo.studies_per_step)
     watch, gaps = CollapseWatch(record.get("collapse")), GapWatch(record.get("gaps"))
     skipped_in_a_row: int = record.get("skipped_in_a_row", 0)
-    log = open_log(run, start)
+    log = open_log(run, start, clock)
     say_resuming(run, log, record, stage=engine.stage)
     run.policy.train()
 
@@ -324,7 +326,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             with clock.phase("validation"):
                 best = keep_best(run, best, step=step + 1, metrics=metrics, gaps=gaps, log=log)
         # before the checkpoint: what a killed run wrote too much is cut off at resuming, what it had not written would be lost
-        log.log(step, metrics | clock.end_step())
+        log.log(step, metrics | clock.end_step(), run.take_validated())
         if "loss" in metrics:
             warn_of_gap(log, step, metrics["sampling/logp_gap"], recipe.grpo.correction)
             collapse = watch.update(metrics)
@@ -366,7 +368,7 @@ def sample_only(recipe: Recipe, ranks: Ranks) -> None:
     with clock.phase("start"):
         run = open_run(recipe, ranks, task="grpo")
     loader = open_loader(run, {"step": start}, batch_size=recipe.grpo.studies_per_step)
-    log = open_log(run, start)
+    log = open_log(run, start, clock)
     signals.deferring = True
     for step in range(start, recipe.steps):
         try:

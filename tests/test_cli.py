@@ -74,6 +74,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         "summary",
         "page",
         "export",
+        "doctor",
     ],
 )
 def test_help_teaches_by_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:

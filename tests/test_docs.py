@@ -1,4 +1,4 @@
-"""README and docs/: links lead somewhere, commands parse, keys and targets exist, marked blocks run, tables say what the code says.
+"""README, docs/ and recipes' heads: links lead somewhere, commands parse, keys and targets exist, marked blocks run, tables match the code.
 
 A fence under `<!-- test -->` is executed in a fresh folder, with the others of its page in their order; one under `<!-- file: NAME -->` is
 written there as NAME. `<!-- test: slow -->` makes the whole page a slow test.
@@ -24,8 +24,9 @@ from mrg_r1.metrics.clinical import DEFINITIONS, LENIENT
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted(path for path in (ROOT / "launch/recipes").glob("*.yaml") if "\n#   " in path.read_text(encoding="utf-8"))
 # What other branches bring: to be emptied as they are merged.
-PAGES_TO_COME = {"metrics.md", "page.md", "memory.md", "findings.md", "tables.md", "page.png"}
+PAGES_TO_COME = {"metrics.md", "findings.md", "tables.md"}
 COMMANDS_TO_COME: set[str] = set()
 
 FENCE = re.compile(r"^(?:<!-- (?P<mark>test(?:: slow)?|file: \S+) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -47,11 +48,12 @@ def inline(page: Path) -> list[str]:
 
 
 def shell_commands(page: Path) -> Iterator[list[str]]:
-    """The words of every command in the page's fences; a prompt before it and a comment behind it left out."""
-    for fence in fences(page):
-        if fence["kind"] not in ("", "bash", "sh"):
-            continue
-        for line in fence["body"].replace("\\\n", " ").splitlines():
+    """The words of every command in a page's fences or a recipe's head; a prompt before it and a comment behind it left out."""
+    texts = [fence["body"] for fence in fences(page) if fence["kind"] in ("", "bash", "sh")]
+    if page.suffix == ".yaml":
+        texts = re.findall(r"^#   (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    for text in texts:
+        for line in text.replace("\\\n", " ").splitlines():
             line = re.sub(r"^(\S*\$|\$) ", "", line.strip())
             if not re.match(r"(mrg-r1|deepspeed|torchrun|make|python|cd|srun) ", line):
                 continue
@@ -108,7 +110,7 @@ def test_every_page_is_in_the_table_of_contents() -> None:
     assert [page.name for page in PAGES[2:] if page.name != "README.md" and f"({page.name})" not in contents] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: page.name)
 def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in shell_commands(page):
         if not words or words[0] != "mrg-r1" or words[1] in COMMANDS_TO_COME:
@@ -133,7 +135,7 @@ def test_commands_that_are_only_named_exist_with_their_options(page: Path) -> No
         assert [option for option in options if option not in parser._option_string_actions] == [], text
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: page.name)
 def test_launches_have_overrides_that_a_recipe_takes(page: Path) -> None:
     for words in [*shell_commands(page), *(text.split() for text in inline(page))]:
         scripts = [number for number, word in enumerate(words) if re.fullmatch(r"launch/\w+\.py", word)]

@@ -63,7 +63,7 @@ def launch_findings(recipe: Recipe, *, task: Task, ranks: Ranks, studies: dict[s
     """What a launch looks at besides its own checks, on its first rank: packages, the policy's and the labeler's files, memory."""
     # its own device only: a look at another one would take memory there
     devices = cuda_devices([ranks.device.index]) if ranks.device.type == "cuda" else []
-    place = Place(world_size=ranks.world_size, here=ranks.node.size, devices=devices, gpus=torch.cuda.device_count())
+    place = Place(world_size=ranks.world_size, here=ranks.node.size, devices=devices, gpus=torch.cuda.device_count(), started=True)
     images = most_images([study for part in studies.values() for study in part])
     return [*package_findings(), *static_findings(recipe, task=task, place=place, images=images), wandb_finding(recipe)]
 

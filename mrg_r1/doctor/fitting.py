@@ -9,7 +9,7 @@ from mrg_r1.config import Recipe
 from mrg_r1.doctor.finding import Finding
 from mrg_r1.doctor.labeler import labeler_bytes, shared_device
 from mrg_r1.doctor.machine import Device, host_memory
-from mrg_r1.doctor.memory import Parts, Prediction, Task, Workload, host_bytes, predict, workload_of
+from mrg_r1.doctor.memory import PROCESSES, Parts, Prediction, Task, Workload, host_bytes, predict, workload_of
 from mrg_r1.doctor.shape import PolicyShape
 
 _TIGHT = 0.9  # of the free memory: more than this is said
@@ -23,6 +23,7 @@ class Place:
     here: int  # ranks on this machine
     devices: list[Device]  # that are looked at, each with one rank on it; none: the ranks run on the CPU
     gpus: int  # of this machine
+    started: bool = False  # the ranks are there already, so what is free is free beside them
 
 
 def memory_findings(recipe: Recipe, *, task: Task, place: Place, images: int) -> list[Finding]:
@@ -37,6 +38,8 @@ def memory_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
     alone = workload(0)
     labeler = labeler_bytes(recipe)
     host = host_bytes(shape, alone, ranks_here=ranks_here)
+    if place.started:
+        del host[PROCESSES]
     if recipe.reward.device == "cpu":
         host["labeler"] = 2 * labeler
     findings = []

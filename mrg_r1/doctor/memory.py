@@ -20,6 +20,7 @@ Task = Literal["grpo", "sft", "evaluate"]
 # Allowances, not measured: what no tensor of ours accounts for on a GPU.
 CONTEXT_BYTES = 1_000_000_000  # CUDA context, kernels, cuBLAS workspaces, NCCL's buffers
 ALLOCATOR_SHARE = 0.05  # of everything else: blocks that torch's allocator holds and cannot give to another size
+PROCESSES = "processes (allowance)"
 _COMPACTING = 0.375  # of own keys and values: `Decoder.compact` copies the keys, at most three quarters of them, before the old ones go
 _PROMPT_WORDS = 48  # tokens of the chat template around the words, and
 _IMAGE_WORDS = 8  # of a view's name and the marks around an image: generous for published tokenizers
@@ -281,7 +282,7 @@ def host_bytes(shape: PolicyShape, work: Workload, *, ranks_here: int) -> Parts:
     trained = shape.parameters if work.lora_rank is None else shape.lora_parameters(work.lora_rank)
     largest = max(shape.layer_matrices, shape.vocabulary * shape.hidden)
     parts = {
-        "processes (allowance)": (2_000_000_000 if work.device == "cuda" else 1_000_000_000) * ranks_here,
+        PROCESSES: (2_000_000_000 if work.device == "cuda" else 1_000_000_000) * ranks_here,
         "policies while they load": (largest if work.stage == 3 else shape.parameters) * b * ranks_here,
     }
     if work.offload_optimizer:

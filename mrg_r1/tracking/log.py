@@ -1,50 +1,33 @@
 """The run as it happens: one JSON object a step, a line on the terminal, numbers to wandb.
 
-Only rank 0 writes. wandb gets numbers and never texts or images; it is offline unless the recipe says otherwise, and a run
-goes on without it.
+Only rank 0 writes. wandb gets numbers (`tracking.wandb_run`); it is offline unless the recipe says otherwise, and a run goes on without it.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import platform
+import resource
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from mrg_r1.files import write_text_atomically
-
-WandbMode = Literal["off", "offline", "online"]
-
-logger = logging.getLogger(__name__)
+from mrg_r1.tracking.terminal import StepLine, phase_table
+from mrg_r1.tracking.wandb_run import Sample, WandbMode, WandbRun
 
 _OUTSIDE_TRAINING = ("start", "validation", "checkpoint", "evaluation")
-
-_LINE = {  # what the terminal shows of a step: title -> metric
-    "reward": "reward/total",
-    "constant": "reward/constant",
-    "mccs": "reward/mccs",
-    "format": "reward/format",
-    "loss": "loss",
-    "kl": "policy/kl",
-    "entropy": "policy/entropy",
-    "length": "groups/length",
-    "zero-signal": "groups/zero_signal",
-    "| val F1": "validation/disease_micro13",
-    "val reward": "validation/mean_reward",
-}
 
 
 class RunLog:
@@ -56,6 +39,7 @@ class RunLog:
         steps: outer steps of the run, for the time left.
         wandb_mode: off, offline or online.
         start_step: steps already done; later lines of an interrupted run are cut off, since they will be written again.
+        clock: of the run, for the closing table of phases.
     """
 
     def __init__(
@@ -68,40 +52,59 @@ class RunLog:
         wandb_project: str,
         config: dict[str, Any],
         start_step: int = 0,
+        clock: Clock | None = None,
+        share_text: bool = False,
+        share_images: bool = False,
     ) -> None:
-        self.directory, self.active, self.steps = directory, active, steps
-        # a pipe or a log file has no width: wide enough for the closing table
-        self.console = Console(stderr=True, quiet=not active, width=None if sys.stderr.isatty() else 120)
-        self._wandb: Any = None
-        self._began = time.monotonic()
-        self._first: int | None = None
+        self.directory, self.active, self._clock = directory, active, clock
+        self._terminal = StepLine(active=active, steps=steps)
+        self.console = self._terminal.console
+        self._wandb: WandbRun | None = None
+        self._rates: list[float] = []
         if not active:
             return
-        path = directory / "metrics.jsonl"
+        if clock is not None:
+            clock.entering = self._terminal.entering
+        path, logged = directory / "metrics.jsonl", -1
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _is_whole(line) and json.loads(line)["step"] < start_step]
+            whole = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_whole(line)]
+            logged = max((json.loads(line)["step"] for line in whole), default=-1)
+        if wandb_mode != "off":  # before the cut: what wandb has of the steps that are cut off is known from them alone
+            self._wandb = WandbRun(
+                directory,
+                mode=wandb_mode,
+                project=wandb_project,
+                config=config,
+                start_step=start_step,
+                logged=logged,
+                share_text=share_text,
+                share_images=share_images,
+                say=self.say,
+            )
+        if path.exists():
+            kept = [line for line in whole if json.loads(line)["step"] < start_step]
             write_text_atomically(path, "".join(f"{line}\n" for line in kept))  # killed here, a run loses none of its steps
         self._file = open(path, "a", encoding="utf-8")
-        if wandb_mode != "off":
-            self._wandb = _start_wandb(directory, wandb_mode, wandb_project, config)
 
-    def log(self, step: int, metrics: dict[str, float | int | None]) -> None:
-        """Write one step's metrics; the step is the one just taken, counted from 0."""
+    def log(self, step: int, metrics: dict[str, float | int | None], samples: Sequence[Sample] = ()) -> None:
+        """Write one step's metrics; the step is the one just taken, counted from 0.
+
+        Args:
+            samples: of the step's validation; they leave only where the recipe shares them.
+        """
         if not self.active:
             return
         written = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **written}) + "\n")  # NaN is no JSON
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log({name: value for name, value in metrics.items() if value is not None}, step=step)
-        self._first = step if self._first is None else self._first
-        pace = (time.monotonic() - self._began) / (step - self._first + 1)
-        parts = [f"{title} {_short(metrics[name])}" for title, name in _LINE.items() if metrics.get(name) is not None]
-        left = int(pace * (self.steps - step - 1))
-        self.console.print(
-            f"step {step + 1}/{self.steps}  {'  '.join(parts)}  {left // 60}:{left % 60:02d} left", highlight=False, soft_wrap=True
-        )
+            if "validation/mean_reward" in metrics:  # a validation before training belongs to no step
+                self._wandb.share(step, samples)
+            self._wandb.log(step, metrics)
+        rate = metrics.get("time/tokens_per_second")
+        if rate is not None:
+            self._rates.append(rate)
+        self._terminal.step(step, metrics)
 
     def sync(self) -> None:
         """Bring the steps logged so far to the disk: a checkpoint that survives a crash of the machine must not survive its metrics."""
@@ -110,13 +113,18 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """One line on the terminal."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self._terminal.say(text)
 
     def close(self) -> None:
-        if self.active:
-            self._file.close()
-            if self._wandb is not None:
-                self._wandb.finish(quiet=True)
+        """Where the time went, and the end of wandb's run."""
+        if not self.active:
+            return
+        self._file.close()
+        if self._clock is not None and self._clock.totals:
+            self._terminal.clear()
+            self.console.print(phase_table(self._clock.totals, statistics.median(self._rates) if self._rates else None))
+        if self._wandb is not None:
+            self._wandb.close()
 
 
 class Clock:
@@ -128,6 +136,7 @@ class Clock:
 
     def __init__(self, beat: Callable[[str], None] = lambda phase: None) -> None:
         self.beat = beat
+        self.entering: Callable[[str], None] = lambda phase: None  # told as well, by the log that shows the run
         self.totals: dict[str, float] = {}
         self.training_cpu_seconds = 0.0  # this process's own, all its threads: what a busy machine does not stretch
         self._step: dict[str, float] = {}
@@ -135,6 +144,7 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         self.beat(name)
+        self.entering(name)
         began, began_cpu = time.perf_counter(), time.process_time()
         try:
             yield
@@ -159,6 +169,21 @@ class Clock:
     def share(self, name: str) -> tuple[Tensor, Tensor]:
         """(seconds of a phase, seconds of training phases) of the step so far: a metric whose mean over ranks is the phase's share."""
         return torch.tensor(self._step.get(name, 0.0)), torch.tensor(_training(self._step))
+
+    def costs(self, tokens: int, *, world_size: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the step so far has cost, to be reduced over ranks.
+
+        `time/tokens_per_second`: all ranks' tokens over the ranks' mean seconds. `time/memory_gib_max`: the process's peak since it began,
+        of CUDA's allocator, or of the resident set where there is no GPU.
+        """
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "time/tokens_per_second": (torch.tensor(float(tokens)), torch.tensor(_training(self._step) / world_size)),
+            "time/memory_gib_max": (torch.tensor(peak / 2**30), torch.tensor(1.0)),
+        }
 
     def end_step(self) -> dict[str, float]:
         """`time/PHASE` of the step that ends here."""
@@ -198,18 +223,6 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _start_wandb(directory: Path, mode: WandbMode, project: str, config: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        logger.warning("wandb is not installed (pip install 'mrg-r1[wandb]'): metrics go to metrics.jsonl only")
-        return None
-    # numbers only: no code, no console capture (a completion could be printed), no system probes of the machine
-    settings = wandb.Settings(console="off", disable_code=True, disable_git=True, save_code=False, silent=True)
-    assert mode != "off"
-    return wandb.init(project=project, name=directory.name, dir=directory, mode=mode, config=config, settings=settings)
-
-
 def _is_whole(line: str) -> bool:
     """A line that a crash cut in the middle is not JSON; it will be written again."""
     try:
@@ -217,7 +230,3 @@ def _is_whole(line: str) -> bool:
     except json.JSONDecodeError:
         return False
     return True
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

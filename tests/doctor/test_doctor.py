@@ -248,6 +248,6 @@ def test_a_launch_stops_before_the_policy_is_loaded_and_names_every_failure(
 def test_a_launch_says_warnings_once(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], inline_rewards: None
 ) -> None:
-    monkeypatch.setattr(fitting, "host_memory", lambda: 1_100_000_000)
+    monkeypatch.setattr(fitting, "_TIGHT", 0.0)
     open_run(load_recipe(world.recipe(tmp_path / "run")), OneRank(), task="grpo")
     assert capsys.readouterr().err.count("warning: memory of the host") == 1

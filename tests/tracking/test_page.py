@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from mrg_r1.tracking.page import write_page
 from mrg_r1.tracking.page.curves import read_curves, sections
@@ -56,14 +59,18 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_reports_leave_no_tag_of_their_own_on_the_page(run, tmp_path):
-    study = make_study(tmp_path, "s<1>", [(84, 84)], report=EVIL)
+    study = make_study(tmp_path, "s<1>", [(84, 84), (900, 600)], report=EVIL)
     plain = Page(write_page(run, []))
     write_evaluated(run, "test", [prediction(study, EVIL, labels(Cardiomegaly=1), labels(Edema=1))], [study])
     page = Page(write_page(run, [study]))
     assert page.tags.count("script") == plain.tags.count("script") and "img" not in page.tags
     card = page.cards("Test studies")["s<1>"]
     assert card["ref"] == EVIL and card["at"][0]["samples"][0]["report"] == EVIL
-    assert page.json["pictures"][card["images"][0]].startswith("data:image/png;base64,")
+    frontal, lateral = (page.json["pictures"][place] for place in card["images"])
+    assert frontal.startswith("data:image/png;base64,") and lateral.startswith("data:image/jpeg;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(lateral.partition(",")[2]))) as small:
+        assert small.size == (256, 384)
+    assert card["views"] == ["frontal", "lateral"]
 
 
 @settings(max_examples=40, deadline=None)

@@ -25,7 +25,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --window-size=1300,900"
+    "--disable-sync --disable-dev-shm-usage --window-size=1300,900"
 ).split()
 
 
@@ -162,6 +162,13 @@ def test_keys_move_from_study_to_study_and_open_the_help(browser):
     assert browser.run("return document.getElementById('help').open")
 
 
+def test_the_list_goes_on_where_a_key_comes_to_its_end(browser):
+    assert browser.run("return document.querySelectorAll('#list .name').length") == 200
+    browser.run("document.querySelectorAll('#list button')[199].click()")
+    browser.press("j")
+    assert browser.text("#list [aria-current] .name") == "study-00200"
+
+
 def test_a_slider_follows_a_training_study_through_the_steps(browser):
     browser.run("document.querySelectorAll('button.set')[1].click()")
     browser.search("train-000")
@@ -210,6 +217,7 @@ def test_it_can_be_read_on_a_phone_by_day_and_night(browser, theme):
         for place in (0, 7):  # the second has 60,000 letters without a space
             browser.run("document.querySelectorAll('#list button')[arguments[0]].click()", place)
             assert browser.wide() <= 360
+            assert browser.run("return [...document.querySelectorAll('#card .text')].every((text) => text.scrollWidth <= text.clientWidth)")
         browser.run("document.querySelectorAll('button.set')[1].click()")
         assert browser.wide() <= 360
         browser.run("document.getElementById('theme').click()")

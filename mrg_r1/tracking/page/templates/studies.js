@@ -6,7 +6,8 @@
   if (!DATA.sets.length) return;
   const search = document.getElementById("search"), observation = document.getElementById("observation"), order = document.getElementById("order");
   const list = document.getElementById("list"), shownCard = document.getElementById("card"), kindsBox = document.getElementById("kinds");
-  const state = { set: 0, found: [], current: null, think: false };
+  const LISTED_AT_ONCE = 200;
+  const state = { set: 0, listed: 0, found: [], current: null, think: false };
   const chosen = new Map(); // card -> {at, member}, so that coming back shows what was chosen
   const last = (card) => card.at.at(-1).samples[0];
   const gain = (card) => card.at.length > 1 ? last(card).total - card.at[0].samples[0].total : 0;
@@ -51,21 +52,36 @@
   function showList() {
     const total = DATA.sets[state.set].cards.length;
     document.getElementById("found").textContent = `${state.found.length.toLocaleString("en")} of ${total.toLocaleString("en")} studies`;
-    list.replaceChildren(...state.found.map((card) => {
-      const counts = ERRORS.map((kind) => [kind, Object.values(card.kinds).filter((own) => own === kind).length]).filter(([, n]) => n);
-      const first = card.at.length > 1 ? `${card.at[0].samples[0].total.toFixed(2)} → ` : "";
-      card.button = make("button", { type: "button", onclick: () => show(card, true) }, make("span", { class: "name" }, card.id),
-        make("span", { class: "gain" }, `${first}${last(card).total.toFixed(2)}`),
-        make("span", { class: "counts" }, counts.map(([kind, n]) => make("span", { class: kind, title: `${n} ${KINDS[kind].name}` }, make("span", { "aria-hidden": "true" }, KINDS[kind].sign), make("span", { class: "hidden" }, KINDS[kind].name), ` ${n}`)),
-          card.malformed ? make("span", { class: "malformed" }, "! malformed") : null));
-      return make("li", {}, card.button);
-    }));
+    list.replaceChildren();
+    state.listed = 0;
+    listMore();
+  }
+
+  // A list of thousands is made as far as it is looked at.
+  function listMore() {
+    list.querySelector(".more")?.remove();
+    const cards = state.found.slice(state.listed, state.listed + LISTED_AT_ONCE);
+    state.listed += cards.length;
+    list.append(...cards.map(listed));
+    const left = state.found.length - state.listed;
+    if (left) list.append(make("li", { class: "more" }, make("button", { type: "button", onclick: listMore }, `${Math.min(left, LISTED_AT_ONCE)} more`)));
+  }
+
+  function listed(card) {
+    const counts = ERRORS.map((kind) => [kind, Object.values(card.kinds).filter((own) => own === kind).length]).filter(([, n]) => n);
+    const first = card.at.length > 1 ? `${card.at[0].samples[0].total.toFixed(2)} → ` : "";
+    card.button = make("button", { type: "button", onclick: () => show(card, true) }, make("span", { class: "name" }, card.id),
+      make("span", { class: "gain" }, `${first}${last(card).total.toFixed(2)}`),
+      make("span", { class: "counts" }, counts.map(([kind, n]) => make("span", { class: kind, title: `${n} ${KINDS[kind].name}` }, make("span", { "aria-hidden": "true" }, KINDS[kind].sign), make("span", { class: "hidden" }, KINDS[kind].name), ` ${n}`)),
+        card.malformed ? make("span", { class: "malformed" }, "! malformed") : null));
+    return make("li", {}, card.button);
   }
 
   function show(card, moveFocus) {
     state.current?.button?.removeAttribute("aria-current");
     state.current = card;
     if (!card) { shownCard.replaceChildren(make("p", { class: "hint nothing" }, "No study matches. Clear the filters to see all.")); return; }
+    while (state.found.indexOf(card) >= state.listed) listMore();
     card.button.setAttribute("aria-current", "true");
     const top = card.button.offsetTop - list.offsetTop;
     if (top < list.scrollTop || top + card.button.offsetHeight > list.scrollTop + list.clientHeight) list.scrollTop = top - list.clientHeight / 3;
