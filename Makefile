@@ -45,14 +45,14 @@ $(READY): setup.py constraints.txt
 # ---- the demo: phantoms -> labeler -> tiny policy -> SFT stopped early -> GRPO -> table. Finished stages are not run again.
 
 demo: $(DEMO)/summary.json  ## train and evaluate a tiny policy on phantoms, from nothing to a table
-	@$(BIN)/mrg-r1 report $(DEMO) $(if $(wildcard $(DEMO)/control/summary.json),--control $(DEMO)/control)
+	@$(BIN)/mrg-r1 summary $(DEMO) $(if $(wildcard $(DEMO)/control/summary.json),--control $(DEMO)/control)
 
 demo-control: $(DEMO)/summary.json $(DEMO)/control/summary.json  ## the same start, studies and time by further SFT, printed beside the demo
-	@$(BIN)/mrg-r1 report $(DEMO) --control $(DEMO)/control
+	@$(BIN)/mrg-r1 summary $(DEMO) --control $(DEMO)/control
 
 demo-seeds:  ## the demo and its control over three seeds, and the mean gain
 	for seed in 0 1 2; do $(MAKE) --no-print-directory demo-control SEED=$$seed; done
-	$(BIN)/mrg-r1 report runs/demo runs/demo-seed1 runs/demo-seed2
+	$(BIN)/mrg-r1 summary runs/demo runs/demo-seed1 runs/demo-seed2
 
 $(DEMO)/phantoms/manifest.jsonl: | $(READY)
 	@mkdir -p $(DEMO)
@@ -74,7 +74,7 @@ $(DEMO)/summary.json: $(DEMO)/sft/summary.json
 
 $(DEMO)/control/summary.json: $(DEMO)/summary.json
 	$(LAUNCH) launch/sft.py launch/recipes/demo_control.yaml output_dir=$(DEMO)/control policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) \
-		sft.max_seconds=$$($(BIN)/mrg-r1 report $(DEMO) --training-seconds)
+		sft.max_seconds=$$($(BIN)/mrg-r1 summary $(DEMO) --training-seconds)
 
 # ---- tables: rows are recipes over seeds; finished rows are kept, an interrupted table goes on. On phantoms two rows at a time, one rank each.
 # ---- On reports: make table-main-iu TABLE_KEYS='data.manifest=... policy.path=... reward.labeler=...' TABLE_LAUNCH='deepspeed --num_gpus 8'
@@ -125,7 +125,7 @@ table-main-iu table-main-mimic table-rewards table-margin table-format table-adv
 IUP := runs/iu-phantom
 
 iu-phantom: $(IUP)/summary.json  ## the same on real IU X-Ray reports, their radiographs rendered from labels (IU=folder)
-	@$(BIN)/mrg-r1 report $(IUP)
+	@$(BIN)/mrg-r1 summary $(IUP)
 
 # First for its report CSVs: the test reports have no labels yet, so their studies are refused here.
 $(IUP)/texts/reports.csv: | $(READY)

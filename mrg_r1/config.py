@@ -194,6 +194,15 @@ def check_checkpoint_directory(path: Path) -> None:
         )
 
 
+def with_trained_policy(recipe: Recipe, run: Path) -> Recipe:
+    """The recipe of a finished `run` with the policy that it left: RUN/policy, where SFT has trained every parameter, its cold start
+    included. RUN/adapter, of every other run, goes on top of the recipe's own policy."""
+    trained = run / "policy"
+    if recipe.sft.trainable != "all" or not (trained / "config.json").is_file():
+        return recipe
+    return recipe.model_copy(update={"policy": recipe.policy.model_copy(update={"path": trained, "adapter": None})})
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -27,7 +27,7 @@ from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluate import evaluate, print_evaluation, short_summary, write_evaluation
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import values_of_classes
-from mrg_r1.policy.adapters import load_adapter, merge_adapter
+from mrg_r1.policy.adapters import merge_adapter
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.resume import check_changes, what_rounds_otherwise
 from mrg_r1.reward.judge import Judge
@@ -50,7 +50,7 @@ class Run:
     studies: dict[str, list[Study]]  # by split: the recipe's train, val and test
     policy: Policy
     build: PromptBuilder
-    rewards: Rewarding | None  # None: `phases=update`, which judges nothing
+    rewards: Rewarding | None  # None where nothing is judged: `phases=update`, an evaluation of studies without references
     dtype: torch.dtype
     judge: Judge | None = None  # on rank 0, where the recipe has one
     notes: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Run:
     @property
     def rewarding(self) -> Rewarding:
         if self.rewards is None:
-            raise RuntimeError("phases=update has no rewards to ask for")
+            raise RuntimeError("nothing is judged here: there are no rewards to ask for")
         return self.rewards
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class Run:
             batch_size=self.recipe.evaluation.batch_size,
             seed=self.recipe.seed,
             bootstrap_samples=samples or self.recipe.evaluation.bootstrap_samples,
-            train=self.rewarding.classes("train") if samples is None else None,
+            train=self.rewarding.classes("train") if samples is None and self.studies["train"] else None,
             labeler=self.rewarding.labeler,
             judge=self.judge,
             cleaning=None if samples is not None or cleaning == "off" else cleaning,
@@ -139,17 +139,17 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     nodes.check_files(recipe, ranks)
     check_recipe(recipe, world_size=ranks.world_size, task=task)
     partition = _partition(recipe, ranks, task)
-    studies = _read_studies(recipe, ranks)
+    studies = _read_studies(recipe, ranks, task)
     if task != "evaluate":
         check_changes(recipe, ranks)
-    _claim_directory(recipe, ranks)
+    _claim_directory(recipe, ranks, task)
     nodes.check_shared(recipe.output_dir, ranks)
     _examine(recipe, ranks, studies, task)
     dtype = _DTYPES[recipe.policy.dtype]
-    judging = recipe.phases != "update"
+    judging = recipe.phases != "update" and all(study.report for study in studies["test"])
     # the labeler is loaded by its own process while the policy is loaded here
     supervisor = rewarding.start_service(recipe, ranks) if judging else None
-    judge_process = rewarding.start_judge(recipe, ranks) if recipe.phases == "all" else None
+    judge_process = rewarding.start_judge(recipe, ranks) if judging and recipe.phases == "all" else None
     policy = load_policy(recipe.policy.path, dtype=dtype, temperature=recipe.rollout.temperature, partition=partition).to(ranks.device)
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
@@ -171,19 +171,22 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     judge = None
     if rewards is not None and recipe.phases == "all":
         judge = rewarding.open_judge(recipe, ranks, judge_process, met["val"] + met["test"], rewarded=rewards.labeler)
+    build = PromptBuilder(
+        tokenizer=policy.tokenizer,
+        image_processor=processor,
+        positions=policy.positions,
+        words=words,
+        workers=(2 if ranks.device.type == "cuda" else 0) if recipe.data.workers is None else recipe.data.workers,
+    )
+    for study in [study for part in studies.values() for study in part]:
+        build.check_context(study)
     return Run(
         recipe=recipe,
         ranks=ranks,
         directory=recipe.output_dir,
         studies=studies,
         policy=policy,
-        build=PromptBuilder(
-            tokenizer=policy.tokenizer,
-            image_processor=processor,
-            positions=policy.positions,
-            words=words,
-            workers=(2 if ranks.device.type == "cuda" else 0) if recipe.data.workers is None else recipe.data.workers,
-        ),
+        build=build,
         rewards=rewards,
         dtype=dtype,
         judge=judge,
@@ -353,23 +356,9 @@ def is_finished(recipe: Recipe, ranks: Ranks) -> bool:
     return done
 
 
-def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
-    """Evaluate the recipe's test split under its policy and, where RUN has one, RUN/adapter; leaves RUN/evaluation/SPLIT.json."""
-    run = open_run(recipe, ranks, task="evaluate")
-    adapter = run.directory / "adapter"
-    if (adapter / "adapter_config.json").is_file():
-        load_adapter(run.policy, adapter)
-    split = recipe.data.test_split
-    result, predictions = run.evaluate(run.studies["test"][: recipe.evaluation.max_test_studies], title=f"evaluating {split}")
-    if ranks.is_main:
-        write_evaluation(run.directory / "evaluation", split, result, predictions)
-        print_evaluation(Console(), result, f"{split} split")
-    run.close()
-
-
-def _read_studies(recipe: Recipe, ranks: Ranks) -> dict[str, list[Study]]:
+def _read_studies(recipe: Recipe, ranks: Ranks, task: str) -> dict[str, list[Study]]:
     """The recipe's three splits; rank 0 opens every image once, other nodes' ranks see whether theirs are there, for everybody."""
-    studies, needed = read_splits(recipe)
+    studies, needed = read_splits(recipe, task=task)
     problem, shown = None, [study for part in needed for study in studies[part]]
     if recipe.data.check_images and ranks.is_main:
         try:
@@ -384,8 +373,8 @@ def _read_studies(recipe: Recipe, ranks: Ranks) -> dict[str, list[Study]]:
     return studies
 
 
-def _claim_directory(recipe: Recipe, ranks: Ranks) -> None:
-    """Make RUN, refuse a disk that cannot hold it, and write what the run is."""
+def _claim_directory(recipe: Recipe, ranks: Ranks, task: str) -> None:
+    """Make RUN, refuse a disk that cannot hold it, and write what the run is; an evaluation leaves what a training wrote there."""
     problem = None
     if ranks.is_main:
         try:
@@ -393,7 +382,7 @@ def _claim_directory(recipe: Recipe, ranks: Ranks) -> None:
             check_disk(recipe, recipe.output_dir)
             if not os.access(recipe.output_dir, os.W_OK):
                 problem = f"output_dir {recipe.output_dir}: not writable"
-            else:
+            elif task != "evaluate" or not (recipe.output_dir / "config.yaml").is_file():
                 write_text_atomically(recipe.output_dir / "config.yaml", dump_recipe(recipe))
                 write_environment(recipe.output_dir, world_size=ranks.world_size, device=str(ranks.device), seed=recipe.seed)
         except RecipeError as error:

@@ -30,7 +30,7 @@ class Study:
     id: str
     patient_id: str
     images: tuple[StudyImage, ...]
-    report: str  # the text to learn
+    report: str  # the text to learn; "" only where an evaluation has no reference
     split: str
     findings: str | None = None
     impression: str | None = None

@@ -71,6 +71,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         "score",
         "reward-card",
         "report",
+        "summary",
         "page",
         "export",
         "doctor",
@@ -258,15 +259,15 @@ def test_files_that_are_not_there_are_named_without_a_traceback(capsys: pytest.C
         ("labeler", "train", nowhere, nowhere, "-o", tmp_path / "out"),
         ("prepare", "iu-xray", nowhere, "-o", tmp_path / "out"),
         ("prepare", "tiny-policy", "-o", tmp_path / "out", "--manifest", nowhere),
-        ("report", nowhere),
+        ("summary", nowhere),
     ):
         assert str(nowhere) in refused(capsys, *arguments)
     assert not (tmp_path / "out.csv").exists()
 
 
 def test_a_control_that_cannot_be_shown_is_refused_and_not_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "no summary.json" in refused(capsys, "report", tmp_path, "--control", tmp_path / "nowhere")
-    assert "goes with one run" in refused(capsys, "report", tmp_path, tmp_path, "--control", tmp_path)
+    assert "no summary.json" in refused(capsys, "summary", tmp_path, "--control", tmp_path / "nowhere")
+    assert "goes with one run" in refused(capsys, "summary", tmp_path, tmp_path, "--control", tmp_path)
 
 
 def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

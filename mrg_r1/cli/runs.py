@@ -1,4 +1,4 @@
-"""`mrg-r1 report`, `mrg-r1 page` and `mrg-r1 export`: what a run left, to read, to look at and to use elsewhere."""
+"""`mrg-r1 summary`, `mrg-r1 page` and `mrg-r1 export`: what a run left, to read, to look at and to use elsewhere."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from mrg_r1.cli.arguments import add_output, described, positive
 
 
 def add_commands(commands: Any) -> None:
-    """`report`, `page` and `export`."""
-    report = described(
+    """`summary`, `page` and `export`."""
+    summary = described(
         commands.add_parser,
-        "report",
+        "summary",
         help="what a run learned, before and after",
         description="Print what a run learned: its metrics before and after, beside a control run where there is one. Of several runs\n"
         "(seeds of one experiment) the mean gain and its spread.",
         examples="""
-        mrg-r1 report runs/demo
-        mrg-r1 report runs/demo-0 runs/demo-1 runs/demo-2
-        mrg-r1 report runs/demo --control runs/demo-sft-only
+        mrg-r1 summary runs/demo
+        mrg-r1 summary runs/demo-0 runs/demo-1 runs/demo-2
+        mrg-r1 summary runs/demo --control runs/demo-sft-only
         """,
     )
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run")
-    report.add_argument("--control", type=Path, metavar="RUN", help="a run to compare with, such as more SFT for the same time")
-    report.add_argument(
+    summary.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run")
+    summary.add_argument("--control", type=Path, metavar="RUN", help="a run to compare with, such as more SFT for the same time")
+    summary.add_argument(
         "--training-seconds", action="store_true", help="print only the seconds spent in training steps, for an equal-time control"
     )
-    report.set_defaults(run=_report)
+    summary.set_defaults(run=_summary)
 
     page = described(
         commands.add_parser,
@@ -71,7 +71,7 @@ def add_commands(commands: Any) -> None:
     export.set_defaults(run=lambda arguments: _export(arguments, export))
 
 
-def _report(arguments: argparse.Namespace) -> None:
+def _summary(arguments: argparse.Namespace) -> None:
     from mrg_r1.tracking.report import print_report, training_seconds
 
     control = arguments.control

@@ -56,6 +56,7 @@ class PromptBuilder:
         self.words = words
         self.image_token = "<|image_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self._special = sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
 
     def messages(self, study: Study) -> list[dict[str, Any]]:
         """One user turn: each image after its view where known, then the study's context where asked, then the instruction."""
@@ -64,16 +65,32 @@ class PromptBuilder:
             if self.words.show_view and image.view is not None:
                 content.append({"type": "text", "text": f"{image.view.capitalize()} view: "})
             content.append({"type": "image"})
+        self.check_context(study)
         for line in context_lines(study, self.words.context).values():
             content.append({"type": "text", "text": line})
         content.append({"type": "text", "text": f"\n{self.words.instruction}"})
         return [{"role": "user", "content": content}]
 
+    def check_context(self, study: Study) -> None:
+        """Refuse a context that has a special token spelled out in it: the tokenizer would read it as the token, an end of the user's turn,
+        say, and what follows as somebody else's words.
+
+        Raises:
+            PromptError: names the study, the field and the token.
+        """
+        for field, line in context_lines(study, self.words.context).items():
+            found = next((token for token in self._special if token in line), None)
+            if found is not None:
+                raise PromptError(
+                    f"study {study.id}: its {field} contains {found}, a special token of the policy's tokenizer; "
+                    f"take it out of the text, or {field} out of data.context"
+                )
+
     def __call__(self, studies: Sequence[Study]) -> Prompts:
         """
         Raises:
             ImageError: an image that cannot be used.
-            PromptError: a prompt longer than `max_tokens` (it is never cut), or a text that has the image placeholder in it.
+            PromptError: a prompt longer than `max_tokens` (it is never cut), or a text that has a special token in it.
             WorkerError: an image worker died.
         """
         patches = self.images.read(studies)
@@ -106,7 +123,7 @@ class PromptBuilder:
         if len(pieces) != len(grid) + 1:
             raise PromptError(
                 f"study {study.id}: {len(grid)} image(s), but the prompt has {len(pieces) - 1} image placeholders; "
-                f"the report's context must not contain {self.image_token}"
+                f"prompt.instruction must not contain {self.image_token}"
             )
         merge = self.image_processor.merge_size**2
         ids: list[int] = []

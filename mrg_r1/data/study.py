@@ -37,12 +37,13 @@ class ManifestError(ValueError):
         super().__init__("\n".join(lines))
 
 
-def read_manifest(path: Path, *, split: str | None = None) -> list[Study]:
+def read_manifest(path: Path, *, split: str | None = None, references: bool = True) -> list[Study]:
     """Read and check a manifest. The whole file is checked, whichever split is asked for.
 
     Args:
         path: JSONL; image paths in it are relative to its folder. Blank lines are passed over.
         split: keep only the studies of this split; None keeps all.
+        references: every study needs a report; False: null is one that is not there, "" in the study.
 
     Returns:
         The studies in file order, at least one, image paths absolute.
@@ -81,7 +82,7 @@ def read_manifest(path: Path, *, split: str | None = None) -> list[Study]:
             if fault := _wrong_keys(record):
                 problems.append(f"{where}: {fault}")
                 continue
-            study, faults = study_of_record(record, folder)
+            study, faults = study_of_record(record, folder, references=references)
             problems += [f"{where}, field `{field}`: {fault}" for field, fault in faults]
             if study is None:
                 continue
@@ -194,8 +195,12 @@ def _wrong_keys(record: dict[str, Any]) -> str | None:
     return f"{', '.join(parts)}; a study has exactly the keys {sorted(KEYS)}"
 
 
-def study_of_record(record: dict[str, Any], folder: Path) -> tuple[Study | None, list[tuple[str, str]]]:
-    """A record with exactly the keys `KEYS` as a Study, image paths relative to `folder`; or None, with its faults as field and message."""
+def study_of_record(record: dict[str, Any], folder: Path, *, references: bool = True) -> tuple[Study | None, list[tuple[str, str]]]:
+    """A record with exactly the keys `KEYS` as a Study, image paths relative to `folder`; or None, with its faults as field and message.
+
+    Args:
+        references: as in `read_manifest`.
+    """
     faults: list[tuple[str, str]] = []
 
     def refuse(field: str, message: str) -> None:
@@ -203,9 +208,11 @@ def study_of_record(record: dict[str, Any], folder: Path) -> tuple[Study | None,
 
     for key in (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS):
         value = record[key]
-        if value is None and key in _OPTIONAL_TEXT_KEYS:
+        if value is None and (key in _OPTIONAL_TEXT_KEYS or (key == "report" and not references)):
             continue
-        if not isinstance(value, str):
+        if value is None and key == "report":
+            refuse(key, "null is not a string; write the text or take the study out (only `launch/evaluate.py` takes studies without)")
+        elif not isinstance(value, str):
             refuse(key, f"{_shown(value)} is not a string; write it in quotes{' or null' if key in _OPTIONAL_TEXT_KEYS else ''}")
         elif key in _TEXT_KEYS and not value.strip():
             remedy = "write the text to learn or take the study out" if key == "report" else "give it a value"
@@ -221,6 +228,7 @@ def study_of_record(record: dict[str, Any], folder: Path) -> tuple[Study | None,
     if faults:
         return None, faults
     texts = {key: record[key] for key in (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS)}
+    texts["report"] = texts["report"] or ""
     return Study(**texts, images=images, said=said, drawn=drawn, rendered=record["rendered"]), faults
 
 

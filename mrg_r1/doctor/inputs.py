@@ -15,15 +15,18 @@ from mrg_r1.types import Study
 _NEEDED_BYTES = 64 * 1024**2  # logs, completions and pages; checkpoints are added
 
 
-def read_splits(recipe: Recipe) -> tuple[dict[str, list[Study]], list[str]]:
+def read_splits(recipe: Recipe, *, task: str = "grpo") -> tuple[dict[str, list[Study]], list[str]]:
     """The recipe's studies by part (train, val, test), and the parts that it cannot do without. No image is opened.
 
+    Args:
+        task: `evaluate` needs the test split alone, whose studies may be without references; they are then left out of the others.
+
     Raises:
-        RecipeError: a part that is needed has no study; a prior report that is not there.
+        RecipeError: a part that is needed has no study; a prior report that is not there; references of a part of the test split.
         ManifestError, OSError: the manifest cannot be read.
     """
     names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
-    everything = read_manifest(recipe.data.manifest)
+    everything = read_manifest(recipe.data.manifest, references=task != "evaluate")
     if "prior_report" in recipe.data.context:
         try:
             everything = with_prior_reports(everything)
@@ -33,11 +36,31 @@ def read_splits(recipe: Recipe) -> tuple[dict[str, list[Study]], list[str]]:
     needed = ["train"] + (["val"] if recipe.evaluation.every or recipe.sft.stop_at else []) + (["test"] if recipe.evaluation.test else [])
     if recipe.phases != "all":  # nothing is validated or evaluated
         needed, studies = ["train"], {"train": studies["train"], "val": [], "test": []}
+    if task == "evaluate":
+        studies = {part: [study for study in studies[part] if study.report or part == "test"] for part in names}
+        scored = _referenced(recipe, studies["test"])
+        # weights of the CCS term come from the training reports
+        needed = ["train", "test"] if scored and recipe.reward.ccs_weights == "inverse_prevalence" else ["test"]
     for part in needed:
         if not studies[part]:
             found = sorted({study.split for study in everything})
             raise RecipeError(f"data.{part}_split {names[part]!r}: {recipe.data.manifest} has no study of that split; it has {found}")
     return studies, needed
+
+
+def _referenced(recipe: Recipe, studies: Sequence[Study]) -> bool:
+    """Whether these studies of the test split have references.
+
+    Raises:
+        RecipeError: some have one and some have none: scores of a part would be taken for those of the whole.
+    """
+    bare = [study.id for study in studies if not study.report]
+    if bare and len(bare) < len(studies):
+        raise RecipeError(
+            f"{recipe.data.manifest}: {len(bare)} of {len(studies)} studies of data.test_split {recipe.data.test_split!r} have no report "
+            f"({bare[0]!r} first); give them a split of their own, of which reports are written without scores"
+        )
+    return not bare
 
 
 def check_stage(recipe: Recipe, *, stage: int, task: str) -> None:
