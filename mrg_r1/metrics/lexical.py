@@ -26,6 +26,8 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 Cleaning = Literal["raw", "r2gen-iu", "r2gen-mimic"]
 CLEANINGS: tuple[Cleaning, ...] = get_args(Cleaning)
+Scorer = Literal["bleu", "rouge_l", "cider", "meteor"]
+SCORERS: tuple[Scorer, ...] = get_args(Scorer)
 # In words, for the output. R2Gen keeps 60 (IU) and 100 (MIMIC) ids of a reference, the first of which is the start mark.
 CLEANING_IS: dict[Cleaning, str] = {
     "raw": "the text as it is, case and punctuation kept, white space collapsed; nothing is cut off",
@@ -65,14 +67,19 @@ class Lexical:
 
 
 def lexical_scores(
-    predicted: Sequence[str], reference: Sequence[str], *, shown: Callable[[Sequence[str]], Iterable[str]] = iter
+    predicted: Sequence[str],
+    reference: Sequence[str],
+    *,
+    scorers: Sequence[Scorer] = SCORERS,
+    shown: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> Lexical:
     """BLEU, ROUGE-L, CIDEr and METEOR of cleaned texts.
 
     Args:
         predicted, reference: N cleaned texts each (`clean`), in the same order. An empty one scores 0 in ROUGE-L, also against an empty
             one, which pycocoevalcap would give 1.
-        shown: wraps the metrics' names, such as in a progress bar.
+        scorers: those that are run; METEOR takes longer than all others together.
+        shown: wraps the scorers' names, such as in a progress bar.
 
     Returns:
         BLEU, ROUGE-L and METEOR in [0, 1], CIDEr in [0, 10].
@@ -90,7 +97,7 @@ def lexical_scores(
     true = {study: [text] for study, text in enumerate(reference)}
     scores: dict[str, float] = {}
     left_out: dict[str, str] = {}
-    for name in shown(("bleu", "rouge_l", "cider", "meteor")):
+    for name in shown(scorers):
         if name == "bleu":
             bleu, _ = Bleu(4).compute_score(true, said, verbose=0)  # otherwise it prints
             scores |= {f"bleu_{order}": float(value) for order, value in enumerate(bleu, start=1)}

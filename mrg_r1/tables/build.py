@@ -20,6 +20,7 @@ from scipy.stats import t as student
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
 from mrg_r1.metrics.bootstrap import Difference, paired_differences
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, known_truth, per_observation
+from mrg_r1.metrics.lexical import NAMES, SCORERS, lexical_scores
 from mrg_r1.tables.plan import Plan, RowRun, TableError
 
 Classes = NDArray[np.int64]
@@ -97,6 +98,8 @@ def check_columns(columns: Sequence[str]) -> None:
             raise TableError(f"column {column!r}: write KIND:NAME with truth, labeler, judge, lexical, evaluation or step for KIND")
         if kind in _CLINICAL and name not in (*DEFINITIONS, *OBSERVATIONS):
             raise TableError(f"column {column!r}: no definition and no observation; there are {', '.join((*DEFINITIONS, *OBSERVATIONS))}")
+        if kind == "lexical" and name not in NAMES:
+            raise TableError(f"column {column!r}: no lexical metric; there are {', '.join(NAMES)}")
 
 
 def build_table(plan: Plan, *, samples: int = 1000) -> BuiltTable:
@@ -195,12 +198,12 @@ def _value(column: str, read: _Read) -> float | None:
         pair = read.classes[kind]
         return clinical_scores(*pair)[name].f1 if name in DEFINITIONS else per_observation(*pair)[name].f1
     if kind == "lexical":
-        from mrg_r1.metrics.lexical import lexical_scores
-
-        scores = lexical_scores([row["report"] or "" for row in read.predictions], [row["reference"] for row in read.predictions]).scores
-        if name not in scores:
-            raise TableError(f"column {column!r}: not computed here; there are {', '.join(scores)}")
-        return scores[name]
+        scorer = next(one for one in SCORERS if name.startswith(one))
+        said, true = [row["report"] or "" for row in read.predictions], [row["reference"] for row in read.predictions]
+        result = lexical_scores(said, true, scorers=[scorer])
+        if name not in result.scores:
+            raise TableError(f"column {column!r}: {'; '.join(result.left_out.values())}")
+        return result.scores[name]
     if kind == "evaluation":
         if not isinstance(read.evaluation.get(name), int | float):
             raise TableError(f"column {column!r}: no number {name!r} in the evaluation")
