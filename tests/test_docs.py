@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from mrg_r1 import cli
 from mrg_r1.config import Recipe, describe_fields, load_recipe
 from mrg_r1.metrics.clinical import DEFINITIONS, LENIENT
+from mrg_r1.tables.plan import TableSpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -153,6 +154,9 @@ def test_recipe_keys_exist(page: Path) -> None:
                 assert key in KEYS or key.startswith("reward.weights."), f"{key} in `{text}`"
     for fence in fences(page):
         content = yaml.safe_load(fence["body"]) if fence["kind"] == "yaml" else None
+        if content is not None and "rows" in content:
+            TableSpec.model_validate(content)
+            continue
         for section, fields in (content or {}).items():
             assert section in KEYS, section
             for name in fields if isinstance(fields, dict) else ():
