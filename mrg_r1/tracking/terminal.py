@@ -25,7 +25,7 @@ _LINE = {  # what is shown of a step: title -> metric
     "length": "groups/length",
     "zero-signal": "groups/zero_signal",
     "tok/s": "time/tokens_per_second",
-    "| val F1": "validation/disease_micro13",
+    "| val disease_micro13": "validation/disease_micro13",
     "val reward": "validation/mean_reward",
 }
 
@@ -50,7 +50,7 @@ class StepLine:
         parts = [f"{title} {_short(metrics[name])}" for title, name in _LINE.items() if metrics.get(name) is not None]
         validated = metrics.get("validation/disease_micro13") is not None
         if validated:
-            self._last_f1 = f"last val F1 {_short(metrics['validation/disease_micro13'])}"
+            self._last_f1 = f"last val disease_micro13 {_short(metrics['validation/disease_micro13'])}"
         elif self._last_f1 and self._live:
             parts.append(self._last_f1)
         left = int((time.monotonic() - self._began) / (step - self._first + 1) * (self.steps - step - 1))

@@ -37,7 +37,7 @@ def test_on_a_terminal_a_step_is_written_over_the_last_one_and_a_validation_stay
     line.step(1, {"reward/total": 0.6})
     assert "\n" not in tty.getvalue() and tty.getvalue().count(ERASE) == 1 and tty.getvalue().endswith("\r")
     line.step(2, {"reward/total": 0.7, "validation/disease_micro13": 0.8})
-    assert tty.getvalue().count("\n") == 1 and "val F1 0.8" in tty.getvalue().splitlines()[-1]
+    assert tty.getvalue().count("\n") == 1 and "val disease_micro13 0.8" in tty.getvalue().splitlines()[-1]
     line.step(3, {"reward/total": 0.7})
     line.say("something")
     assert tty.getvalue().endswith("something\n") and tty.getvalue().count(ERASE) == 3
@@ -63,7 +63,7 @@ def test_piped_or_under_ci_about_twenty_plain_lines_are_left(where, screen_of, m
         line.step(step, {"loss": 1.0} | ({"validation/disease_micro13": 0.5} if step == 104 else {}))
     lines = screen.getvalue().splitlines()
     assert len(lines) == 22 and "\r" not in screen.getvalue()  # twenty, the first and the validation
-    assert lines[0].startswith("step 1/200") and lines[-1].startswith("step 200/200") and any("val F1" in one for one in lines)
+    assert lines[0].startswith("step 1/200") and lines[-1].startswith("step 200/200") and any("val disease_micro13" in one for one in lines)
 
 
 def test_other_ranks_are_silent(screen_of):
