@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 from mrg_r1 import rewarding
@@ -22,6 +23,10 @@ from mrg_r1.reward.service import InProcessRewards
 from mrg_r1.reward.stage import RewardStage
 from mrg_r1.types import Study, StudyImage
 from tests.world import World, build_world
+
+# A busy machine is no fault of an example: no test here asserts a time.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 TEXTS = [
     "The heart is enlarged. No pleural effusion.",
