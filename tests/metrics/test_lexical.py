@@ -117,3 +117,10 @@ def test_texts_that_do_not_align_are_refused() -> None:
         lexical_scores(["a"], ["a", "b"])
     with pytest.raises(ValueError, match="no text"):
         lexical_scores([], [])
+
+
+def test_only_the_scorers_asked_for_are_run():
+    said, true = ["no effusion", "the heart is large"], ["no effusion", "the heart is normal"]
+    result = lexical_scores(said, true, scorers=["rouge_l"])
+    assert set(result.scores) == {"rouge_l"} and result.left_out == {}
+    assert result.scores["rouge_l"] == lexical_scores(said, true, scorers=["cider", "rouge_l"]).scores["rouge_l"]

@@ -117,6 +117,7 @@ def test_the_command_runs_and_writes_a_table_and_a_failure_still_leaves_the_othe
     assert main(["table", str(path), "-o", str(out), "--launch", FAKE, "--parallel", "2", "--seeds", "0"]) == 0
     assert (out / "table" / "table.md").is_file() and json.loads((out / "table" / "table.json").read_text())["missing"] == []
     assert "Eight & more" in capsys.readouterr().out
+    (out / "table" / "table.md").unlink()
     assert main(["table", str(path), "grpo.beta=0.9", "-o", str(out), "--launch", FAKE, "--seeds", "1"]) == 2
     assert "the labeler has died" in capsys.readouterr().err and (out / "table" / "table.md").is_file()
     assert main(["table", str(path), "-o", str(out), "--plan"]) == 0
