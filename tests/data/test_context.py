@@ -51,10 +51,10 @@ def test_a_run_reads_priors_only_where_its_recipe_asks(world, tmp_path):
     write_manifest(tmp_path / "manifest.jsonl", [known if one.id == later.id else one for one in studies])
     recipe = world.recipe(tmp_path / "run")
     manifest = f"data.manifest={tmp_path / 'manifest.jsonl'}"
-    plain = _read_studies(load_recipe(recipe, [manifest]), OneRank())
+    plain = _read_studies(load_recipe(recipe, [manifest]), OneRank(), "grpo")
     assert all(one.prior_report is None for part in plain.values() for one in part)
-    asked = _read_studies(load_recipe(recipe, [manifest, "data.context=[prior_report]"]), OneRank())
+    asked = _read_studies(load_recipe(recipe, [manifest, "data.context=[prior_report]"]), OneRank(), "grpo")
     found = {one.id: one.prior_report for part in asked.values() for one in part if one.prior_report}
     assert found == {later.id: earlier.report}
     with pytest.raises(RecipeError, match="manifest.jsonl: no study names a prior"):
-        _read_studies(load_recipe(recipe, ["data.context=[prior_report]"]), OneRank())
+        _read_studies(load_recipe(recipe, ["data.context=[prior_report]"]), OneRank(), "grpo")
