@@ -1,4 +1,6 @@
-"""Packaging. Ranges here; the exact versions that the Makefile installs and the tests run with are in constraints.txt."""
+"""Packaging. Ranges here; the exact versions that the Makefile installs and the tests run with are in
+constraints.txt.
+"""
 
 import shutil
 from pathlib import Path
@@ -7,11 +9,17 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-SHIPPED = ("launch/*.py", "launch/recipes/**/*.yaml", "ds_configs/*.json")  # `mrg-r1 recipes` copies them out of an installed package
+SHIPPED = (
+    "launch/*.py",
+    "launch/recipes/**/*.yaml",
+    "ds_configs/*.json",
+)  # `mrg-r1 recipes` copies them out of an installed package
 
 
 class BuildWithRecipes(build_py):
-    """Puts what stands beside the package in a clone into mrg_r1/shipped/ of a wheel; a clone itself, installed with -e, needs no copy."""
+    """Puts what stands beside the package in a clone into mrg_r1/shipped/ of a wheel; a clone itself, installed with
+    -e, needs no copy.
+    """
 
     def run(self) -> None:
         super().run()
@@ -26,7 +34,9 @@ class BuildWithRecipes(build_py):
 
     def _shipped(self) -> list[tuple[Path, Path]]:
         folder = Path(self.build_lib) / "mrg_r1" / "shipped"
-        return [(source, folder / source.relative_to(ROOT)) for pattern in SHIPPED for source in sorted(ROOT.glob(pattern))]
+        return [
+            (source, folder / source.relative_to(ROOT)) for pattern in SHIPPED for source in sorted(ROOT.glob(pattern))
+        ]
 
 
 setup(
@@ -38,7 +48,15 @@ setup(
     author="mrg-r1 contributors",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    keywords=["grpo", "reinforcement learning", "vision-language", "radiology", "chest x-ray", "report generation", "deepspeed"],
+    keywords=[
+        "grpo",
+        "reinforcement learning",
+        "vision-language",
+        "radiology",
+        "chest x-ray",
+        "report generation",
+        "deepspeed",
+    ],
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Environment :: Console",

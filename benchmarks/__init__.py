@@ -1,1 +1,3 @@
-"""What a step costs, beside TRL and beside transformers' own generation. `python -m benchmarks.bench --help` explains."""
+"""What a step costs, beside TRL and beside transformers' own generation. `python -m benchmarks.bench --help`
+explains.
+"""

@@ -1,4 +1,5 @@
-"""Measure this project's step beside TRL's, its rollout beside transformers' generate, its scoring and its labeler beside plain ones.
+"""Measure this project's step beside TRL's, its rollout beside transformers' generate, its scoring and its labeler
+beside plain ones.
 
 What is compared, on one thread each, in turns:
   step_*      whole GRPO steps on the same weights, images, prompt words, reward and hyperparameters: vision, rollout,
@@ -8,8 +9,8 @@ What is compared, on one thread each, in turns:
   growth_*    our own step as group, prompt, completion or batch grow.
   labeler_*   reports labelled by CheXbert, random weights of BERT-base's size: ours, and the plain ways of it.
 
-Results stand in OUT/bench.json and OUT/bench.md after each case, so that an interrupted bench keeps what it has. A contender that
-fails has its reason in its row and a null ratio; the others go on, and the exit status is 1.
+Results stand in OUT/bench.json and OUT/bench.md after each case, so that an interrupted bench keeps what it has. A
+contender that fails has its reason in its row and a null ratio; the others go on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from benchmarks.workers import Worker, WorkerError
 READY_SECONDS = 180.0  # imports and loading take about 10
 UNIT_SECONDS = 300.0  # no unit of a working contender takes a minute
 
-# Both sides get the same allocator: glibc told to keep freed memory. By itself it hands large blocks back to the kernel and faults them
-# in again at the next allocation; TRL was a tenth slower then, and ours a little (README.md).
+# Both sides get the same allocator: glibc told to keep freed memory. By itself it hands large blocks back to the kernel
+# and faults them in again at the next allocation; TRL was a tenth slower then, and ours a little (README.md).
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "67108864"}
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -89,7 +90,9 @@ def run_case(case: Case, *, commands: dict[str, list[str]], folder: Path, budget
             with _keeping_reason(measurements[contender.name]):
                 log = folder / "logs" / f"{case.name}-{contender.name.replace(' ', '_')}.log"
                 command = [*commands[contender.side], str(folder), contender.task.to_json()]
-                environment = WORKER_ENVIRONMENT | (ALLOCATOR if contender.allocator is None else dict(contender.allocator))
+                environment = WORKER_ENVIRONMENT | (
+                    ALLOCATOR if contender.allocator is None else dict(contender.allocator)
+                )
                 workers[contender.name] = Worker(command, log=log, environment=environment)
         for name, worker in workers.items():
             with _keeping_reason(measurements[name]):
@@ -128,7 +131,11 @@ def _keeping_reason(one: Measurement) -> Iterator[None]:
 
 
 def _show_turn(case: Case, turn: int, result: CaseResult, say: Console) -> None:
-    units = [(one.name, one.repetitions[-1] if one.repetitions else one.warm_up) for one in result.measurements if one.error is None]
+    units = [
+        (one.name, one.repetitions[-1] if one.repetitions else one.warm_up)
+        for one in result.measurements
+        if one.error is None
+    ]
     shown = "  ".join(f"{name} {unit['seconds']:.2f} s" for name, unit in units if unit is not None)
     say.print(f"  {f'{turn} of {case.repetitions}' if turn else 'warm-up'}: {shown}", highlight=False, soft_wrap=True)
 
@@ -136,7 +143,12 @@ def _show_turn(case: Case, turn: int, result: CaseResult, say: Console) -> None:
 def describe_machine() -> dict[str, Any]:
     """What a reader needs to judge the numbers."""
     cpu = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ""
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "",
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1024**3
     done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
@@ -161,13 +173,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"{listing}\n\n{HOW}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="where policy, images, logs and results go (runs/bench)")
     parser.add_argument(
-        "--minutes", type=float, default=20.0, help="time for everything; repetitions, then cases, are left out beyond it (20)"
+        "--out", type=Path, default=Path("runs/bench"), help="where policy, images, logs and results go (runs/bench)"
     )
-    parser.add_argument("--only", nargs="+", metavar="CASE", choices=[case.name for case in CASES], help="run these cases and no others")
     parser.add_argument(
-        "--trl-python", type=Path, default=Path(".venv-trl/bin/python"), help="interpreter of TRL's environment, made by `make bench`"
+        "--minutes",
+        type=float,
+        default=20.0,
+        help="time for everything; repetitions, then cases, are left out beyond it (20)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="CASE", choices=[case.name for case in CASES], help="run these cases and no others"
+    )
+    parser.add_argument(
+        "--trl-python",
+        type=Path,
+        default=Path(".venv-trl/bin/python"),
+        help="interpreter of TRL's environment, made by `make bench`",
     )
     return parser.parse_args(arguments)
 

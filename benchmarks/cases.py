@@ -16,7 +16,9 @@ Quantity = Literal["seconds", "cpu_seconds", "memory"]
 
 @dataclass(frozen=True)
 class Contender:
-    """One process of a case: its name in tables, whose worker it is, what it does, and its allocator where not the bench's."""
+    """One process of a case: its name in tables, whose worker it is, what it does, and its allocator where not the
+    bench's.
+    """
 
     name: str
     side: Literal["ours", "trl", "labeler"]
@@ -78,9 +80,21 @@ CASES = (
     step_case("step_short", f"A whole step at {SHORT} px: ours and TRL", Task(side=SHORT), repetitions=6, estimate=50),
     step_case("step_long", f"A whole step at {LONG} px: ours and TRL", Task(side=LONG), repetitions=3, estimate=160),
     pair(
-        "rollout_short", f"Rollout at {SHORT} px: ours and transformers' generate", Task(side=SHORT), _ROLLOUT, repetitions=6, estimate=30
+        "rollout_short",
+        f"Rollout at {SHORT} px: ours and transformers' generate",
+        Task(side=SHORT),
+        _ROLLOUT,
+        repetitions=6,
+        estimate=30,
     ),
-    pair("rollout_long", f"Rollout at {LONG} px: ours and transformers' generate", Task(side=LONG), _ROLLOUT, repetitions=4, estimate=70),
+    pair(
+        "rollout_long",
+        f"Rollout at {LONG} px: ours and transformers' generate",
+        Task(side=LONG),
+        _ROLLOUT,
+        repetitions=4,
+        estimate=70,
+    ),
     pair(
         "scoring_long",
         f"Policy scores with gradient at {LONG} px: ours and one row [prompt | completion] for each completion",
@@ -113,7 +127,10 @@ CASES = (
     Case(
         "growth_studies",
         f"Our step at {SHORT} px as studies are added",
-        tuple(ours(f"{studies} {'study' if studies == 1 else 'studies'}", Task(side=SHORT, studies=studies)) for studies in (1, 4, 8)),
+        tuple(
+            ours(f"{studies} {'study' if studies == 1 else 'studies'}", Task(side=SHORT, studies=studies))
+            for studies in (1, 4, 8)
+        ),
         repetitions=4,
         estimate=40,
     ),

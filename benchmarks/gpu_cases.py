@@ -50,7 +50,12 @@ class GpuCase:
 
 # most important first: what the time does not allow is cut from the end
 CASES: dict[Size, tuple[GpuCase, ...]] = {
-    "7b": (GpuCase("8x1400", 8, 1036), GpuCase("8x350", 8, 504), GpuCase("16x1400", 16, 1036), GpuCase("16x350", 16, 504)),
+    "7b": (
+        GpuCase("8x1400", 8, 1036),
+        GpuCase("8x350", 8, 504),
+        GpuCase("16x1400", 16, 1036),
+        GpuCase("16x350", 16, 504),
+    ),
     "tiny": (GpuCase("2x30", 2, 56, group=2, new_tokens=4), GpuCase("2x35", 2, 84, group=2, new_tokens=4)),
 }
 
@@ -122,5 +127,7 @@ def worker_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=list(CASES), required=True, help="of the model and the cases")
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True, help="where to run")
     parser.add_argument("--cases", nargs="+", required=True, help="names of the cases to run")
-    parser.add_argument("--until", type=float, required=True, help="when all of them must be done, in seconds since the epoch")
+    parser.add_argument(
+        "--until", type=float, required=True, help="when all of them must be done, in seconds since the epoch"
+    )
     return parser

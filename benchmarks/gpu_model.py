@@ -1,7 +1,8 @@
-"""The model of the GPU bench: the published 7B shapes with random weights, made on the device and never written to a disk.
+"""The model of the GPU bench: the published 7B shapes with random weights, made on the device and never written to a
+disk.
 
-What stands in a folder is only what all contenders read: tokenizer, image processor, config and images. What a step costs depends on the
-number and shapes of weights, not on their values.
+What stands in a folder is only what all contenders read: tokenizer, image processor, config and images. What a step
+costs depends on the number and shapes of weights, not on their values.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from benchmarks.gpu_cases import Size
 from benchmarks.task import INSTRUCTION, REFERENCE, SEED
@@ -24,7 +30,8 @@ from mrg_r1.policy.tiny import create_tiny_policy
 DTYPE = torch.bfloat16
 _TEXTS = [REFERENCE, "There is a left pleural effusion.", "The lungs are clear.", "system user assistant", INSTRUCTION]
 
-# text and vision of Qwen2.5-VL-7B-Instruct's config.json; tiny is of the same kind: grouped-query attention, an untied head
+# text and vision of Qwen2.5-VL-7B-Instruct's config.json; tiny is of the same kind: grouped-query attention, an untied
+# head
 _TEXT: dict[Size, dict[str, Any]] = {
     "7b": {
         "vocab_size": 152064,
@@ -74,10 +81,14 @@ _VISION: dict[Size, dict[str, Any]] = {
 
 
 def write_folder(folder: Path, size: Size, *, sides: Sequence[int], images: int) -> None:
-    """Write `folder`/policy (without weights) and `images` pictures of noise a side into `folder`/images-SIDE, anew each time."""
+    """Write `folder`/policy (without weights) and `images` pictures of noise a side into `folder`/images-SIDE, anew
+    each time.
+    """
     fresh = folder / "policy"
     shutil.rmtree(fresh, ignore_errors=True)
-    create_tiny_policy(fresh, _TEXTS * 20, vocabulary=512, image_side=max(sides), hidden=32, layers=1, seed=SEED)  # for its tokenizer
+    create_tiny_policy(
+        fresh, _TEXTS * 20, vocabulary=512, image_side=max(sides), hidden=32, layers=1, seed=SEED
+    )  # for its tokenizer
     (fresh / "model.safetensors").unlink()
     text = _TEXT[size]
     _fill_vocabulary(fresh / "tokenizer.json", text["vocab_size"])

@@ -18,7 +18,17 @@ from typing import Any
 import torch
 
 from benchmarks import task as same
-from benchmarks.gpu_cases import LORA_ALPHA, LORA_RANK, Allowance, CaseChannel, GpuCase, Unit, find_cases, units_of, worker_arguments
+from benchmarks.gpu_cases import (
+    LORA_ALPHA,
+    LORA_RANK,
+    Allowance,
+    CaseChannel,
+    GpuCase,
+    Unit,
+    find_cases,
+    units_of,
+    worker_arguments,
+)
 from benchmarks.gpu_model import DTYPE, random_model
 from benchmarks.gpu_results import Shape
 from benchmarks.ours import OPTIMIZER_STEPS, word_overlap
@@ -37,7 +47,9 @@ from mrg_r1.types import Study, StudyImage
 
 
 class SynchronisedClock(Clock):
-    """Waits for the device at both ends of a phase: otherwise its work would be counted where something else waits for it."""
+    """Waits for the device at both ends of a phase: otherwise its work would be counted where something else waits for
+    it.
+    """
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -52,14 +64,20 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def make_recipe(folder: Path, case: GpuCase, *, largest_side: int, micro_batch_tokens: int, reuse_prefill: bool, recompute: bool) -> Recipe:
+def make_recipe(
+    folder: Path, case: GpuCase, *, largest_side: int, micro_batch_tokens: int, reuse_prefill: bool, recompute: bool
+) -> Recipe:
     """The recipe of a case: the hyperparameters of `benchmarks.task`, one inner iteration, a wider LoRA."""
     return Recipe.model_validate(
         {
             "output_dir": folder / "run",
             "steps": OPTIMIZER_STEPS,
             "seed": same.SEED,
-            "data": {"manifest": folder / "none.jsonl", "min_pixels": same.SMALLEST_AREA, "max_pixels": largest_side**2},
+            "data": {
+                "manifest": folder / "none.jsonl",
+                "min_pixels": same.SMALLEST_AREA,
+                "max_pixels": largest_side**2,
+            },
             "prompt": {"mode": "plain", "instruction": same.INSTRUCTION, "show_view": False},
             "policy": {
                 "path": folder / "policy",
@@ -76,7 +94,11 @@ def make_recipe(folder: Path, case: GpuCase, *, largest_side: int, micro_batch_t
                 "clip_high": same.CLIP,
             },
             "reward": {"labeler": folder / "none"},
-            "optimizer": {"learning_rate": same.LEARNING_RATE, "betas": same.BETAS, "max_grad_norm": same.MAX_GRAD_NORM},
+            "optimizer": {
+                "learning_rate": same.LEARNING_RATE,
+                "betas": same.BETAS,
+                "max_grad_norm": same.MAX_GRAD_NORM,
+            },
             "engine": {"deepspeed": Path("ds_configs/zero2.json"), "micro_batch_tokens": micro_batch_tokens},
             "tracking": {"wandb": "off", "completions_every": 0},
         }
@@ -84,7 +106,9 @@ def make_recipe(folder: Path, case: GpuCase, *, largest_side: int, micro_batch_t
 
 
 def make_run(recipe: Recipe) -> Run:
-    """What `mrg_r1.run.open_run` would make of the recipe, without checkpoint, manifest and labeler; LoRA is on the policy already."""
+    """What `mrg_r1.run.open_run` would make of the recipe, without checkpoint, manifest and labeler; LoRA is on the
+    policy already.
+    """
     ranks = start_ranks(recipe.seed)
     path = recipe.policy.path
     policy = Policy(random_model(path, ranks.device, attention="sdpa"), tokenizer=load_tokenizer(path)).to(ranks.device)
@@ -101,7 +125,9 @@ def make_run(recipe: Recipe) -> Run:
         directory=recipe.output_dir,
         studies={"train": [], "val": [], "test": []},
         policy=policy,
-        build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words),
+        build=PromptBuilder(
+            tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words
+        ),
         rewards=word_overlap(recipe),
         dtype=DTYPE,
     )
@@ -115,7 +141,9 @@ def studies_of(folder: Path, case: GpuCase) -> list[Study]:
 
 def measure_case(run: Run, engine: Engine, case: GpuCase, allowance: Allowance) -> dict[str, Any]:
     """Steps of one case, as many as wanted and time allows, and the rollout again for a single token."""
-    loader = StudyLoader(run.studies["train"], run.build, seed=run.recipe.seed, batch_size=case.studies, rank=0, world_size=1)
+    loader = StudyLoader(
+        run.studies["train"], run.build, seed=run.recipe.seed, batch_size=case.studies, rank=0, world_size=1
+    )
     rewards, clock = run.rewarding.service, SynchronisedClock()
     units: list[Unit] = []
     try:
@@ -127,7 +155,9 @@ def measure_case(run: Run, engine: Engine, case: GpuCase, allowance: Allowance) 
     return {**units_of(units), "prefill_seconds": seconds, "prompt_tokens": prompt_tokens}
 
 
-def _measure_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewards: RewardService, clock: SynchronisedClock) -> Unit:
+def _measure_step(
+    step: int, *, run: Run, engine: Engine, loader: StudyLoader, rewards: RewardService, clock: SynchronisedClock
+) -> Unit:
     reset_peak()
     synchronise()
     began = time.perf_counter()
@@ -136,14 +166,19 @@ def _measure_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, r
     seconds = time.perf_counter() - began
     total, count = parts["groups/length"]
     if float(total / count) != run.recipe.rollout.max_new_tokens:
-        raise RuntimeError(f"completions of {float(total / count)} tokens on average, {run.recipe.rollout.max_new_tokens} were asked for")
+        raise RuntimeError(
+            f"completions of {float(total / count)} tokens on average, {run.recipe.rollout.max_new_tokens} were "
+            "asked for"
+        )
     phases = {name.removeprefix("time/"): spent for name, spent in clock.end_step().items()}
     gap, gaps = parts["sampling/logp_gap"]
     return {"seconds": seconds, "phases": phases, "peak_bytes": peak_bytes(), "logp_gap": float(gap / gaps)}
 
 
 def measure_prefill(run: Run, case: GpuCase) -> tuple[float, int]:
-    """Seconds of a rollout of one token, merging LoRA and the prefill, at its second time; and the tokens of a prompt."""
+    """Seconds of a rollout of one token, merging LoRA and the prefill, at its second time; and the tokens of a
+    prompt.
+    """
     prompts = run.build(run.studies["train"]).to(run.ranks.device)
     vision = run.policy.encode_images(prompts)
     seconds = 0.0
@@ -171,7 +206,9 @@ def shape_of(policy: Policy) -> Shape:
     layers = list(policy.language_model.layers.named_parameters())
     head_size = text.hidden_size // text.num_attention_heads
     return Shape(
-        layer_weights=sum(parameter.numel() for name, parameter in layers if parameter.ndim == 2 and "lora_" not in name),
+        layer_weights=sum(
+            parameter.numel() for name, parameter in layers if parameter.ndim == 2 and "lora_" not in name
+        ),
         lora_weights=sum(parameter.numel() for name, parameter in layers if "lora_" in name),
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
@@ -181,9 +218,16 @@ def shape_of(policy: Policy) -> Shape:
 
 
 def run_cases(
-    run: Run, folder: Path, cases: Sequence[GpuCase], recipes: Sequence[Recipe], channel: CaseChannel, allowance: Allowance
+    run: Run,
+    folder: Path,
+    cases: Sequence[GpuCase],
+    recipes: Sequence[Recipe],
+    channel: CaseChannel,
+    allowance: Allowance,
 ) -> None:
-    """One case after the other on the same policy, optimizer and weights. What does not fit into memory is a result of its case only."""
+    """One case after the other on the same policy, optimizer and weights. What does not fit into memory is a result of
+    its case only.
+    """
     engine = build_engine(run)
     for case, recipe in zip(cases, recipes, strict=True):
         refusal = allowance.refusal(case)
@@ -191,7 +235,9 @@ def run_cases(
             channel.case(case, {"note": refusal})
             continue
         try:
-            line = measure_case(replace(run, recipe=recipe, studies={"train": studies_of(folder, case)}), engine, case, allowance)
+            line = measure_case(
+                replace(run, recipe=recipe, studies={"train": studies_of(folder, case)}), engine, case, allowance
+            )
         except torch.OutOfMemoryError as error:
             line = {"error": f"out of memory: {str(error).splitlines()[0]}"}
         if torch.cuda.is_available():
@@ -209,7 +255,9 @@ def main() -> None:
     options = parser.parse_args()
     channel, allowance = CaseChannel(), Allowance(options.until)
     if (options.device == "cuda") != torch.cuda.is_available():
-        raise RuntimeError(f"--device {options.device}, and torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+        raise RuntimeError(
+            f"--device {options.device}, and torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        )
     cases = find_cases(options.size, options.cases)
     recipes = [
         make_recipe(
@@ -232,7 +280,9 @@ def main() -> None:
             "parameters": sum(parameter.numel() for parameter in run.policy.parameters()),
             "shape": asdict(shape_of(run.policy)),
             "cuda": torch.version.cuda,
-            "versions": {name: metadata.version(name) for name in ("mrg-r1", "torch", "transformers", "peft", "deepspeed")},
+            "versions": {
+                name: metadata.version(name) for name in ("mrg-r1", "torch", "transformers", "peft", "deepspeed")
+            },
         }
     )
     run_cases(run, options.folder, cases, recipes, channel, allowance)

@@ -12,14 +12,15 @@ from benchmarks.gpu_cases import GpuCase
 from benchmarks.results import Table, markdown_table, replace_file
 
 HOW = (
-    "Seconds are those of the fastest measured step, after one warm-up step; the device is synchronised at the ends of steps and phases. "
-    "'/ ours': seconds of the contender / ours, so more is better for ours. "
-    "MFU of our update = (4 N T + 4 V H C + 6 L T) / (seconds of the update x the card's dense bf16 peak): N weights of the language "
-    "model's layers, L of LoRA, T tokens run (each prompt once, and of each completion all but the last), C completion tokens, V x H the "
-    "head; frozen weights cost 2 N forward and 2 N backward; recomputation and attention's own products are not counted. "
-    "decode, share of bound = time to read once what a step must read (merged weights and head, keys and values of prompts once a study, "
-    "of completions at half length) at the card's bandwidth / measured seconds a token; decode is the rollout less one of a single token. "
-    "Peak memory is what torch's allocator held at most."
+    "Seconds are those of the fastest measured step, after one warm-up step; the device is synchronised at the "
+    "ends of steps and phases. '/ ours': seconds of the contender / ours, so more is better for ours. MFU of our "
+    "update = (4 N T + 4 V H C + 6 L T) / (seconds of the update x the card's dense bf16 peak): N weights of the "
+    "language model's layers, L of LoRA, T tokens run (each prompt once, and of each completion all but the "
+    "last), C completion tokens, V x H the head; frozen weights cost 2 N forward and 2 N backward; recomputation "
+    "and attention's own products are not counted. decode, share of bound = time to read once what a step must "
+    "read (merged weights and head, keys and values of prompts once a study, of completions at half length) at "
+    "the card's bandwidth / measured seconds a token; decode is the rollout less one of a single token. Peak "
+    "memory is what torch's allocator held at most."
 )
 
 
@@ -113,7 +114,11 @@ def figures(outcome: Outcome, case: GpuCase, *, shape: Shape | None, device: str
     if unit is None:
         return {}
     seconds, phases = unit["seconds"], unit["phases"]
-    peaks = [one["peak_bytes"] for one in (outcome.line["warm_up"], *outcome.line["repetitions"]) if one["peak_bytes"] is not None]
+    peaks = [
+        one["peak_bytes"]
+        for one in (outcome.line["warm_up"], *outcome.line["repetitions"])
+        if one["peak_bytes"] is not None
+    ]
     row: dict[str, Any] = {
         "seconds": seconds,
         "steps_measured": len(outcome.line["repetitions"]),
@@ -128,7 +133,12 @@ def figures(outcome: Outcome, case: GpuCase, *, shape: Shape | None, device: str
     prompt_tokens, prefill, peak = outcome.line["prompt_tokens"], outcome.line["prefill_seconds"], PEAKS.get(device)
     a_token = (phases["rollout"] - prefill) / (case.new_tokens - 1)
     flops, read = update_flops(shape, case, prompt_tokens), decode_bytes(shape, case, prompt_tokens)
-    row |= {"prefill_seconds": prefill, "decode_seconds_per_token": a_token, "update_flops": flops, "decode_bytes": read}
+    row |= {
+        "prefill_seconds": prefill,
+        "decode_seconds_per_token": a_token,
+        "update_flops": flops,
+        "decode_bytes": read,
+    }
     row |= {"mfu": None, "decode_share_of_bound": None}
     if peak is None:
         row["reasons"] |= dict.fromkeys(("mfu", "decode_share_of_bound"), f"no datasheet figures for {device}")
@@ -170,7 +180,11 @@ def step_table(contenders: Sequence[Contender], cases: Sequence[GpuCase]) -> Tab
             row, outcome = of_case[one.name], one.outcomes[case_name]
             remarks = [f"FAILED: {outcome.error}"] if outcome.error else []
             remarks += [outcome.note] if outcome.note else []
-            cells = [(row.get("seconds"), ".2f"), (row.get("steps_measured"), "d"), (row.get("samples_per_second"), ".2f")]
+            cells = [
+                (row.get("seconds"), ".2f"),
+                (row.get("steps_measured"), "d"),
+                (row.get("samples_per_second"), ".2f"),
+            ]
             cells += [(row.get("tokens_per_second"), ".0f"), (row.get("ratio"), ".2f"), (row.get("peak_gib"), ".1f")]
             rows.append([case_name, one.name, *(_number(*cell) for cell in cells), "; ".join(remarks)])
     return header, rows
@@ -178,7 +192,16 @@ def step_table(contenders: Sequence[Contender], cases: Sequence[GpuCase]) -> Tab
 
 def phase_table(contenders: Sequence[Contender], cases: Sequence[GpuCase]) -> Table:
     """Where the time of the fastest steps went, and how near our update and decode are to what the card can do."""
-    header = ["case", "contender", "seconds by phase", "prefill s", "ms a token", "MFU of update", "decode, share of bound", "remark"]
+    header = [
+        "case",
+        "contender",
+        "seconds by phase",
+        "prefill s",
+        "ms a token",
+        "MFU of update",
+        "decode, share of bound",
+        "remark",
+    ]
     rows = []
     for case_name, of_case in all_figures(contenders, cases).items():
         for name, row in of_case.items():
@@ -194,7 +217,12 @@ def phase_table(contenders: Sequence[Contender], cases: Sequence[GpuCase]) -> Ta
 
 
 def write_results(
-    folder: Path, *, contenders: Sequence[Contender], cases: Sequence[GpuCase], environment: Mapping[str, Any], complete: bool
+    folder: Path,
+    *,
+    contenders: Sequence[Contender],
+    cases: Sequence[GpuCase],
+    environment: Mapping[str, Any],
+    complete: bool,
 ) -> None:
     """Write bench.json and bench.md, each whole or not at all."""
     content = {
@@ -206,7 +234,10 @@ def write_results(
         "contenders": {one.name: asdict(one) for one in contenders},
     }
     replace_file(folder / "bench.json", json.dumps(content, indent=1) + "\n")
-    settings: Table = ["contender", "settings"], [[one.name, json.dumps(one.settings)] for one in contenders if one.settings]
+    settings: Table = (
+        ["contender", "settings"],
+        [[one.name, json.dumps(one.settings)] for one in contenders if one.settings],
+    )
     where: Table = ["", ""], [[name, str(value)] for name, value in environment.items()]
     tables = [step_table(contenders, cases), phase_table(contenders, cases), settings, where]
     parts = ["# Bench on a GPU", *(markdown_table(table) for table in tables), HOW]

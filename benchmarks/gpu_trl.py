@@ -1,7 +1,7 @@
 """The worker of the other side on a GPU: TRL's GRPOTrainer, generating by transformers or by vLLM in the same process.
 
-It runs the cases one after another and says a line of JSON after each; `benchmarks.gpu` starts it. The model's shapes, words, images,
-reward and hyperparameters are those of `benchmarks.gpu_ours`.
+It runs the cases one after another and says a line of JSON after each; `benchmarks.gpu` starts it. The model's shapes,
+words, images, reward and hyperparameters are those of `benchmarks.gpu_ours`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ START_SECONDS = 15.0  # for the model and the trainer of a case
 
 
 class StepTimer(TrainerCallback):
-    """Times each step of a case with the device idle at both ends, and stops the trainer when enough are there or time is short."""
+    """Times each step of a case with the device idle at both ends, and stops the trainer when enough are there or time
+    is short.
+    """
 
     def __init__(self, case: GpuCase, allowance: Allowance) -> None:
         self.case, self.allowance = case, allowance
@@ -64,14 +66,22 @@ class StepTimer(TrainerCallback):
         generation = trainer.generation_seconds
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         self.units.append(
-            {"seconds": seconds, "phases": {"generation": generation, "rest": seconds - generation}, "peak_bytes": peak},
+            {
+                "seconds": seconds,
+                "phases": {"generation": generation, "rest": seconds - generation},
+                "peak_bytes": peak,
+            },
         )
         control.should_training_stop = not self.allowance.another(self.case, self.units)
         return control
 
 
-def make_config(folder: Path, case: GpuCase, banned: list[int], *, device: str, micro_batch: int, vllm: bool, memory: float) -> GRPOConfig:
-    """The settings of `benchmarks.trl_worker` in bfloat16, with gradient checkpointing: 7B does not fit a card without it."""
+def make_config(
+    folder: Path, case: GpuCase, banned: list[int], *, device: str, micro_batch: int, vllm: bool, memory: float
+) -> GRPOConfig:
+    """The settings of `benchmarks.trl_worker` in bfloat16, with gradient checkpointing: 7B does not fit a card without
+    it.
+    """
     if case.rows % micro_batch:
         raise ValueError(f"--micro-batch {micro_batch} does not divide the {case.rows} completions of case {case.name}")
     # vLLM has no ids to suppress, but a bias that comes to the same
@@ -95,7 +105,9 @@ def make_config(folder: Path, case: GpuCase, banned: list[int], *, device: str, 
     )
 
 
-def measure_case(case: GpuCase, allowance: Allowance, options: argparse.Namespace, *, largest_side: int, attention: str) -> dict[str, Any]:
+def measure_case(
+    case: GpuCase, allowance: Allowance, options: argparse.Namespace, *, largest_side: int, attention: str
+) -> dict[str, Any]:
     """Steps of one case, as many as wanted and time allows, by a trainer and a model of its own."""
     policy = options.folder / "policy"
     model: Qwen2_5_VLForConditionalGeneration = random_model(policy, torch.device(options.device), attention=attention)
@@ -116,7 +128,9 @@ def measure_case(case: GpuCase, allowance: Allowance, options: argparse.Namespac
             memory=options.vllm_memory,
         ),
         train_dataset=make_dataset(options.folder, case.side),
-        peft_config=LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=same.LORA_TARGETS, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules=same.LORA_TARGETS, task_type="CAUSAL_LM"
+        ),
         callbacks=[timer],
     )
     timer.trainer.train()
@@ -125,7 +139,9 @@ def measure_case(case: GpuCase, allowance: Allowance, options: argparse.Namespac
 
 
 def share_one_vllm(rows: int) -> None:
-    """Let all cases use one vLLM, since it gives no memory back; its weights are dummies until TRL pushes the trainer's."""
+    """Let all cases use one vLLM, since it gives no memory back; its weights are dummies until TRL pushes the
+    trainer's.
+    """
     module = trl.generation.vllm_generation
     make = functools.partial(module.LLM, load_format="dummy")
     made: list[Any] = []

@@ -1,7 +1,9 @@
-"""The worker of the labeler's cases: labelling by this project, and the plain ways of it, with one random checkpoint of BERT-base's size.
+"""The worker of the labeler's cases: labelling by this project, and the plain ways of it, with one random checkpoint of
+BERT-base's size.
 
-`python -m benchmarks.labeler FOLDER TASK` serves one unit of TASK (JSON of `benchmarks.task.Task`) a line; see `benchmarks.workers`.
-The published weights may not be passed on; random ones cost the same. Every contender of a case labels the same texts.
+`python -m benchmarks.labeler FOLDER TASK` serves one unit of TASK (JSON of `benchmarks.task.Task`) a line; see
+`benchmarks.workers`. The published weights may not be passed on; random ones cost the same. Every contender of a case
+labels the same texts.
 """
 
 from __future__ import annotations
@@ -51,17 +53,23 @@ def drawn(reports: Sequence[str], count: int) -> list[str]:
 
 
 def make_labeler(reports: Sequence[str], config: BertConfig | None = None) -> Labeler:
-    """CheXbert with random weights and a vocabulary in which every word of the reports is one piece, filled up to the model's size."""
+    """CheXbert with random weights and a vocabulary in which every word of the reports is one piece, filled up to the
+    model's size.
+    """
     torch.manual_seed(same.SEED)
     model = CheXbert(config or BertConfig(vocab_size=VOCABULARY))
     words = sorted({word for text in reports for word in re.findall(r"[a-z0-9]+|[^\w\s]", text.lower())})
     entries = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words][: model.bert.config.vocab_size]
-    tokenizer = bert_tokenizer(models.WordPiece({entry: index for index, entry in enumerate(entries)}, unk_token="[UNK]"))
+    tokenizer = bert_tokenizer(
+        models.WordPiece({entry: index for index, entry in enumerate(entries)}, unk_token="[UNK]")
+    )
     return Labeler(model, tokenizer, name="random BERT-base")
 
 
 def label_singly(labeler: Labeler, texts: Sequence[str]) -> Tensor:
-    """One report a pass through transformers' module, without padding, and 14 heads one after another: classes [N, 14]."""
+    """One report a pass through transformers' module, without padding, and 14 heads one after another: classes
+    [N, 14].
+    """
     classes = []
     for row in labeler.encode(texts):
         ids = torch.tensor([row])

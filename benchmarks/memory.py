@@ -1,7 +1,8 @@
-"""How much memory this process holds, and how much it held at most since the last reset; from the Linux kernel's own counters.
+"""How much memory this process holds, and how much it held at most since the last reset; from the Linux kernel's own
+counters.
 
-`resource.getrusage` knows only the peak since the process began, imports and model loading included. The kernel's high-water
-mark can be set back, so that the peak is that of one unit of work.
+`resource.getrusage` knows only the peak since the process began, imports and model loading included. The kernel's
+high-water mark can be set back, so that the peak is that of one unit of work.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def reset_peak() -> None:
     """Start a new high-water mark at what is resident now.
 
     Raises:
-        OSError: the kernel refuses, as some containers make it do; a peak that includes start-up would be a wrong number.
+        OSError: the kernel refuses, as some containers make it do; a peak that includes start-up would be a wrong
+            number.
     """
     _CLEAR.write_text(_RESET_PEAK)
 

@@ -1,7 +1,8 @@
 """The policy and the images that every contender of the bench is given, written once.
 
-The policy is a random Qwen2.5-VL wide enough that matrix products and not Python decide what a step costs, with grouped-query
-attention as published checkpoints have it; its vision tower is small. Images are seeded noise: what they show costs nothing.
+The policy is a random Qwen2.5-VL wide enough that matrix products and not Python decide what a step costs, with
+grouped-query attention as published checkpoints have it; its vision tower is small. Images are seeded noise: what they
+show costs nothing.
 """
 
 from __future__ import annotations
@@ -48,8 +49,11 @@ def write_model(folder: Path, sides: list[int]) -> Path:
     if not (policy / "config.json").is_file():
         fresh = folder / "policy.tmp"
         shutil.rmtree(fresh, ignore_errors=True)
-        # its tokenizer, image processor and language model are what is wanted here; its vision tower is as wide as the language model
-        create_tiny_policy(fresh, _TEXTS * 20, vocabulary=_VOCABULARY, image_side=max(sides), hidden=_WIDTH, layers=_LAYERS, seed=SEED)
+        # its tokenizer, image processor and language model are what is wanted here; its vision tower is as wide as the
+        # language model
+        create_tiny_policy(
+            fresh, _TEXTS * 20, vocabulary=_VOCABULARY, image_side=max(sides), hidden=_WIDTH, layers=_LAYERS, seed=SEED
+        )
         _replace_model(fresh)
         fresh.rename(policy)
     for side in sides:

@@ -1,7 +1,8 @@
-"""The worker of this project: its GRPO step, its rollout, its scoring pass, and the plain alternatives under the same policy.
+"""The worker of this project: its GRPO step, its rollout, its scoring pass, and the plain alternatives under the same
+policy.
 
-`python -m benchmarks.ours FOLDER TASK` serves one unit of TASK (JSON of `benchmarks.task.Task`) a line; see `benchmarks.workers`.
-Everything that the bench knows of mrg_r1's inside stands in this file.
+`python -m benchmarks.ours FOLDER TASK` serves one unit of TASK (JSON of `benchmarks.task.Task`) a line; see
+`benchmarks.workers`. Everything that the bench knows of mrg_r1's inside stands in this file.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ OPTIMIZER_STEPS = 1_000_000  # a horizon that no bench reaches: the learning rat
 
 
 class WordOverlapRewards:
-    """A `RewardService` that gives the reward of `benchmarks.task`, as the other side has it: no labeler is part of the bench."""
+    """A `RewardService` that gives the reward of `benchmarks.task`, as the other side has it: no labeler is part of the
+    bench.
+    """
 
     def __init__(self) -> None:
         self._results: dict[str, Rewards] = {}
@@ -60,11 +63,16 @@ class WordOverlapRewards:
         judging: Judging = Judging(),  # noqa: B008 (frozen)
     ) -> Ticket:
         total = torch.tensor(
-            [[same.word_overlap(text, reference) for text in group] for group, reference in zip(texts, references, strict=True)]
+            [
+                [same.word_overlap(text, reference) for text in group]
+                for group, reference in zip(texts, references, strict=True)
+            ]
         )
         ticket = Ticket(study_ids=tuple(study_ids))
         labels = torch.full((*total.shape, 14), -1)
-        self._results[ticket.id] = Rewards(total, {"words": total}, {"words": 1.0}, labels, [list(group) for group in texts])
+        self._results[ticket.id] = Rewards(
+            total, {"words": total}, {"words": 1.0}, labels, [list(group) for group in texts]
+        )
         return ticket
 
     def result(self, ticket: Ticket) -> Rewards:
@@ -112,21 +120,32 @@ def make_recipe(folder: Path, task: Task) -> Recipe:
                 "clip_high": same.CLIP,
             },
             "reward": {"labeler": folder / "none"},
-            "optimizer": {"learning_rate": same.LEARNING_RATE, "betas": same.BETAS, "max_grad_norm": same.MAX_GRAD_NORM},
-            "engine": {"deepspeed": Path("ds_configs/zero2.json"), "micro_batch_tokens": task.micro_batch or MICRO_BATCH_TOKENS},
+            "optimizer": {
+                "learning_rate": same.LEARNING_RATE,
+                "betas": same.BETAS,
+                "max_grad_norm": same.MAX_GRAD_NORM,
+            },
+            "engine": {
+                "deepspeed": Path("ds_configs/zero2.json"),
+                "micro_batch_tokens": task.micro_batch or MICRO_BATCH_TOKENS,
+            },
             "tracking": {"wandb": "off", "completions_every": 0},
         }
     )
 
 
 def make_run(recipe: Recipe, folder: Path, task: Task) -> Run:
-    """What `mrg_r1.run.open_run` would make of the recipe, without manifest and labeler; the policy has LoRA and cannot end a report."""
+    """What `mrg_r1.run.open_run` would make of the recipe, without manifest and labeler; the policy has LoRA and cannot
+    end a report.
+    """
     ranks = start_ranks(recipe.seed)
     policy = load_policy(recipe.policy.path, dtype=torch.float32)
     policy.banned[policy.eos_ids] = True  # every completion is as long as was asked for, on both sides
     add_lora(policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
     policy.train()
-    processor = load_image_processor(recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
+    processor = load_image_processor(
+        recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels
+    )
     words = PromptWords(instruction=recipe.prompt.words, show_view=recipe.prompt.show_view)
     images = same.images_of(folder, task.side)
     studies = [Study(path.stem, path.stem, (StudyImage(path),), same.REFERENCE, "train") for path in images]
@@ -136,7 +155,9 @@ def make_run(recipe: Recipe, folder: Path, task: Task) -> Run:
         directory=recipe.output_dir,
         studies={"train": studies, "val": [], "test": []},
         policy=policy,
-        build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words),
+        build=PromptBuilder(
+            tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words
+        ),
         rewards=word_overlap(recipe),
         dtype=torch.float32,
     )
@@ -145,7 +166,9 @@ def make_run(recipe: Recipe, folder: Path, task: Task) -> Run:
 def step_unit(run: Run, task: Task) -> Callable[[], Phases]:
     """Whole GRPO steps of `mrg_r1.trainer`, under DeepSpeed."""
     engine = build_engine(run)
-    loader = StudyLoader(run.studies["train"], run.build, seed=run.recipe.seed, batch_size=task.studies, rank=0, world_size=1)
+    loader = StudyLoader(
+        run.studies["train"], run.build, seed=run.recipe.seed, batch_size=task.studies, rank=0, world_size=1
+    )
     rewards, clock, taken = run.rewarding.service, Clock(), 0
 
     def unit() -> Phases:
@@ -153,7 +176,9 @@ def step_unit(run: Run, task: Task) -> Callable[[], Phases]:
         parts = grpo_step(taken, run=run, engine=engine, loader=loader, rewards=rewards, clock=clock)
         total, count = parts["groups/length"]
         if float(total / count) != task.new_tokens:
-            raise RuntimeError(f"completions of {float(total / count)} tokens on average, {task.new_tokens} were asked for")
+            raise RuntimeError(
+                f"completions of {float(total / count)} tokens on average, {task.new_tokens} were asked for"
+            )
         taken += 1
         return {name.removeprefix("time/"): seconds for name, seconds in clock.end_step().items()}
 
@@ -178,12 +203,16 @@ def rollout_unit(run: Run, task: Task, prompts: Prompts) -> Callable[[], Phases]
 
 
 def generate_unit(run: Run, task: Task, prompts: Prompts) -> Callable[[], Phases]:
-    """transformers' `generate` on the same module, LoRA attached, asked for the same distribution in every setting it knows."""
+    """transformers' `generate` on the same module, LoRA attached, asked for the same distribution in every setting it
+    knows.
+    """
     policy = run.policy
     inputs: dict[str, Tensor] = {
         "input_ids": prompts.input_ids,
         "attention_mask": prompts.attention_mask,
-        "mm_token_type_ids": (prompts.input_ids == policy.image_token_id).int(),  # left out, positions are silently wrong
+        "mm_token_type_ids": (
+            prompts.input_ids == policy.image_token_id
+        ).int(),  # left out, positions are silently wrong
         "pixel_values": prompts.pixel_values,
         "image_grid_thw": prompts.image_grid_thw,
     }
@@ -213,8 +242,8 @@ def scoring_unit(run: Run, task: Task, prompts: Prompts, *, naive: bool) -> Call
     """Forward and backward over one fixed rollout, vision features given.
 
     Args:
-        naive: one padded row [prompt | completion] for each completion through the transformers and PEFT modules; else this
-            project's scoring pass, with the prompt once a study.
+        naive: one padded row [prompt | completion] for each completion through the transformers and PEFT modules; else
+            this project's scoring pass, with the prompt once a study.
     """
     policy = run.policy
     vision = policy.encode_images(prompts)
@@ -246,7 +275,9 @@ def scoring_unit(run: Run, task: Task, prompts: Prompts, *, naive: bool) -> Call
 
 def sample(policy: Policy, task: Task, prompts: Prompts, vision: VisionFeatures, *, step: int) -> Completions:
     """This project's rollout of the task's size."""
-    return rollout(policy, prompts, vision, group_size=task.group, max_new_tokens=task.new_tokens, seed=same.SEED, step=step)
+    return rollout(
+        policy, prompts, vision, group_size=task.group, max_new_tokens=task.new_tokens, seed=same.SEED, step=step
+    )
 
 
 def check_length(token_ids: Tensor, task: Task) -> None:
@@ -292,7 +323,9 @@ def main() -> None:
         "micro_batch": task.micro_batch or (MICRO_BATCH_ROWS if naive else MICRO_BATCH_TOKENS),
         "micro_batch_of": "completions" if naive else "tokens",
         "prompt_tokens": prompts.input_ids.shape[1],
-        "trained_parameters": sum(parameter.numel() for parameter in run.policy.parameters() if parameter.requires_grad),
+        "trained_parameters": sum(
+            parameter.numel() for parameter in run.policy.parameters() if parameter.requires_grad
+        ),
         "parameters": sum(parameter.numel() for parameter in run.policy.parameters()),
         "threads": torch.get_num_threads(),
         "versions": {name: metadata.version(name) for name in ("mrg-r1", "torch", "transformers", "peft", "deepspeed")},

@@ -1,4 +1,6 @@
-"""From what workers answered to numbers and tables: minima, medians, ratios, JSON and Markdown. Pure, but for `write_results`."""
+"""From what workers answered to numbers and tables: minima, medians, ratios, JSON and Markdown. Pure, but for
+`write_results`.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,15 @@ from typing import Any
 from benchmarks.cases import Quantity, Ratio
 
 HOW = (
-    "After one warm-up unit each, the contenders of a case take turns, one unit at a time, one thread each. Ratios are theirs / ours, "
-    "so more is better, of the MINIMA over repetitions: on a machine that others use, the least disturbed repetition says most about "
-    "the code. Memory is the largest resident size during the measured units less what was resident before the first. "
-    "growth_8_16 is our step at 16 completions a study / at 8."
+    "After one warm-up unit each, the contenders of a case take turns, one unit at a time, one thread each. "
+    "Ratios are theirs / ours, so more is better, of the MINIMA over repetitions: on a machine that others use, "
+    "the least disturbed repetition says most about the code. Memory is the largest resident size during the "
+    "measured units less what was resident before the first. growth_8_16 is our step at 16 completions a study / "
+    "at 8."
 )
 
-BUSY = 1.1  # wall clock over CPU time from which a unit was disturbed: every contender computes on one thread and waits for nothing
+# wall clock over CPU time from which a unit was disturbed: every contender computes on one thread and waits for nothing
+BUSY = 1.1
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
 
@@ -42,7 +46,9 @@ class Measurement:
     note: str | None = None
 
     def value(self, quantity: Quantity) -> float | None:
-        """Least seconds, or most memory over what was resident; None where nothing was measured or the contender failed."""
+        """Least seconds, or most memory over what was resident; None where nothing was measured or the contender
+        failed.
+        """
         if self.error is not None or not self.repetitions:
             return None
         if quantity == "memory":
@@ -55,12 +61,17 @@ class Measurement:
 
     @property
     def remark(self) -> str:
-        """What stands beside the numbers: a failure, a note, or that other work on the machine had a share in the best unit."""
+        """What stands beside the numbers: a failure, a note, or that other work on the machine had a share in the best
+        unit.
+        """
         if self.error is not None:
             return f"FAILED: {self.error}"
         remarks = [self.note] if self.note else []
         if self.fastest and self.fastest["seconds"] > BUSY * self.fastest["cpu_seconds"]:
-            remarks.append(f"busy machine: {self.fastest['seconds'] / self.fastest['cpu_seconds']:.1f} s of wall clock a CPU second")
+            remarks.append(
+                f"busy machine: {self.fastest['seconds'] / self.fastest['cpu_seconds']:.1f} s of wall clock a CPU "
+                "second"
+            )
         return "; ".join(remarks)
 
     @property
@@ -89,7 +100,9 @@ class CaseResult:
         return [f"{one.name}: {one.error}" for one in self.measurements if one.error is not None]
 
 
-def compute_ratios(results: Sequence[CaseResult], ratios: Sequence[Ratio]) -> tuple[dict[str, float | None], dict[str, str]]:
+def compute_ratios(
+    results: Sequence[CaseResult], ratios: Sequence[Ratio]
+) -> tuple[dict[str, float | None], dict[str, str]]:
     """Every ratio, None where a side of it is missing, and the reason for each None."""
     by_case = {result.name: {one.name: one for one in result.measurements} for result in results}
     values: dict[str, float | None] = {}
@@ -144,7 +157,9 @@ def phase_table(result: CaseResult) -> Table:
 
 
 def ratio_table(ratios: dict[str, float | None], reasons: dict[str, str]) -> Table:
-    return ["ratio", "value", "reason if none"], [[name, _number(value, ".2f"), reasons.get(name, "")] for name, value in ratios.items()]
+    return ["ratio", "value", "reason if none"], [
+        [name, _number(value, ".2f"), reasons.get(name, "")] for name, value in ratios.items()
+    ]
 
 
 def write_results(
@@ -179,7 +194,9 @@ def to_markdown(
         parts += [f"## {result.title}", markdown_table(case_table(result))]
         if phase_table(result)[1]:
             parts.append(markdown_table(phase_table(result)))
-        parts.append(markdown_table((["", "settings"], [[one.name, _flat(one.settings)] for one in result.measurements])))
+        parts.append(
+            markdown_table((["", "settings"], [[one.name, _flat(one.settings)] for one in result.measurements]))
+        )
     parts += ["## Where", markdown_table((["", ""], [[name, _flat(value)] for name, value in environment.items()]))]
     return "\n\n".join(parts) + "\n"
 
@@ -187,11 +204,15 @@ def to_markdown(
 def markdown_table(table: Table) -> str:
     header, rows = table
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines
+    )
 
 
 def _flat(value: Any) -> str:
-    return ", ".join(f"{name} {_flat(inner)}" for name, inner in value.items()) if isinstance(value, dict) else str(value)
+    return (
+        ", ".join(f"{name} {_flat(inner)}" for name, inner in value.items()) if isinstance(value, dict) else str(value)
+    )
 
 
 def _number(value: float | None, form: str) -> str:

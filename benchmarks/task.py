@@ -1,4 +1,6 @@
-"""What both sides are given: the same words, images, reward and hyperparameters. Imports nothing but the standard library."""
+"""What both sides are given: the same words, images, reward and hyperparameters. Imports nothing but the standard
+library.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,11 @@ class Task:
     """What one worker does over and over: which unit of work, and of what size.
 
     Attributes:
-        unit: `step`, `rollout`, `hf_generate`, `scoring` or `scoring_naive`; for the labeler's worker `label`, `label_singly`,
-            `label_padded` or `label_every`.
+        unit: `step`, `rollout`, `hf_generate`, `scoring` or `scoring_naive`; for the labeler's worker `label`,
+            `label_singly`, `label_padded` or `label_every`.
         side: of the square images in pixels; a merged patch of 28 x 28 is one prompt token.
-        micro_batch: size of a forward and backward pass, tokens for this project's and completions for the others; None is the
-            worker's own choice.
+        micro_batch: size of a forward and backward pass, tokens for this project's and completions for the others; None
+            is the worker's own choice.
         reports: that a labeler labels in a unit.
         copies: how often each of them stands there.
     """
@@ -66,5 +68,7 @@ def images_of(folder: Path, side: int) -> list[Path]:
 
 
 def word_overlap(completion: str, reference: str) -> float:
-    """A reward that costs nothing: words shared with the reference, and a little for length so that groups are never all equal."""
+    """A reward that costs nothing: words shared with the reference, and a little for length so that groups are never
+    all equal.
+    """
     return len(set(completion.split()) & set(reference.split())) + 0.01 * len(completion)

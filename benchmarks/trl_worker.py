@@ -1,7 +1,8 @@
 """The worker of the other side: TRL's GRPOTrainer on the same checkpoint, words, images, reward and hyperparameters.
 
-`.venv-trl/bin/python -m benchmarks.trl_worker FOLDER TASK` serves one training step a line; see `benchmarks.workers`. It imports
-nothing of mrg_r1. TRL owns the loop, so a callback holds it at the beginning of each step until the parent wants one.
+`.venv-trl/bin/python -m benchmarks.trl_worker FOLDER TASK` serves one training step a line; see `benchmarks.workers`.
+It imports nothing of mrg_r1. TRL owns the loop, so a callback holds it at the beginning of each step until the parent
+wants one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ MICRO_BATCH = 8  # completions a forward and backward pass: as fast as 16, faste
 STEPS = 1_000_000  # more than any bench takes; it ends when the parent closes the pipe
 
 
-# What GRPOConfig is told on a CPU and on a GPU alike: the step of `benchmarks.task`, and everything that only costs time off.
+# What GRPOConfig is told on a CPU and on a GPU alike: the step of `benchmarks.task`, and everything that only costs
+# time off.
 EQUAL_SETTINGS: dict[str, Any] = {
     "beta": same.BETA,
     "epsilon": same.CLIP,
@@ -62,7 +64,9 @@ class ImageProcessorOnly(Qwen2_5_VLProcessor):
     ProcessorMixin reads the parts that a processor has from the signature of this constructor.
     """
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any) -> None:
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **_: Any
+    ) -> None:
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
@@ -108,12 +112,16 @@ class StepServer(TrainerCallback):
 def make_processor(policy: Path, side: int) -> ImageProcessorOnly:
     """Tokenizer and image processor of the checkpoint, with the same limits on the area as on the other side."""
     tokenizer = AutoTokenizer.from_pretrained(policy, local_files_only=True)
-    images = Qwen2VLImageProcessorPil.from_pretrained(policy, min_pixels=same.SMALLEST_AREA, max_pixels=side**2, local_files_only=True)
+    images = Qwen2VLImageProcessorPil.from_pretrained(
+        policy, min_pixels=same.SMALLEST_AREA, max_pixels=side**2, local_files_only=True
+    )
     return ImageProcessorOnly(image_processor=images, tokenizer=tokenizer, chat_template=tokenizer.chat_template)
 
 
 def make_dataset(folder: Path, side: int) -> Dataset:
-    """One user turn an image, worded as the other side words it: the chat template puts nothing between image and text."""
+    """One user turn an image, worded as the other side words it: the chat template puts nothing between image
+    and text.
+    """
     rows = [
         {
             "prompt": [{"role": "user", "content": f"\n{same.INSTRUCTION}"}],
@@ -169,7 +177,9 @@ def make_trainer(folder: Path, task: Task, channel: Channel) -> TimedTrainer:
         reward_funcs=reward,
         args=config,
         train_dataset=make_dataset(folder, task.side),
-        peft_config=LoraConfig(r=same.LORA_RANK, lora_alpha=same.LORA_ALPHA, target_modules=same.LORA_TARGETS, task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=same.LORA_RANK, lora_alpha=same.LORA_ALPHA, target_modules=same.LORA_TARGETS, task_type="CAUSAL_LM"
+        ),
         callbacks=[server],
     )
     return server.trainer
@@ -193,7 +203,10 @@ def main() -> None:
             "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
             "parameters": sum(parameter.numel() for parameter in parameters),
             "threads": torch.get_num_threads(),
-            "versions": {name: metadata.version(name) for name in ("trl", "torch", "transformers", "peft", "accelerate", "datasets")},
+            "versions": {
+                name: metadata.version(name)
+                for name in ("trl", "torch", "transformers", "peft", "accelerate", "datasets")
+            },
         }
     )
     trainer.train()

@@ -1,7 +1,7 @@
 """Which settings each side is fastest with: sizes of a pass and allocators, in turns like the bench itself.
 
-The winners are the defaults of `trl_worker.py`, `ours.py` and `bench.py`; README.md has the table they were chosen from. An allocator that
-is preloaded (jemalloc, tcmalloc) is tried where its library is given.
+The winners are the defaults of `trl_worker.py`, `ours.py` and `bench.py`; README.md has the table they were chosen
+from. An allocator that is preloaded (jemalloc, tcmalloc) is tried where its library is given.
 """
 
 from __future__ import annotations
@@ -47,11 +47,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("side", choices=["trl", "ours"], help="whose settings to try")
     parser.add_argument("--pixels", type=int, choices=SIDES, default=LONG, help=f"side of the images ({LONG})")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench-tune"), help="where results and logs go (runs/bench-tune)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench-tune"), help="where results and logs go (runs/bench-tune)"
+    )
     parser.add_argument("--minutes", type=float, default=20.0, help="repetitions beyond this are left out (20)")
-    parser.add_argument("--repetitions", type=int, default=3, help="measured steps of each candidate after its warm-up (3)")
-    parser.add_argument("--preload", type=Path, nargs="*", default=[], help="allocator libraries to try, as in .../libjemalloc.so.2")
-    parser.add_argument("--trl-python", type=Path, default=Path(".venv-trl/bin/python"), help="interpreter of TRL's environment")
+    parser.add_argument(
+        "--repetitions", type=int, default=3, help="measured steps of each candidate after its warm-up (3)"
+    )
+    parser.add_argument(
+        "--preload", type=Path, nargs="*", default=[], help="allocator libraries to try, as in .../libjemalloc.so.2"
+    )
+    parser.add_argument(
+        "--trl-python", type=Path, default=Path(".venv-trl/bin/python"), help="interpreter of TRL's environment"
+    )
     options = parser.parse_args()
     write_model(options.out, SIDES)
     title = f"{options.side}: settings at {options.pixels} px"
@@ -64,7 +72,11 @@ def main() -> int:
     say = Console(width=None if sys.stdout.isatty() else 140)
     result = run_case(case, commands=commands, folder=options.out, budget=Budget(options.minutes, [case]), say=say)
     write_results(
-        options.out / f"{options.side}-{options.pixels}", results=[result], ratios=[], environment=describe_machine(), complete=True
+        options.out / f"{options.side}-{options.pixels}",
+        results=[result],
+        ratios=[],
+        environment=describe_machine(),
+        complete=True,
     )
     say.print(to_rich(case_table(result), case.title))
     return 1 if result.errors else 0

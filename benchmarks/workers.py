@@ -1,9 +1,9 @@
 """Contenders as step servers: each is a process that does one unit of work whenever it is told to.
 
-One process measured after another would meet different neighbours on the machine. Here the parent lets the contenders take
-turns, one unit each, so that whatever disturbs one disturbs the other too. They speak JSON lines: the worker says once that it is ready,
-then answers each line of the parent with one of its own; an end of file ends it. This module imports nothing but the
-standard library and `benchmarks.memory`, because workers live in two virtual environments.
+One process measured after another would meet different neighbours on the machine. Here the parent lets the contenders
+take turns, one unit each, so that whatever disturbs one disturbs the other too. They speak JSON lines: the worker says
+once that it is ready, then answers each line of the parent with one of its own; an end of file ends it. This module
+imports nothing but the standard library and `benchmarks.memory`, because workers live in two virtual environments.
 """
 
 from __future__ import annotations
@@ -53,7 +53,13 @@ class Channel:
         """Stop the clock of the unit and report it."""
         seconds, cpu = time.perf_counter() - self._began, time.process_time() - self._began_cpu
         self._send(
-            {"seconds": seconds, "cpu_seconds": cpu, "phases": phases, "resident_mb": self._resident, "peak_mb": peak_mb()},
+            {
+                "seconds": seconds,
+                "cpu_seconds": cpu,
+                "phases": phases,
+                "resident_mb": self._resident,
+                "peak_mb": peak_mb(),
+            },
         )
 
     def _send(self, message: Mapping[str, Any]) -> None:
@@ -86,7 +92,11 @@ class Worker:
         with open(log, "wb") as file:
             try:
                 self._process = subprocess.Popen(
-                    list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env={**os.environ, **environment}
+                    list(command),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                    env={**os.environ, **environment},
                 )
             except OSError as error:
                 raise WorkerError(f"{command[0]}: cannot be started ({error.strerror})") from None
@@ -149,5 +159,7 @@ class Worker:
         return f"ended with status {status}; its log ends: {self._last_lines()}"
 
     def _last_lines(self, count: int = 3) -> str:
-        lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
         return " / ".join(lines[-count:]) or "(empty)"

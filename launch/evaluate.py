@@ -1,4 +1,6 @@
-"""Evaluate a recipe's policy, with the adapter of its run: `deepspeed launch/evaluate.py RECIPE.yaml [key=value ...]`."""
+"""Evaluate a recipe's policy, with the adapter of its run: `deepspeed launch/evaluate.py RECIPE.yaml [key=value
+...]`.
+"""
 
 if __name__ == "__main__":  # image workers import this file too, and need none of it
     from mrg_r1.finished import evaluate_run

@@ -1,4 +1,6 @@
-"""Fine-tune a policy on reports (SFT), the cold start and baseline: `deepspeed launch/sft.py RECIPE.yaml [key=value ...]`."""
+"""Fine-tune a policy on reports (SFT), the cold start and baseline: `deepspeed launch/sft.py RECIPE.yaml [key=value
+...]`.
+"""
 
 if __name__ == "__main__":  # image workers import this file too, and need none of it
     from mrg_r1.launching import run_on_ranks

@@ -1,8 +1,8 @@
 """The recipe: one YAML file is one experiment. Typed, validated, and every field says where its value comes from.
 
-Each description ends in one word: `paper` (arXiv 2512.16145 states it), `ours` (the paper is silent; we chose), or `yours`
-(a path or a name that only you can know). `load_recipe` reads the file, applies `key=value` overrides, refuses unknown keys
-with the nearest known one, and checks what can be checked before any model is loaded.
+Each description ends in one word: `paper` (arXiv 2512.16145 states it), `ours` (the paper is silent; we chose), or
+`yours` (a path or a name that only you can know). `load_recipe` reads the file, applies `key=value` overrides, refuses
+unknown keys with the nearest known one, and checks what can be checked before any model is loaded.
 """
 
 from __future__ import annotations
@@ -41,14 +41,19 @@ class RecipeError(ValueError):
 class Recipe(Section):
     """One experiment. `python launch/train.py --help` lists every field with its default."""
 
-    output_dir: Path = Field(description="RUN: where everything of this run is written; a run resumes when it holds a checkpoint. yours")
+    output_dir: Path = Field(
+        description="RUN: where everything of this run is written; a run resumes when it holds a checkpoint. yours"
+    )
     seed: int = Field(0, ge=0, description="Seeds data order, sampling, initialisation and bootstraps. ours")
     steps: int = Field(ge=1, description="Outer steps: rollouts (GRPO) or optimizer steps (SFT). yours")
     phases: Literal["all", "rollout", "update"] = Field(
         "all",
-        description="rollout: sample, score and save; update: learn from `experience`, sample nothing (docs/debugging.md). ours",
+        description="rollout: sample, score and save; update: learn from `experience`, sample nothing "
+        "(docs/debugging.md). ours",
     )
-    experience: Path | None = Field(None, description="What phases=update learns from: RUN/experience, or a file of one step. ours")
+    experience: Path | None = Field(
+        None, description="What phases=update learns from: RUN/experience, or a file of one step. ours"
+    )
     data: DataSection
     prompt: PromptSection = Field(default_factory=PromptSection)
     policy: PolicySection
@@ -66,13 +71,16 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.data.min_pixels > self.data.max_pixels:
-            raise ValueError(f"data.min_pixels {self.data.min_pixels} is larger than data.max_pixels {self.data.max_pixels}")
+            raise ValueError(
+                f"data.min_pixels {self.data.min_pixels} is larger than data.max_pixels {self.data.max_pixels}"
+            )
         if not self.reward.weights or all(weight == 0 for weight in self.reward.weights.values()):
             raise ValueError("reward.weights: no term has a weight, so every advantage would be 0")
         if self.rollout.reuse_prefill and self.grpo.inner_iterations * self.grpo.minibatches > 1:
             raise ValueError(
-                f"rollout.reuse_prefill with grpo.inner_iterations {self.grpo.inner_iterations} and grpo.minibatches "
-                f"{self.grpo.minibatches}: after the first update the prompts' states are those of older weights; set it to false"
+                f"rollout.reuse_prefill with grpo.inner_iterations {self.grpo.inner_iterations} and "
+                f"grpo.minibatches {self.grpo.minibatches}: after the first update the prompts' states are those "
+                "of older weights; set it to false"
             )
         return self
 
@@ -81,7 +89,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides (dotted keys, YAML values).
 
     Raises:
-        RecipeError: unreadable file, unknown key (with the nearest known one), a value of the wrong type or range, fields that contradict.
+        RecipeError: unreadable file, unknown key (with the nearest known one), a value of the wrong type or range,
+            fields that contradict.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -90,7 +99,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections (data:, policy:, …), this is a {type(content).__name__}")
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of sections (data:, policy:, …), this is a {type(content).__name__}"
+        )
     for override in overrides:
         _apply(content, override)
     try:
@@ -104,7 +115,8 @@ def check_recipe(recipe: Recipe, *, world_size: int, task: Literal["grpo", "sft"
     """Checks across fields, ranks and the disk, made before any model is loaded.
 
     Raises:
-        RecipeError: a batch that does not divide over the ranks, phases that contradict, or a path that is not what it should be.
+        RecipeError: a batch that does not divide over the ranks, phases that contradict, or a path that is not what it
+            should be.
     """
     check_numbers(recipe, world_size=world_size, task=task)
     _check_paths(recipe)
@@ -124,21 +136,32 @@ def check_numbers(recipe: Recipe, *, world_size: int, task: Literal["grpo", "sft
 def _check_phases(recipe: Recipe, task: str) -> None:
     if recipe.phases != "all" and task != "grpo":
         script = {"sft": "launch/sft.py", "evaluate": "launch/evaluate.py"}[task]
-        raise RecipeError(f"phases {recipe.phases}: only launch/train.py has phases; {script} wants phases=all experience=null")
+        raise RecipeError(
+            f"phases {recipe.phases}: only launch/train.py has phases; {script} wants phases=all experience=null"
+        )
     if recipe.phases == "update" and recipe.experience is None:
-        raise RecipeError("phases update without experience: give RUN/experience of a phases=rollout run as experience=RUN/experience")
+        raise RecipeError(
+            "phases update without experience: give RUN/experience of a phases=rollout run as experience=RUN/experience"
+        )
     if recipe.phases != "update" and recipe.experience is not None:
         raise RecipeError(
-            f"experience {recipe.experience} with phases {recipe.phases}: only phases=update reads it; set that, or experience=null"
+            f"experience {recipe.experience} with phases {recipe.phases}: only phases=update reads it; set that, "
+            "or experience=null"
         )
 
 
 def _check_batches(recipe: Recipe, world_size: int, task: str) -> None:
-    batch, name = (recipe.grpo.studies_per_step, "grpo.studies_per_step") if task == "grpo" else (recipe.sft.batch_size, "sft.batch_size")
+    batch, name = (
+        (recipe.grpo.studies_per_step, "grpo.studies_per_step")
+        if task == "grpo"
+        else (recipe.sft.batch_size, "sft.batch_size")
+    )
     if batch % world_size:
         lower, upper = batch // world_size * world_size, (batch // world_size + 1) * world_size
         nearest = f"{lower} or {upper}" if lower else str(upper)
-        raise RecipeError(f"{name} {batch} does not divide over {world_size} ranks; take {nearest}, or another number of ranks")
+        raise RecipeError(
+            f"{name} {batch} does not divide over {world_size} ranks; take {nearest}, or another number of ranks"
+        )
     if task == "grpo":
         rows = batch // world_size * recipe.grpo.group_size
         if rows % recipe.grpo.minibatches:
@@ -153,23 +176,32 @@ def _check_paths(recipe: Recipe) -> None:
         raise RecipeError(f"data.manifest {recipe.data.manifest}: no such file; `mrg-r1 prepare` makes one")
     check_checkpoint_directory(recipe.policy.path)
     if recipe.phases != "update" and not recipe.reward.labeler.exists():
-        raise RecipeError(f"reward.labeler {recipe.reward.labeler}: no such file or directory; `mrg-r1 labeler train` makes one")
+        raise RecipeError(
+            f"reward.labeler {recipe.reward.labeler}: no such file or directory; `mrg-r1 labeler train` makes one"
+        )
     judge = recipe.evaluation.judge
     if judge is not None and not judge.exists():
-        raise RecipeError(f"evaluation.judge {judge}: no such file or directory; `mrg-r1 labeler train` makes one, or leave it out")
+        raise RecipeError(
+            f"evaluation.judge {judge}: no such file or directory; `mrg-r1 labeler train` makes one, or leave it out"
+        )
     if judge is not None and judge.resolve() == recipe.reward.labeler.resolve():
         raise RecipeError(judges_itself(recipe))
     if recipe.policy.adapter is not None and not (recipe.policy.adapter / "adapter_config.json").is_file():
-        raise RecipeError(f"policy.adapter {recipe.policy.adapter}: no adapter_config.json there; give the adapter/ folder of a run")
+        raise RecipeError(
+            f"policy.adapter {recipe.policy.adapter}: no adapter_config.json there; give the adapter/ folder of a run"
+        )
     if not recipe.engine.deepspeed.is_file():
-        raise RecipeError(f"engine.deepspeed {recipe.engine.deepspeed}: no such file; ds_configs/ has zero1.json to zero3.json")
+        raise RecipeError(
+            f"engine.deepspeed {recipe.engine.deepspeed}: no such file; ds_configs/ has zero1.json to zero3.json"
+        )
 
 
 def judges_itself(recipe: Recipe) -> str:
     """What to say where the judge is the rewarded labeler."""
     return (
-        f"evaluation.judge {recipe.evaluation.judge} is reward.labeler {recipe.reward.labeler} (equal weights): it would judge itself, and "
-        "never see a policy that fools it; give a labeler of another seed, size or training set (`mrg-r1 labeler train --seed 1`), or none"
+        f"evaluation.judge {recipe.evaluation.judge} is reward.labeler {recipe.reward.labeler} (equal weights): it "
+        "would judge itself, and never see a policy that fools it; give a labeler of another seed, size or "
+        "training set (`mrg-r1 labeler train --seed 1`), or none"
     )
 
 
@@ -185,18 +217,24 @@ def check_checkpoint_directory(path: Path) -> None:
     try:
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except json.JSONDecodeError as error:
-        raise RecipeError(f"policy.path {path}: config.json is not JSON ({error}); fetch the checkpoint again") from error
+        raise RecipeError(
+            f"policy.path {path}: config.json is not JSON ({error}); fetch the checkpoint again"
+        ) from error
     if model_type != "qwen2_5_vl":
-        raise RecipeError(f"policy.path {path}: config.json says model_type {model_type!r}; a Qwen2.5-VL checkpoint says 'qwen2_5_vl'")
+        raise RecipeError(
+            f"policy.path {path}: config.json says model_type {model_type!r}; a Qwen2.5-VL checkpoint says 'qwen2_5_vl'"
+        )
     if not any(path.glob("*.safetensors")):
         raise RecipeError(
-            f"policy.path {path}: no *.safetensors there; the download is incomplete, or the weights are a pickle (not loaded)"
+            f"policy.path {path}: no *.safetensors there; the download is incomplete, or the weights are a pickle "
+            "(not loaded)"
         )
 
 
 def with_trained_policy(recipe: Recipe, run: Path) -> Recipe:
-    """The recipe of a finished `run` with the policy that it left: RUN/policy, where SFT has trained every parameter, its cold start
-    included. RUN/adapter, of every other run, goes on top of the recipe's own policy."""
+    """The recipe of a finished `run` with the policy that it left: RUN/policy, where SFT has trained every parameter,
+    its cold start included. RUN/adapter, of every other run, goes on top of the recipe's own policy.
+    """
     trained = run / "policy"
     if recipe.sft.trainable != "all" or not (trained / "config.json").is_file():
         return recipe

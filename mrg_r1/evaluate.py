@@ -1,6 +1,8 @@
-"""Evaluation: greedy reports over the ranks, then every definition of clinical efficacy with its baselines (spec section 4).
+"""Evaluation: greedy reports over the ranks, then every definition of clinical efficacy with its baselines (spec
+section 4).
 
-Beside the rewarded labeler stand those that the policy is not paid by: a judge where there is one, and what a phantom was drawn from.
+Beside the rewarded labeler stand those that the policy is not paid by: a judge where there is one, and what a phantom
+was drawn from.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ SUMMARY_KEYS = (
     "hacking_gap",
 )
 HACKING_GAP_IS = (
-    "disease_micro13 (strict, 13 observations, micro F1) by the rewarded labeler, minus the same by the judge; each reads reports and "
-    "references itself. Its growth says more than its size (docs/rewards.md)"
+    "disease_micro13 (strict, 13 observations, micro F1) by the rewarded labeler, minus the same by the judge; "
+    "each reads reports and references itself. Its growth says more than its size (docs/rewards.md)"
 )
 
 
@@ -71,12 +73,14 @@ def evaluate(
     cleaning: lexical.Cleaning | None = None,
     title: str = "evaluating",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Greedy reports of `studies`, spread over the ranks, and what they are worth. All ranks call it and all get the result.
+    """Greedy reports of `studies`, spread over the ranks, and what they are worth. All ranks call it and all get the
+    result.
 
     Args:
         judging: study ids to how their reports are judged.
         labeler: name and fingerprint of what reads the reports.
-        train: [M, 14] classes of training reports, for the baseline that gives each study a random one of them; None leaves it out.
+        train: [M, 14] classes of training reports, for the baseline that gives each study a random one of them; None
+            leaves it out.
         judge: a second labeler, on rank 0 alone, which reads the same reports.
         cleaning: of the texts before lexical metrics; None leaves these out.
 
@@ -88,7 +92,10 @@ def evaluate(
         RewardsMissing: the judge cannot read the reports; all ranks raise it.
     """
     if not studies:
-        raise ValueError("no studies to evaluate: the split is empty; set data.val_split or data.test_split to one that the manifest has")
+        raise ValueError(
+            "no studies to evaluate: the split is empty; set data.val_split or data.test_split to one that the "
+            "manifest has"
+        )
     mine = shard(studies, ranks)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     rows: list[dict[str, Any]] = []
@@ -96,7 +103,14 @@ def evaluate(
         shown = track(batches, title, console=Console(stderr=True), disable=not ranks.is_main, transient=True)
         for batch, prompts in zip(shown, prompts_ahead(build, batches), strict=True):
             ranks.beat(title)
-            rows += _predict(policy, batch, prompts.to(policy.device), rewards=rewards, judging=judging, max_new_tokens=max_new_tokens)
+            rows += _predict(
+                policy,
+                batch,
+                prompts.to(policy.device),
+                rewards=rewards,
+                judging=judging,
+                max_new_tokens=max_new_tokens,
+            )
             if judge is not None:
                 judge.service.hint([row["text"] for row in rows[-len(batch) :]])  # read while the next batch is written
     by_id = {row["id"]: row for part in ranks.gather(rows) for row in part}
@@ -105,7 +119,13 @@ def evaluate(
     result: dict[str, Any] | None = None
     if ranks.is_main:
         result = summarise(
-            predictions, studies, train=train, seed=seed, bootstrap_samples=bootstrap_samples, judge=by_judge, cleaning=cleaning
+            predictions,
+            studies,
+            train=train,
+            seed=seed,
+            bootstrap_samples=bootstrap_samples,
+            judge=by_judge,
+            cleaning=cleaning,
         )
         result["labeler"] = dict(labeler)
     return ranks.agree(result), predictions
@@ -122,7 +142,9 @@ def _predict(
 ) -> list[dict[str, Any]]:
     completions = greedy(policy, prompts, policy.encode_images(prompts), max_new_tokens=max_new_tokens)
     ids = prompts.study_ids
-    judged = rewards.result(rewards.submit(completions.texts, completions.ended.cpu(), ids, prompts.references, judging(ids)))
+    judged = rewards.result(
+        rewards.submit(completions.texts, completions.ended.cpu(), ids, prompts.references, judging(ids))
+    )
     return [
         {
             "id": study.id,
@@ -143,7 +165,8 @@ def _predict(
 
 
 def _add_judgements(predictions: list[dict[str, Any]], judge: Judge | None, ranks: Ranks) -> dict[str, str] | None:
-    """Put the judge's reading into every row, on every rank; None where there is no judge. Returns the judge's name and fingerprint.
+    """Put the judge's reading into every row, on every rank; None where there is no judge. Returns the judge's name and
+    fingerprint.
 
     Raises:
         RewardsMissing: it cannot read; never a silent null.
@@ -163,7 +186,9 @@ def _add_judgements(predictions: list[dict[str, Any]], judge: Judge | None, rank
             problem = str(error)
     answer, problem = ranks.agree((answer, problem))
     if problem is not None:
-        raise RewardsMissing(f"evaluation.judge: {problem}; the same command goes on, with evaluation.judge=null without a judge")
+        raise RewardsMissing(
+            f"evaluation.judge: {problem}; the same command goes on, with evaluation.judge=null without a judge"
+        )
     for number, row in enumerate(predictions):
         row["judge_labels"] = None if answer is None else values_of_classes(answer[1][number])
         row["judge_reference_labels"] = None if answer is None else values_of_classes(answer[2][number])
@@ -180,10 +205,12 @@ def summarise(
     judge: Mapping[str, str] | None = None,
     cleaning: lexical.Cleaning | None = None,
 ) -> dict[str, Any]:
-    """Every definition with its interval, the baselines, the judge and the drawn truth where they are, and the health of the reports.
+    """Every definition with its interval, the baselines, the judge and the drawn truth where they are, and the health
+    of the reports.
 
     Args:
-        predictions: rows with `labels`, `reference_labels` (14 file values), `report`, `terms`, `total`, `constant`; one a study.
+        predictions: rows with `labels`, `reference_labels` (14 file values), `report`, `terms`, `total`, `constant`;
+            one a study.
         train: [M, 14] classes of training reports, or None.
         judge: name and fingerprint of who read `judge_labels` and `judge_reference_labels` of the rows.
         cleaning: of the texts before lexical metrics; None leaves these out.
@@ -204,9 +231,14 @@ def summarise(
             for name, entry in baselines(reference, train=train, seed=seed).items()
         },
         "mean_reward": float(np.mean([row["total"] for row in predictions])),
-        "terms": {name: float(np.mean([row["terms"][name] for row in predictions])) for name in predictions[0]["terms"]},
-        # what the best constant training report earns on these studies (spec section 2): a policy that does not beat it has learned nothing
-        "constant": {name: float(np.mean([row["constant"][name] for row in predictions])) for name in predictions[0]["constant"]},
+        "terms": {
+            name: float(np.mean([row["terms"][name] for row in predictions])) for name in predictions[0]["terms"]
+        },
+        # what the best constant training report earns on these studies (spec section 2): a policy that does not beat it
+        # has learned nothing
+        "constant": {
+            name: float(np.mean([row["constant"][name] for row in predictions])) for name in predictions[0]["constant"]
+        },
         "format_rate": float(np.mean([row["terms"].get("format", float("nan")) for row in predictions])),
         "distinct_share": len(set(reports)) / len(predictions),
         "no_finding_rate": float((predicted[:, NO_FINDING] == POSITIVE).mean()),
@@ -237,7 +269,10 @@ def summarise(
     if all(row is not None for row in drawn_rows):
         truth = truth_scores(predicted, drawn_rows)
         result["truth"] = {name: asdict(score) for name, score in truth.items()}
-        result["disease_micro13_truth"], result["disease_macro13_truth"] = truth["disease_micro13"].f1, truth["disease_macro13"].f1
+        result["disease_micro13_truth"], result["disease_macro13_truth"] = (
+            truth["disease_micro13"].f1,
+            truth["disease_macro13"].f1,
+        )
         # a policy that fools its labeler widens this (trap 26)
         result["labeler_gap"] = result["disease_micro13"] - result["disease_micro13_truth"]
     return result
@@ -249,7 +284,9 @@ def _classes(predictions: Sequence[dict[str, Any]], key: str) -> NDArray[np.int6
 
 
 def _clinical(predicted: NDArray[np.int64], reference: NDArray[np.int64], *, samples: int, seed: int) -> dict[str, Any]:
-    """What one labeler's reading, [N, 14] classes of both sides, is worth under every definition and for each observation."""
+    """What one labeler's reading, [N, 14] classes of both sides, is worth under every definition and for each
+    observation.
+    """
     intervals = bootstrap_intervals(predicted, reference, samples=samples, seed=seed)
     scores = clinical_scores(predicted, reference)
     return {
@@ -270,7 +307,9 @@ def _lexical(predictions: Sequence[dict[str, Any]], cleaning: lexical.Cleaning) 
 
 
 def short_summary(result: dict[str, Any]) -> dict[str, float | None]:
-    """The keys that summary.json's `before` and `after` hold; None also where `result` was read from a file that is older than the key."""
+    """The keys that summary.json's `before` and `after` hold; None also where `result` was read from a file that is
+    older than the key.
+    """
     return {key: result.get(key) for key in SUMMARY_KEYS}
 
 
@@ -278,21 +317,32 @@ def write_evaluation(directory: Path, name: str, result: dict[str, Any], predict
     """Write `directory/NAME.json` and `directory/NAME_predictions.jsonl`."""
     directory.mkdir(parents=True, exist_ok=True)
     write_text_atomically(
-        directory / f"{name}_predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+        directory / f"{name}_predictions.jsonl",
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions),
     )
     write_text_atomically(directory / f"{name}.json", json.dumps(result, indent=1) + "\n")
 
 
 def evaluation_table(result: dict[str, Any], title: str) -> Table:
-    """Every definition with its interval, beside the baselines; under it the drawn truth and the judge, where there are any."""
-    table = Table(title=f"{title}: F1 by definition, {result['n']} studies" + (", rendered phantoms" if result["rendered"] else ""))
+    """Every definition with its interval, beside the baselines; under it the drawn truth and the judge, where there are
+    any.
+    """
+    table = Table(
+        title=f"{title}: F1 by definition, {result['n']} studies"
+        + (", rendered phantoms" if result["rendered"] else "")
+    )
     table.add_column("definition", no_wrap=True)
     for name in ("P", "R", "F1", "95 % of F1", "normal", "blank", "random", "itself"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.caption = "right: F1 of every report No Finding, every report blank, a random training report, the references against themselves"
+    table.caption = (
+        "right: F1 of every report No Finding, every report blank, a random training report, the references "
+        "against themselves"
+    )
     if result["constant"]:
         constant = result["constant"]["total"]
-        table.caption += f"\nmean reward {result['mean_reward']:.3f}; of the best constant training report {constant:.3f}"
+        table.caption += (
+            f"\nmean reward {result['mean_reward']:.3f}; of the best constant training report {constant:.3f}"
+        )
     for name, score in result["definitions"].items():
         compared = [result["baselines"][key] for key in ("constant_normal", "blank", "random_train", "reference")]
         low, high = score["f1_ci"]
@@ -312,8 +362,9 @@ def evaluation_table(result: dict[str, Any], title: str) -> Table:
             cells = (f"{score[key]:.3f}" for key in ("precision", "recall", "f1"))
             table.add_row(f"{name} (judge)", *cells, f"{low:.3f}-{high:.3f}", *["-"] * 4)
         table.caption += (
-            f"\nhacking gap {result['hacking_gap']:+.3f}: disease_micro13 by {result['labeler']['name']}, which is rewarded, minus by the "
-            f"judge {judge['labeler']['name']}; they agree on {judge['agreement_on_references']:.1%} of the references' classes"
+            f"\nhacking gap {result['hacking_gap']:+.3f}: disease_micro13 by {result['labeler']['name']}, which is "
+            f"rewarded, minus by the judge {judge['labeler']['name']}; they agree on "
+            f"{judge['agreement_on_references']:.1%} of the references' classes"
         )
     return table
 

@@ -1,8 +1,10 @@
-"""Saved experience: a step's reports and rewards on the disk, for the debugging phases and for batches that could not be learned from.
+"""Saved experience: a step's reports and rewards on the disk, for the debugging phases and for batches that could not
+be learned from.
 
-A step is one part a rank, `step_NNNNNN_rankR.safetensors` and `.json`; a reader joins the parts in the order of the ranks, which is
-that of the global batch, and cuts the whole over ranks of its own, so their number may be another. Images are not kept: prompts are made
-again from the manifest by study id, and must be the same. Nothing is pickled. Reports are patient data, and never leave the machine.
+A step is one part a rank, `step_NNNNNN_rankR.safetensors` and `.json`; a reader joins the parts in the order of the
+ranks, which is that of the global batch, and cuts the whole over ranks of its own, so their number may be another.
+Images are not kept: prompts are made again from the manifest by study id, and must be the same. Nothing is pickled.
+Reports are patient data, and never leave the machine.
 """
 
 from __future__ import annotations
@@ -39,7 +41,14 @@ _BLOCKS, _BLOCK = 16, 65_536  # of each file of a policy, read for its fingerpri
 
 
 def write_step(
-    folder: Path, step: int, sampled: Sampled, *, recipe: Recipe, ranks: Ranks, problem: str | None = None, own_weights: bool = False
+    folder: Path,
+    step: int,
+    sampled: Sampled,
+    *,
+    recipe: Recipe,
+    ranks: Ranks,
+    problem: str | None = None,
+    own_weights: bool = False,
 ) -> None:
     """Write this rank's part of a step, its JSON last: a part is whole when that is there and its digest fits.
 
@@ -62,7 +71,10 @@ def write_step(
         tensors |= {f"constant/{name}": values for name, values in judged.constant.items()}
     path = folder / f"step_{step:06d}_rank{ranks.rank}.safetensors"
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, temporary)
+    save_file(
+        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
+        temporary,
+    )
     os.replace(temporary, path)
     record = {
         "format": _FORMAT,
@@ -84,7 +96,8 @@ def write_step(
 
 
 def next_step(run: Path, recipe: Recipe, ranks: Ranks) -> int:
-    """The first step of `phases=rollout` that is not in RUN/experience whole, or not in RUN/metrics.jsonl. Every rank calls this.
+    """The first step of `phases=rollout` that is not in RUN/experience whole, or not in RUN/metrics.jsonl. Every rank
+    calls this.
 
     Raises:
         RecipeError: what is there was made under another recipe, and `resume.allow_changes` is false.
@@ -92,13 +105,17 @@ def next_step(run: Path, recipe: Recipe, ranks: Ranks) -> int:
     step, problem, folder = 0, None, run / "experience"
     if ranks.is_main:
         metrics = run / "metrics.jsonl"
-        logged = metrics.read_text(encoding="utf-8").count("\n") if metrics.is_file() else 0  # a kill can come between a step and its line
+        logged = (
+            metrics.read_text(encoding="utf-8").count("\n") if metrics.is_file() else 0
+        )  # a kill can come between a step and its line
         while step < min(recipe.steps, logged):
             try:
                 parts = _read_parts(folder, step)
             except RecipeError:
                 break
-            changed = [line for line in differences(parts[0]["recipe"], recipe) if not line.startswith(_NOT_SAMPLED_UNDER)]
+            changed = [
+                line for line in differences(parts[0]["recipe"], recipe) if not line.startswith(_NOT_SAMPLED_UNDER)
+            ]
             if changed and not recipe.resume.allow_changes:
                 listed = "\n".join(f"  {line}" for line in changed)
                 problem = (
@@ -127,7 +144,9 @@ class SavedExperience:
     adapter: Path | None
     recipe: Recipe = field(repr=False)
 
-    def read(self, number: int, *, build: PromptBuilder, studies: Mapping[str, Study], ranks: Ranks) -> tuple[Sampled, Rewards]:
+    def read(
+        self, number: int, *, build: PromptBuilder, studies: Mapping[str, Study], ranks: Ranks
+    ) -> tuple[Sampled, Rewards]:
         """This rank's share of the `number`-th step, and its rewards, on its device.
 
         Raises:
@@ -141,16 +160,17 @@ class SavedExperience:
         lost = [study for study in ids[rows] if study not in studies]
         if lost:
             raise RecipeError(
-                f"{where}: study {lost[0]} is not in split {self.recipe.data.train_split!r} of {self.recipe.data.manifest}; "
-                "give the manifest and split that it was sampled from"
+                f"{where}: study {lost[0]} is not in split {self.recipe.data.train_split!r} of "
+                f"{self.recipe.data.manifest}; give the manifest and split that it was sampled from"
             )
         prompts = build([studies[study] for study in ids[rows]])
         digests = [digest for part in parts for digest in part["prompts"]][rows]
         for study, now, then in zip(ids[rows], prompt_digests(prompts), digests, strict=True):
             if now != then and not self.recipe.resume.allow_changes:
                 raise RecipeError(
-                    f"{where}: the prompt of study {study} is not the one that was sampled for, its images or tokenizer have changed "
-                    "(or are read otherwise here); restore them, or learn from it all the same with resume.allow_changes=true"
+                    f"{where}: the prompt of study {study} is not the one that was sampled for, its images or "
+                    "tokenizer have changed (or are read otherwise here); restore them, or learn from it all the "
+                    "same with resume.allow_changes=true"
                 )
         loaded = [load_file(_file(self.folder, part["step"], part["rank"], "safetensors")) for part in parts]
         return _joined(loaded, parts, prompts, rows, pad_id=build.tokenizer.pad_token_id, device=ranks.device)
@@ -163,8 +183,9 @@ def open_experience(path: Path, recipe: Recipe) -> SavedExperience:
         path: a folder, for all its steps, or any file of one step, for that one.
 
     Raises:
-        RecipeError: nothing there, too few steps, a part that is missing or damaged, no rewards, a group or batch of another size, another
-            manifest, policy or prompt than now (unless `resume.allow_changes`); names the file, both values and the remedy.
+        RecipeError: nothing there, too few steps, a part that is missing or damaged, no rewards, a group or batch of
+            another size, another manifest, policy or prompt than now (unless `resume.allow_changes`); names the file,
+            both values and the remedy.
     """
     named = _NAME.fullmatch(path.name)
     folder = path if named is None else path.parent
@@ -176,7 +197,9 @@ def open_experience(path: Path, recipe: Recipe) -> SavedExperience:
         )
     wanted = found[: recipe.steps] if named is None else [int(named[1])]
     if len(wanted) < recipe.steps:
-        raise RecipeError(f"experience {path}: {len(wanted)} saved step(s), steps is {recipe.steps}; set steps={len(wanted)}")
+        raise RecipeError(
+            f"experience {path}: {len(wanted)} saved step(s), steps is {recipe.steps}; set steps={len(wanted)}"
+        )
     steps = [_read_parts(folder, step) for step in wanted]
     adapters = [_adapter_of(folder, parts[0]) for parts in steps]
     if len(steps) > 1 and any(adapters):
@@ -273,7 +296,10 @@ def _read_parts(folder: Path, step: int) -> list[dict[str, Any]]:
     for rank, part in enumerate(parts):
         for key in ("world_size", "manifest", "policy", "recipe"):
             if part[key] != first[key]:
-                raise RecipeError(f"{_file(folder, step, rank, 'json')}: its {key} is not that of rank 0's part; sample the step again")
+                raise RecipeError(
+                    f"{_file(folder, step, rank, 'json')}: its {key} is not that of rank 0's part; sample the step "
+                    "again"
+                )
     return parts
 
 
@@ -299,7 +325,10 @@ def _adapter_of(folder: Path, record: dict[str, Any]) -> Path | None:
         return None
     adapter = adapter_folder(folder, record["step"])
     if not adapter.is_dir():
-        raise RecipeError(f"{adapter}: missing (only the newest are kept); without its weights step {record['step']} cannot be repeated")
+        raise RecipeError(
+            f"{adapter}: missing (only the newest are kept); without its weights step {record['step']} cannot be "
+            "repeated"
+        )
     return adapter
 
 
@@ -318,7 +347,10 @@ def _check_fit(folder: Path, parts: list[dict[str, Any]], recipe: Recipe, finger
             raise RecipeError(f"{where}: {name} is {then} there and {now} in the recipe; set {name}={then}")
     under = (*_SAMPLED_UNDER, "policy.lora.") if first["own_weights"] else _SAMPLED_UNDER
     changed = [line for line in differences(first["recipe"], recipe) if line.startswith(under)]
-    for key, name in (("manifest", f"data.manifest {recipe.data.manifest}"), ("policy", f"policy.path {recipe.policy.path}")):
+    for key, name in (
+        ("manifest", f"data.manifest {recipe.data.manifest}"),
+        ("policy", f"policy.path {recipe.policy.path}"),
+    ):
         if first[key] != fingerprints[key]:
             changed.append(f"{name}: fingerprint {first[key]} -> {fingerprints[key]}")
     if changed and not recipe.resume.allow_changes:
@@ -346,7 +378,9 @@ def _fingerprints(recipe: Recipe) -> dict[str, str]:
 def _policy_fingerprint(path: Path, adapter: Path | None) -> str:
     """Of the files of a checkpoint and its cold start: names, sizes, and blocks spread evenly over each."""
     digest = hashlib.sha256()
-    files = [file for folder in (path, adapter) if folder is not None for file in sorted(folder.iterdir()) if file.is_file()]
+    files = [
+        file for folder in (path, adapter) if folder is not None for file in sorted(folder.iterdir()) if file.is_file()
+    ]
     for entry in files:
         size = entry.stat().st_size
         digest.update(f"{entry.name} {size} ".encode())

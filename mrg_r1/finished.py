@@ -1,6 +1,8 @@
-"""`launch/evaluate.py`: a run's policy over a split, of the run's own manifest or another; scores where there are references, else reports.
+"""`launch/evaluate.py`: a run's policy over a split, of the run's own manifest or another; scores where there are
+references, else reports.
 
-The run's own files stay as they are: RUN/config.yaml remains the training's recipe, and another manifest's results have its name.
+The run's own files stay as they are: RUN/config.yaml remains the training's recipe, and another manifest's results have
+its name.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from mrg_r1.types import Study
 
 
 def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
-    """Evaluate the recipe's test split under what RUN has trained (RUN/adapter, RUN/policy), or under the recipe's policy as it is.
+    """Evaluate the recipe's test split under what RUN has trained (RUN/adapter, RUN/policy), or under the recipe's
+    policy as it is.
 
-    Leaves RUN/evaluation/NAME.json and NAME_predictions.jsonl, or, of studies without references, NAME_reports.jsonl. NAME is the
-    split's, after the manifest's where that is not the run's own.
+    Leaves RUN/evaluation/NAME.json and NAME_predictions.jsonl, or, of studies without references, NAME_reports.jsonl.
+    NAME is the split's, after the manifest's where that is not the run's own.
     """
     recipe = with_trained_policy(recipe, recipe.output_dir)
     name = ranks.agree(evaluation_name(recipe))  # before an untrained RUN is given its config.yaml
@@ -50,7 +53,8 @@ def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
 
 
 def evaluation_name(recipe: Recipe) -> str:
-    """What the files of an evaluation are called: the split; before it the manifest's name, if RUN is of another manifest.
+    """What the files of an evaluation are called: the split; before it the manifest's name, if RUN is of another
+    manifest.
 
     `data/iu/manifest.jsonl`, as `mrg-r1 prepare` calls it, is named after its folder.
     """
@@ -70,8 +74,8 @@ def _keep_others(path: Path, studies: list[Study], recipe: Recipe) -> None:
         there = {json.loads(line)["id"] for line in path.read_text(encoding="utf-8").splitlines()}
         if there != {study.id for study in studies}:
             raise RecipeError(
-                f"{path}: there already, and of other studies than {recipe.data.manifest}, split {recipe.data.test_split!r}; "
-                "move it away, or give the manifest another name"
+                f"{path}: there already, and of other studies than {recipe.data.manifest}, split "
+                f"{recipe.data.test_split!r}; move it away, or give the manifest another name"
             )
 
 
@@ -81,7 +85,9 @@ def _write_reports(run: Run, studies: list[Study], path: Path) -> None:
     labeler = None
     if ranks.is_main:  # before the reports: a labeler that cannot be loaded is to cost no hour
         dtype = getattr(torch, recipe.reward.dtype)
-        labeler = Labeler.load(recipe.reward.labeler, tokenizer=recipe.reward.tokenizer, device=ranks.device, dtype=dtype)
+        labeler = Labeler.load(
+            recipe.reward.labeler, tokenizer=recipe.reward.tokenizer, device=ranks.device, dtype=dtype
+        )
     rows = reports_of(
         run.policy,
         studies,
@@ -97,5 +103,8 @@ def _write_reports(run: Run, studies: list[Study], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     truncated, malformed = (sum(row[what] for row in rows) for what in ("truncated", "malformed"))
-    print(f"{path}: {len(rows)} reports, {truncated} truncated, {malformed} malformed; the studies have no references: nothing is scored")
+    print(
+        f"{path}: {len(rows)} reports, {truncated} truncated, {malformed} malformed; the studies have no "
+        "references: nothing is scored"
+    )
     print(NOT_FOR_CLINICAL_USE)

@@ -35,25 +35,36 @@ def keep_for_replay(run: Run, step: int, sampled: Sampled, *, problem: str | Non
 def warn_of_gap(log: RunLog, step: int, gap: float | None, correction: str) -> None:
     """Say where sampled and scored log-probs have come apart: the policy is then trained on samples of another one."""
     if gap is not None and gap > LOGP_GAP_WARNING:
-        remedy = "grpo.correction=tis weights it out" if correction == "none" else "grpo.correction=tis weights what its cap allows"
-        log.say(f"step {step}: sampling/logp_gap {gap:.3f} nats a token on average, over {LOGP_GAP_WARNING}; {remedy}; float32 closes it")
+        remedy = (
+            "grpo.correction=tis weights it out"
+            if correction == "none"
+            else "grpo.correction=tis weights what its cap allows"
+        )
+        log.say(
+            f"step {step}: sampling/logp_gap {gap:.3f} nats a token on average, over {LOGP_GAP_WARNING}; {remedy}; "
+            "float32 closes it"
+        )
 
 
 def validate_before(run: Run, gaps: GapWatch, log: RunLog) -> None:
-    """Where there is a judge: the validation that all later ones are compared with, of the policy before it is rewarded for anything."""
+    """Where there is a judge: the validation that all later ones are compared with, of the policy before it is rewarded
+    for anything.
+    """
     evaluation = run.recipe.evaluation
     if evaluation.judge is None or not evaluation.before or not run.studies["val"]:
         return
     result, rows = run.validate()
     gaps.update(rows, _readers(result), when="before training")
     log.say(
-        f"before training, validation/judge_disease_micro13 {result['judge_disease_micro13']:.3f}, validation/hacking_gap "
-        f"{result['hacking_gap']:+.3f}: what validations are compared with"
+        f"before training, validation/judge_disease_micro13 {result['judge_disease_micro13']:.3f}, "
+        f"validation/hacking_gap {result['hacking_gap']:+.3f}: what validations are compared with"
     )
 
 
 def warn_at_close(run: Run, log: RunLog) -> None:
-    """Say where a gap has widened between the test split's evaluations before and after training, as RUN/evaluation has them."""
+    """Say where a gap has widened between the test split's evaluations before and after training, as RUN/evaluation has
+    them.
+    """
     if not run.ranks.is_main:
         return
     watch, folder = GapWatch(), run.directory / "evaluation"
@@ -73,7 +84,9 @@ def _readers(result: dict[str, Any]) -> str:
 def keep_best(
     run: Run, best: dict[str, Any] | None, *, step: int, metrics: dict[str, Any], gaps: GapWatch, log: RunLog
 ) -> dict[str, Any] | None:
-    """Validate; where the score is the best so far, the adapter of RUN becomes this one. Without a validation split, the last is kept."""
+    """Validate; where the score is the best so far, the adapter of RUN becomes this one. Without a validation split,
+    the last is kept.
+    """
     score: float | None = None
     if run.studies["val"]:
         result, rows = run.validate()
@@ -82,7 +95,10 @@ def keep_best(
         score = result[run.recipe.evaluation.select] if run.recipe.evaluation.select in result else None
         score = result["definitions"][run.recipe.evaluation.select]["f1"] if score is None else score
         metrics |= {f"validation/{key}": value for key, value in short_summary(result).items() if value is not None}
-        metrics |= {"validation/labeler_gap": result["labeler_gap"], "validation/no_finding_rate": result["no_finding_rate"]}
+        metrics |= {
+            "validation/labeler_gap": result["labeler_gap"],
+            "validation/no_finding_rate": result["no_finding_rate"],
+        }
     if best is None or score is None or score > best["score"]:
         best = {"step": step, "score": score}
         if run.ranks.is_main:

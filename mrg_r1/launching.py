@@ -1,4 +1,6 @@
-"""What the scripts in launch/ share: read the recipe on every rank, run, and end with one clear message where the input is bad."""
+"""What the scripts in launch/ share: read the recipe on every rank, run, and end with one clear message where the input
+is bad.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,13 @@ from mrg_r1.reward.stage import RewardError
 def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None) -> None:
     """Parse the command line, join the ranks, run the task.
 
-    A bad recipe or bad data prints its message once (before the ranks have met, once a node) and exits with 2, a step without rewards
-    with 3, a hanging rank with 4, a signal or a rank that is gone with 75; anything else keeps its traceback. Whichever rank fails,
-    it speaks last, and all leave with its code.
+    A bad recipe or bad data prints its message once (before the ranks have met, once a node) and exits with 2, a step
+    without rewards with 3, a hanging rank with 4, a signal or a rank that is gone with 75; anything else keeps its
+    traceback. Whichever rank fails, it speaks last, and all leave with its code.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's and transformers' own calls of their own old names
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # torch's and transformers' own calls of their own old names
     transformers_logging.disable_progress_bar()
     parser = argparse.ArgumentParser(
         description=description,
@@ -44,7 +48,9 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the experiment; launch/recipes/ has examples")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values to change, as in steps=100 grpo.group_size=16")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="values to change, as in steps=100 grpo.group_size=16"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the DeepSpeed launcher adds it
     arguments = parser.parse_args()
     recipe, problem = None, None
@@ -58,7 +64,8 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
     try:
         if problem is not None and on_one_node():
             raise RecipeError(problem)
-        # hanging ranks are named by `Watch`; a collective must not lose patience while rank 0 reads a large dataset's images
+        # hanging ranks are named by `Watch`; a collective must not lose patience while rank 0 reads a large dataset's
+        # images
         ranks = start_ranks(0 if recipe is None else recipe.seed, collective_timeout=24 * 3600)
         recipe = agree_on_recipe(recipe, problem, ranks)  # on several nodes it may be bad on one of them
     except (ValueError, OSError) as error:
@@ -68,9 +75,9 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
             raise
         met = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         _end_together(
-            f"error: rank {os.environ['RANK']} on {socket.gethostname()}: the ranks have not met at {met} "
-            f"(they wait {MEET_WITHIN} s at most): {str(error).splitlines()[0]}; is every node started, with this address, port and "
-            f"number of ranks, and is the port open and free? exit code {REQUEUE}",
+            f"error: rank {os.environ['RANK']} on {socket.gethostname()}: the ranks have not met at {met} (they "
+            f"wait {MEET_WITHIN} s at most): {str(error).splitlines()[0]}; is every node started, with this "
+            f"address, port and number of ranks, and is the port open and free? exit code {REQUEUE}",
             code=REQUEUE,
         )
     rank = ranks.name([ranks.rank])
@@ -99,7 +106,9 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
 
 
 def _end_together(text: str, *, code: int) -> NoReturn:
-    """End where every rank has found the same fault: the first of each node speaks, since nodes may have terminals of their own."""
+    """End where every rank has found the same fault: the first of each node speaks, since nodes may have terminals of
+    their own.
+    """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
     else:

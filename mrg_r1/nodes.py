@@ -1,4 +1,5 @@
-"""What several nodes must have in common, checked before any of them loads a model: the recipe, the files it points at, RUN's folder.
+"""What several nodes must have in common, checked before any of them loads a model: the recipe, the files it points at,
+RUN's folder.
 
 On one node there is nothing to compare, and nothing is done.
 """
@@ -19,13 +20,16 @@ from mrg_r1.engine.ranks import Ranks
 from mrg_r1.resume import flat
 from mrg_r1.types import Study
 
-SHARED_WITHIN = 90.0  # seconds; a network file system may show a new folder a minute late to a node that has looked for it before
+SHARED_WITHIN = (
+    90.0  # seconds; a network file system may show a new folder a minute late to a node that has looked for it before
+)
 _OWN_KEYS = ("reward.device", "evaluation.judge_device")  # what a node may have otherwise
 _PACKAGES = ("torch", "transformers", "deepspeed", "peft")
 
 
 def agree_on_recipe(recipe: Recipe | None, problem: str | None, ranks: Ranks) -> Recipe:
-    """The recipe, if every node could read it and reads the same; each node has its own command line. Every rank calls this.
+    """The recipe, if every node could read it and reads the same; each node has its own command line. Every rank calls
+    this.
 
     Raises:
         RecipeError: all ranks raise it; the nodes and their values are named.
@@ -43,7 +47,8 @@ def agree_on_recipe(recipe: Recipe | None, problem: str | None, ranks: Ranks) ->
             for key in sorted(first.keys() | theirs.keys()):
                 if key not in _OWN_KEYS and first.get(key) != theirs.get(key):
                     lines.append(
-                        f"{key}: {first.get(key)} on {ranks.nodes[0]}, {theirs.get(key)} on {node}; start all nodes with one recipe"
+                        f"{key}: {first.get(key)} on {ranks.nodes[0]}, {theirs.get(key)} on {node}; start all "
+                        "nodes with one recipe"
                     )
     if lines or recipe is None:
         raise RecipeError("\n".join(lines))
@@ -51,7 +56,8 @@ def agree_on_recipe(recipe: Recipe | None, problem: str | None, ranks: Ranks) ->
 
 
 def check_files(recipe: Recipe, ranks: Ranks) -> None:
-    """Compare what the recipe points at, and the code, over the nodes: contents of small files, names and sizes of weights.
+    """Compare what the recipe points at, and the code, over the nodes: contents of small files, names and sizes of
+    weights.
 
     Every rank calls this; the first of each node looks.
 
@@ -66,21 +72,29 @@ def check_files(recipe: Recipe, ranks: Ranks) -> None:
     for node in ranks.nodes[1:]:
         for what, theirs in everyone[node.first].items():
             if theirs != ours[what]:
-                lines.append(f"{what}: {theirs or 'not there'} on {node}, {ours[what] or 'not there'} on {ranks.nodes[0]}")
+                lines.append(
+                    f"{what}: {theirs or 'not there'} on {node}, {ours[what] or 'not there'} on {ranks.nodes[0]}"
+                )
     if lines:
-        lines.append("what a recipe points at must be the same on every node: a file system that they share, or equal copies")
+        lines.append(
+            "what a recipe points at must be the same on every node: a file system that they share, or equal copies"
+        )
         raise RecipeError("\n".join(lines))
 
 
 def missing_images(studies: Sequence[Study], ranks: Ranks) -> str | None:
-    """What is wrong with this node's images, or None. Each rank looks whether its share of the node's images is there; the first
-    node's are opened by rank 0 (`data.study.check_images`)."""
+    """What is wrong with this node's images, or None. Each rank looks whether its share of the node's images is there;
+    the first node's are opened by rank 0 (`data.study.check_images`).
+    """
     share = studies[ranks.rank - ranks.node.first :: ranks.node.size]
     missing = [f"{study.id}: {image.path}" for study in share for image in study.images if not image.path.is_file()]
     if not missing:
         return None
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    return f"images that are not there on {ranks.node}: {', '.join(missing[:3])}{more}; the manifest's images must be on every node"
+    return (
+        f"images that are not there on {ranks.node}: {', '.join(missing[:3])}{more}; the manifest's images must be "
+        "on every node"
+    )
 
 
 def check_shared(directory: Path, ranks: Ranks) -> None:
@@ -101,13 +115,16 @@ def check_shared(directory: Path, ranks: Ranks) -> None:
     blind = [str(node) for node in ranks.nodes if not everyone[node.first]]
     if blind:
         raise RecipeError(
-            f"output_dir {directory}: {', '.join(blind)} cannot see what rank 0 writes there on {ranks.nodes[0]}: checkpoints, completions "
-            "and logs of all nodes belong into one folder; set output_dir to a file system that all nodes share"
+            f"output_dir {directory}: {', '.join(blind)} cannot see what rank 0 writes there on {ranks.nodes[0]}: "
+            "checkpoints, completions and logs of all nodes belong into one folder; set output_dir to a file "
+            "system that all nodes share"
         )
 
 
 def _sees(directory: Path, name: str) -> bool:
-    """Whether a file is there, or comes within `SHARED_WITHIN` seconds; reading the folder makes network file systems look again."""
+    """Whether a file is there, or comes within `SHARED_WITHIN` seconds; reading the folder makes network file systems
+    look again.
+    """
     deadline = time.monotonic() + SHARED_WITHIN
     while True:
         try:

@@ -13,7 +13,14 @@ from typing import Literal
 Mode = Literal["think", "plain"]
 Style = Literal["binary", "graded"]
 
-THINK_RULES: tuple[str, ...] = ("one_think", "one_report", "think_first", "think_not_empty", "report_not_empty", "nothing_around")
+THINK_RULES: tuple[str, ...] = (
+    "one_think",
+    "one_report",
+    "think_first",
+    "think_not_empty",
+    "report_not_empty",
+    "nothing_around",
+)
 PLAIN_RULES: tuple[str, ...] = ("report_not_empty",)  # and that it ended, which `format_score` is told
 
 _TAG = re.compile(r"</?(?:think|report)>")
@@ -32,10 +39,10 @@ def parse(text: str, mode: Mode) -> Parsed:
     """Take a completion apart.
 
     Think mode. A block is well-formed when its opening and its closing tag each stand exactly once in the whole
-    completion, in this order, with no other tag between them. The report is well-formed when its block is, when it is not
-    empty, and when no think block is open where it starts: what follows an unclosed `<think>` is think text and must not be
-    labelled. A missing, empty, doubled or misplaced think block otherwise costs format but not the report. Tags are
-    lower case and carry no attributes; anything else is text.
+    completion, in this order, with no other tag between them. The report is well-formed when its block is, when it is
+    not empty, and when no think block is open where it starts: what follows an unclosed `<think>` is think text and
+    must not be labelled. A missing, empty, doubled or misplaced think block otherwise costs format but not the report.
+    Tags are lower case and carry no attributes; anything else is text.
 
     Rules of think mode (`graded` format is the share kept):
         one_think, one_report: that block is well-formed (it may be empty);
@@ -85,8 +92,8 @@ def format_score(parsed: Parsed, style: Style, *, ended: bool) -> float:
     Args:
         parsed: from `parse`.
         style: `binary`, 1 when every rule is kept and 0 otherwise; `graded`, the share of the rules kept.
-        ended: an EOS was sampled. In plain mode that is a rule of its own, for there only the EOS says that the report is
-            whole; in think mode `</report>` says so and `ended` is not read.
+        ended: an EOS was sampled. In plain mode that is a rule of its own, for there only the EOS says that the report
+            is whole; in think mode `</report>` says so and `ended` is not read.
 
     Raises:
         ValueError: a style that is neither `binary` nor `graded`.
@@ -110,8 +117,8 @@ def target_text(report: str, think: str | None, mode: Mode) -> str:
         mode: `plain` gives the report, `think` gives `<think>…</think><report>…</report>`. Both texts are stripped.
 
     Raises:
-        ValueError: an empty report; in think mode an empty or missing think text; a text that itself contains one of the
-            tags (a target that could not be read back); an unknown mode.
+        ValueError: an empty report; in think mode an empty or missing think text; a text that itself contains one of
+            the tags (a target that could not be read back); an unknown mode.
     """
     if mode not in ("think", "plain"):
         raise ValueError(f"mode {mode!r}; allowed are 'think' and 'plain'")
@@ -124,7 +131,12 @@ def target_text(report: str, think: str | None, mode: Mode) -> str:
 def _block(tags: list[re.Match[str]], name: str) -> tuple[re.Match[str], re.Match[str]] | None:
     """The opening and closing tag of the only `name` block; None when it is missing, doubled, or has a tag inside."""
     own = [i for i, tag in enumerate(tags) if tag.group() in (f"<{name}>", f"</{name}>")]
-    if len(own) != 2 or own[1] != own[0] + 1 or tags[own[0]].group() != f"<{name}>" or tags[own[1]].group() != f"</{name}>":
+    if (
+        len(own) != 2
+        or own[1] != own[0] + 1
+        or tags[own[0]].group() != f"<{name}>"
+        or tags[own[1]].group() != f"</{name}>"
+    ):
         return None
     return tags[own[0]], tags[own[1]]
 
@@ -141,5 +153,7 @@ def _checked(name: str, text: str | None) -> str:
         raise ValueError(f"{name}: empty text cannot be a target; leave the study out or give it a {name}")
     found = _TAG.search(text)
     if found:
-        raise ValueError(f"{name}: the text contains the tag {found.group()} and could not be read back; remove it: {text[:80]!r}")
+        raise ValueError(
+            f"{name}: the text contains the tag {found.group()} and could not be read back; remove it: {text[:80]!r}"
+        )
     return text

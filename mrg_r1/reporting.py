@@ -1,6 +1,8 @@
-"""Reports without references: what a policy writes of studies, taken apart and read by a labeler, for people and as JSON.
+"""Reports without references: what a policy writes of studies, taken apart and read by a labeler, for people and as
+JSON.
 
-Nothing is scored here, so nothing needs a reference; `evaluate` is what compares. The prompt, the decoding and the parsing are the same.
+Nothing is scored here, so nothing needs a reference; `evaluate` is what compares. The prompt, the decoding and the
+parsing are the same.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def reports_of(
 ) -> list[dict[str, Any]]:
     """One greedy report a study, spread over the ranks, not yet labelled.
 
-    All ranks call it, and all get the rows in the order of `studies`: id, text, report, think, labels (None), truncated, malformed.
+    All ranks call it, and all get the rows in the order of `studies`: id, text, report, think, labels (None),
+    truncated, malformed.
     """
     mine = shard(studies, ranks)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
@@ -65,9 +68,17 @@ def reports_of(
 
 @torch.no_grad()
 def reports_of_one(
-    policy: Policy, study: Study, *, build: PromptBuilder, mode: Mode, max_new_tokens: int, samples: int | None = None, seed: int = 0
+    policy: Policy,
+    study: Study,
+    *,
+    build: PromptBuilder,
+    mode: Mode,
+    max_new_tokens: int,
+    samples: int | None = None,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """The greedy report of one study, or `samples` of them from the distribution that training samples, at the policy's temperature.
+    """The greedy report of one study, or `samples` of them from the distribution that training samples, at the policy's
+    temperature.
 
     Args:
         seed: of the samples, which are keyed by it, the study's id and their number.
@@ -77,12 +88,16 @@ def reports_of_one(
     if samples is None:
         completions = greedy(policy, prompts, vision, max_new_tokens=max_new_tokens)
     else:
-        completions = rollout(policy, prompts, vision, group_size=samples, max_new_tokens=max_new_tokens, seed=seed, step=0)
+        completions = rollout(
+            policy, prompts, vision, group_size=samples, max_new_tokens=max_new_tokens, seed=seed, step=0
+        )
     return _rows(completions, mode)[0]
 
 
 def _rows(completions: Completions, mode: Mode) -> list[list[dict[str, Any]]]:
-    """Completions [B, G] taken apart: the text as it was decoded, report and think text in it, and what is wrong with it."""
+    """Completions [B, G] taken apart: the text as it was decoded, report and think text in it, and what is wrong with
+    it.
+    """
     answer = []
     for b, texts in enumerate(completions.texts):
         parsed = [parse(text, mode) for text in texts]
@@ -102,17 +117,25 @@ def _rows(completions: Completions, mode: Mode) -> list[list[dict[str, Any]]]:
     return answer
 
 
-def add_labels(rows: Sequence[dict[str, Any]], label: Label, *, beat: Callable[[str], None] = lambda doing: None) -> None:
-    """Put the labeler's reading into every row that has a report: 14 values in CheXbert's order. A malformed one says nothing, so null."""
+def add_labels(
+    rows: Sequence[dict[str, Any]], label: Label, *, beat: Callable[[str], None] = lambda doing: None
+) -> None:
+    """Put the labeler's reading into every row that has a report: 14 values in CheXbert's order. A malformed one says
+    nothing, so null.
+    """
     written = [row for row in rows if row["report"] is not None]
-    for batch in _shown([written[start : start + _LABELLED_AT_ONCE] for start in range(0, len(written), _LABELLED_AT_ONCE)]):
+    for batch in _shown(
+        [written[start : start + _LABELLED_AT_ONCE] for start in range(0, len(written), _LABELLED_AT_ONCE)]
+    ):
         beat("the labeler reads")
         for row, classes in zip(batch, label([row["report"] for row in batch]), strict=True):
             row["labels"] = values_of_classes(classes.tolist())
 
 
 def _shown(batches: list[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
-    yield from track(batches, "the labeler reads", console=Console(stderr=True), transient=True, disable=len(batches) < 2)
+    yield from track(
+        batches, "the labeler reads", console=Console(stderr=True), transient=True, disable=len(batches) < 2
+    )
 
 
 def shown_report(row: dict[str, Any], *, title: str, mode: Mode, labeler: str | None) -> Group:
@@ -125,7 +148,12 @@ def shown_report(row: dict[str, Any], *, title: str, mode: Mode, labeler: str | 
     if row["truncated"]:
         parts.append(Text("truncated: it did not end within rollout.max_new_tokens", style="bold yellow"))
     if row["malformed"]:
-        parts.append(Text("malformed: no report can be read in it, so nothing is labelled; all that was written:", style="bold yellow"))
+        parts.append(
+            Text(
+                "malformed: no report can be read in it, so nothing is labelled; all that was written:",
+                style="bold yellow",
+            )
+        )
         parts.append(Text(row["text"] or "(nothing)"))
         return Group(*parts)
     if row["think"] is not None:

@@ -1,4 +1,6 @@
-"""A run that goes on: with the recipe that it began with, unless somebody means it; and what is no longer the same to the last bit."""
+"""A run that goes on: with the recipe that it began with, unless somebody means it; and what is no longer the same to
+the last bit.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +27,24 @@ _ROUNDING = ("engine.", "rollout.cache_tokens", "rollout.reuse_prefill", "policy
 
 
 def check_changes(recipe: Recipe, ranks: Ranks) -> None:
-    """Compare the recipe with the one that RUN's checkpoint was written under. Every rank calls this, before anything is written.
+    """Compare the recipe with the one that RUN's checkpoint was written under. Every rank calls this, before anything
+    is written.
 
     Raises:
-        RecipeError: it differs in what decides the result, and `resume.allow_changes` is false; every change with both values.
+        RecipeError: it differs in what decides the result, and `resume.allow_changes` is false; every change with both
+            values.
     """
     problem = None
     if ranks.is_main:
         before = recorded_recipe(recipe.output_dir / "checkpoints")
-        changed = [] if before is None else [line for line in differences(before, recipe) if not _starts(line, _ROUNDING)]
+        changed = (
+            [] if before is None else [line for line in differences(before, recipe) if not _starts(line, _ROUNDING)]
+        )
         if changed and not recipe.resume.allow_changes:
             listed = "\n".join(f"  {line}" for line in changed)
             problem = (
-                f"{recipe.output_dir}: holds a checkpoint of a run with another recipe:\n{listed}\n"
-                "take the old values back, set another output_dir, or go on as another run with resume.allow_changes=true"
+                f"{recipe.output_dir}: holds a checkpoint of a run with another recipe:\n{listed}\ntake the old "
+                "values back, set another output_dir, or go on as another run with resume.allow_changes=true"
             )
     problem = ranks.agree(problem)
     if problem is not None:
@@ -46,7 +52,9 @@ def check_changes(recipe: Recipe, ranks: Ranks) -> None:
 
 
 def differences(before: dict[str, Any], recipe: Recipe) -> list[str]:
-    """`key: old -> new` of every field that differs and is not free to; a field that is younger than the checkpoint had its default."""
+    """`key: old -> new` of every field that differs and is not free to; a field that is younger than the checkpoint had
+    its default.
+    """
     old, new = flat(before), flat(recipe.model_dump(mode="json"))
     defaults = flat(_defaults(recipe))
     lines = []

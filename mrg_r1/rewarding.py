@@ -1,7 +1,7 @@
 """What makes a run's rewards: the service of this node, the references' labels, and the report that needs no looking.
 
-`start_service` begins to load the labeler in its own process and returns; `open_rewards` waits for it, when the policy has been
-loaded meanwhile. `redeem` and `on_all_ranks` see to it that no rank goes on without rewards.
+`start_service` begins to load the labeler in its own process and returns; `open_rewards` waits for it, when the policy
+has been loaded meanwhile. `redeem` and `on_all_ranks` see to it that no rank goes on without rewards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Rewarding:
         labeler: its name and fingerprint.
         studies: by split, those that the run can meet.
         labels: study id -> the 14 classes of its reference.
-        constant: the training report that would earn most if it were given to every study; None without training studies.
+        constant: the training report that would earn most if it were given to every study; None without training
+            studies.
     """
 
     recipe: Recipe
@@ -65,7 +66,9 @@ class Rewarding:
 
     def classes(self, split: str) -> NDArray[np.int64]:
         """[N, 14] classes of the references of a split."""
-        return np.array([self.labels[study.id] for study in self.studies[split]], dtype=np.int64).reshape(-1, len(OBSERVATIONS))
+        return np.array([self.labels[study.id] for study in self.studies[split]], dtype=np.int64).reshape(
+            -1, len(OBSERVATIONS)
+        )
 
     def close(self) -> None:
         """The run needs no more rewards."""
@@ -96,7 +99,9 @@ def start_service(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
     return Supervisor(settings, log=recipe.output_dir / f"reward_service_{ranks.rank}.log")
 
 
-def open_rewards(recipe: Recipe, ranks: Ranks, supervisor: Supervisor | None, studies: dict[str, list[Study]]) -> Rewarding:
+def open_rewards(
+    recipe: Recipe, ranks: Ranks, supervisor: Supervisor | None, studies: dict[str, list[Study]]
+) -> Rewarding:
     """Wait for the services of all nodes, connect to this node's, and have the references read. Every rank calls this.
 
     Args:
@@ -146,7 +151,10 @@ def prepare(
             fallback=recipe.output_dir / "reference_labels",
         )
         if train:
-            classes, texts = np.array([labels[study.id] for study in train], dtype=np.int64), [study.report for study in train]
+            classes, texts = (
+                np.array([labels[study.id] for study in train], dtype=np.int64),
+                [study.report for study in train],
+            )
             constant = texts[best_real_constant(classes, texts, recipe.reward.margin)[0]]
     labels, constant = ranks.agree((labels, constant))
     opened = Rewarding(recipe, service, labeler, studies, labels, constant, None, supervisor)
@@ -156,7 +164,9 @@ def prepare(
 
 
 def start_judge(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
-    """Start the judge's process on rank 0, which is the only one that asks it; None on the others, and without a judge."""
+    """Start the judge's process on rank 0, which is the only one that asks it; None on the others, and without
+    a judge.
+    """
     evaluation = recipe.evaluation
     if evaluation.judge is None or not ranks.is_main:
         return None
@@ -174,9 +184,15 @@ def start_judge(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
 
 
 def open_judge(
-    recipe: Recipe, ranks: Ranks, supervisor: Supervisor | None, studies: Sequence[Study], *, rewarded: Mapping[str, str]
+    recipe: Recipe,
+    ranks: Ranks,
+    supervisor: Supervisor | None,
+    studies: Sequence[Study],
+    *,
+    rewarded: Mapping[str, str],
 ) -> Judge | None:
-    """Wait for the judge and have it read the references of the studies that are evaluated. Every rank calls this; rank 0 gets it.
+    """Wait for the judge and have it read the references of the studies that are evaluated. Every rank calls this; rank
+    0 gets it.
 
     Args:
         supervisor: from `start_judge`.
@@ -193,10 +209,14 @@ def open_judge(
     if supervisor is not None:
         try:
             supervisor.wait()
-            service = ServiceRewards(supervisor.directory, keeper=os.getpid(), timeout=recipe.reward.timeout, name=supervisor.settings.name)
+            service = ServiceRewards(
+                supervisor.directory, keeper=os.getpid(), timeout=recipe.reward.timeout, name=supervisor.settings.name
+            )
             judge = prepare_judge(recipe, service, service.labeler, supervisor, studies, rewarded=rewarded)
         except ValueError as error:
-            problem = str(error) if isinstance(error, RecipeError) else f"evaluation.judge {recipe.evaluation.judge}: {error}"
+            problem = (
+                str(error) if isinstance(error, RecipeError) else f"evaluation.judge {recipe.evaluation.judge}: {error}"
+            )
         except RewardError as error:
             failure = f"evaluation.judge {recipe.evaluation.judge}: {error}"
     problem, failure = ranks.agree((problem, failure))
@@ -260,7 +280,9 @@ def on_all_ranks(judged: Rewards | RewardError, ranks: Ranks) -> Rewards:
 
 
 def service_metrics(health: Health) -> Metrics:
-    """What the reward service did for this rank's step. Under `time/`, since it is of the machine and the moment: no resume repeats it."""
+    """What the reward service did for this rank's step. Under `time/`, since it is of the machine and the moment: no
+    resume repeats it.
+    """
     one = torch.tensor(1.0)
     return {
         "time/reward_busy": (torch.tensor(health.busy), one),

@@ -1,4 +1,5 @@
-"""What every launch sets up before its first step: checks, studies, policy, labeler, prompts; and what it leaves at the end.
+"""What every launch sets up before its first step: checks, studies, policy, labeler, prompts; and what it leaves at the
+end.
 
 Checks come first and models last, so that bad input costs seconds and not hours.
 """
@@ -50,7 +51,9 @@ class Run:
     studies: dict[str, list[Study]]  # by split: the recipe's train, val and test
     policy: Policy
     build: PromptBuilder
-    rewards: Rewarding | None  # None where nothing is judged: `phases=update`, an evaluation of studies without references
+    rewards: (
+        Rewarding | None
+    )  # None where nothing is judged: `phases=update`, an evaluation of studies without references
     dtype: torch.dtype
     judge: Judge | None = None  # on rank 0, where the recipe has one
     notes: list[str] = field(default_factory=list)
@@ -69,11 +72,14 @@ class Run:
         if self.judge is not None:
             self.judge.close()
 
-    def evaluate(self, studies: list[Study], *, title: str, samples: int | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def evaluate(
+        self, studies: list[Study], *, title: str, samples: int | None = None
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Greedy reports of `studies` under the policy as it stands, and their scores.
 
         Args:
-            samples: bootstrap samples of a validation, which leaves out what only a closing evaluation needs; None: a closing one.
+            samples: bootstrap samples of a validation, which leaves out what only a closing evaluation needs; None: a
+                closing one.
         """
         cleaning = self.recipe.evaluation.lexical
         was_training = self.policy.training
@@ -105,14 +111,18 @@ class Run:
         if done is not None:
             result: dict[str, Any] = done
             return result
-        result, predictions = self.evaluate(self.studies["test"][: self.recipe.evaluation.max_test_studies], title=title)
+        result, predictions = self.evaluate(
+            self.studies["test"][: self.recipe.evaluation.max_test_studies], title=title
+        )
         if self.ranks.is_main:
             write_evaluation(path.parent, name, result, predictions)
         self.ranks.barrier()
         return result
 
     def validate(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Scores and predictions on the validation split; few bootstrap samples, since only the point values are read."""
+        """Scores and predictions on the validation split; few bootstrap samples, since only the point values
+        are read.
+        """
         studies = self.studies["val"][: self.recipe.evaluation.max_studies]
         result, predictions = self.evaluate(studies, title="validating", samples=100)
         self.validated = list(zip(studies, predictions, strict=True))
@@ -150,7 +160,9 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     # the labeler is loaded by its own process while the policy is loaded here
     supervisor = rewarding.start_service(recipe, ranks) if judging else None
     judge_process = rewarding.start_judge(recipe, ranks) if judging and recipe.phases == "all" else None
-    policy = load_policy(recipe.policy.path, dtype=dtype, temperature=recipe.rollout.temperature, partition=partition).to(ranks.device)
+    policy = load_policy(
+        recipe.policy.path, dtype=dtype, temperature=recipe.rollout.temperature, partition=partition
+    ).to(ranks.device)
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
     if recipe.policy.gradient_checkpointing:
@@ -166,7 +178,9 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
         "val": studies["val"][: recipe.evaluation.max_studies],
         "test": studies["test"][: recipe.evaluation.max_test_studies],
     }
-    processor = load_image_processor(recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
+    processor = load_image_processor(
+        recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels
+    )
     rewards = rewarding.open_rewards(recipe, ranks, supervisor, met) if judging else None
     judge = None
     if rewards is not None and recipe.phases == "all":
@@ -202,15 +216,20 @@ def _partition(recipe: Recipe, ranks: Ranks, task: str) -> RankPartition | None:
     if task == "evaluate":  # sampling wants the whole policy on every rank anyway
         return None
     try:
-        partition = RankPartition.of_config(recipe.engine.deepspeed, device=ranks.device, dtype=_DTYPES[recipe.policy.dtype])
+        partition = RankPartition.of_config(
+            recipe.engine.deepspeed, device=ranks.device, dtype=_DTYPES[recipe.policy.dtype]
+        )
     except ValueError as error:
         raise RecipeError(f"engine.deepspeed {error}") from error
     check_stage(recipe, stage=2 if partition is None else 3, task=task)
     return partition
 
 
-def _examine(recipe: Recipe, ranks: Ranks, studies: dict[str, list[Study]], task: Literal["grpo", "sft", "evaluate"]) -> None:
-    """What `mrg-r1 doctor` looks at and no other check of a launch: rank 0 says its warnings once, its failures end the launch.
+def _examine(
+    recipe: Recipe, ranks: Ranks, studies: dict[str, list[Study]], task: Literal["grpo", "sft", "evaluate"]
+) -> None:
+    """What `mrg-r1 doctor` looks at and no other check of a launch: rank 0 says its warnings once, its failures end the
+    launch.
 
     Raises:
         RecipeError: every failure, a line each.
@@ -248,8 +267,9 @@ def build_engine(run: Run) -> Engine:
 def open_loader(run: Run, record: dict[str, Any], *, batch_size: int) -> StudyLoader:
     """This rank's studies, from the one at which the run of the checkpoint's `record` had come.
 
-    The weights of `data.sampling` come from the labeler's reading of the training reports, which is what the reward compares with and
-    which every manifest has; the manifest's own `labels.said` may be null. (`phases=update` has no labeler, and takes no study from here.)
+    The weights of `data.sampling` come from the labeler's reading of the training reports, which is what the reward
+    compares with and which every manifest has; the manifest's own `labels.said` may be null. (`phases=update` has no
+    labeler, and takes no study from here.)
 
     Raises:
         RecipeError: the studies or their weights are not those of the checkpoint, so that its position means others.
@@ -262,16 +282,18 @@ def open_loader(run: Run, record: dict[str, Any], *, batch_size: int) -> StudyLo
         batch_size=batch_size,
         rank=run.ranks.rank,
         world_size=run.ranks.world_size,
-        weights=rare_finding_weights(run.rewards.classes("train")) if run.rewards and recipe.data.sampling == "rare_findings" else None,
+        weights=rare_finding_weights(run.rewards.classes("train"))
+        if run.rewards and recipe.data.sampling == "rare_findings"
+        else None,
         step=record["step"],
         position=record.get("position", recipe.sft.skip_studies + record["step"] * batch_size),
     )
     if record.get("studies", loader.fingerprint) != loader.fingerprint and not recipe.resume.allow_changes:
         loader.close()
         raise RecipeError(
-            f"{recipe.data.manifest}: its training studies, or what the labeler reads in them, are not those of the checkpoint in "
-            f"{run.directory}: the run would pass over some and repeat others; take the old ones back, set another output_dir, or go on "
-            "as another run with resume.allow_changes=true"
+            f"{recipe.data.manifest}: its training studies, or what the labeler reads in them, are not those of "
+            f"the checkpoint in {run.directory}: the run would pass over some and repeat others; take the old ones "
+            "back, set another output_dir, or go on as another run with resume.allow_changes=true"
         )
     return loader
 
@@ -336,8 +358,9 @@ def finish(
         constant = after["constant"].get("total")
         if constant is not None and after["mean_reward"] <= constant:
             log.say(
-                f"mean reward {after['mean_reward']:.3f} on the test split is not above the {constant:.3f} of one training report given to "
-                "every study: this policy has learned nothing that needs looking (docs/rewards.md)"
+                f"mean reward {after['mean_reward']:.3f} on the test split is not above the {constant:.3f} of one "
+                "training report given to every study: this policy has learned nothing that needs looking "
+                "(docs/rewards.md)"
             )
     if run.ranks.is_main:
         labels = {} if run.rewards is None else run.rewards.labels
@@ -357,7 +380,9 @@ def is_finished(recipe: Recipe, ranks: Ranks) -> bool:
 
 
 def _read_studies(recipe: Recipe, ranks: Ranks, task: str) -> dict[str, list[Study]]:
-    """The recipe's three splits; rank 0 opens every image once, other nodes' ranks see whether theirs are there, for everybody."""
+    """The recipe's three splits; rank 0 opens every image once, other nodes' ranks see whether theirs are there, for
+    everybody.
+    """
     studies, needed = read_splits(recipe, task=task)
     problem, shown = None, [study for part in needed for study in studies[part]]
     if recipe.data.check_images and ranks.is_main:
@@ -374,7 +399,9 @@ def _read_studies(recipe: Recipe, ranks: Ranks, task: str) -> dict[str, list[Stu
 
 
 def _claim_directory(recipe: Recipe, ranks: Ranks, task: str) -> None:
-    """Make RUN, refuse a disk that cannot hold it, and write what the run is; an evaluation leaves what a training wrote there."""
+    """Make RUN, refuse a disk that cannot hold it, and write what the run is; an evaluation leaves what a training
+    wrote there.
+    """
     problem = None
     if ranks.is_main:
         try:
@@ -384,7 +411,9 @@ def _claim_directory(recipe: Recipe, ranks: Ranks, task: str) -> None:
                 problem = f"output_dir {recipe.output_dir}: not writable"
             elif task != "evaluate" or not (recipe.output_dir / "config.yaml").is_file():
                 write_text_atomically(recipe.output_dir / "config.yaml", dump_recipe(recipe))
-                write_environment(recipe.output_dir, world_size=ranks.world_size, device=str(ranks.device), seed=recipe.seed)
+                write_environment(
+                    recipe.output_dir, world_size=ranks.world_size, device=str(ranks.device), seed=recipe.seed
+                )
         except RecipeError as error:
             problem = str(error)
         except OSError as error:

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the token-level baseline, and the cold start that GRPO needs (spec section 3).
 
-The loss is the mean over all target tokens of the global batch of -log p, of the very distribution that a rollout samples.
+The loss is the mean over all target tokens of the global batch of -log p, of the very distribution that a rollout
+samples.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from mrg_r1.tracking.log import Clock
 from mrg_r1.types import Study
 
 
-def sft_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, clock: Clock) -> dict[str, tuple[Tensor, Tensor]]:
+def sft_step(
+    step: int, *, run: Run, engine: Engine, loader: StudyLoader, clock: Clock
+) -> dict[str, tuple[Tensor, Tensor]]:
     """One optimizer step on this rank's share of the batch. Returns metrics as (sum, count) pairs."""
     with clock.phase("load"):
         prompts = loader.batch(step)
@@ -42,7 +45,9 @@ def sft_step(step: int, *, run: Run, engine: Engine, loader: StudyLoader, clock:
     total = torch.zeros((), dtype=torch.float64)
     with clock.phase("update"):
         budget, own = run.recipe.engine.micro_batch_tokens, torch.arange(len(ids))
-        passes = max(run.ranks.gather(len(micro_batches(prompts, mask, own, token_budget=budget))))  # ranks meet in each
+        passes = max(
+            run.ranks.gather(len(micro_batches(prompts, mask, own, token_budget=budget)))
+        )  # ranks meet in each
         plan = micro_batches(prompts, mask, own, token_budget=budget, at_least=passes)
         for number, rows in enumerate(plan):
             part = prompts.select(rows.tolist()).to(run.ranks.device)
@@ -71,16 +76,19 @@ def target_ids(run: Run, study: Study) -> list[int]:
     if recipe.prompt.mode == "think":
         if not study.rendered or study.said is None:
             raise RecipeError(
-                f"study {study.id}: SFT in think mode needs a rendered study with said labels, from which the think text is made; real "
-                "data has no think text: use prompt.mode=plain, or let GRPO's prompt and format reward alone bring the think block"
+                f"study {study.id}: SFT in think mode needs a rendered study with said labels, from which the "
+                "think text is made; real data has no think text: use prompt.mode=plain, or let GRPO's prompt and "
+                "format reward alone bring the think block"
             )
         think = think_text(study.said, range(NO_FINDING))
     text = target_text(study.report, think, recipe.prompt.mode)
-    ids: list[int] = run.policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [run.policy.tokenizer.eos_token_id]
+    ids: list[int] = run.policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [
+        run.policy.tokenizer.eos_token_id
+    ]
     if len(ids) > recipe.rollout.max_new_tokens:
         raise RecipeError(
-            f"study {study.id}: a target of {len(ids)} tokens, rollout.max_new_tokens is {recipe.rollout.max_new_tokens}; "
-            "raise it (a cut target would teach the policy not to end)"
+            f"study {study.id}: a target of {len(ids)} tokens, rollout.max_new_tokens is "
+            f"{recipe.rollout.max_new_tokens}; raise it (a cut target would teach the policy not to end)"
         )
     return ids
 
@@ -94,7 +102,9 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         run = open_run(recipe, ranks, task="sft")
     with clock.phase("evaluation"):
         before = (
-            run.evaluate_test("test_before", title="evaluating before") if recipe.evaluation.test and recipe.evaluation.before else None
+            run.evaluate_test("test_before", title="evaluating before")
+            if recipe.evaluation.test and recipe.evaluation.before
+            else None
         )
     with clock.phase("start"):
         if recipe.sft.trainable == "lora":
@@ -102,7 +112,12 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         else:
             run.policy.requires_grad_(True)
         engine = build_engine(run)
-        record = load_checkpoint(engine, run.directory / "checkpoints") or {"step": 0, "best": None, "seconds": {}, "stopped": None}
+        record = load_checkpoint(engine, run.directory / "checkpoints") or {
+            "step": 0,
+            "best": None,
+            "seconds": {},
+            "stopped": None,
+        }
     start, best, stopped = record["step"], record["best"], record["stopped"]
     clock.add(record["seconds"], record.get("cpu_seconds", 0.0))  # of the run before it was interrupted
     loader = open_loader(run, record, batch_size=recipe.sft.batch_size)
@@ -117,24 +132,46 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             break
         rate = engine.set_learning_rate(step)
         parts = sft_step(step, run=run, engine=engine, loader=loader, clock=clock)
-        metrics: dict[str, Any] = {**ranks.reduce_metrics(parts), "policy/grad_norm": engine.grad_norm(), "policy/learning_rate": rate}
+        metrics: dict[str, Any] = {
+            **ranks.reduce_metrics(parts),
+            "policy/grad_norm": engine.grad_norm(),
+            "policy/learning_rate": rate,
+        }
         if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0:
             with clock.phase("validation"):
                 result, _ = run.validate()
-            shown = ("disease_micro13", "disease_macro13", "mean_reward", "format_rate", "judge_disease_micro13", "hacking_gap")
+            shown = (
+                "disease_micro13",
+                "disease_macro13",
+                "mean_reward",
+                "format_rate",
+                "judge_disease_micro13",
+                "hacking_gap",
+            )
             metrics |= {f"validation/{key}": result[key] for key in shown if result[key] is not None}
             if recipe.sft.stop_at is not None and result["disease_micro13"] >= recipe.sft.stop_at:
-                stopped = f"validation disease_micro13 {result['disease_micro13']:.3f} reached sft.stop_at {recipe.sft.stop_at}"
+                stopped = (
+                    f"validation disease_micro13 {result['disease_micro13']:.3f} reached sft.stop_at "
+                    f"{recipe.sft.stop_at}"
+                )
         if recipe.sft.max_seconds is not None and ranks.agree(clock.training_seconds >= recipe.sft.max_seconds):
             stopped = f"sft.max_seconds {recipe.sft.max_seconds} reached"
-        if recipe.sft.max_cpu_seconds is not None and ranks.agree(clock.training_cpu_seconds >= recipe.sft.max_cpu_seconds):
+        if recipe.sft.max_cpu_seconds is not None and ranks.agree(
+            clock.training_cpu_seconds >= recipe.sft.max_cpu_seconds
+        ):
             stopped = f"sft.max_cpu_seconds {recipe.sft.max_cpu_seconds} reached"
         # before the checkpoint: a killed run's surplus lines are cut off at resuming, missing ones would be lost
         log.log(step, metrics | clock.end_step(), run.take_validated())
         skipped_in_a_row = skipped_in_a_row + 1 if metrics["policy/skipped_updates"] else 0
         failing = skipped_in_a_row >= recipe.engine.max_skipped
         signalled = any_signal(ranks.gather(signals.received))
-        if stopped is not None or signalled or failing or step + 1 == recipe.steps or (step + 1) % recipe.checkpoint.every == 0:
+        if (
+            stopped is not None
+            or signalled
+            or failing
+            or step + 1 == recipe.steps
+            or (step + 1) % recipe.checkpoint.every == 0
+        ):
             with clock.phase("checkpoint"):
                 best = {"step": step + 1, "score": None}
                 extra = {
@@ -148,12 +185,15 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
                     "recipe": recipe.model_dump(mode="json"),
                 }
                 log.sync()
-                save_checkpoint(engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep)
+                save_checkpoint(
+                    engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep
+                )
         if failing:
             run.close()
             raise NotFinite(
-                f"{skipped_in_a_row} steps in a row had a gradient that is not finite (engine.max_skipped), the last one step {step}; the "
-                "weights are as they were before them, and in the checkpoint; a smaller optimizer.learning_rate or float32 may help"
+                f"{skipped_in_a_row} steps in a row had a gradient that is not finite (engine.max_skipped), the "
+                f"last one step {step}; the weights are as they were before them, and in the checkpoint; a smaller "
+                "optimizer.learning_rate or float32 may help"
             )
         if signalled and stopped is None and step + 1 < recipe.steps:
             run.close()

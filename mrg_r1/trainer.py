@@ -1,6 +1,7 @@
 """The GRPO loop (spec section 3). `grpo_step` is one step on one screen, in the order in which a study travels.
 
-`phases=rollout` runs its first half, down to the rewards (`sample_only`), `phases=update` its second, from there on (`update_step`).
+`phases=rollout` runs its first half, down to the rewards (`sample_only`), `phases=update` its second, from there on
+(`update_step`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from mrg_r1.tracking.log import Clock
 from mrg_r1.types import Experience, Rewards, Sampled, VisionFeatures
 
 
-def grpo_step(step: int, *, run: Run, engine: Engine | None, loader: StudyLoader, rewards: RewardService, clock: Clock) -> Metrics:
+def grpo_step(
+    step: int, *, run: Run, engine: Engine | None, loader: StudyLoader, rewards: RewardService, clock: Clock
+) -> Metrics:
     """One step: B studies in, one or more updates of the policy out. Returns this rank's metrics as (sum, count) pairs.
 
     Without an engine nothing is learned: the step is left in RUN/experience.
@@ -63,7 +66,9 @@ def grpo_step(step: int, *, run: Run, engine: Engine | None, loader: StudyLoader
         completions = rollout(policy, prompts, vision, states=states, on_ended=rewards.hint, **sampling)  # [B, G, C]
     judging = run.rewarding.judging(prompts.study_ids, step=step)
     with clock.phase("reward_exposed"):  # what the ranks wait for rewards
-        ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references, judging)
+        ticket = rewards.submit(
+            completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references, judging
+        )
     judged: Rewards | RewardError | None = None
     with ExitStack() as alone:
         if grpo.max_resample:
@@ -78,7 +83,9 @@ def grpo_step(step: int, *, run: Run, engine: Engine | None, loader: StudyLoader
             with clock.phase("rollout"):
                 completions = resample_groups(policy, prompts, vision, completions, rows, attempt=attempt, **sampling)
             with clock.phase("reward_exposed"):
-                ticket = rewards.submit(completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references, judging)
+                ticket = rewards.submit(
+                    completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references, judging
+                )
             judged = None
     sampled = Sampled(prompts, completions)
     if engine is not None:
@@ -99,14 +106,18 @@ def grpo_step(step: int, *, run: Run, engine: Engine | None, loader: StudyLoader
         parts = learn(step, sampled, vision, judged, states, run=run, engine=engine, clock=clock)
     if recipe.tracking.completions_every and step % recipe.tracking.completions_every == 0:
         folder = run.directory / "completions"
-        write_completions(folder, step=step, rank=run.ranks.rank, prompts=prompts, completions=completions, rewards=judged)
+        write_completions(
+            folder, step=step, rank=run.ranks.rank, prompts=prompts, completions=completions, rewards=judged
+        )
     waited = {"time/load_share": clock.share("load")}  # of the step, what the ranks waited for images and prompts
     costs = clock.costs(int(completions.lengths.sum()), world_size=run.ranks.world_size)
     return parts | group_metrics(completions, judged) | service_metrics(rewards.health()) | waited | costs
 
 
 def update_step(number: int, *, experience: SavedExperience, run: Run, engine: Engine, clock: Clock) -> Metrics:
-    """The step that learns from saved reports and rewards as from its own; log-probs that were saved with them are used as they are."""
+    """The step that learns from saved reports and rewards as from its own; log-probs that were saved with them are used
+    as they are.
+    """
     with clock.phase("load"):
         studies = {study.id: study for study in run.studies["train"]}
         sampled, judged = experience.read(number, build=run.build, studies=studies, ranks=run.ranks)
@@ -121,11 +132,15 @@ def update_step(number: int, *, experience: SavedExperience, run: Run, engine: E
 
 
 def score_frozen(sampled: Sampled, vision: VisionFeatures, *, run: Run, clock: Clock) -> None:
-    """Put in the log-probs that no update of this step changes, where the loss needs them and they are not there yet."""
+    """Put in the log-probs that no update of this step changes, where the loss needs them and they are not
+    there yet.
+    """
     policy, grpo, budget = run.policy, run.recipe.grpo, run.recipe.engine.micro_batch_tokens
     if grpo.beta > 0 and sampled.reference_logp is None:
         with clock.phase("reference"), reference(policy):  # adapters off
-            sampled.reference_logp = score_group(policy, sampled.prompts, vision, sampled.completions, token_budget=budget)
+            sampled.reference_logp = score_group(
+                policy, sampled.prompts, vision, sampled.completions, token_budget=budget
+            )
     if grpo.inner_iterations * grpo.minibatches > 1 and sampled.old_logp is None:
         with clock.phase("old"):  # later updates need the rollout's log-probs; a single one has them at hand (trap 16)
             sampled.old_logp = score_group(policy, sampled.prompts, vision, sampled.completions, token_budget=budget)
@@ -145,7 +160,9 @@ def learn(
     """From rewards to advantages to updates of the policy; a batch whose gradient was not finite is kept."""
     with clock.phase("advantages"):
         advantages = global_advantages(judged, run.recipe, run.ranks).to(run.policy.device)  # [B, G]
-    experience = Experience(sampled.prompts, vision, sampled.completions, judged, advantages, sampled.reference_logp, sampled.old_logp)
+    experience = Experience(
+        sampled.prompts, vision, sampled.completions, judged, advantages, sampled.reference_logp, sampled.old_logp
+    )
     with clock.phase("update"):
         parts = update(experience, recipe=run.recipe, engine=engine, ranks=run.ranks, states=states)
     if float(parts["policy/skipped_updates"][0]):
@@ -153,12 +170,15 @@ def learn(
     return parts
 
 
-def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ranks, states: PromptStates | None = None) -> Metrics:
-    """`inner_iterations` passes over the rollout, each in `minibatches` optimizer steps, each in passes of `micro_batch_tokens`.
+def update(
+    experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ranks, states: PromptStates | None = None
+) -> Metrics:
+    """`inner_iterations` passes over the rollout, each in `minibatches` optimizer steps, each in passes of
+    `micro_batch_tokens`.
 
-    Minibatch k has every `minibatches`-th completion from the k-th on: the same ones however many ranks share the batch, since a rank's
-    completions lie together and divide by their number (trap 5).
-    With `states`, the prompts as the rollout's prefill left them, gradients gather at them and go through the prompts once at the end.
+    Minibatch k has every `minibatches`-th completion from the k-th on: the same ones however many ranks share the
+    batch, since a rank's completions lie together and divide by their number (trap 5). With `states`, the prompts as
+    the rollout's prefill left them, gradients gather at them and go through the prompts once at the end.
     """
     grpo, done = recipe.grpo, experience.completions
     length = done.token_ids.shape[2]
@@ -166,7 +186,10 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
     if grpo.mask_truncated:
         mask = mask & done.ended.view(-1, 1)  # out of numerator and denominator both
     advantages = experience.advantages.view(-1)
-    old, ref = (None if tensor is None else tensor.view(-1, length) for tensor in (experience.old_logp, experience.reference_logp))
+    old, ref = (
+        None if tensor is None else tensor.view(-1, length)
+        for tensor in (experience.old_logp, experience.reference_logp)
+    )
     study_of_row = torch.arange(len(experience.prompts), device=ids.device).repeat_interleave(grpo.group_size)
 
     scored = done.mask.view(-1, length)
@@ -181,7 +204,9 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
     for _ in range(grpo.inner_iterations):
         for plan, denominator in zip(plans, denominators, strict=True):
             for number, part in enumerate(plan):
-                logp, entropy = engine(experience.prompts, experience.vision, ids[part], scored[part], study_of_row[part], leaves)
+                logp, entropy = engine(
+                    experience.prompts, experience.vision, ids[part], scored[part], study_of_row[part], leaves
+                )
                 loss, metrics = grpo_loss(
                     logp=logp,
                     old_logp=None if old is None else old[part],
@@ -203,7 +228,8 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
                 ranks.beat(f"update, pass {number + 1} of {len(plan)}")
                 kept = mask[part].sum().double()
                 metrics["entropy"] = (entropy.masked_fill(~mask[part], 0.0).double().sum(), kept)
-                # a share of the global loss: summed over micro-batches and ranks, counted once an update and not once a rank
+                # a share of the global loss: summed over micro-batches and ranks, counted once an update and not once a
+                # rank
                 metrics["loss"] = (loss.detach().double(), torch.tensor(1.0 / (len(plan) * ranks.world_size)))
                 parts.append(metrics)
             skipped += engine.skipped and states is None
@@ -217,8 +243,12 @@ def update(experience: Experience, *, recipe: Recipe, engine: Engine, ranks: Ran
     return merged | {"policy/skipped_updates": (torch.tensor(float(skipped)), torch.tensor(1.0))}
 
 
-def equal_plans(experience: Experience, minibatches: Sequence[Tensor], *, token_budget: int, ranks: Ranks) -> list[list[Tensor]]:
-    """The forward passes of each minibatch as tensors of rows: as many on every rank, which meet in each backward pass."""
+def equal_plans(
+    experience: Experience, minibatches: Sequence[Tensor], *, token_budget: int, ranks: Ranks
+) -> list[list[Tensor]]:
+    """The forward passes of each minibatch as tensors of rows: as many on every rank, which meet in each
+    backward pass.
+    """
     done = experience.completions
     mask = done.mask.flatten(0, 1)
     study_of_row = torch.arange(len(done.mask), device=mask.device).repeat_interleave(done.mask.shape[1])
@@ -227,7 +257,9 @@ def equal_plans(experience: Experience, minibatches: Sequence[Tensor], *, token_
         return [
             [
                 rows[part]
-                for part in micro_batches(experience.prompts, mask[rows], study_of_row[rows], token_budget=token_budget, at_least=count)
+                for part in micro_batches(
+                    experience.prompts, mask[rows], study_of_row[rows], token_budget=token_budget, at_least=count
+                )
             ]
             for rows, count in zip(minibatches, counts, strict=True)
         ]
@@ -237,7 +269,9 @@ def equal_plans(experience: Experience, minibatches: Sequence[Tensor], *, token_
 
 
 def global_advantages(judged: Rewards, recipe: Recipe, ranks: Ranks) -> Tensor:
-    """[B, G] advantages, of the total or of each term in its group; the batch's std, where asked for, is that of all ranks."""
+    """[B, G] advantages, of the total or of each term in its group; the batch's std, where asked for, is that of all
+    ranks.
+    """
     scale = recipe.grpo.advantage_scale
     values = {"total": judged.total} if recipe.reward.normalise == "total" else judged.terms
     stds = None
@@ -252,7 +286,8 @@ def global_advantages(judged: Rewards, recipe: Recipe, ranks: Ranks) -> Tensor:
 def train(recipe: Recipe, ranks: Ranks) -> None:
     """Run or resume a GRPO recipe: evaluate, train, validate, keep the best adapter, evaluate again.
 
-    `phases=update` trains on saved experience, without rewards and therefore without evaluations; `phases=rollout` is `sample_only`.
+    `phases=update` trains on saved experience, without rewards and therefore without evaluations; `phases=rollout` is
+    `sample_only`.
     """
     if is_finished(recipe, ranks):
         return
@@ -260,11 +295,17 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         return sample_only(recipe, ranks)
     signals, clock = Signals(), Clock(ranks.beat)
     with clock.phase("start"):
-        experience = open_experience(recipe.experience, recipe) if recipe.phases == "update" and recipe.experience else None
+        experience = (
+            open_experience(recipe.experience, recipe) if recipe.phases == "update" and recipe.experience else None
+        )
         run = open_run(recipe, ranks, task="grpo")
     evaluating = recipe.evaluation.test and recipe.phases == "all"
     with clock.phase("evaluation"):
-        before = run.evaluate_test("test_before", title="evaluating before") if evaluating and recipe.evaluation.before else None
+        before = (
+            run.evaluate_test("test_before", title="evaluating before")
+            if evaluating and recipe.evaluation.before
+            else None
+        )
 
     with clock.phase("start"):
         add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
@@ -295,7 +336,9 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         }
         kept = best["step"] if best else None
         log.sync()
-        save_checkpoint(engine, run.directory / "checkpoints", step=done, extra=extra, keep=recipe.checkpoint.keep, best=kept)
+        save_checkpoint(
+            engine, run.directory / "checkpoints", step=done, extra=extra, keep=recipe.checkpoint.keep, best=kept
+        )
 
     if start == 0 and experience is None:
         with clock.phase("validation"):
@@ -305,14 +348,18 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         rate = engine.set_learning_rate(step)
         try:
             if experience is None:
-                parts = grpo_step(step, run=run, engine=engine, loader=loader, rewards=run.rewarding.service, clock=clock)
+                parts = grpo_step(
+                    step, run=run, engine=engine, loader=loader, rewards=run.rewarding.service, clock=clock
+                )
             else:
                 parts = update_step(step, experience=experience, run=run, engine=engine, clock=clock)
         except RewardsNotFinite as error:
             parts = {"policy/skipped_updates": (torch.tensor(1.0), torch.tensor(1.0))}
             log.say(f"step {step} is skipped: {error}")
         except RewardsMissing:  # on all ranks alike, and before the step's first update
-            if step > start and latest_step(run.directory / "checkpoints") != step:  # else it is on the disk, or there is nothing to keep
+            if (
+                step > start and latest_step(run.directory / "checkpoints") != step
+            ):  # else it is on the disk, or there is nothing to keep
                 save(step)
             run.close()
             raise
@@ -325,7 +372,8 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         if last or (recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0):
             with clock.phase("validation"):
                 best = keep_best(run, best, step=step + 1, metrics=metrics, gaps=gaps, log=log)
-        # before the checkpoint: what a killed run wrote too much is cut off at resuming, what it had not written would be lost
+        # before the checkpoint: what a killed run wrote too much is cut off at resuming, what it had not written would
+        # be lost
         log.log(step, metrics | clock.end_step(), run.take_validated())
         if "loss" in metrics:
             warn_of_gap(log, step, metrics["sampling/logp_gap"], recipe.grpo.correction)
@@ -341,8 +389,9 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         if stopping:
             run.close()
             raise NotFinite(
-                f"{skipped_in_a_row} steps in a row had a loss, gradient or reward that is not finite (engine.max_skipped); their batches "
-                f"are in {run.directory / 'not_finite'}, the weights are as they were before them"
+                f"{skipped_in_a_row} steps in a row had a loss, gradient or reward that is not finite "
+                f"(engine.max_skipped); their batches are in {run.directory / 'not_finite'}, the weights are as "
+                "they were before them"
             )
         if signalled and not last:
             run.close()

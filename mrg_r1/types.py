@@ -1,8 +1,8 @@
 """The plain things that travel through a step: studies, prompts, completions, rewards, experience.
 
 A study enters as a `Study`, is batched into `Prompts`, answered by `Completions`, judged as `Rewards`, and leaves as
-`Experience` for the loss. Letters used for shapes everywhere: B studies on this rank, G completions a study (the group),
-C completion tokens, P prompt tokens, I images in the batch, H the language model's hidden size.
+`Experience` for the loss. Letters used for shapes everywhere: B studies on this rank, G completions a study (the
+group), C completion tokens, P prompt tokens, I images in the batch, H the language model's hidden size.
 """
 
 from __future__ import annotations
@@ -125,7 +125,9 @@ class Completions:
         length = max(part.token_ids.shape[2] for part in parts)
 
         def joined(tensors: list[Tensor], fill: float) -> Tensor:
-            return torch.cat([torch.nn.functional.pad(tensor, (0, length - tensor.shape[2]), value=fill) for tensor in tensors])
+            return torch.cat(
+                [torch.nn.functional.pad(tensor, (0, length - tensor.shape[2]), value=fill) for tensor in tensors]
+            )
 
         return Completions(
             token_ids=joined([part.token_ids for part in parts], pad_id),
@@ -146,7 +148,9 @@ class Rewards:
     labels: Tensor  # [B, G, 14] int64 classes read from the reports; -1 in rows that were not labelled
     report_texts: list[list[str | None]]  # B lists of G: the text that was labelled, None where malformed
     reference_labels: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, 14] int64 classes
-    constant: dict[str, Tensor] = field(default_factory=dict)  # `total` and each term -> [B] float32, of one report given to every study
+    constant: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # `total` and each term -> [B] float32, of one report given to every study
 
 
 @dataclass

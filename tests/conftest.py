@@ -142,7 +142,9 @@ def inline_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(recipe: Any, ranks: Ranks, supervisor: None, studies: dict[str, list[Study]]) -> rewarding.Rewarding:
         labeler = Labeler.load(recipe.reward.labeler)
         service = InProcessRewards(RewardStage(labeler, weights=recipe.reward.weights, mode=recipe.prompt.mode))
-        return rewarding.prepare(recipe, ranks, service, {"name": labeler.name, "fingerprint": labeler.fingerprint}, None, studies)
+        return rewarding.prepare(
+            recipe, ranks, service, {"name": labeler.name, "fingerprint": labeler.fingerprint}, None, studies
+        )
 
     monkeypatch.setattr(rewarding, "start_service", lambda recipe, ranks: None)
     monkeypatch.setattr(rewarding, "open_rewards", opened)

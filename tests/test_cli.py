@@ -1,4 +1,6 @@
-"""`mrg-r1` from the outside: it teaches in --help, refuses bad input in one message, and writes what the specification fixes."""
+"""`mrg-r1` from the outside: it teaches in --help, refuses bad input in one message, and writes what the specification
+fixes.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ def test_help_waits_for_no_heavy_import() -> None:
     code = "import sys; from mrg_r1 import cli\nfor arguments in ([], ['prepare', 'phantom'], ['reward-card']):\n"
     code += "    try: cli.main([*arguments, '--help'])\n    except SystemExit: pass\n"
     code += "print([name for name in ('torch', 'transformers', 'numpy', 'PIL') if name in sys.modules])"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    ).stdout
     assert output.splitlines()[-1] == "[]"
 
 
@@ -103,7 +107,9 @@ def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize("splits", ["train", "train=", "train=x", "train=0", "train=-1", "=4", "train=1,train=2", ""])
-def test_splits_that_cannot_be_read_are_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path, splits: str) -> None:
+def test_splits_that_cannot_be_read_are_a_usage_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, splits: str
+) -> None:
     assert "--splits" in usage_error(capsys, "prepare", "phantom", "-o", tmp_path / "out", "--splits", splits)
     assert not (tmp_path / "out").exists()
 
@@ -116,7 +122,10 @@ def test_a_bad_seed_or_side_is_a_usage_error(capsys: pytest.CaptureFixture[str],
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("phantoms") / "five"
-    assert cli.main(["prepare", "phantom", "-o", str(output), "--splits", "train=40,val=2", "--side", "32", "--seed", "7"]) == 0
+    assert (
+        cli.main(["prepare", "phantom", "-o", str(output), "--splits", "train=40,val=2", "--side", "32", "--seed", "7"])
+        == 0
+    )
     return output
 
 
@@ -125,7 +134,9 @@ def test_prepare_phantom_writes_a_manifest_that_can_be_read(phantoms: Path) -> N
     assert [study.split for study in studies] == ["train"] * 40 + ["val"] * 2
 
 
-def test_another_preset_or_seed_in_the_same_folder_is_refused(capsys: pytest.CaptureFixture[str], phantoms: Path) -> None:
+def test_another_preset_or_seed_in_the_same_folder_is_refused(
+    capsys: pytest.CaptureFixture[str], phantoms: Path
+) -> None:
     same = ("prepare", "phantom", "-o", phantoms, "--splits", "train=40,val=2", "--side", "32")
     assert "`seed` was 7, asked for 0" in refused(capsys, *same)
     assert "the presets are" in refused(capsys, "prepare", "phantom", "-o", phantoms, "--preset", "six")
@@ -134,7 +145,12 @@ def test_another_preset_or_seed_in_the_same_folder_is_refused(capsys: pytest.Cap
 def test_prepare_tiny_policy_learns_its_words_from_the_train_reports(phantoms: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    assert cli.main(["prepare", "tiny-policy", "-o", str(tmp_path / "policy"), "--manifest", str(phantoms / "manifest.jsonl")]) == 0
+    assert (
+        cli.main(
+            ["prepare", "tiny-policy", "-o", str(tmp_path / "policy"), "--manifest", str(phantoms / "manifest.jsonl")]
+        )
+        == 0
+    )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
     report = read_manifest(phantoms / "manifest.jsonl", split="train")[0].report
     ids = tokenizer(report)["input_ids"]
@@ -156,14 +172,20 @@ def test_label_writes_one_row_a_report_in_order(phantoms: Path, labeler: Path, t
     assert list(read_labels_csv(output)) == list(read_reports_csv(phantoms / "heldout_reports.csv"))
 
 
-def test_convert_writes_labelers_that_read_as_the_published_file_does(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_convert_writes_labelers_that_read_as_the_published_file_does(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     source = published_file(tmp_path, published_state(tiny_model()))
     words = tmp_path / "words"
     words.mkdir()
     tiny_tokenizer().save(str(words / "tokenizer.json"))
     reports = tmp_path / "reports.csv"
     reports.write_text("id,report\na,no evidence of pleural effusion\nb,the heart is enlarged .\nc,\n")
-    formats = {"file": (source, words), "folder": (tmp_path / "chexbert", None), "copy": (tmp_path / "chexbert.safetensors", words)}
+    formats = {
+        "file": (source, words),
+        "folder": (tmp_path / "chexbert", None),
+        "copy": (tmp_path / "chexbert.safetensors", words),
+    }
     said = run(capsys, "labeler", "convert", source, "-o", formats["folder"][0], "--tokenizer", words)[1]
     said += run(capsys, "labeler", "convert", source, "-o", formats["copy"][0])[1]
     assert len({line.rpartition(" ")[2] for line in said.splitlines()}) == 1 and said.count("written, fingerprint") == 2
@@ -173,7 +195,9 @@ def test_convert_writes_labelers_that_read_as_the_published_file_does(capsys: py
         assert run(capsys, "label", reports, "--labeler", path, *more, "-o", tmp_path / f"{name}.csv")[0] == 0
         labels.append((tmp_path / f"{name}.csv").read_text())
     assert labels[0] == labels[1] == labels[2] and len(set(labels[0].splitlines())) == 4
-    half = run(capsys, "label", reports, "--labeler", formats["folder"][0], "--dtype", "bfloat16", "-o", tmp_path / "half.csv")
+    half = run(
+        capsys, "label", reports, "--labeler", formats["folder"][0], "--dtype", "bfloat16", "-o", tmp_path / "half.csv"
+    )
     assert half[0] == 0 and (tmp_path / "half.csv").read_text().count("\n") == 4
     assert "not overwritten" in refused(capsys, "labeler", "convert", source, "-o", formats["copy"][0])
 
@@ -182,7 +206,9 @@ def test_score_labels_reports_where_it_is_given_reports(
     capsys: pytest.CaptureFixture[str], phantoms: Path, labeler: Path, tmp_path: Path
 ) -> None:
     reports = phantoms / "heldout_reports.csv"
-    code, out, _ = run(capsys, "score", reports, reports, "--labeler", labeler, "--train", reports, "--json", tmp_path / "scores.json")
+    code, out, _ = run(
+        capsys, "score", reports, reports, "--labeler", labeler, "--train", reports, "--json", tmp_path / "scores.json"
+    )
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert code == 0 and scores["n"] == 400 and scores["labeler"]["name"] == labeler.name
     # a file against itself: whatever the labeler reads, micro F1 is 1 (or 0 if it reads no positive at all)
@@ -218,7 +244,12 @@ def test_score_writes_the_layout_that_scripts_rely_on(capsys: pytest.CaptureFixt
     for score in scores["definitions"].values():
         assert score.keys() == {"precision", "recall", "f1", "f1_ci"}
         assert len(score["f1_ci"]) == 2 and 0 <= score["f1_ci"][0] <= score["f1_ci"][1] <= 1
-    assert scores["definitions"]["disease_micro13"] | {"f1_ci": 0} == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "f1_ci": 0}
+    assert scores["definitions"]["disease_micro13"] | {"f1_ci": 0} == {
+        "precision": 0.5,
+        "recall": 0.5,
+        "f1": 0.5,
+        "f1_ci": 0,
+    }
     assert scores["support"].keys() == set(OBSERVATIONS)
     assert scores["support"]["Pleural Effusion"] == scores["support"]["No Finding"] == 2
     assert scores["baselines"].keys() == {"constant_normal", "blank", "random_train", "reference"}
@@ -231,7 +262,9 @@ def test_score_writes_the_layout_that_scripts_rely_on(capsys: pytest.CaptureFixt
         assert name in out
 
 
-def test_a_study_missing_on_either_side_is_an_error_that_names_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_study_missing_on_either_side_is_an_error_that_names_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     predicted, reference = label_files(tmp_path)
     for path, gone in ((predicted, "b"), (reference, "c")):
         labels = read_labels_csv(path)
@@ -243,13 +276,19 @@ def test_a_study_missing_on_either_side_is_an_error_that_names_it(capsys: pytest
     assert not (tmp_path / "scores.json").exists()
 
 
-def test_a_label_file_short_of_a_column_is_not_taken_for_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_label_file_short_of_a_column_is_not_taken_for_reports(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     with open(tmp_path / "short.csv", "w", newline="") as file:
         csv.writer(file).writerows([["id", *OBSERVATIONS[:-1]], ["a", *[1] * 13]])
-    assert "missing observation columns ['No Finding']" in refused(capsys, "score", tmp_path / "short.csv", tmp_path / "short.csv")
+    assert "missing observation columns ['No Finding']" in refused(
+        capsys, "score", tmp_path / "short.csv", tmp_path / "short.csv"
+    )
 
 
-def test_files_that_are_not_there_are_named_without_a_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_files_that_are_not_there_are_named_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     nowhere = tmp_path / "nowhere"
     write_reports_csv(tmp_path / "reports.csv", {"a": "Clear."})
     for arguments in (
@@ -265,7 +304,9 @@ def test_files_that_are_not_there_are_named_without_a_traceback(capsys: pytest.C
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_a_control_that_cannot_be_shown_is_refused_and_not_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_control_that_cannot_be_shown_is_refused_and_not_left_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert "no summary.json" in refused(capsys, "summary", tmp_path, "--control", tmp_path / "nowhere")
     assert "goes with one run" in refused(capsys, "summary", tmp_path, tmp_path, "--control", tmp_path)
 
@@ -281,13 +322,27 @@ def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch: pytest.Monk
 
 def test_scores_do_not_depend_on_the_order_of_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    classes: dict[str, Sequence[int]] = {f"s{i}": [*rng.integers(0, 4, 13).tolist(), int(rng.integers(0, 2))] for i in range(20)}
-    guesses: dict[str, Sequence[int]] = {f"s{i}": [*rng.integers(0, 4, 13).tolist(), int(rng.integers(0, 2))] for i in range(20)}
+    classes: dict[str, Sequence[int]] = {
+        f"s{i}": [*rng.integers(0, 4, 13).tolist(), int(rng.integers(0, 2))] for i in range(20)
+    }
+    guesses: dict[str, Sequence[int]] = {
+        f"s{i}": [*rng.integers(0, 4, 13).tolist(), int(rng.integers(0, 2))] for i in range(20)
+    }
     write_labels_csv(tmp_path / "reference.csv", classes)
     write_labels_csv(tmp_path / "predicted.csv", guesses)
     write_labels_csv(tmp_path / "turned.csv", dict(reversed(guesses.items())))
     for name in ("predicted", "turned"):
-        assert run(capsys, "score", tmp_path / f"{name}.csv", tmp_path / "reference.csv", "--json", tmp_path / f"{name}.json")[0] == 0
+        assert (
+            run(
+                capsys,
+                "score",
+                tmp_path / f"{name}.csv",
+                tmp_path / "reference.csv",
+                "--json",
+                tmp_path / f"{name}.json",
+            )[0]
+            == 0
+        )
     assert (tmp_path / "predicted.json").read_text() == (tmp_path / "turned.json").read_text()
 
 
@@ -298,16 +353,28 @@ def trained(capsys: pytest.CaptureFixture[str], tiny_policy_directory: Path, tmp
     for directory in (run / "adapter", tmp_path / "cold"):
         save_adapter(with_lora(load_policy(tiny_policy_directory, dtype=torch.float32)), directory)
     policy = {"path": str(tiny_policy_directory), "adapter": str(tmp_path / "cold")}
-    recipe = {"output_dir": str(run), "steps": 1, "data": {"manifest": "m.jsonl"}, "policy": policy, "reward": {"labeler": "labeler"}}
+    recipe = {
+        "output_dir": str(run),
+        "steps": 1,
+        "data": {"manifest": "m.jsonl"},
+        "policy": policy,
+        "reward": {"labeler": "labeler"},
+    }
     (run / "config.yaml").write_text(yaml.safe_dump(recipe))
     capsys.readouterr()  # transformers' bars
     return run
 
 
-def test_export_writes_a_checkpoint_and_an_adapter(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
-    code, output, _ = run(capsys, "export", trained, "--merged", tmp_path / "out/merged", "--adapter", tmp_path / "out/adapter")
+def test_export_writes_a_checkpoint_and_an_adapter(
+    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
+) -> None:
+    code, output, _ = run(
+        capsys, "export", trained, "--merged", tmp_path / "out/merged", "--adapter", tmp_path / "out/adapter"
+    )
     assert code == 0 and f"{tmp_path}/out/merged: written" in output and f"{tmp_path}/out/adapter: written" in output
-    assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["r"] == 8, "cold start and adapter, rank 4 each"
+    assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["r"] == 8, (
+        "cold start and adapter, rank 4 each"
+    )
     assert "exists already" in refused(capsys, "export", trained, "--merged", tmp_path / "out/merged")
     load_policy(tmp_path / "out/merged", dtype=torch.float32)
 
@@ -326,17 +393,23 @@ def test_export_finds_what_has_moved_where_it_is_told(
     message = refused(capsys, *command)
     assert f"{tmp_path}/cold: no such folder (policy.adapter" in message and "--cold-start" in message
     assert run(capsys, *command, "--cold-start", tmp_path / "moved")[0] == 0
-    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_policy_directory)
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tiny_policy_directory
+    )
 
 
-def test_export_of_what_cannot_be_exported_is_refused(capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path) -> None:
+def test_export_of_what_cannot_be_exported_is_refused(
+    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
+) -> None:
     assert "give --merged DIR, --adapter DIR or both" in usage_error(capsys, "export", trained)
     assert "no config.yaml" in refused(capsys, "export", tmp_path, "--merged", tmp_path / "out")
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     (pickled / "pytorch_model.bin").touch()
-    assert "pickle (not loaded)" in refused(capsys, "export", trained, "--merged", tmp_path / "out", "--policy", pickled)
+    assert "pickle (not loaded)" in refused(
+        capsys, "export", trained, "--merged", tmp_path / "out", "--policy", pickled
+    )
     (trained / "adapter").rename(trained / "other")
     assert "no adapter/ in it" in refused(capsys, "export", trained, "--merged", tmp_path / "out")
     recipe = yaml.safe_load((trained / "config.yaml").read_text())

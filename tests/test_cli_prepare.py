@@ -1,4 +1,6 @@
-"""`mrg-r1 prepare iu-xray` and `mrg-r1 prepare manifest` as they are called: what is printed, and what a mistake looks like."""
+"""`mrg-r1 prepare iu-xray` and `mrg-r1 prepare manifest` as they are called: what is printed, and what a mistake looks
+like.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,16 @@ def test_iu_xray_closes_with_a_table_of_every_split(capsys: pytest.CaptureFixtur
     for name in ("CXR0_IM", "CXR1_IM"):
         write_labels_csv(tmp_path / f"{name}.csv", {name: [0] * 13 + [1]})
     labels = [part for name in ("CXR0_IM", "CXR1_IM") for part in ("--render-missing", tmp_path / f"{name}.csv")]
-    code, out, _ = run(capsys, "prepare", "iu-xray", tmp_path / "annotation.json", "-o", tmp_path / "out", *labels, "--side", 32)
+    code, out, _ = run(
+        capsys, "prepare", "iu-xray", tmp_path / "annotation.json", "-o", tmp_path / "out", *labels, "--side", 32
+    )
     assert code == 0 and "R2Gen's annotation.json, 3 studies" in out
-    expected = {"train": ["1", "1", "1", "0"], "val": ["1", "1", "1", "0"], "test": ["1", "0", "0", "1"], "total": ["3", "2", "2", "1"]}
+    expected = {
+        "train": ["1", "1", "1", "0"],
+        "val": ["1", "1", "1", "0"],
+        "test": ["1", "0", "0", "1"],
+        "total": ["3", "2", "2", "1"],
+    }
     assert rows(out) == expected
     assert f"{tmp_path / 'out' / 'refused.jsonl'}: why each was refused" in out
 
@@ -55,19 +64,39 @@ def test_iu_xray_says_which_layout_it_has_recognised(capsys: pytest.CaptureFixtu
     images = pictures(tmp_path / "images", *NAMES)
     split = tmp_path / "split.json"
     split.write_text('{"val": ["CXR7_IM-0001"], "test": ["CXR8_IM-0001"]}')
-    for source, title, read in ((xmls(tmp_path), "Open-i reports (XML), 3 studies", "3"), (kaggle(tmp_path), "Kaggle's reports and", "2")):
+    for source, title, read in (
+        (xmls(tmp_path), "Open-i reports (XML), 3 studies", "3"),
+        (kaggle(tmp_path), "Kaggle's reports and", "2"),
+    ):
         output = tmp_path / read
         options = ("--images", images, "--report", "impression", "--split", split)
         code, out, _ = run(capsys, "prepare", "iu-xray", source, "-o", output, *options)
         assert code == 0 and f"{source}: {title}" in out and rows(out)["total"][:2] == [read, "2"]
         kept = read_manifest(output / "manifest.jsonl")
-        assert [(study.id, study.split, study.report) for study in kept] == [("CXR7", "val", "Clear."), ("CXR8", "test", "Clear.")]
+        assert [(study.id, study.split, study.report) for study in kept] == [
+            ("CXR7", "val", "Clear."),
+            ("CXR8", "test", "Clear."),
+        ]
 
 
 def test_iu_xray_takes_views_from_projections(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     images, projections = pictures(tmp_path / "images", *NAMES), kaggle(tmp_path).with_name("indiana_projections.csv")
     source = xmls(tmp_path)
-    assert run(capsys, "prepare", "iu-xray", source, "-o", tmp_path / "out", "--images", images, "--projections", projections)[0] == 0
+    assert (
+        run(
+            capsys,
+            "prepare",
+            "iu-xray",
+            source,
+            "-o",
+            tmp_path / "out",
+            "--images",
+            images,
+            "--projections",
+            projections,
+        )[0]
+        == 0
+    )
     (study,) = read_manifest(tmp_path / "out" / "manifest.jsonl")
     assert [image.view for image in study.images] == ["frontal", "lateral"]
 
@@ -76,15 +105,21 @@ def test_mistakes_of_iu_xray_are_one_message(capsys: pytest.CaptureFixture[str],
     source, out = xmls(tmp_path), tmp_path / "out"
     assert "gone.json" in refused(capsys, "prepare", "iu-xray", source, "-o", out, "--split", tmp_path / "gone.json")
     assert "unpack an archive first" in refused(capsys, "prepare", "iu-xray", source, "-o", out, "--images", source)
-    assert "gone.csv" in refused(capsys, "prepare", "iu-xray", source, "-o", out, "--projections", tmp_path / "gone.csv")
+    assert "gone.csv" in refused(
+        capsys, "prepare", "iu-xray", source, "-o", out, "--projections", tmp_path / "gone.csv"
+    )
     assert "gone" in refused(capsys, "prepare", "iu-xray", tmp_path / "gone", "-o", out)
     assert not out.exists()
     assert "all 3 studies were refused" in refused(capsys, "prepare", "iu-xray", source, "-o", out)
-    assert "`report` was 'findings', asked for 'both'" in refused(capsys, "prepare", "iu-xray", source, "-o", out, "--report", "both")
+    assert "`report` was 'findings', asked for 'both'" in refused(
+        capsys, "prepare", "iu-xray", source, "-o", out, "--report", "both"
+    )
     assert "--report" in usage_error(capsys, "prepare", "iu-xray", source, "-o", out, "--report", "conclusion")
 
 
-def test_manifest_closes_with_a_table_and_names_what_it_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_manifest_closes_with_a_table_and_names_what_it_left_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     Image.effect_noise((40, 40), 60).save(tmp_path / "1.png")
     lines = [
         "id,patient_id,images,report,split,age",
@@ -95,7 +130,12 @@ def test_manifest_closes_with_a_table_and_names_what_it_left_out(capsys: pytest.
     (tmp_path / "studies.csv").write_text("\n".join(lines))
     code, out, _ = run(capsys, "prepare", "manifest", tmp_path / "studies.csv", "-o", tmp_path / "out")
     assert code == 0 and "studies.csv, studies" in out
-    assert rows(out) == {"train": ["1", "1", "0"], "test": ["1", "1", "0"], "val": ["1", "0", "1"], "total": ["3", "2", "1"]}
+    assert rows(out) == {
+        "train": ["1", "1", "0"],
+        "test": ["1", "1", "0"],
+        "val": ["1", "0", "1"],
+        "total": ["3", "2", "1"],
+    }
     assert "left out, as a study has no place for them: age" in out
     assert "warning: 1 patients have studies in several splits" in out and "the first is 'p', in train and test" in out
     kept = read_manifest(tmp_path / "out" / "manifest.jsonl")
@@ -108,7 +148,9 @@ def test_mistakes_of_manifest_are_one_message(capsys: pytest.CaptureFixture[str]
     message = refused(capsys, "prepare", "manifest", tmp_path / "studies.csv", "-o", out)
     assert "studies.csv, line 1: no column `images`, `split`; it has ['id', 'report']" in message
     assert "gone.csv" in refused(capsys, "prepare", "manifest", tmp_path / "gone.csv", "-o", out)
-    assert "--splits" in usage_error(capsys, "prepare", "manifest", tmp_path / "studies.csv", "-o", out, "--splits", "train,,val")
+    assert "--splits" in usage_error(
+        capsys, "prepare", "manifest", tmp_path / "studies.csv", "-o", out, "--splits", "train,,val"
+    )
     assert not out.exists()
 
 
@@ -116,21 +158,31 @@ def test_help_of_both_waits_for_no_heavy_import() -> None:
     code = "import sys; from mrg_r1 import cli\nfor kind in ('iu-xray', 'manifest'):\n"
     code += "    try: cli.main(['prepare', kind, '--help'])\n    except SystemExit: pass\n"
     code += "print([name for name in ('torch', 'numpy', 'PIL') if name in sys.modules])"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    ).stdout
     assert output.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("Cardiomegaly", "not OBSERVATION=SHARE"), ("Heart=0.1", "not OBSERVATION=SHARE"), ("Pneumothorax=rare", "'rare' is not a share")],
+    [
+        ("Cardiomegaly", "not OBSERVATION=SHARE"),
+        ("Heart=0.1", "not OBSERVATION=SHARE"),
+        ("Pneumothorax=rare", "'rare' is not a share"),
+    ],
 )
-def test_a_mistaken_prevalence_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path, given: str, message: str) -> None:
+def test_a_mistaken_prevalence_is_a_usage_error(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, given: str, message: str
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["prepare", "phantom", "-o", str(tmp_path / "out"), "--prevalence", given])
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_the_manifest_of_a_set_prevalence_has_it_and_the_folder_remembers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_manifest_of_a_set_prevalence_has_it_and_the_folder_remembers(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     out = ["prepare", "phantom", "-o", str(tmp_path), "--splits", "train=60", "--side", "32"]
     assert cli.main([*out, "--prevalence", "Cardiomegaly=0.999,Pneumothorax=0.001"]) == 0
     drawn = [study.drawn for study in read_manifest(tmp_path / "manifest.jsonl")]

@@ -48,7 +48,13 @@ def test_every_field_says_where_its_value_comes_from():
 
 def test_overrides_reach_nested_keys_with_yaml_values(recipe_file):
     recipe = load_recipe(
-        recipe_file, ["grpo.group_size=16", "optimizer.learning_rate=1e-4", "reward.weights={ccs: 1.0}", "data.context=[indication]"]
+        recipe_file,
+        [
+            "grpo.group_size=16",
+            "optimizer.learning_rate=1e-4",
+            "reward.weights={ccs: 1.0}",
+            "data.context=[indication]",
+        ],
     )
     assert recipe.grpo.group_size == 16 and recipe.optimizer.learning_rate == 1e-4
     assert recipe.reward.weights == {"ccs": 1.0} and recipe.data.context == ["indication"]
@@ -101,7 +107,9 @@ def test_several_problems_are_listed_at_once(recipe_file):
     assert "2 problem(s)" in message and "grpo.beta" in message and "did you mean steps?" in message
 
 
-@pytest.mark.parametrize(("content", "words"), [("- a", "this is a list"), ("a: [", "not valid YAML"), ("", "this is a NoneType")])
+@pytest.mark.parametrize(
+    ("content", "words"), [("- a", "this is a list"), ("a: [", "not valid YAML"), ("", "this is a NoneType")]
+)
 def test_files_that_are_not_recipes_are_refused(tmp_path, content, words):
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
@@ -133,7 +141,11 @@ def test_check_accepts_a_world_that_is_whole(recipe_file, tmp_path):
         ("grpo.studies_per_step=1", "grpo", "take 2, or another number of ranks"),
         ("sft.batch_size=31", "sft", "sft.batch_size 31 does not divide over 2 ranks"),
         ("grpo.minibatches=5", "grpo", "does not divide the 32 completions of a rank"),
-        ("data.manifest=nowhere.jsonl", "grpo", "data.manifest nowhere.jsonl: no such file; `mrg-r1 prepare` makes one"),
+        (
+            "data.manifest=nowhere.jsonl",
+            "grpo",
+            "data.manifest nowhere.jsonl: no such file; `mrg-r1 prepare` makes one",
+        ),
         ("reward.labeler=nowhere", "grpo", "`mrg-r1 labeler train` makes one"),
         ("policy.path=nowhere", "grpo", "no config.json there"),
         ("policy.adapter=nowhere", "grpo", "no adapter_config.json there"),
@@ -149,7 +161,10 @@ def test_check_refuses_before_any_model_is_loaded(recipe_file, tmp_path, overrid
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda policy: (policy / "config.json").write_text('{"model_type": "llama"}'), "config.json says model_type 'llama'"),
+        (
+            lambda policy: (policy / "config.json").write_text('{"model_type": "llama"}'),
+            "config.json says model_type 'llama'",
+        ),
         (lambda policy: (policy / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda policy: (policy / "model.safetensors").rename(policy / "pytorch_model.bin"), "no *.safetensors there"),
     ],

@@ -1,4 +1,6 @@
-"""`make demo`, whole: what a newcomer runs first, and the run on which findings must move after format has saturated."""
+"""`make demo`, whole: what a newcomer runs first, and the run on which findings must move after format has
+saturated.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ pytestmark = pytest.mark.slow
 
 def test_demo_learns_findings_from_the_clinical_reward(tmp_path):
     demo = tmp_path / "demo"
-    done = subprocess.run(["make", "demo", f"DEMO={demo}"], cwd=ROOT, env=os.environ | {"CI": "true"}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "demo", f"DEMO={demo}"], cwd=ROOT, env=os.environ | {"CI": "true"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     summary = json.loads((demo / "summary.json").read_text())
     before, after = summary["before"], summary["after"]

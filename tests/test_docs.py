@@ -1,7 +1,8 @@
-"""README, docs/ and recipes' heads: links lead somewhere, commands parse, keys and targets exist, marked blocks run, tables match the code.
+"""README, docs/ and recipes' heads: links lead somewhere, commands parse, keys and targets exist, marked blocks run,
+tables match the code.
 
-A fence under `<!-- test -->` is executed in a fresh folder, with the others of its page in their order; one under `<!-- file: NAME -->` is
-written there as NAME. `<!-- test: slow -->` makes the whole page a slow test.
+A fence under `<!-- test -->` is executed in a fresh folder, with the others of its page in their order; one under `<!--
+file: NAME -->` is written there as NAME. `<!-- test: slow -->` makes the whole page a slow test.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ from mrg_r1.tables.plan import TableSpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-RECIPES = sorted(path for path in (ROOT / "launch/recipes").glob("*.yaml") if "\n#   " in path.read_text(encoding="utf-8"))
+RECIPES = sorted(
+    path for path in (ROOT / "launch/recipes").glob("*.yaml") if "\n#   " in path.read_text(encoding="utf-8")
+)
 # What other branches bring: to be emptied as they are merged.
 PAGES_TO_COME: set[str] = set()
 COMMANDS_TO_COME: set[str] = set()
 
-FENCE = re.compile(r"^(?:<!-- (?P<mark>test(?:: slow)?|file: \S+) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^(?:<!-- (?P<mark>test(?:: slow)?|file: \S+) -->\n)?```(?P<kind>\w*)\n(?P<body>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
@@ -49,7 +55,9 @@ def inline(page: Path) -> list[str]:
 
 
 def shell_commands(page: Path) -> Iterator[list[str]]:
-    """The words of every command in a page's fences or a recipe's head; a prompt before it and a comment behind it left out."""
+    """The words of every command in a page's fences or a recipe's head; a prompt before it and a comment behind it left
+    out.
+    """
     texts = [fence["body"] for fence in fences(page) if fence["kind"] in ("", "bash", "sh")]
     if page.suffix == ".yaml":
         texts = re.findall(r"^#   (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
@@ -99,7 +107,9 @@ def table(page: str, heading: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    targets = [target.partition("#")[0] for target in LINK.findall(prose(page)) if not re.match(r"https?://|mailto:|#", target)]
+    targets = [
+        target.partition("#")[0] for target in LINK.findall(prose(page)) if not re.match(r"https?://|mailto:|#", target)
+    ]
     broken = [target for target in targets if not (page.parent / target).exists()]
     named = re.findall(r"\bdocs/[\w-]+\.md\b", page.read_text(encoding="utf-8"))
     broken += [name for name in named if not (ROOT / name).exists()]
@@ -205,7 +215,11 @@ def test_marked_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_page_of_definitions_says_what_the_code_computes() -> None:
     rows = {row[0].strip("`"): row[1:4] for row in table("ce-definitions.md", "# What")}
     code = {
-        name: [str(len(definition.labels)), "class 1 or 3" if definition.positive == LENIENT else "class 1", definition.average]
+        name: [
+            str(len(definition.labels)),
+            "class 1 or 3" if definition.positive == LENIENT else "class 1",
+            definition.average,
+        ]
         for name, definition in DEFINITIONS.items()
     }
     assert rows == code

@@ -30,20 +30,25 @@ def rows(predicted, reference, drawn):
             }
         )
     studies = [
-        Study(id=str(n), patient_id="p", images=(), report="r", split="test", rendered=drawn is not None) for n in range(len(predicted))
+        Study(id=str(n), patient_id="p", images=(), report="r", split="test", rendered=drawn is not None)
+        for n in range(len(predicted))
     ]
     return made, studies
 
 
 def test_a_policy_that_fools_its_labeler_is_seen():
-    """Trap 26: the labeler reads cardiomegaly in every report, as in the references; but it was drawn in none of them."""
+    """Trap 26: the labeler reads cardiomegaly in every report, as in the references; but it was drawn in none
+    of them.
+    """
     predicted = np.zeros((6, 14), dtype=int)
     predicted[:, 1] = 1
     drawn = [[0] * 13 + [1]] * 6
     result = summarise(*rows(predicted, predicted, drawn), train=None, seed=0, bootstrap_samples=100)
     assert result["disease_micro13"] == 1.0 and result["disease_micro13_truth"] == 0.0 and result["labeler_gap"] == 1.0
     honest = [[0] + [1] + [0] * 11 + [None]] * 6
-    assert summarise(*rows(predicted, predicted, honest), train=None, seed=0, bootstrap_samples=100)["labeler_gap"] == 0.0
+    assert (
+        summarise(*rows(predicted, predicted, honest), train=None, seed=0, bootstrap_samples=100)["labeler_gap"] == 0.0
+    )
 
 
 def test_real_studies_have_no_truth_and_say_so():
@@ -60,7 +65,9 @@ def test_every_definition_stands_with_interval_and_baselines(world, tmp_path, in
         low, high = score["f1_ci"]
         assert 0 <= low <= high <= 1 and set(score) == {"precision", "recall", "f1", "f1_ci"}
     assert set(result["baselines"]) == {"constant_normal", "blank", "random_train", "reference"}
-    assert result["baselines"]["blank"]["disease_micro13"]["f1"] == 0 and result["baselines"]["random_train"] is not None
+    assert (
+        result["baselines"]["blank"]["disease_micro13"]["f1"] == 0 and result["baselines"]["random_train"] is not None
+    )
     assert result["labeler"]["name"] == "labeler" and len(result["labeler"]["fingerprint"]) == 16
     assert [row["id"] for row in predictions] == [study.id for study in run.studies["test"]]
     assert set(short_summary(result)) == set(SUMMARY_KEYS)

@@ -1,4 +1,6 @@
-"""Saved experience: parts of any number of ranks read by any other number, what is refused, and rollout-only runs that go on."""
+"""Saved experience: parts of any number of ranks read by any other number, what is refused, and rollout-only runs that
+go on.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from PIL import Image
 from mrg_r1 import trainer
 from mrg_r1.config import RecipeError, check_recipe, load_recipe
 from mrg_r1.data.study import read_manifest
-from mrg_r1.experience import adapter_folder, keep_newest_adapters, next_step, open_experience, prompt_digests, write_step
+from mrg_r1.experience import (
+    adapter_folder,
+    keep_newest_adapters,
+    next_step,
+    open_experience,
+    prompt_digests,
+    write_step,
+)
 from mrg_r1.types import Completions, Prompts, Rewards, Sampled, Study
 from tests.conftest import OneRank, World, make_study
 
@@ -41,7 +50,10 @@ class FakeBuild:
     def __call__(self, studies: list[Study]) -> Prompts:
         rows = len(studies)
         ids = torch.tensor([[0, *study.id.encode()[-3:]] for study in studies])
-        images = [torch.tensor(Image.open(study.images[0].path).getdata(), dtype=torch.float32)[:4].view(1, 4) for study in studies]
+        images = [
+            torch.tensor(Image.open(study.images[0].path).getdata(), dtype=torch.float32)[:4].view(1, 4)
+            for study in studies
+        ]
         return Prompts(
             [study.id for study in studies],
             [study.report for study in studies],
@@ -63,13 +75,20 @@ def studies(tmp_path) -> list[Study]:
 @pytest.fixture
 def recipe(world: World, tmp_path):
     """For four studies of three members."""
-    return load_recipe(world.recipe(tmp_path / "run"), ["phases=update", f"experience={tmp_path}/experience", "steps=2"])
+    return load_recipe(
+        world.recipe(tmp_path / "run"), ["phases=update", f"experience={tmp_path}/experience", "steps=2"]
+    )
 
 
 def sampled_of(studies: list[Study], *, first: int, length: int, step: int = 0, rewards: bool = True) -> Sampled:
     """Studies number `first` and on: every number says its study and member."""
     rows = len(studies)
-    ids = 1000 * (first + torch.arange(rows))[:, None, None] + 10 * torch.arange(3)[:, None] + torch.arange(length) + 100_000 * step
+    ids = (
+        1000 * (first + torch.arange(rows))[:, None, None]
+        + 10 * torch.arange(3)[:, None]
+        + torch.arange(length)
+        + 100_000 * step
+    )
     mask = torch.arange(length) < torch.arange(1, 4)[None, :, None].expand(rows, 3, 1)
     total = (first + torch.arange(rows))[:, None] + 0.1 * torch.arange(3)
     judged = Rewards(
@@ -81,9 +100,13 @@ def sampled_of(studies: list[Study], *, first: int, length: int, step: int = 0, 
         reference_labels=torch.full((rows, 14), first),
         constant={"total": total[:, 0]},
     )
-    texts = [[f"{study.id}-{g}\ud800" for g in range(3)] for study in studies]  # a lone surrogate: a policy can sample it
+    texts = [
+        [f"{study.id}-{g}\ud800" for g in range(3)] for study in studies
+    ]  # a lone surrogate: a policy can sample it
     done = Completions(ids, mask, -ids.float(), mask.all(-1), texts)
-    return Sampled(FakeBuild()(studies), done, judged if rewards else None, reference_logp=ids.float(), old_logp=ids.float() + 1)
+    return Sampled(
+        FakeBuild()(studies), done, judged if rewards else None, reference_logp=ids.float(), old_logp=ids.float() + 1
+    )
 
 
 def write(folder: Path, studies: list[Study], recipe, *, ranks: int = 2, step: int = 0, **options) -> None:
@@ -119,7 +142,9 @@ def test_what_some_ranks_wrote_others_read_in_the_global_order(studies, recipe, 
                 assert torch.equal(done.logp[row, g][kept], -ids.float()) and not done.mask[row, g, g + 1 :].any()
                 assert torch.equal(sampled.reference_logp[row, g][kept], ids.float())
                 assert torch.equal(sampled.old_logp[row, g][kept], ids.float() + 1)
-                assert done.texts[row][g] == f"{study}-{g}\ud800" and rewards.total[row, g] == pytest.approx(number + 0.1 * g)
+                assert done.texts[row][g] == f"{study}-{g}\ud800" and rewards.total[row, g] == pytest.approx(
+                    number + 0.1 * g
+                )
             assert rewards.report_texts[row] == ["r", None, study] and rewards.constant["total"][row] == number
             assert rewards.terms["a.b:c"][row, 2] == pytest.approx((number + 0.2) / 4)
             assert rewards.weights == {"mccs": 0.75, "a.b:c": 0.0} and rewards.labels.dtype == torch.int64
@@ -170,7 +195,9 @@ def test_too_few_steps_and_other_sizes_are_refused_with_the_value_to_set(studies
     assert len(open_experience(folder / "step_000000_rank1.safetensors", one).steps) == 1
     for key, value, there in (("group_size", 4, 3), ("studies_per_step", 8, 4)):
         other = one.model_copy(update={"grpo": one.grpo.model_copy(update={key: value})})
-        assert f"grpo.{key} is {there} there and {value} in the recipe; set grpo.{key}={there}" in refused(folder, other)
+        assert f"grpo.{key} is {there} there and {value} in the recipe; set grpo.{key}={there}" in refused(
+            folder, other
+        )
 
 
 def test_another_manifest_policy_or_prompt_is_named(studies, recipe, world, tmp_path):
@@ -181,17 +208,28 @@ def test_another_manifest_policy_or_prompt_is_named(studies, recipe, world, tmp_
     shutil.copytree(world.folder / "policy", tmp_path / "policy")
     weights = tmp_path / "policy" / "model.safetensors"
     content = bytearray(weights.read_bytes())
-    content[100_000::4096] = bytes(256 - byte if byte else 1 for byte in content[100_000::4096])  # weights all over, the file's size kept
+    content[100_000::4096] = bytes(
+        256 - byte if byte else 1 for byte in content[100_000::4096]
+    )  # weights all over, the file's size kept
     weights.write_bytes(content)
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text((world.folder / "phantoms" / "manifest.jsonl").read_text() + "\n")
     changed = ["prompt.mode=think", "data.max_pixels=6272", "rollout.temperature=0.5", f"policy.path={tmp_path}/policy"]
-    changed += [f"data.manifest={manifest}", "phases=update", f"experience={folder}", "steps=2", "optimizer.learning_rate=1.0"]
+    changed += [
+        f"data.manifest={manifest}",
+        "phases=update",
+        f"experience={folder}",
+        "steps=2",
+        "optimizer.learning_rate=1.0",
+    ]
     other = load_recipe(world.recipe(tmp_path / "run"), changed)
     message = refused(folder, other)
     for line in ("prompt.mode: plain -> think", "data.max_pixels: 3136 -> 6272", "rollout.temperature: 1.0 -> 0.5"):
         assert f"  {line}\n" in message
-    assert f"  data.manifest {manifest}: fingerprint " in message and f"  policy.path {tmp_path}/policy: fingerprint " in message
+    assert (
+        f"  data.manifest {manifest}: fingerprint " in message
+        and f"  policy.path {tmp_path}/policy: fingerprint " in message
+    )
     assert "learning_rate" not in message and "resume.allow_changes=true" in message
     meant = other.model_copy(update={"resume": other.resume.model_copy(update={"allow_changes": True})})
     assert len(open_experience(folder, meant).steps) == 2
@@ -212,7 +250,12 @@ def test_a_study_that_is_gone_or_whose_image_has_changed_is_named(studies, recip
 
 def test_a_batch_without_rewards_says_why(studies, recipe, tmp_path):
     one = recipe.model_copy(update={"steps": 1})
-    write(tmp_path / "not_finite", studies, recipe, problem="rank 1: reward term 'x' is not finite for studies s03 (member 2: nan)")
+    write(
+        tmp_path / "not_finite",
+        studies,
+        recipe,
+        problem="rank 1: reward term 'x' is not finite for studies s03 (member 2: nan)",
+    )
     assert "no rewards to learn from: rank 1: reward term 'x' is not finite" in refused(tmp_path / "not_finite", one)
 
 
@@ -225,7 +268,11 @@ def test_steps_with_weights_of_their_own_are_taken_one_at_a_time(studies, recipe
     one = recipe.model_copy(update={"steps": 1})
     assert open_experience(folder / "step_000001_rank0.json", one).adapter == adapter_folder(folder, 1)
     keep_newest_adapters(folder, 1)
-    assert not adapter_folder(folder, 0).exists() and adapter_folder(folder, 1).exists() and (folder / "step_000000_rank0.json").exists()
+    assert (
+        not adapter_folder(folder, 0).exists()
+        and adapter_folder(folder, 1).exists()
+        and (folder / "step_000000_rank0.json").exists()
+    )
     assert "missing (only the newest are kept)" in refused(folder / "step_000000_rank0.json", one)
     lora = one.policy.lora.model_copy(update={"rank": 8})
     other = one.model_copy(update={"policy": one.policy.model_copy(update={"lora": lora})})
@@ -306,13 +353,19 @@ def test_a_rollout_only_run_goes_on_at_the_first_step_that_is_not_whole(world, t
     assert start() == [2] and content_of(run / "experience") == whole
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:2]))  # killed between the step and its line
-    assert start() == [2] and content_of(run / "experience") == whole and (run / "metrics.jsonl").read_text().count("\n") == 3
+    assert (
+        start() == [2]
+        and content_of(run / "experience") == whole
+        and (run / "metrics.jsonl").read_text().count("\n") == 3
+    )
     with pytest.raises(RecipeError, match="step 0 was sampled under another recipe:\n  seed: 0 -> 1\n"):
         start("seed=1")
     assert start("optimizer.learning_rate=1.0", "engine.micro_batch_tokens=7") == []
     recipe = load_recipe(path, ["phases=rollout", "steps=5"])
     assert next_step(run, recipe, OneRank()) == 3
     studies = {study.id: study for study in read_manifest(world.folder / "phantoms/manifest.jsonl")}
-    parts = open_experience(run / "experience", load_recipe(path, ["phases=update", f"experience={run}/experience", "steps=3"])).steps
+    parts = open_experience(
+        run / "experience", load_recipe(path, ["phases=update", f"experience={run}/experience", "steps=3"])
+    ).steps
     assert all(study in studies for (part,) in parts for study in part["studies"])
     assert yaml.safe_load((run / "config.yaml").read_text())["phases"] == "rollout"

@@ -1,4 +1,6 @@
-"""Real launches to which something happens: a signal, a rank that raises, a rank that hangs, numbers that are not finite."""
+"""Real launches to which something happens: a signal, a rank that raises, a rank that hangs, numbers that are not
+finite.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ def begin(world, run: Path, *overrides: str, log: Path) -> tuple[subprocess.Pope
     recipe = world.recipe(run, name=f"{run.name}.yaml")
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            command("train", recipe, *overrides), cwd=ROOT, env=environment(), stdout=output, stderr=output, start_new_session=True
+            command("train", recipe, *overrides),
+            cwd=ROOT,
+            env=environment(),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     return process, recipe
 
@@ -33,10 +40,16 @@ def ranks_of(recipe: Path) -> list[int]:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")
-            variables = dict(item.split(b"=", 1) for item in (entry / "environ").read_bytes().split(b"\0") if b"=" in item)
+            variables = dict(
+                item.split(b"=", 1) for item in (entry / "environ").read_bytes().split(b"\0") if b"=" in item
+            )
         except OSError:
             continue
-        if str(recipe).encode() in words and b"launch/train.py" in words and any(word.startswith(b"--local_rank") for word in words):
+        if (
+            str(recipe).encode() in words
+            and b"launch/train.py" in words
+            and any(word.startswith(b"--local_rank") for word in words)
+        ):
             if b"RANK" in variables and b"deepspeed.launcher.launch" not in words:
                 found[int(variables[b"RANK"])] = int(entry.name)
     return [found[rank] for rank in sorted(found)]
@@ -109,12 +122,20 @@ def test_steps_whose_rewards_are_not_finite_are_skipped_and_too_many_stop_the_ru
         return launch("train", world.recipe(run, name=f"{run.name}.yaml"), *overrides, extra=extra)
 
     once, often = tmp_path / "once", tmp_path / "often"
-    done = train(once, 5, 6)  # a call for a rank's reports and one for the constant report: in the second step, on one rank
+    done = train(
+        once, 5, 6
+    )  # a call for a rank's reports and one for the constant report: in the second step, on one rank
     assert done.returncode == 0 and (done.stdout + done.stderr).count("step 1 is skipped: rank ") == 1
     rows = steps_of(once)
     assert [row["policy/skipped_updates"] for row in rows] == [0, 1, 0, 0, 0, 0] and "loss" not in rows[1]
-    assert {path.name for path in (once / "not_finite").glob("*.json")} == {"step_000001_rank0.json", "step_000001_rank1.json"}
+    assert {path.name for path in (once / "not_finite").glob("*.json")} == {
+        "step_000001_rank0.json",
+        "step_000001_rank1.json",
+    }
     stopped = train(often, 5, 1000)
     output = stopped.stdout + stopped.stderr
-    assert stopped.returncode == 3 and output.count("2 steps in a row had a loss, gradient or reward that is not finite") == 1
+    assert (
+        stopped.returncode == 3
+        and output.count("2 steps in a row had a loss, gradient or reward that is not finite") == 1
+    )
     assert (often / "checkpoints" / "latest").read_text() == "step_3" and "Traceback" not in output

@@ -1,4 +1,6 @@
-"""What is done with a run that has ended: a report of one study, an evaluation or plain reports of a manifest, and nothing overwritten."""
+"""What is done with a run that has ended: a report of one study, an evaluation or plain reports of a manifest, and
+nothing overwritten.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ from mrg_r1.run import open_run
 from mrg_r1.types import StudyImage
 from tests.conftest import OneRank, with_lora
 
-KEYS = ["prompt.show_view=true", "data.context=[indication, prior_report]", "rollout.max_new_tokens=20", "evaluation.batch_size=3"]
+KEYS = [
+    "prompt.show_view=true",
+    "data.context=[indication, prior_report]",
+    "rollout.max_new_tokens=20",
+    "evaluation.batch_size=3",
+]
 
 
 @pytest.fixture
@@ -48,7 +55,9 @@ def finished(world, tmp_path) -> Path:
 
 
 def restless(policy: Policy) -> Policy:
-    """LoRA so large that every word of the prompt moves the report; a random policy repeats one token, whatever it sees."""
+    """LoRA so large that every word of the prompt moves the report; a random policy repeats one token, whatever it
+    sees.
+    """
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:
@@ -76,9 +85,14 @@ def one(capsys, study, run: Path, *more: object) -> dict:
     if len(views) != 2 * len(study.images):
         views = []
     context = [
-        word for name, text in (("indication", study.indication), ("prior", study.prior_report)) if text for word in (f"--{name}", text)
+        word
+        for name, text in (("indication", study.indication), ("prior", study.prior_report))
+        if text
+        for word in (f"--{name}", text)
     ]
-    code, out, _ = asked(capsys, *[image.path for image in study.images], "--run", run, *views, *context, "--json", "-", *more)
+    code, out, _ = asked(
+        capsys, *[image.path for image in study.images], "--run", run, *views, *context, "--json", "-", *more
+    )
     assert code == 0
     return json.loads(out)
 
@@ -94,7 +108,9 @@ def bare(manifest: Path, name: str, *, report: str | None = None, of: slice = sl
 
 
 def test_the_report_is_the_one_that_the_evaluation_writes(finished, capsys, inline_rewards):
-    """Of a study with one image, of two with views, of one with an indication, of one with a prior report: prompt, policy and labels."""
+    """Of a study with one image, of two with views, of one with an indication, of one with a prior report: prompt,
+    policy and labels.
+    """
     evaluated(finished)
     rows = {row["id"]: row for row in lines(finished / "evaluation/test_predictions.jsonl")}
     studies = {study.id: study for study in read_manifest(finished.parent / "manifest.jsonl")}
@@ -105,15 +121,23 @@ def test_the_report_is_the_one_that_the_evaluation_writes(finished, capsys, inli
         answer = one(capsys, given, finished)
         (written,) = answer["reports"]
         row = rows[study.id]
-        assert written["text"] == row["text"] and written["report"] == row["report"] and written["truncated"] is not row["ended"]
-        assert written["labels"] == (row["labels"] if row["report"] else None) and answer["observations"] == list(OBSERVATIONS)
+        assert (
+            written["text"] == row["text"]
+            and written["report"] == row["report"]
+            and written["truncated"] is not row["ended"]
+        )
+        assert written["labels"] == (row["labels"] if row["report"] else None) and answer["observations"] == list(
+            OBSERVATIONS
+        )
         assert answer["sampling"] is None and answer["notice"] == NOT_FOR_CLINICAL_USE
     changed = [
         one(capsys, replace(test[1], indication=None), finished),
         one(capsys, replace(test[1], images=test[1].images[::-1]), finished),
         one(capsys, replace(test[1], images=tuple(replace(image, view=None) for image in test[1].images)), finished),
     ]
-    assert rows[test[1].id]["text"] not in [answer["reports"][0]["text"] for answer in changed], "the options reach the prompt"
+    assert rows[test[1].id]["text"] not in [answer["reports"][0]["text"] for answer in changed], (
+        "the options reach the prompt"
+    )
 
 
 def test_samples_come_from_their_seed_and_temperature(finished, capsys):
@@ -132,7 +156,13 @@ def test_samples_come_from_their_seed_and_temperature(finished, capsys):
 def test_the_terminal_shows_report_findings_and_that_it_is_no_diagnosis(finished, capsys, tmp_path):
     study = read_manifest(finished.parent / "manifest.jsonl", split="test")[0]
     code, out, err = asked(capsys, study.images[0].path, "--run", finished, "--json", tmp_path / "report.json")
-    assert code == 0 and out.startswith("report\n") and NOT_FOR_CLINICAL_USE in out and "no --indication" in err and "no --view" in err
+    assert (
+        code == 0
+        and out.startswith("report\n")
+        and NOT_FOR_CLINICAL_USE in out
+        and "no --indication" in err
+        and "no --view" in err
+    )
     (row,) = json.loads((tmp_path / "report.json").read_text())["reports"]
     assert ("truncated" in out) is row["truncated"]
     code, out, _ = asked(capsys, study.images[0].path, "--run", finished, "--no-labeler")
@@ -144,7 +174,14 @@ def test_what_was_written_is_shown_as_what_it_is(world):
     from rich.console import Console
 
     def said(**changes) -> str:
-        row = {"text": "<raw>", "report": "Clear.", "think": None, "labels": [None] * 14, "truncated": False, "malformed": False}
+        row = {
+            "text": "<raw>",
+            "report": "Clear.",
+            "think": None,
+            "labels": [None] * 14,
+            "truncated": False,
+            "malformed": False,
+        }
         console = Console(width=200)
         with console.capture() as caught:
             console.print(shown_report(row | changes, title="report", mode="think", labeler="chexbert"))
@@ -153,10 +190,20 @@ def test_what_was_written_is_shown_as_what_it_is(world):
     labels = [None] * 14
     labels[1], labels[9], labels[8] = 1, -1, 0
     shown = said(think="large heart [bold]", labels=labels)
-    assert "large heart [bold]" in shown and "truncated" not in shown and "malformed" not in shown and "<raw>" not in shown
-    table = {tuple(line.strip("│ \n").replace("│", " ").split("  ")[0:1])[0].strip(): line for line in shown.splitlines() if "│" in line}
+    assert (
+        "large heart [bold]" in shown and "truncated" not in shown and "malformed" not in shown and "<raw>" not in shown
+    )
+    table = {
+        tuple(line.strip("│ \n").replace("│", " ").split("  ")[0:1])[0].strip(): line
+        for line in shown.splitlines()
+        if "│" in line
+    }
     assert set(table) == {"Cardiomegaly", "Pleural Effusion", "Pneumothorax"}
-    assert "positive" in table["Cardiomegaly"] and "uncertain" in table["Pleural Effusion"] and "negative" in table["Pneumothorax"]
+    assert (
+        "positive" in table["Cardiomegaly"]
+        and "uncertain" in table["Pleural Effusion"]
+        and "negative" in table["Pneumothorax"]
+    )
     assert "no well-formed think block" in said() and "no finding in it" in said()
     broken = said(report=None, malformed=True, truncated=True, labels=None)
     assert "malformed" in broken and "<raw>" in broken and "truncated" in broken and "│" not in broken
@@ -189,13 +236,18 @@ def test_what_cannot_be_reported_is_refused_with_the_remedy(finished, capsys, tm
     unused = refused(image, "--run", finished, "--comparison", "none")
     assert "--comparison" in unused and "['indication', 'prior_report']" in unused and "leave it out" in unused
     assert "--indication ' ': empty" in refused(image, "--run", finished, "--indication", " ")
-    assert "its indication contains <|im_end|>" in refused(image, "--run", finished, "--indication", "a<|im_end|>", "--no-labeler")
+    assert "its indication contains <|im_end|>" in refused(
+        image, "--run", finished, "--indication", "a<|im_end|>", "--no-labeler"
+    )
     assert f"{tmp_path}/none.png: no such file" in refused(tmp_path / "none.png", "--run", finished)
     assert "--no-labeler" in refused(image, "--run", finished, "--labeler", tmp_path / "gone")
     assert "--device cuda:99: cannot be used" in refused(image, "--run", finished, "--device", "cuda:99")
     config = (finished / "config.yaml").read_text()
     (finished / "config.yaml").write_text(config.replace("/policy\n", "/gone\n"))
-    assert "/gone: no such folder (policy.path of" in (message := refused(image, "--run", finished)) and "--policy" in message
+    assert (
+        "/gone: no such folder (policy.path of" in (message := refused(image, "--run", finished))
+        and "--policy" in message
+    )
     policy = load_recipe(finished.parent / "recipe.yaml").policy.path
     assert asked(capsys, image, "--run", finished, "--no-labeler", "--policy", policy)[0] == 0
 
@@ -235,7 +287,9 @@ def test_studies_without_references_get_reports_and_no_scores(finished, capsys, 
         before = predictions[row["id"]]
         assert row["text"] == before["text"] and row["truncated"] is not before["ended"]
         assert row["labels"] == (before["labels"] if row["report"] else None)
-    assert (finished / "evaluation/test.json").read_bytes() == scored and (finished / "config.yaml").read_bytes() == config
+    assert (finished / "evaluation/test.json").read_bytes() == scored and (
+        finished / "config.yaml"
+    ).read_bytes() == config
     assert not (finished / "evaluation/hospital_test.json").exists()
 
 
@@ -256,22 +310,30 @@ def test_another_manifest_of_the_same_split_name_overwrites_nothing(finished, in
 
 def test_an_evaluation_is_named_after_split_and_foreign_manifest(finished):
     def name(manifest: str, split: str = "test") -> str:
-        return evaluation_name(load_recipe(finished / "config.yaml", [f"data.manifest={manifest}", f"data.test_split={split}"]))
+        return evaluation_name(
+            load_recipe(finished / "config.yaml", [f"data.manifest={manifest}", f"data.test_split={split}"])
+        )
 
     own = finished.parent / "manifest.jsonl"
-    assert name(str(own)) == "test" and name(str(own), "val") == "val" and name(f"{finished}/../manifest.jsonl") == "test"
+    assert (
+        name(str(own)) == "test" and name(str(own), "val") == "val" and name(f"{finished}/../manifest.jsonl") == "test"
+    )
     assert name("/x/iu/manifest.jsonl") == "iu_test" and name("/x/ours.jsonl", "all") == "ours_all"
 
 
 def test_a_test_split_of_which_a_part_has_references_is_refused(finished, inline_rewards):
     other = bare(finished.parent / "manifest.jsonl", "other.jsonl", of=slice(2, 5))
-    with pytest.raises(RecipeError, match="3 of 8 studies of data.test_split 'test' have no report .*a split of their own"):
+    with pytest.raises(
+        RecipeError, match="3 of 8 studies of data.test_split 'test' have no report .*a split of their own"
+    ):
         evaluated(finished, f"data.manifest={other}", "data.context=[indication]")
 
 
 def test_training_goes_on_demanding_references(finished, tmp_path):
     other = bare(finished.parent / "manifest.jsonl", "other.jsonl")
-    with pytest.raises(ManifestError, match="`report`: null is not a string; .*only `launch/evaluate.py` takes studies without"):
+    with pytest.raises(
+        ManifestError, match="`report`: null is not a string; .*only `launch/evaluate.py` takes studies without"
+    ):
         read_manifest(other)
 
 

@@ -55,7 +55,9 @@ def two_readers(monkeypatch):
         return rewarding.prepare(recipe, ranks, service(Misreads(), recipe.prompt.mode), labeler, None, studies)
 
     def judge(recipe, ranks, supervisor, studies, *, rewarded):
-        return rewarding.prepare_judge(recipe, service(KeywordLabeler(), recipe.prompt.mode), JUDGE, None, studies, rewarded=rewarded)
+        return rewarding.prepare_judge(
+            recipe, service(KeywordLabeler(), recipe.prompt.mode), JUDGE, None, studies, rewarded=rewarded
+        )
 
     for name, function in (("open_rewards", rewards), ("open_judge", judge)):
         monkeypatch.setattr(rewarding, name, function)
@@ -66,7 +68,10 @@ def two_readers(monkeypatch):
 
 def opened(world, tmp_path, *overrides):
     (tmp_path / "judge").mkdir(exist_ok=True)
-    recipe = load_recipe(world.recipe(tmp_path / "run"), [f"evaluation.judge={tmp_path / 'judge'}", "evaluation.before=false", *overrides])
+    recipe = load_recipe(
+        world.recipe(tmp_path / "run"),
+        [f"evaluation.judge={tmp_path / 'judge'}", "evaluation.before=false", *overrides],
+    )
     return open_run(recipe, OneRank(), task="evaluate")
 
 
@@ -76,7 +81,8 @@ def writes(monkeypatch, run, text_of):
 
     def greedy(policy, prompts, vision, *, max_new_tokens):
         return SimpleNamespace(
-            texts=[[text_of(studies[name])] for name in prompts.study_ids], ended=torch.ones(len(prompts), 1, dtype=torch.bool)
+            texts=[[text_of(studies[name])] for name in prompts.study_ids],
+            ended=torch.ones(len(prompts), 1, dtype=torch.bool),
         )
 
     monkeypatch.setattr(evaluate_module, "greedy", greedy)
@@ -89,7 +95,9 @@ def effusion(study):
 def test_the_gap_moves_when_a_policy_fools_one_labeler_only(world, tmp_path, two_readers, monkeypatch):
     run = opened(world, tmp_path)
     test = run.studies["train"]  # 16, among them effusions
-    assert run.judge.references.keys() == {study.id for part in ("val", "test") for study in run.studies[part]}  # what is evaluated
+    assert run.judge.references.keys() == {
+        study.id for part in ("val", "test") for study in run.studies[part]
+    }  # what is evaluated
     run.judge.references = {study.id: KeywordLabeler().label([study.report])[0].tolist() for study in test}
     assert any(map(effusion, test)) and not all(map(effusion, test))
 
@@ -101,10 +109,16 @@ def test_the_gap_moves_when_a_policy_fools_one_labeler_only(world, tmp_path, two
     assert fooled["disease_micro13"] > 0.2 and fooled["judge_disease_micro13"] == 0
     assert fooled["hacking_gap"] == fooled["disease_micro13"] == short_summary(fooled)["hacking_gap"]
     judge = fooled["judge"]
-    assert judge["labeler"] == JUDGE and judge["disease_micro13"] == 0 and judge["definitions"].keys() == fooled["definitions"].keys()
+    assert (
+        judge["labeler"] == JUDGE
+        and judge["disease_micro13"] == 0
+        and judge["definitions"].keys() == fooled["definitions"].keys()
+    )
     assert judge["observations"]["Pleural Effusion"]["f1"] == 0 and len(judge["definitions"]["example14"]["f1_ci"]) == 2
     for row, study in zip(rows, test, strict=True):
-        assert row["judge_labels"][WORDS["effusion"]] is None and row["labels"][WORDS["effusion"]] == (1 if effusion(study) else None)
+        assert row["judge_labels"][WORDS["effusion"]] is None and row["labels"][WORDS["effusion"]] == (
+            1 if effusion(study) else None
+        )
         assert row["judge_reference_labels"] == values_of_classes(KeywordLabeler().label([study.report])[0])
 
 
@@ -132,22 +146,33 @@ def test_only_the_report_is_read_and_a_malformed_one_is_blank(world, tmp_path, t
     result, rows = run.evaluate(run.studies["test"], title="")
     assert rows[0]["judge_labels"] == [None] * 14 and rows[0]["report"] is None
     assert [row["judge_labels"] for row in rows[1:]] == [row["judge_reference_labels"] for row in rows[1:]]
-    assert result["lexical"]["cleaning"] == "r2gen-iu" and result["lexical"]["empty_predictions"] == 0  # cleaned, nothing is " ."
-    assert result["lexical"]["scores"]["rouge_l"] == pytest.approx(7 / 8, abs=0.02)  # seven are the references' own words
+    assert (
+        result["lexical"]["cleaning"] == "r2gen-iu" and result["lexical"]["empty_predictions"] == 0
+    )  # cleaned, nothing is " ."
+    assert result["lexical"]["scores"]["rouge_l"] == pytest.approx(
+        7 / 8, abs=0.02
+    )  # seven are the references' own words
 
 
-def test_closing_evaluations_have_lexical_metrics_and_validations_have_none(world, tmp_path, two_readers, monkeypatch, capsys):
+def test_closing_evaluations_have_lexical_metrics_and_validations_have_none(
+    world, tmp_path, two_readers, monkeypatch, capsys
+):
     run = opened(world, tmp_path, "evaluation.lexical=raw")
     ids = [study.id for study in run.studies["test"]]
     writes(monkeypatch, run, lambda study: "  " if study.id == ids[0] else study.report)
     result, rows = run.evaluate(run.studies["test"], title="")
     found = result["lexical"]
     assert found["scores"]["rouge_l"] == pytest.approx(7 / 8) and found["empty_predictions"] == 1  # malformed: no words
-    assert found["left_out"] == {"meteor": "METEOR left out: this test has no time for it"} and "white space" in found["cleaning_is"]
+    assert (
+        found["left_out"] == {"meteor": "METEOR left out: this test has no time for it"}
+        and "white space" in found["cleaning_is"]
+    )
     assert run.validate()[0]["lexical"] is None
     print_evaluation(Console(width=200), result, "test")
     printed = " ".join(capsys.readouterr().out.split())  # captions wrap
-    assert "disease_micro13 (judge)" in printed and "hacking gap +0.000" in printed and "they agree on 100.0%" in printed
+    assert (
+        "disease_micro13 (judge)" in printed and "hacking gap +0.000" in printed and "they agree on 100.0%" in printed
+    )
     assert "Lexical metrics, cleaning raw" in printed and "BLEU-4" in printed and "METEOR left out" in printed
     # what a score card of the same predictions says, so that the two can be told to be of one thing
     write_evaluation(tmp_path / "evaluation", "test", result, rows)
@@ -162,15 +187,22 @@ def test_a_run_without_a_judge_says_null(world, tmp_path, two_readers):
     run = open_run(load_recipe(world.recipe(tmp_path / "run")), OneRank(), task="evaluate")
     run.judge = None
     result, rows = run.evaluate(run.studies["test"], title="")
-    assert result["judge"] is result["hacking_gap"] is result["judge_disease_micro13"] is None and "minus" in result["hacking_gap_is"]
+    assert (
+        result["judge"] is result["hacking_gap"] is result["judge_disease_micro13"] is None
+        and "minus" in result["hacking_gap_is"]
+    )
     assert rows[0]["judge_labels"] is rows[0]["judge_reference_labels"] is None
 
 
 def test_the_rewarded_labeler_cannot_judge_itself(world, tmp_path, two_readers, monkeypatch):
     recipe = load_recipe(world.recipe(tmp_path / "run"), [f"evaluation.judge={tmp_path}"])
     with pytest.raises(RecipeError, match="evaluation.judge .* would judge itself"):
-        rewarding.prepare_judge(recipe, None, JUDGE, None, [], rewarded={"name": "another name", "fingerprint": JUDGE["fingerprint"]})
-    monkeypatch.setattr(rewarding, "start_judge", lambda *arguments: pytest.fail("a model was loaded before the input was checked"))
+        rewarding.prepare_judge(
+            recipe, None, JUDGE, None, [], rewarded={"name": "another name", "fingerprint": JUDGE["fingerprint"]}
+        )
+    monkeypatch.setattr(
+        rewarding, "start_judge", lambda *arguments: pytest.fail("a model was loaded before the input was checked")
+    )
     with pytest.raises(RecipeError, match="would judge itself"):
         opened(world, tmp_path, f"evaluation.judge={world.folder / 'phantoms' / '..' / 'labeler'}")
     with pytest.raises(RecipeError, match="evaluation.judge .*nowhere: no such file"):
@@ -186,7 +218,12 @@ def test_references_are_read_once_for_a_judge(world, tmp_path):
         labeler = KeywordLabeler()
         service = InProcessRewards(RewardStage(labeler, mode="plain"))
         made = rewarding.prepare_judge(
-            recipe, service, {"name": "second", "fingerprint": fingerprint}, None, studies, rewarded={"name": "a", "fingerprint": "a"}
+            recipe,
+            service,
+            {"name": "second", "fingerprint": fingerprint},
+            None,
+            studies,
+            rewarded={"name": "a", "fingerprint": "a"},
         )
         return made.references, len(labeler.calls)
 
@@ -214,7 +251,9 @@ def test_many_reports_are_read_in_batches_that_are_told_of():
     judge = Judge(InProcessRewards(RewardStage(KeywordLabeler(), mode="plain")), JUDGE, {})
     reports = [None if number % 3 == 0 else f"edema {number}" for number in range(200)]
     classes = judge.read(reports, lambda starts: told.extend(starts) or starts)
-    assert told == [0, 64, 128] and np.array_equal(classes[:, WORDS["edema"]], [int(report is not None) for report in reports])
+    assert told == [0, 64, 128] and np.array_equal(
+        classes[:, WORDS["edema"]], [int(report is not None) for report in reports]
+    )
 
 
 def test_a_judge_in_its_own_process_reads_and_is_missed_when_it_is_gone(world, tmp_path, inline_rewards, monkeypatch):
@@ -223,7 +262,9 @@ def test_a_judge_in_its_own_process_reads_and_is_missed_when_it_is_gone(world, t
     weights = load_file(other / "model.safetensors")
     save_file({name: tensor * 1.5 for name, tensor in weights.items()}, other / "model.safetensors")
     run = opened(world, tmp_path, f"evaluation.judge={other}")
-    assert (tmp_path / "run" / "judge_service.log").is_file() and run.judge.labeler["fingerprint"] != run.rewarding.labeler["fingerprint"]
+    assert (tmp_path / "run" / "judge_service.log").is_file() and run.judge.labeler[
+        "fingerprint"
+    ] != run.rewarding.labeler["fingerprint"]
     writes(monkeypatch, run, lambda study: study.report)
     result, _ = run.evaluate(run.studies["test"], title="")
     assert result["judge"]["labeler"] == run.judge.labeler and result["hacking_gap"] is not None
@@ -266,13 +307,18 @@ def test_validations_log_the_gap_and_say_when_it_widens(world, tmp_path):
     for step in (1, 2):
         metrics = {}
         assert keep_best(run, best, step=step, metrics=metrics, gaps=gaps, log=log) is best
-        assert metrics["validation/hacking_gap"] == (0.05, 0.4)[step - 1] and metrics["validation/judge_disease_micro13"] == 0.5
+        assert (
+            metrics["validation/hacking_gap"] == (0.05, 0.4)[step - 1]
+            and metrics["validation/judge_disease_micro13"] == 0.5
+        )
     assert len(said) == 2 and "hacking_gap has widened" in said[1] and "after step 2" in said[1]
 
 
 def test_without_a_judge_or_an_evaluation_before_nothing_is_validated_before_training(world, tmp_path):
     for overrides in ([], [f"evaluation.judge={tmp_path}", "evaluation.before=false"]):
-        run = SimpleNamespace(recipe=load_recipe(world.recipe(tmp_path / "run"), overrides), studies={"val": [1]}, validate=pytest.fail)
+        run = SimpleNamespace(
+            recipe=load_recipe(world.recipe(tmp_path / "run"), overrides), studies={"val": [1]}, validate=pytest.fail
+        )
         validate_before(run, GapWatch(), SimpleNamespace(say=pytest.fail))
 
 

@@ -22,16 +22,32 @@ BIN = Path(sys.executable).parent
 
 def command(script: str, recipe: Path, *overrides: str, ranks: int = 2) -> list[str]:
     port = str(random.randint(20000, 40000))
-    return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, f"launch/{script}.py", str(recipe), *overrides]
+    return [
+        str(BIN / "deepspeed"),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        port,
+        f"launch/{script}.py",
+        str(recipe),
+        *overrides,
+    ]
 
 
 def launch(*arguments, extra: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess[str]:
     env = environment() | (extra or {})
-    return subprocess.run(command(*arguments, **options), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command(*arguments, **options), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def steps_of(run: Path) -> list[dict]:
@@ -41,7 +57,10 @@ def steps_of(run: Path) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("grpo.grup_size=4", "did you mean grpo.group_size?"), ("grpo.studies_per_step=5", "does not divide over 2 ranks; take 4 or 6")],
+    [
+        ("grpo.grup_size=4", "did you mean grpo.group_size?"),
+        ("grpo.studies_per_step=5", "does not divide over 2 ranks; take 4 or 6"),
+    ],
 )
 def test_bad_recipe_ends_all_ranks_with_one_message(world, tmp_path, override, words):
     done = launch("train", world.recipe(tmp_path / "run"), override)
@@ -67,7 +86,9 @@ def test_killed_run_goes_on_and_ends_as_if_nothing_had_happened(world, tmp_path)
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    subprocess.run(["pkill", "-9", "-f", str(recipe)], check=False)  # the launcher starts ranks in sessions of their own
+    subprocess.run(
+        ["pkill", "-9", "-f", str(recipe)], check=False
+    )  # the launcher starts ranks in sessions of their own
     process.wait()
     time.sleep(1)
     assert not (killed / "summary.json").exists()
@@ -79,13 +100,21 @@ def test_killed_run_goes_on_and_ends_as_if_nothing_had_happened(world, tmp_path)
 
 
 def test_a_reward_service_that_dies_costs_no_step_and_one_that_keeps_dying_leaves_a_checkpoint(world, tmp_path):
-    """Killed in the middle of a batch of step 2: the same run. Killed whenever it comes back: a checkpoint, the cause, and a resume."""
-    overrides = ["steps=4", "evaluation.test=false", "reward.weights={mccs: 1.0, 'tests.reward.custom_terms:dies': 0.0}"]
+    """Killed in the middle of a batch of step 2: the same run. Killed whenever it comes back: a checkpoint, the cause,
+    and a resume.
+    """
+    overrides = [
+        "steps=4",
+        "evaluation.test=false",
+        "reward.weights={mccs: 1.0, 'tests.reward.custom_terms:dies': 0.0}",
+    ]
     folder = tempfile.mkdtemp()  # a short name: sockets lie in it
 
     def train(run: Path, *, at: int, times: int) -> subprocess.CompletedProcess[str]:
         extra = {"DIES_COUNTER": f"{run}-{times}.count", "DIES_AT": str(at), "DIES_TIMES": str(times), "TMPDIR": folder}
-        return launch("train", world.recipe(run, name=f"{run.name}.yaml"), *overrides, "checkpoint.every=50", extra=extra)
+        return launch(
+            "train", world.recipe(run, name=f"{run.name}.yaml"), *overrides, "checkpoint.every=50", extra=extra
+        )
 
     straight, killed, dead = tmp_path / "straight", tmp_path / "killed", tmp_path / "dead"
     assert train(straight, at=0, times=0).returncode == 0
@@ -115,7 +144,11 @@ def test_one_two_and_four_ranks_sample_the_same_and_take_the_same_step(world, tm
         runs.append(run)
     texts = []
     for run in runs:
-        rows = [json.loads(line) for path in sorted((run / "completions").glob("step_000000_*")) for line in path.read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for path in sorted((run / "completions").glob("step_000000_*"))
+            for line in path.read_text().splitlines()
+        ]
         texts.append({(row["study"], row["member"]): row["text"] for row in rows})
     assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 12
     for run in runs[1:]:
@@ -127,7 +160,13 @@ def test_one_two_and_four_ranks_sample_the_same_and_take_the_same_step(world, tm
 def test_sft_of_all_parameters_leaves_a_policy_that_grpo_starts_from(world, tmp_path):
     sft, grpo = tmp_path / "sft", tmp_path / "grpo"
     recipe = world.recipe(sft, name="sft.yaml")
-    overrides = ["sft.trainable=all", "rollout.max_new_tokens=200", "prompt.mode=think", "steps=3", "evaluation.test=false"]
+    overrides = [
+        "sft.trainable=all",
+        "rollout.max_new_tokens=200",
+        "prompt.mode=think",
+        "steps=3",
+        "evaluation.test=false",
+    ]
     assert launch("sft", recipe, *overrides).returncode == 0
     losses = [row["loss"] for row in steps_of(sft)]
     assert len(losses) == 3 and losses[-1] < losses[0]
@@ -149,5 +188,7 @@ def test_sft_adapter_is_merged_as_a_cold_start(world, tmp_path):
 
 
 def test_help_explains_every_key():
-    done = subprocess.run([sys.executable, "launch/train.py", "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "launch/train.py", "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0 and "grpo.group_size  (default 8; ours)" in done.stdout and "arXiv" not in done.stderr

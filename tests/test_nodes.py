@@ -78,7 +78,9 @@ def test_nodes_that_are_started_with_other_recipes_are_told_the_keys(world, tmp_
     answers = on_ranks(agree)
     assert len(set(answers)) == 1
     lines = answers[0].splitlines()
-    assert lines[1].startswith("steps: 4 on node 0 (a), 5 on node 1 (b)") and lines[0].startswith("grpo.group_size: 3 on node 0 (a), 6")
+    assert lines[1].startswith("steps: 4 on node 0 (a), 5 on node 1 (b)") and lines[0].startswith(
+        "grpo.group_size: 3 on node 0 (a), 6"
+    )
     assert len(lines) == 2
     del other[:2]
     agreed = on_ranks(agree)
@@ -93,7 +95,9 @@ def test_a_recipe_that_one_node_cannot_read_ends_all_with_its_name(world, tmp_pa
         return nodes.agree_on_recipe(None if bad else recipe, "recipe.yaml: no such file" if bad else None, ranks)
 
     assert on_ranks(agree) == ["node 1 (b): recipe.yaml: no such file"] * 4
-    assert on_ranks(lambda ranks: nodes.agree_on_recipe(None, "steps: not a number", ranks)) == ["steps: not a number"] * 4
+    assert (
+        on_ranks(lambda ranks: nodes.agree_on_recipe(None, "steps: not a number", ranks)) == ["steps: not a number"] * 4
+    )
 
 
 def test_files_that_are_other_ones_on_another_node_are_named(world, tmp_path, monkeypatch):
@@ -113,12 +117,22 @@ def test_files_that_are_other_ones_on_another_node_are_named(world, tmp_path, mo
         threading.current_thread().name = f"on {ranks.node.number}"
         nodes.check_files(recipe, ranks)
 
-    monkeypatch.setattr(nodes, "_fingerprints", lambda recipe: second if threading.current_thread().name == "on 1" else first)
+    monkeypatch.setattr(
+        nodes, "_fingerprints", lambda recipe: second if threading.current_thread().name == "on 1" else first
+    )
     answers = on_ranks(check)
     assert len(set(answers)) == 1
     lines = answers[0].splitlines()
-    assert [line.split(":")[0].split(" ")[0] for line in lines[:-1]] == ["data.manifest", "policy.path", "reward.labeler", "torch"]
-    assert f"reward.labeler {folder / 'labeler'}: not there on node 1 (b), " in answers[0] and "torch: 1.0 on node 1 (b), 2" in answers[0]
+    assert [line.split(":")[0].split(" ")[0] for line in lines[:-1]] == [
+        "data.manifest",
+        "policy.path",
+        "reward.labeler",
+        "torch",
+    ]
+    assert (
+        f"reward.labeler {folder / 'labeler'}: not there on node 1 (b), " in answers[0]
+        and "torch: 1.0 on node 1 (b), 2" in answers[0]
+    )
     assert lines[-1].startswith("what a recipe points at must be the same on every node")
 
 
@@ -126,7 +140,9 @@ def test_images_that_are_missing_on_a_node_are_named_and_each_rank_looks_at_its_
     studies = read_manifest(world.folder / "phantoms/manifest.jsonl")
     gone = {studies[0].images[0].path, studies[7].images[0].path}
     moved = [
-        study if study.images[0].path not in gone else type(study)(**{**vars(study), "images": (lost(study.images[0]),)})
+        study
+        if study.images[0].path not in gone
+        else type(study)(**{**vars(study), "images": (lost(study.images[0]),)})
         for study in studies
     ]
     answers = on_ranks(lambda ranks: nodes.missing_images(moved, ranks))
@@ -145,7 +161,9 @@ def test_an_output_dir_that_a_node_does_not_share_is_refused(tmp_path, monkeypat
         (tmp_path / name).mkdir()
     answers = on_ranks(lambda ranks: nodes.check_shared(tmp_path / ranks.node.host, ranks))
     assert all(f"output_dir {tmp_path}" in answer and "node 1 (b) cannot see" in answer for answer in answers)
-    absent = on_ranks(lambda ranks: nodes.check_shared(tmp_path / ("a" if ranks.node.number == 0 else "nowhere"), ranks))
+    absent = on_ranks(
+        lambda ranks: nodes.check_shared(tmp_path / ("a" if ranks.node.number == 0 else "nowhere"), ranks)
+    )
     assert all("node 1 (b) cannot see" in answer for answer in absent)
     assert on_ranks(lambda ranks: nodes.check_shared(tmp_path / "a", ranks)) == [None] * 4
     assert not list((tmp_path / "a").iterdir()), "nothing is left behind"
@@ -182,7 +200,8 @@ tasks = []
 signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
 for task in range(int(os.environ["SLURM_NTASKS"])):
     node, local = divmod(task, int(os.environ["SLURM_NTASKS_PER_NODE"]))
-    own = dict(SLURM_PROCID=task, SLURM_LOCALID=local, SLURM_NODEID=node, SLURM_STEP_NUM_TASKS=os.environ["SLURM_NTASKS"], NODE=node)
+    own = dict(SLURM_PROCID=task, SLURM_LOCALID=local, SLURM_NODEID=node, NODE=node)
+    own["SLURM_STEP_NUM_TASKS"] = os.environ["SLURM_NTASKS"]
     tasks.append(subprocess.Popen(command, env=os.environ | {{name: str(value) for name, value in own.items()}}))
 codes = [task.wait() for task in tasks]
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
@@ -192,7 +211,9 @@ if [ "$1 $2" = "show hostnames" ]; then echo 127.0.0.1; else echo "$@" >> "$SCON
 """
 
 
-def batch(folder: Path, recipe: Path, run: Path, overrides: str = "", *, srun: str | None = None) -> tuple[list[str], dict[str, str]]:
+def batch(
+    folder: Path, recipe: Path, run: Path, overrides: str = "", *, srun: str | None = None
+) -> tuple[list[str], dict[str, str]]:
     """The script of docs/multi-node.md for `recipe`, and an environment with an srun and an scontrol."""
     text = (ROOT / "docs/multi-node.md").read_text()
     (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", text, re.DOTALL)
@@ -206,11 +227,17 @@ def batch(folder: Path, recipe: Path, run: Path, overrides: str = "", *, srun: s
         (bin / name).write_text(content)
         (bin / name).chmod(0o755)
     variables = {"SLURM_JOB_ID": str(random.randint(1, 19999)), "SLURM_JOB_NODELIST": "x[1-2]", "SLURM_NTASKS": "4"}
-    variables |= {"SLURM_NTASKS_PER_NODE": "2", "SCONTROL_LOG": str(folder / "scontrol"), "PATH": f"{bin}:{BIN}:{os.environ['PATH']}"}
+    variables |= {
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SCONTROL_LOG": str(folder / "scontrol"),
+        "PATH": f"{bin}:{BIN}:{os.environ['PATH']}",
+    }
     return ["bash", str(folder / "job.sh")], environment() | variables
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (3, False), (4, False), (75, True), (137, True)])
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(0, False), (1, False), (2, False), (3, False), (4, False), (75, True), (137, True)]
+)
 def test_the_batch_script_asks_for_another_start_where_that_can_help(tmp_path, code, requeued):
     command, env = batch(tmp_path, tmp_path / "recipe.yaml", tmp_path / "run", srun=f"#!/bin/bash\nexit {code}\n")
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
@@ -248,7 +275,9 @@ class Nodes:
             env = environment() | {"NODE_LOG": str(self.folder / "texts"), "NODE_RUN": self.name} | extra
             env |= {"NODE": str(node)} if nodes else {}
             with open(self.log(node), "wb") as output:
-                self.processes.append(subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True))
+                self.processes.append(
+                    subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True)
+                )
 
     def log(self, node: int) -> Path:
         return self.folder / f"{self.name}.{node}.log"
@@ -277,20 +306,42 @@ class Nodes:
         deadline = time.monotonic() + seconds
         while not condition():
             ended = [process.poll() for process in self.processes]
-            assert ended == [None] * len(ended) and time.monotonic() < deadline, (ended, self.log(0).read_text()[-3000:])
+            assert ended == [None] * len(ended) and time.monotonic() < deadline, (
+                ended,
+                self.log(0).read_text()[-3000:],
+            )
             time.sleep(0.05)
 
 
 def deepspeed_nodes(folder: Path, recipe: Path, overrides: list[str]) -> list[list[str]]:
     (folder / "hosts").write_text("localhost slots=2\n127.0.0.1 slots=2\n")
     port = str(random.randint(20000, 40000))
-    start = [str(BIN / "deepspeed"), "--hostfile", str(folder / "hosts"), "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", port]
+    start = [
+        str(BIN / "deepspeed"),
+        "--hostfile",
+        str(folder / "hosts"),
+        "--no_ssh",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        port,
+    ]
     return [[*start, "--node_rank", str(node), "launch/train.py", str(recipe), *overrides] for node in range(2)]
 
 
 def torchrun_nodes(recipe: Path, overrides: list[str]) -> list[list[str]]:
     port = str(random.randint(20000, 40000))
-    start = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+    start = [
+        str(BIN / "torchrun"),
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "2",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        port,
+    ]
     return [[*start, "--node_rank", str(node), "launch/train.py", str(recipe), *overrides] for node in range(2)]
 
 
@@ -307,8 +358,9 @@ def reports(run: Path, ranks: tuple[int, int]) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.ranks
 def test_nodes_that_die_are_named_and_the_run_ends_as_one_launch_on_one_node(world, tmp_path):
-    """One run: on two DeepSpeed nodes until node 1 dies, again until node 0 does, as a SLURM job until it is warned, and under torchrun
-    to its end. To the last bit it is what one launch of four ranks gives."""
+    """One run: on two DeepSpeed nodes until node 1 dies, again until node 0 does, as a SLURM job until it is warned,
+    and under torchrun to its end. To the last bit it is what one launch of four ranks gives.
+    """
     overrides = ["steps=12", "evaluation.test=false", "checkpoint.every=1", "checkpoint.keep=2"]
     overrides += ["reward.weights={mccs: 0.75, length: 0.25, 'tests.node_terms:notes_node': 0.0}"]
     straight, run = tmp_path / "straight", tmp_path / "run"
@@ -329,7 +381,9 @@ def test_nodes_that_die_are_named_and_the_run_ends_as_one_launch_on_one_node(wor
             two.kill(dying)
             left = two.processes[1 - dying]
             assert left.wait(timeout=200) == REQUEUE, two.log(1 - dying).read_text()[-5000:]
-            assert f"error: {name}" in two.log(1 - dying).read_text() and "exit code 75" in two.log(1 - dying).read_text()
+            assert (
+                f"error: {name}" in two.log(1 - dying).read_text() and "exit code 75" in two.log(1 - dying).read_text()
+            )
             assert "Traceback" not in two.log(1 - dying).read_text()
             settled = time.monotonic() + 30
             while (still := two.running(0) + two.running(1)) and time.monotonic() < settled:
@@ -337,7 +391,9 @@ def test_nodes_that_die_are_named_and_the_run_ends_as_one_launch_on_one_node(wor
             assert not still, "nothing is left over, on either node"
             assert done + 2 <= lines(run) < 12
         assert {path.name for path in run.glob("reward_service_*")} == {"reward_service_0.log", "reward_service_2.log"}
-        scored = [{json.loads(line) for line in (tmp_path / f"texts.{node}").read_text().splitlines()} for node in range(2)]
+        scored = [
+            {json.loads(line) for line in (tmp_path / f"texts.{node}").read_text().splitlines()} for node in range(2)
+        ]
         for node, mine, other in ((0, (0, 1), (2, 3)), (1, (2, 3), (0, 1))):
             assert len(reports(run, mine) & scored[node]) >= 6, "a node's ranks speak to its own service"
             assert not (reports(run, mine) - reports(run, other)) & scored[1 - node], "and to no other"
@@ -378,7 +434,9 @@ def words_of(process: int) -> str:
 
 
 def children_of(process: int) -> list[int]:
-    return [int(word) for word in (Path("/proc") / str(process) / "task" / str(process) / "children").read_text().split()]
+    return [
+        int(word) for word in (Path("/proc") / str(process) / "task" / str(process) / "children").read_text().split()
+    ]
 
 
 @pytest.mark.slow
@@ -392,4 +450,7 @@ def test_nodes_with_other_command_lines_end_with_one_message_each(world, tmp_pat
     two.start(commands, {})
     assert [process.wait(timeout=300) for process in two.processes] == [2, 2]
     for node in range(2):
-        assert two.log(node).read_text().count("error: steps: 3 on node 0 (") == 1 and "Traceback" not in two.log(node).read_text()
+        assert (
+            two.log(node).read_text().count("error: steps: 3 on node 0 (") == 1
+            and "Traceback" not in two.log(node).read_text()
+        )

@@ -1,4 +1,6 @@
-"""What a person who installs a wheel has: every file that the code reads, the recipes, and a folder to start training from."""
+"""What a person who installs a wheel has: every file that the code reads, the recipes, and a folder to start training
+from.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("mrg_r1", "launch", "ds_configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "constraints.txt"):
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "constraints.txt",
+    ):
         shutil.copy(ROOT / name, source)
     subprocess.run([sys.executable, "-c", BUILD], cwd=source, check=True, capture_output=True)
     return source / "dist"
@@ -87,11 +98,15 @@ def test_unpacked_wheel_makes_a_folder_to_train_from(wheel: Path, away: Path, tm
     assert (away / "launch/train.py").read_bytes() == (ROOT / "launch/train.py").read_bytes()
 
 
-def test_recipes_come_out_of_a_clone_too_and_name_files_that_are_there(away: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes_come_out_of_a_clone_too_and_name_files_that_are_there(
+    away: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["recipes", "-o", "."]) == 0
     assert "deepspeed launch/train.py" in capsys.readouterr().out
     assert Recipe.model_fields["engine"].get_default(call_default_factory=True).deepspeed.is_file()
-    assert set(Path("launch/recipes").rglob("*.yaml")) == {path.relative_to(ROOT) for path in (ROOT / "launch/recipes").rglob("*.yaml")}
+    assert set(Path("launch/recipes").rglob("*.yaml")) == {
+        path.relative_to(ROOT) for path in (ROOT / "launch/recipes").rglob("*.yaml")
+    }
     for recipe in Path("launch/recipes").glob("*.yaml"):
         assert load_recipe(recipe).engine.deepspeed.is_file(), recipe
 
@@ -116,11 +131,28 @@ def test_installed_wheel_renders_phantoms_and_explains_its_recipes(wheel: Path, 
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     install = [venv / "bin/pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
     subprocess.run(install, cwd=away, env=env, check=True)
-    prepare = [venv / "bin/mrg-r1", "prepare", "phantom", "-o", "data", "--splits", "train=4,val=2,test=2", "--side", "56"]
+    prepare = [
+        venv / "bin/mrg-r1",
+        "prepare",
+        "phantom",
+        "-o",
+        "data",
+        "--splits",
+        "train=4,val=2,test=2",
+        "--side",
+        "56",
+    ]
     subprocess.run(prepare, cwd=away, env=env, check=True)
     assert (away / "data/manifest.jsonl").is_file()
     subprocess.run([venv / "bin/mrg-r1", "recipes", "-o", "."], cwd=away, env=env, check=True)
-    said = subprocess.run([venv / "bin/python", "launch/train.py", "--help"], cwd=away, env=env, check=True, capture_output=True, text=True)
+    said = subprocess.run(
+        [venv / "bin/python", "launch/train.py", "--help"],
+        cwd=away,
+        env=env,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert "engine.deepspeed  (default ds_configs/zero2.json; ours)" in said.stdout
     where = [venv / "bin/python", "-c", "import mrg_r1; print(mrg_r1.__file__)"]
     assert str(venv) in subprocess.run(where, cwd=away, env=env, check=True, capture_output=True, text=True).stdout

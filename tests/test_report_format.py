@@ -31,18 +31,42 @@ THINK_CASES = {
         {"one_report", "think_first", "report_not_empty", "nothing_around"},
     ),
     # cut off inside the report
-    "<think>a</think><report>Large hea": (None, "a", {"one_report", "think_first", "report_not_empty", "nothing_around"}),
+    "<think>a</think><report>Large hea": (
+        None,
+        "a",
+        {"one_report", "think_first", "report_not_empty", "nothing_around"},
+    ),
     # nested and stray tags inside the report
-    "<think>a</think><report>x<report>y</report>": (None, "a", {"one_report", "think_first", "report_not_empty", "nothing_around"}),
+    "<think>a</think><report>x<report>y</report>": (
+        None,
+        "a",
+        {"one_report", "think_first", "report_not_empty", "nothing_around"},
+    ),
     "<think>a</think><report>x</think>y</report>": (None, None, set(THINK_RULES)),
-    "<report><think>a</think>x</report>": (None, "a", {"one_report", "think_first", "report_not_empty", "nothing_around"}),
+    "<report><think>a</think>x</report>": (
+        None,
+        "a",
+        {"one_report", "think_first", "report_not_empty", "nothing_around"},
+    ),
     # a report inside an open think block is think text
-    "<think>a <report>x</report> b</think>": ("inside", None, {"one_think", "think_first", "think_not_empty", "nothing_around"}),
+    "<think>a <report>x</report> b</think>": (
+        "inside",
+        None,
+        {"one_think", "think_first", "think_not_empty", "nothing_around"},
+    ),
     "<think>a <report>x</report>": ("inside", None, {"one_think", "think_first", "think_not_empty", "nothing_around"}),
     # malformed think blocks that are closed cost format, not the report
     "a</think><report>x</report>": ("x", None, {"one_think", "think_first", "think_not_empty", "nothing_around"}),
-    "<think>a</think><think>b</think><report>x</report>": ("x", None, {"one_think", "think_first", "think_not_empty", "nothing_around"}),
-    "<THINK>a</THINK><report>x</report>": ("x", None, {"one_think", "think_first", "think_not_empty", "nothing_around"}),
+    "<think>a</think><think>b</think><report>x</report>": (
+        "x",
+        None,
+        {"one_think", "think_first", "think_not_empty", "nothing_around"},
+    ),
+    "<THINK>a</THINK><report>x</report>": (
+        "x",
+        None,
+        {"one_think", "think_first", "think_not_empty", "nothing_around"},
+    ),
 }
 
 
@@ -103,7 +127,11 @@ def test_think_text_never_becomes_the_report() -> None:
 
 
 def test_full_format_means_a_think_text_then_a_report_and_nothing_else() -> None:
-    full = {pieces for pieces in EVERY_SHORT_COMPLETION if format_score(parse("".join(pieces), "think"), "binary", ended=True) == 1.0}
+    full = {
+        pieces
+        for pieces in EVERY_SHORT_COMPLETION
+        if format_score(parse("".join(pieces), "think"), "binary", ended=True) == 1.0
+    }
     assert full == {("<think>", "heart", "</think>", "<report>", "heart", "</report>")}
 
 
@@ -121,7 +149,10 @@ def test_targets_are_read_back_with_full_format(report: str, think: str) -> None
 
 def test_targets_are_the_bare_report_or_both_blocks() -> None:
     assert target_text(" No effusion. ", None, "plain") == "No effusion."
-    assert target_text(" No effusion. ", " lungs clear ", "think") == "<think>lungs clear</think><report>No effusion.</report>"
+    assert (
+        target_text(" No effusion. ", " lungs clear ", "think")
+        == "<think>lungs clear</think><report>No effusion.</report>"
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +168,9 @@ def test_targets_are_the_bare_report_or_both_blocks() -> None:
         ("a", "t", "json", "mode 'json'"),
     ],
 )
-def test_targets_that_could_not_be_read_back_are_refused(report: str, think: str | None, mode: str, message: str) -> None:
+def test_targets_that_could_not_be_read_back_are_refused(
+    report: str, think: str | None, mode: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         target_text(report, think, mode)  # type: ignore[arg-type]
 

@@ -32,7 +32,9 @@ def write(tmp_path, monkeypatch):
     def save(step, **options):
         engine = SmallEngine()
         engine.tensor = torch.full((4,), float(step))
-        save_checkpoint(engine, folder, step=step, extra=options.pop("extra", {}), keep=options.pop("keep", 2), **options)
+        save_checkpoint(
+            engine, folder, step=step, extra=options.pop("extra", {}), keep=options.pop("keep", 2), **options
+        )
         return folder
 
     return save
@@ -57,7 +59,10 @@ def load(monkeypatch):
 def test_the_last_ones_and_the_best_are_kept(write):
     for step in (2, 4, 6, 8, 10):
         folder = write(step, best=4)
-    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_10", "step_4", "step_8"] and latest_step(folder) == 10
+    assert (
+        sorted(path.name for path in folder.iterdir()) == ["latest", "step_10", "step_4", "step_8"]
+        and latest_step(folder) == 10
+    )
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(write, load):
@@ -67,11 +72,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(write, load):
     file.write_bytes(file.read_bytes()[:-3] + b"\xff\xff\xff")
     record, taken, said = load(folder)
     assert record["step"] == 4 and taken[0] == "step_4"
-    assert said == [f"{folder}/step_6: state.safetensors is damaged (its digest is not the recorded one); step_4 is used instead"]
+    assert said == [
+        f"{folder}/step_6: state.safetensors is damaged (its digest is not the recorded one); step_4 is used instead"
+    ]
     (folder / "step_4" / "state.json").write_text("{")
     assert load(folder)[0]["step"] == 2
     shutil.rmtree(folder / "step_2")
-    with pytest.raises(CheckpointError, match="(?s)step_6: state.safetensors is damaged.*step_4: state.json is damaged.*remove the folder"):
+    with pytest.raises(
+        CheckpointError,
+        match="(?s)step_6: state.safetensors is damaged.*step_4: state.json is damaged.*remove the folder",
+    ):
         load(folder)
     shutil.rmtree(folder)
     assert load(folder)[0] is None
@@ -93,7 +103,9 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so_on_every_rank(write, 
 
     with monkeypatch.context() as patched:
         patched.setattr(*((checkpoint, "save_file") if stage == "tensors" else (checkpoint.os, "replace")), full)
-        with pytest.raises(CheckpointError, match=r"step_4: .*No space left on device.*step_2 is whole and is what a resume takes"):
+        with pytest.raises(
+            CheckpointError, match=r"step_4: .*No space left on device.*step_2 is whole and is what a resume takes"
+        ):
             write(4)
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_2"] and load(folder)[0]["step"] == 2
     assert latest_step(write(6)) == 6  # and once there is room again, it goes on
@@ -118,19 +130,27 @@ def test_a_changed_recipe_is_shown_and_refused(world, tmp_path, write):
     (tmp_path / "run").mkdir()
     (tmp_path / "checkpoints").rename(tmp_path / "run" / "checkpoints")
     check_changes(before, OneRank())
-    free = ["steps=9", "evaluation.every=3", "tracking.wandb=offline", "checkpoint.every=7", "engine.micro_batch_tokens=50"]
+    free = [
+        "steps=9",
+        "evaluation.every=3",
+        "tracking.wandb=offline",
+        "checkpoint.every=7",
+        "engine.micro_batch_tokens=50",
+    ]
     check_changes(recipe_of(world, tmp_path, *free), OneRank())
     changed = recipe_of(world, tmp_path, "grpo.beta=0.5", "reward.weights={ccs: 1.0}", "optimizer.learning_rate=1e-5")
     with pytest.raises(RecipeError) as caught:
         check_changes(changed, OneRank())
-    assert "grpo.beta: 0.02 -> 0.5" in str(caught.value) and "optimizer.learning_rate: 0.01 -> 1e-05" in str(caught.value)
+    assert "grpo.beta: 0.02 -> 0.5" in str(caught.value) and "optimizer.learning_rate: 0.01 -> 1e-05" in str(
+        caught.value
+    )
     assert "-> {'ccs': 1.0}" in str(caught.value) and "resume.allow_changes=true" in str(caught.value)
     check_changes(recipe_of(world, tmp_path, "grpo.beta=0.5", "resume.allow_changes=true"), OneRank())
     scheduled = recipe_of(world, tmp_path, "optimizer.schedule=cosine")
     write(4, extra={"recipe": scheduled.model_dump(mode="json")}).rename(tmp_path / "again")
-    assert differences(recorded_recipe(tmp_path / "again"), recipe_of(world, tmp_path, "optimizer.schedule=cosine", "steps=9")) == [
-        "steps: 4 -> 9"
-    ]
+    assert differences(
+        recorded_recipe(tmp_path / "again"), recipe_of(world, tmp_path, "optimizer.schedule=cosine", "steps=9")
+    ) == ["steps: 4 -> 9"]
 
 
 def test_a_field_that_is_younger_than_the_checkpoint_counts_as_its_default(world, tmp_path):

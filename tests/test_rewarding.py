@@ -1,4 +1,6 @@
-"""How a run's batches are judged: the references' labels, the margin of the step, the weights and the constant report."""
+"""How a run's batches are judged: the references' labels, the margin of the step, the weights and the constant
+report.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def test_every_study_is_judged_by_its_own_reference_and_the_margin_of_the_step(w
     assert np.array_equal(judging.reference_labels, labels) and judging.margin == pytest.approx(0.4)
     assert run.rewarding.judging([studies[0].id]).margin == pytest.approx(0.6)  # evaluations are at the last one
     train = Labeler.load(world.folder / "labeler").label([study.report for study in run.studies["train"]])
-    assert np.array_equal(judging.ccs_weights, inverse_prevalence(train)) and np.array_equal(run.rewarding.classes("train"), train)
+    assert np.array_equal(judging.ccs_weights, inverse_prevalence(train)) and np.array_equal(
+        run.rewarding.classes("train"), train
+    )
     assert list((world.folder / "phantoms" / FOLDER).glob("labeler-*.csv"))
 
 
@@ -40,11 +44,15 @@ def test_the_constant_report_is_the_training_report_that_would_earn_most(world, 
     assert earned[reports.index(run.rewarding.constant)] == pytest.approx(max(earned))
     result, _ = run.evaluate(run.studies["val"], title="")
     assert set(result["constant"]) == {"total", *run.recipe.reward.weights}
-    assert result["constant"]["total"] == pytest.approx(0.75 * result["constant"]["mccs"] + 0.25 * result["constant"]["length"], abs=1e-5)
+    assert result["constant"]["total"] == pytest.approx(
+        0.75 * result["constant"]["mccs"] + 0.25 * result["constant"]["length"], abs=1e-5
+    )
 
 
 def test_a_labeler_that_does_not_load_is_bad_input_on_every_rank(world, tmp_path, monkeypatch):
-    """With a real process: its message arrives, no model and no run is left waiting. (A launch looks at the labeler before; not here.)"""
+    """With a real process: its message arrives, no model and no run is left waiting. (A launch looks at the labeler
+    before; not here.)
+    """
     monkeypatch.setattr("mrg_r1.run.launch_findings", lambda *args, **kwargs: [])
     broken = tmp_path / "broken"
     broken.mkdir()

@@ -54,10 +54,16 @@ REPORTS = {"a": "An effusion.", "b": "Clear."}
         ("r.csv", "id,report\na,An effusion.\nb,Clear.\n"),
         ("r.json", REPORTS),
         ("r.json", {"a": ["An effusion."], "b": ["Clear."]}),
-        ("r.json", [{"image_id": "a", "ground_truth": "x", "prediction": "An effusion."}, {"id": "b", "report": "Clear."}]),
         (
             "r.json",
-            {"train": [{"id": "c", "report": "x"}], "test": [{"id": "a", "report": "An effusion."}, {"id": "b", "report": "Clear."}]},
+            [{"image_id": "a", "ground_truth": "x", "prediction": "An effusion."}, {"id": "b", "report": "Clear."}],
+        ),
+        (
+            "r.json",
+            {
+                "train": [{"id": "c", "report": "x"}],
+                "test": [{"id": "a", "report": "An effusion."}, {"id": "b", "report": "Clear."}],
+            },
         ),
         ("r.jsonl", '{"id": "a", "report": "An effusion.", "reference": "x"}\n\n{"id": "b", "report": "Clear."}\n'),
     ],
@@ -67,7 +73,8 @@ def test_other_peoples_files_are_read(tmp_path: Path, name: str, content: Any) -
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("r.txt", "An effusion.\r\n\nClear, \x0c too.\n"), ("r.csv", 'An effusion.\n""\n"Clear, \x0c too."\n')]
+    ("name", "content"),
+    [("r.txt", "An effusion.\r\n\nClear, \x0c too.\n"), ("r.csv", 'An effusion.\n""\n"Clear, \x0c too."\n')],
 )
 def test_files_without_ids_are_numbered(tmp_path: Path, name: str, content: str) -> None:
     side = read_side(write(tmp_path / name, content), "predicted")
@@ -76,10 +83,17 @@ def test_files_without_ids_are_numbered(tmp_path: Path, name: str, content: str)
 
 def test_a_runs_predictions_score_alone_with_the_labeler_that_is_named_beside_them(tmp_path: Path) -> None:
     row = {"labels": [1, *[None] * 13], "reference_labels": [1, *[None] * 13], "reference": "An effusion."}
-    path = write(tmp_path / "test_predictions.jsonl", "\n".join(json.dumps({"id": i, "report": None, **row}) for i in "ab"))
+    path = write(
+        tmp_path / "test_predictions.jsonl", "\n".join(json.dumps({"id": i, "report": None, **row}) for i in "ab")
+    )
     write(tmp_path / "test.json", {"labeler": {"name": "theirs", "fingerprint": "g"}})
     card = score_files(path, samples=5)
-    assert card["predicted"]["labeler"] == card["reference"]["labeler"] == card["labeler"] == {"name": "theirs", "fingerprint": "g"}
+    assert (
+        card["predicted"]["labeler"]
+        == card["reference"]["labeler"]
+        == card["labeler"]
+        == {"name": "theirs", "fingerprint": "g"}
+    )
     assert card["definitions"]["r2gen_micro14"]["f1"] == 1 and card["lexical"]["empty_predictions"] == 2
 
 
@@ -89,7 +103,11 @@ def test_a_card_says_what_was_scored_and_holds_no_report(tmp_path: Path) -> None
     card = score_files(predicted, reference, load_labeler=Reader, cleaning="r2gen-iu", samples=7, seed=3)
     write_card(tmp_path / "card.json", card)
     text = (tmp_path / "card.json").read_text()
-    assert json.loads(text) == json.loads(json.dumps(card)) and "An effusion" not in text and "clear" not in text.lower().split()
+    assert (
+        json.loads(text) == json.loads(json.dumps(card))
+        and "An effusion" not in text
+        and "clear" not in text.lower().split()
+    )
     assert card["studies"] == {"ids_sha256": hashlib.sha256(b"a\nb\n").hexdigest(), "identified_by": "id"}
     assert card["reference"]["labels_sha256"] == hashlib.sha256(b"a 00000000010000\nb 00000000000000\n").hexdigest()
     assert card["predictions"] == {
@@ -98,9 +116,14 @@ def test_a_card_says_what_was_scored_and_holds_no_report(tmp_path: Path) -> None
         "reference": "00000000010000 00000000000000",
     }
     assert (
-        card["labeler"] == {"name": "reader", "fingerprint": "f"} and card["bootstrap"]["samples"] == 7 and card["bootstrap"]["seed"] == 3
+        card["labeler"] == {"name": "reader", "fingerprint": "f"}
+        and card["bootstrap"]["samples"] == 7
+        and card["bootstrap"]["seed"] == 3
     )
-    assert card["lexical"]["cleaning"] == "r2gen-iu" and card["lexical"]["left_out"]["meteor"] == "METEOR left out: no java on PATH"
+    assert (
+        card["lexical"]["cleaning"] == "r2gen-iu"
+        and card["lexical"]["left_out"]["meteor"] == "METEOR left out: no java on PATH"
+    )
     assert card["observations"]["Pleural Effusion"] == pytest.approx({"precision": 0.5, "recall": 1, "f1": 2 / 3})
     assert card["definitions_are"]["chexbert_micro5"]["uncertain"] == "positive"
 
@@ -127,12 +150,18 @@ ROW = "," * 13
         ("p.json", '[{"id": "a", "text": "x"}]', "id 'a': no predicted report"),
         ("p.json", "[{", "line 1, column 3: broken JSON"),
         ("p.json", "3", "3 is neither a list"),
-        ("p.json", {"val": [{"id": "a", "report": ""}], "test": [{"id": "b", "report": ""}]}, "has the splits val, test"),
+        (
+            "p.json",
+            {"val": [{"id": "a", "report": ""}], "test": [{"id": "b", "report": ""}]},
+            "has the splits val, test",
+        ),
         ("p.jsonl", '{"id": "a", "report": "", "labels": [1]}', "field `labels`: expected 14 label values"),
         ("p.jsonl", '{"id": "a", "report": ""}\n{"id": "a", "report": ""}', "line 2: id 'a' stands twice"),
     ],
 )
-def test_bad_files_are_refused_with_the_place_and_the_remedy(tmp_path: Path, name: str, content: Any, message: str) -> None:
+def test_bad_files_are_refused_with_the_place_and_the_remedy(
+    tmp_path: Path, name: str, content: Any, message: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content) if isinstance(content, bytes) else write(path, content)
     with pytest.raises(ValueError) as caught:
@@ -170,7 +199,9 @@ def test_two_cards_alone_give_every_difference(tmp_path: Path, capsys: pytest.Ca
     for name, found in written["definitions"].items():
         assert name in printed
         assert found["difference"] == pytest.approx(b[name]["f1"] - a[name]["f1"]) and found["ci"][0] <= found["ci"][1]
-    assert set(written["definitions"]) == set(a) and written["bootstrap"]["samples"] == 50 and written["lexical"] is None
+    assert (
+        set(written["definitions"]) == set(a) and written["bootstrap"]["samples"] == 50 and written["lexical"] is None
+    )
 
 
 def test_what_is_not_comparable_is_refused_with_both_values(tmp_path: Path) -> None:
@@ -178,7 +209,11 @@ def test_what_is_not_comparable_is_refused_with_both_values(tmp_path: Path) -> N
     other = labels(tmp_path / "other.csv", [f"t{number}" for number in range(30)], 0)
     references = labels(tmp_path / "r2.csv", IDS, 9)
     for name, arguments, message in (
-        ("ids", (other, other, "CheXbert"), r"studies: .*1.json has 30 studies by id, hash .* score both systems on the same split"),
+        (
+            "ids",
+            (other, other, "CheXbert"),
+            r"studies: .*1.json has 30 studies by id, hash .* score both systems on the same split",
+        ),
         (
             "references",
             (references, references, "CheXbert"),
@@ -189,7 +224,11 @@ def test_what_is_not_comparable_is_refused_with_both_values(tmp_path: Path) -> N
             (tmp_path / "p2.csv", tmp_path / "r.csv", "CheXpert"),
             "labeler of the predicted labels: .* has CheXbert, .* has CheXpert",
         ),
-        ("nobody", (tmp_path / "p2.csv", tmp_path / "r.csv", None), "labeler of the reference labels: .* has none named"),
+        (
+            "nobody",
+            (tmp_path / "p2.csv", tmp_path / "r.csv", None),
+            "labeler of the reference labels: .* has none named",
+        ),
     ):
         write_card(tmp_path / f"{name}.json", score_files(*arguments[:2], labels_by=arguments[2], samples=2))
         with pytest.raises(ValueError, match=message):
@@ -202,10 +241,16 @@ def test_lexical_metrics_of_two_cleanings_are_not_compared(tmp_path: Path) -> No
         card = score_files(tmp_path / "r.json", tmp_path / "r.json", load_labeler=Reader, cleaning=cleaning, samples=2)
         write_card(tmp_path / f"{cleaning}.json", card)
     with pytest.raises(
-        ValueError, match="cleaning of the lexical metrics: .* has raw, .* has r2gen-iu; score both with the same --cleaning"
+        ValueError,
+        match="cleaning of the lexical metrics: .* has raw, .* has r2gen-iu; score both with the same --cleaning",
     ):
         compare_cards(tmp_path / "raw.json", tmp_path / "r2gen-iu.json")
-    assert compare_cards(tmp_path / "raw.json", tmp_path / "raw.json", samples=2)["lexical"]["scores"]["bleu_1"]["difference"] == 0
+    assert (
+        compare_cards(tmp_path / "raw.json", tmp_path / "raw.json", samples=2)["lexical"]["scores"]["bleu_1"][
+            "difference"
+        ]
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +274,12 @@ def test_scoring_labels_loads_neither_torch_nor_deepspeed(tmp_path: Path) -> Non
     import sys
 
     reference = labels(tmp_path / "r.csv", IDS, 0)
-    code = f"import sys; from mrg_r1 import cli; cli.main(['score', {str(reference)!r}, {str(reference)!r}, '--samples', '2'])\n"
+    code = (
+        f"import sys; from mrg_r1 import cli; cli.main(['score', {str(reference)!r}, {str(reference)!r}, "
+        "'--samples', '2'])\n"
+    )
     code += "print([name for name in ('torch', 'deepspeed', 'peft', 'transformers') if name in sys.modules])"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
     assert ended.stdout.splitlines()[-1] == "[]"

@@ -43,7 +43,13 @@ class PlainEngine:
 
 
 def rewards_of(total):
-    return Rewards(total, {"a": total}, {"a": 1.0}, torch.zeros(*total.shape, 14, dtype=torch.long), [[None] * total.shape[1]] * len(total))
+    return Rewards(
+        total,
+        {"a": total},
+        {"a": 1.0},
+        torch.zeros(*total.shape, 14, dtype=torch.long),
+        [[None] * total.shape[1]] * len(total),
+    )
 
 
 @pytest.fixture
@@ -57,7 +63,10 @@ def experience(lora_policy, studies, build):
 
 
 def recipe_of(world, tmp_path, *overrides):
-    return load_recipe(world.recipe(tmp_path / "run"), ["grpo.group_size=4", "engine.micro_batch_tokens=4096", "grpo.beta=0", *overrides])
+    return load_recipe(
+        world.recipe(tmp_path / "run"),
+        ["grpo.group_size=4", "engine.micro_batch_tokens=4096", "grpo.beta=0", *overrides],
+    )
 
 
 def test_old_logp_stays_the_rollouts_in_every_inner_iteration(lora_policy, experience, world, tmp_path, monkeypatch):
@@ -81,11 +90,15 @@ def test_old_logp_stays_the_rollouts_in_every_inner_iteration(lora_policy, exper
 
 
 def test_first_update_moves_towards_the_better_reports(lora_policy, experience, world, tmp_path):
-    """Trap 4: at ratio 1 the loss says nothing, but the gradient is alive: better reports become more probable, worse ones less."""
+    """Trap 4: at ratio 1 the loss says nothing, but the gradient is alive: better reports become more probable, worse
+    ones less.
+    """
     ids = experience.completions
     logp = [score_group(lora_policy, experience.prompts, experience.vision, ids, token_budget=4096).sum(-1)]
     once = replace(experience, old_logp=None)
-    metrics = trainer.update(once, recipe=recipe_of(world, tmp_path), engine=PlainEngine(lora_policy, rate=0.05), ranks=OneRank())
+    metrics = trainer.update(
+        once, recipe=recipe_of(world, tmp_path), engine=PlainEngine(lora_policy, rate=0.05), ranks=OneRank()
+    )
     assert float(metrics["policy/ratio"][0] / metrics["policy/ratio"][1]) == pytest.approx(1, abs=1e-6)
     logp.append(score_group(lora_policy, experience.prompts, experience.vision, ids, token_budget=4096).sum(-1))
     change = (logp[1] - logp[0]).flatten()
@@ -94,7 +107,9 @@ def test_first_update_moves_towards_the_better_reports(lora_policy, experience, 
 
 @pytest.mark.parametrize("budget,recompute", [(1, False), (100, False), (100_000, False), (100, True)])
 def test_going_on_from_the_prefill_gives_the_same_update(lora_policy, experience, world, tmp_path, budget, recompute):
-    """The rollout's prompt pass kept with its graph: the same gradient, however completions are cut into passes, and one update."""
+    """The rollout's prompt pass kept with its graph: the same gradient, however completions are cut into passes, and
+    one update.
+    """
     lora_policy.recompute = recompute
     trained = [p for p in lora_policy.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in trained]
@@ -105,7 +120,9 @@ def test_going_on_from_the_prefill_gives_the_same_update(lora_policy, experience
             for parameter, value in zip(trained, start, strict=True):
                 parameter.copy_(value)
         states = lora_policy.prompt_states(once.prompts, once.vision) if reuse else None
-        again = rollout(lora_policy, once.prompts, once.vision, group_size=4, max_new_tokens=8, seed=0, step=0, states=states)
+        again = rollout(
+            lora_policy, once.prompts, once.vision, group_size=4, max_new_tokens=8, seed=0, step=0, states=states
+        )
         assert torch.equal(again.token_ids, once.completions.token_ids)
         engine = PlainEngine(lora_policy)
         metrics = trainer.update(once, recipe=recipe, engine=engine, ranks=OneRank(), states=states)
@@ -133,7 +150,10 @@ def test_a_gap_between_sampling_and_scoring_is_said():
 def test_truncated_completions_leave_the_loss_when_masked(lora_policy, experience, world, tmp_path):
     experience.completions.ended[:] = False
     metrics = trainer.update(
-        experience, recipe=recipe_of(world, tmp_path, "grpo.mask_truncated=true"), engine=PlainEngine(lora_policy), ranks=OneRank()
+        experience,
+        recipe=recipe_of(world, tmp_path, "grpo.mask_truncated=true"),
+        engine=PlainEngine(lora_policy),
+        ranks=OneRank(),
     )
     assert float(metrics["loss"][0]) == 0 and float(metrics["policy/entropy"][1]) == 0
 
@@ -161,19 +181,32 @@ def test_a_reward_that_fails_stops_the_step_and_names_the_studies(lora_policy, s
     weights = torch.cat([p.detach().flatten() for p in lora_policy.parameters()])
     with pytest.raises(RewardError, match="rank 0: the reports of studies a, b, c, d: the labeler failed: MemoryError"):
         trainer.grpo_step(
-            0, run=FakeRun(), engine=PlainEngine(lora_policy), loader=Loader(), rewards=InProcessRewards(stage), clock=Clock()
+            0,
+            run=FakeRun(),
+            engine=PlainEngine(lora_policy),
+            loader=Loader(),
+            rewards=InProcessRewards(stage),
+            clock=Clock(),
         )
     assert torch.equal(weights, torch.cat([p.detach().flatten() for p in lora_policy.parameters()]))
 
 
 def test_per_term_normalisation_keeps_a_term_alive_beside_a_saturated_one(world, tmp_path):
-    """Trap 24, the advantages' half: format is 1 for everyone, findings differ, and the advantage is the findings' own."""
+    """Trap 24, the advantages' half: format is 1 for everyone, findings differ, and the advantage is the
+    findings' own.
+    """
     findings = torch.tensor([[0.0, 0.2, 0.4, 0.6]])
     judged = Rewards(
-        findings + 1, {"mccs": findings, "format": torch.ones(1, 4)}, {"mccs": 1.0, "format": 1.0}, torch.zeros(1, 4, 14), [[]]
+        findings + 1,
+        {"mccs": findings, "format": torch.ones(1, 4)},
+        {"mccs": 1.0, "format": 1.0},
+        torch.zeros(1, 4, 14),
+        [[]],
     )
     for normalise in ("total", "per_term"):
-        advantages = trainer.global_advantages(judged, recipe_of(world, tmp_path, f"reward.normalise={normalise}"), OneRank())
+        advantages = trainer.global_advantages(
+            judged, recipe_of(world, tmp_path, f"reward.normalise={normalise}"), OneRank()
+        )
         torch.testing.assert_close(advantages, group_advantages(findings), atol=1e-3, rtol=0)
 
 
@@ -195,7 +228,9 @@ def test_a_rank_whose_rewards_are_there_stops_with_the_one_whose_are_not():
     with pytest.raises(RewardsMissing, match="^rank 0: NaN\nrank 1: broken$") as stopped:
         trainer.on_all_ranks(NotFiniteError("NaN"), Pair(("broken", False)))
     assert not isinstance(stopped.value, RewardsNotFinite)
-    with pytest.raises(RewardsNotFinite, match="^rank 1: NaN$"):  # nothing but numbers that are not finite: the step can be skipped
+    with pytest.raises(
+        RewardsNotFinite, match="^rank 1: NaN$"
+    ):  # nothing but numbers that are not finite: the step can be skipped
         trainer.on_all_ranks(judged, Pair(("NaN", True)))
 
 
@@ -203,7 +238,9 @@ def test_resampling_stops_where_a_reward_fails(lora_policy, studies, build, worl
     """The failure of the first attempt is the step's; no group is sampled again on it."""
     recipe = recipe_of(world, tmp_path, "grpo.max_resample=3")
     prompts = build(lora_policy)(studies)
-    monkeypatch.setattr(trainer, "resample_groups", lambda *arguments, **options: pytest.fail("sampled again without a reward"))
+    monkeypatch.setattr(
+        trainer, "resample_groups", lambda *arguments, **options: pytest.fail("sampled again without a reward")
+    )
 
     class FakeRun:
         ranks, policy, directory = OneRank(), lora_policy, tmp_path
@@ -213,4 +250,6 @@ def test_resampling_stops_where_a_reward_fails(lora_policy, studies, build, worl
     rewards = InProcessRewards(RewardStage(BrokenLabeler(), weights={"mccs": 1.0}, mode="plain"))
     loader = SimpleNamespace(batch=lambda step: prompts)
     with pytest.raises(RewardsMissing, match="the labeler's device is full"):
-        trainer.grpo_step(0, run=FakeRun(), engine=PlainEngine(lora_policy), loader=loader, rewards=rewards, clock=Clock())
+        trainer.grpo_step(
+            0, run=FakeRun(), engine=PlainEngine(lora_policy), loader=loader, rewards=rewards, clock=Clock()
+        )

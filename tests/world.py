@@ -30,14 +30,25 @@ class World:
                     "steps": 4,
                     "data": {"manifest": str(self.folder / "phantoms/manifest.jsonl"), "max_pixels": 3136},
                     "prompt": {"mode": "plain", "instruction": "Write.", "show_view": False},
-                    "policy": {"path": str(self.folder / "policy"), "dtype": "float32", "lora": {"rank": 4, "alpha": 8}},
+                    "policy": {
+                        "path": str(self.folder / "policy"),
+                        "dtype": "float32",
+                        "lora": {"rank": 4, "alpha": 8},
+                    },
                     "rollout": {"max_new_tokens": 8},
                     "grpo": {"group_size": 3, "studies_per_step": 4},
-                    "reward": {"labeler": str(self.folder / "labeler"), "weights": {"mccs": 0.75, "length": 0.25, "format": 0.0}},
+                    "reward": {
+                        "labeler": str(self.folder / "labeler"),
+                        "weights": {"mccs": 0.75, "length": 0.25, "format": 0.0},
+                    },
                     "optimizer": {"learning_rate": 1e-2},
                     "sft": {"batch_size": 4},
                     "engine": {"micro_batch_tokens": 96},
-                    "evaluation": {"batch_size": 8, "bootstrap_samples": 100, "lexical": "off"},  # METEOR takes 25 s where Java runs
+                    "evaluation": {
+                        "batch_size": 8,
+                        "bootstrap_samples": 100,
+                        "lexical": "off",
+                    },  # METEOR takes 25 s where Java runs
                     "tracking": {"wandb": "off"},
                     "checkpoint": {"every": 2},
                 }
@@ -48,11 +59,15 @@ class World:
 
 def build_world(folder: Path) -> World:
     """Write everything into a new folder; seconds."""
-    write_phantoms(folder / "phantoms", preset="five", seed=0, side=56, splits={"train": 16, "val": 8, "test": 8}, workers=1)
+    write_phantoms(
+        folder / "phantoms", preset="five", seed=0, side=56, splits={"train": 16, "val": 8, "test": 8}, workers=1
+    )
     studies = read_manifest(folder / "phantoms/manifest.jsonl")
     reports = {study.id: study.report for study in studies}
     write_reports_csv(folder / "reports.csv", reports)
     write_labels_csv(folder / "labels.csv", {study.id: classes_of_values(study.said) for study in studies})
     train_labeler(folder / "reports.csv", folder / "labels.csv", folder / "labeler", size="tiny", passes=2)
-    create_tiny_policy(folder / "policy", list(reports.values()) * 4, vocabulary=400, image_side=56, hidden=64, layers=2)
+    create_tiny_policy(
+        folder / "policy", list(reports.values()) * 4, vocabulary=400, image_side=56, hidden=64, layers=2
+    )
     return World(folder)

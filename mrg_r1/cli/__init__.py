@@ -1,7 +1,7 @@
 """`mrg-r1`: prepare data, train and run a labeler, score reports, read a run.
 
-One module a group of commands; each has `add_commands`. What a subcommand needs is imported inside it: `mrg-r1 --help` must not
-wait for torch.
+One module a group of commands; each has `add_commands`. What a subcommand needs is imported inside it: `mrg-r1 --help`
+must not wait for torch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None takes sys.argv.
 
     Returns:
-        0, or 1 where `doctor` finds a failure, or 2 after one message on stderr where the input is bad (a ValueError or OSError);
-        anything else is a fault of ours and propagates.
+        0, or 1 where `doctor` finds a failure, or 2 after one message on stderr where the input is bad (a ValueError or
+        OSError); anything else is a fault of ours and propagates.
     """
     parsed = _parser().parse_args(arguments)
     try:

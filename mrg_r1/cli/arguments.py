@@ -1,4 +1,6 @@
-"""What several subcommands share: help that teaches by an example, arguments that recur, values that are checked while parsing."""
+"""What several subcommands share: help that teaches by an example, arguments that recur, values that are checked while
+parsing.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ def described(make: Any, *names: str, examples: str, **keywords: Any) -> argpars
     """A parser whose help closes with examples: `make` is ArgumentParser, or `add_parser` of the commands it joins."""
     lines = [line.strip() for line in examples.strip().splitlines()]
     epilog = "examples:\n" + "\n".join(f"  {line}" for line in lines)
-    parser: argparse.ArgumentParser = make(*names, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
+    parser: argparse.ArgumentParser = make(
+        *names, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords
+    )
     return parser
 
 
@@ -27,10 +31,14 @@ def add_labeler_arguments(parser: argparse.ArgumentParser, *, required: bool) ->
     """`--labeler`, `--tokenizer`, `--device` and `--dtype`, for `load_labeler`."""
     what = "a labeler's folder, or a CheXbert file (.pth, .safetensors)"
     parser.add_argument("--labeler", type=Path, required=required, metavar="PATH", help=what)
-    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer of a checkpoint file (default: bert-base-uncased)")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="tokenizer of a checkpoint file (default: bert-base-uncased)"
+    )
     parser.add_argument("--device", default="cpu", help="where the labeler runs: cpu or cuda:N (default: cpu)")
     dtypes = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", default="float32", choices=dtypes, help="precision of its weights (default: float32)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=dtypes, help="precision of its weights (default: float32)"
+    )
 
 
 def load_labeler(arguments: argparse.Namespace) -> Labeler:

@@ -18,10 +18,14 @@ def add_commands(commands: Any) -> None:
         commands.add_parser,
         "doctor",
         help="look whether a machine, and a recipe on it, can run",
-        description="Look at this machine (Python, packages, devices, attention kernels, Java) and, with a recipe, at everything that it\n"
-        "points at: splits and their first images, policy, labeler, memory by the formula of docs/memory.md, disk, wandb.\n"
-        "Nothing is written, no policy is loaded, no report is shown.\n\n"
-        "Exit code: 0 where all is well or there are warnings only, 1 where something fails, 2 where the recipe itself is bad.",
+        description="Look at this machine (Python, packages, devices, attention kernels, Java) and, with a recipe, "
+        "at everything that it\n"
+        "points at: splits and their first images, policy, labeler, memory by the formula of "
+        "docs/memory.md, disk, wandb.\n"
+        "Nothing is written, no policy is loaded, no report is shown.\n"
+        "\n"
+        "Exit code: 0 where all is well or there are warnings only, 1 where something fails, 2 where "
+        "the recipe itself is bad.",
         examples="""
         mrg-r1 doctor
         mrg-r1 doctor launch/recipes/iu_7b.yaml
@@ -29,11 +33,17 @@ def add_commands(commands: Any) -> None:
         mrg-r1 doctor runs/mine/config.yaml --json
         """,
     )
-    doctor.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="the experiment; without one, the machine alone")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="values to change, as in grpo.group_size=16")
-    doctor.add_argument("--world-size", type=positive, metavar="N", help="ranks, over all nodes (default: CUDA devices here, or 1)")
     doctor.add_argument(
-        "--task", choices=("grpo", "sft"), help="what the recipe is for (default: sft where it has a section sft and none grpo)"
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="the experiment; without one, the machine alone"
+    )
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="values to change, as in grpo.group_size=16")
+    doctor.add_argument(
+        "--world-size", type=positive, metavar="N", help="ranks, over all nodes (default: CUDA devices here, or 1)"
+    )
+    doctor.add_argument(
+        "--task",
+        choices=("grpo", "sft"),
+        help="what the recipe is for (default: sft where it has a section sft and none grpo)",
     )
     doctor.add_argument("--json", action="store_true", help="findings as JSON, for scripts")
     doctor.set_defaults(run=_doctor)
@@ -54,7 +64,9 @@ def _doctor(arguments: argparse.Namespace) -> int:
         from mrg_r1.doctor.checks import recipe_findings, task_of
 
         task = arguments.task or task_of(recipe)
-        findings += recipe_findings(recipe, task=task, world_size=arguments.world_size or max(1, len(devices)), devices=devices)
+        findings += recipe_findings(
+            recipe, task=task, world_size=arguments.world_size or max(1, len(devices)), devices=devices
+        )
     if arguments.json:
         print(as_json(findings))
     else:

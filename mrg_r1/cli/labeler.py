@@ -17,7 +17,8 @@ def add_commands(commands: Any) -> None:
         actions.add_parser,
         "train",
         help="from a CSV of reports and a CSV of labels",
-        description="Train a labeler of CheXbert's architecture. REPORTS has the columns `id` and `report`; LABELS has `id` and the 14\n"
+        description="Train a labeler of CheXbert's architecture. REPORTS has the columns `id` and `report`; LABELS "
+        "has `id` and the 14\n"
         "observations, 1 positive, 0 negative, -1 uncertain, empty blank. The two are joined on `id`.",
         examples="""
         mrg-r1 labeler train data/five/reports.csv data/five/labels.csv -o data/five/labeler
@@ -27,13 +28,15 @@ def add_commands(commands: Any) -> None:
     train.add_argument("reports", type=Path, metavar="REPORTS.csv")
     train.add_argument("labels", type=Path, metavar="LABELS.csv")
     add_output(train, "folder to write the labeler to")
-    train.add_argument("--size", help="tiny or small, the network from random weights (default: small); not with --start")
+    train.add_argument(
+        "--size", help="tiny or small, the network from random weights (default: small); not with --start"
+    )
     train.add_argument(
         "--start",
         type=Path,
         metavar="PATH",
-        help="fine-tune from a folder of a BERT (transformers' files), a labeler's folder, or a CheXbert checkpoint file (default: random "
-        "weights and a vocabulary of the reports' own)",
+        help="fine-tune from a folder of a BERT (transformers' files), a labeler's folder, or a CheXbert checkpoint "
+        "file (default: random weights and a vocabulary of the reports' own)",
     )
     train.add_argument(
         "--tokenizer",
@@ -44,10 +47,12 @@ def add_commands(commands: Any) -> None:
         "--passes",
         type=int,
         metavar="N",
-        help="over the reports (default: until 50,000 reports are read, at least 6, and fewer than 4,000 reports are read by two teachers "
-        "first; with --start 16,000, 4 and no teachers)",
+        help="over the reports (default: until 50,000 reports are read, at least 6, and fewer than 4,000 reports "
+        "are read by two teachers first; with --start 16,000, 4 and no teachers)",
     )
-    train.add_argument("--max-minutes", type=float, metavar="MINUTES", help="stop in time and keep the best so far; without teachers")
+    train.add_argument(
+        "--max-minutes", type=float, metavar="MINUTES", help="stop in time and keep the best so far; without teachers"
+    )
     train.add_argument("--device", default="cpu", help="cpu or cuda:N (default: cpu)")
     train.add_argument("--seed", type=seed, default=0, help="(default: 0)")
     train.set_defaults(run=_labeler_train)
@@ -56,23 +61,30 @@ def add_commands(commands: Any) -> None:
         actions.add_parser,
         "convert",
         help="CheXbert's published checkpoint into a folder or a safetensors file",
-        description="Read a CheXbert checkpoint once and write it in a format that loads without pickle: a folder with its tokenizer, or\n"
-        "the weights alone where the output ends in .safetensors. Nothing is overwritten. docs/labelers.md says where the file is.",
+        description="Read a CheXbert checkpoint once and write it in a format that loads without pickle: a folder "
+        "with its tokenizer, or\n"
+        "the weights alone where the output ends in .safetensors. Nothing is overwritten. "
+        "docs/labelers.md says where the file is.",
         examples="""
         mrg-r1 labeler convert chexbert.pth -o data/chexbert --tokenizer bert-base-uncased
         mrg-r1 labeler convert chexbert.pth -o data/chexbert.safetensors
         """,
     )
-    convert.add_argument("checkpoint", type=Path, metavar="CHEXBERT.pth", help="the published file, or a .safetensors copy of it")
+    convert.add_argument(
+        "checkpoint", type=Path, metavar="CHEXBERT.pth", help="the published file, or a .safetensors copy of it"
+    )
     add_output(convert, "folder to make, or a file whose name ends in .safetensors")
-    convert.add_argument("--tokenizer", metavar="DIR", help="folder or hub name (default: bert-base-uncased); for a folder only")
+    convert.add_argument(
+        "--tokenizer", metavar="DIR", help="folder or hub name (default: bert-base-uncased); for a folder only"
+    )
     convert.set_defaults(run=_labeler_convert)
 
     label = described(
         commands.add_parser,
         "label",
         help="read the 14 observations out of reports",
-        description="Label a CSV of reports. The labeler is a folder made by `labeler train`, or the CheXbert checkpoint file, which you\n"
+        description="Label a CSV of reports. The labeler is a folder made by `labeler train`, or the CheXbert "
+        "checkpoint file, which you\n"
         "bring yourself (its licence forbids passing it on).",
         examples="""
         mrg-r1 label reports.csv --labeler data/five/labeler -o labels.csv

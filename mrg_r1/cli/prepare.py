@@ -20,8 +20,10 @@ def add_commands(commands: Any) -> None:
         kinds.add_parser,
         "phantom",
         help="rendered radiographs with reports",
-        description="Render radiographs with known findings and write reports of them: no real data is needed. The manifest keeps two\n"
-        "labels apart: `drawn`, the truth, and `said`, what the report says. Interrupted, the same command goes on.",
+        description="Render radiographs with known findings and write reports of them: no real data is needed. The "
+        "manifest keeps two\n"
+        "labels apart: `drawn`, the truth, and `said`, what the report says. Interrupted, the same "
+        "command goes on.",
         examples="""
         mrg-r1 prepare phantom -o data/five --preset five --splits train=4000,val=256,test=512 --side 112 --seed 0
         mrg-r1 prepare phantom -o data/try --splits train=200,val=20,test=20
@@ -33,8 +35,9 @@ def add_commands(commands: Any) -> None:
         "--preset",
         default="five",
         metavar="five|full",
-        help="five: five findings that a small policy can see, in short reports (default). full: all 13 as often, as seldom and "
-        "together as IU X-Ray's reports say them, mild to severe, frontal and lateral, with indications and earlier studies",
+        help="five: five findings that a small policy can see, in short reports (default). full: all 13 as often, "
+        "as seldom and together as IU X-Ray's reports say them, mild to severe, frontal and lateral, with "
+        "indications and earlier studies",
     )
     phantom.add_argument(
         "--splits",
@@ -43,7 +46,9 @@ def add_commands(commands: Any) -> None:
         metavar="NAME=N,...",
         help="studies a split (default: train=4000,val=256,test=512)",
     )
-    phantom.add_argument("--side", type=positive, default=112, metavar="PIXELS", help="width and height of the images (default: 112)")
+    phantom.add_argument(
+        "--side", type=positive, default=112, metavar="PIXELS", help="width and height of the images (default: 112)"
+    )
     phantom.add_argument(
         "--prevalence",
         type=_prevalence,
@@ -61,15 +66,24 @@ def add_commands(commands: Any) -> None:
         kinds.add_parser,
         "tiny-policy",
         help="a random Qwen2.5-VL of one to two million parameters",
-        description="Write a random policy in the layout of a published checkpoint. Its tokenizer is learned from the train reports of a\n"
+        description="Write a random policy in the layout of a published checkpoint. Its tokenizer is learned from "
+        "the train reports of a\n"
         "manifest and the words of the prompts. It needs `sft.trainable: all` first.",
         examples="""
         mrg-r1 prepare tiny-policy -o data/five/policy --manifest data/five/manifest.jsonl
         """,
     )
     add_output(policy, "folder to write")
-    policy.add_argument("--manifest", type=Path, required=True, metavar="M.jsonl", help="the tokenizer is learned from its train reports")
-    policy.add_argument("--side", type=positive, default=112, metavar="PIXELS", help="larger images are reduced to this (default: 112)")
+    policy.add_argument(
+        "--manifest",
+        type=Path,
+        required=True,
+        metavar="M.jsonl",
+        help="the tokenizer is learned from its train reports",
+    )
+    policy.add_argument(
+        "--side", type=positive, default=112, metavar="PIXELS", help="larger images are reduced to this (default: 112)"
+    )
     policy.add_argument("--seed", type=seed, default=0, help="of the random weights (default: 0)")
     policy.set_defaults(run=_prepare_tiny_policy)
 
@@ -93,11 +107,15 @@ def _prevalence(text: str) -> dict[int, float]:
     for part in text.split(","):
         name, equals, share = part.partition("=")
         if not equals or name.strip() not in OBSERVATIONS:
-            raise argparse.ArgumentTypeError(f"{part!r} is not OBSERVATION=SHARE; write for example 'Pneumothorax=0.05'")
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not OBSERVATION=SHARE; write for example 'Pneumothorax=0.05'"
+            )
         try:
             shares[OBSERVATIONS.index(name.strip())] = float(share)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{part!r}: {share!r} is not a share; write a number between 0 and 1") from None
+            raise argparse.ArgumentTypeError(
+                f"{part!r}: {share!r} is not a share; write a number between 0 and 1"
+            ) from None
     return shares
 
 
@@ -124,6 +142,12 @@ def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
     from mrg_r1.recipe_sections import PLAIN_INSTRUCTION, THINK_INSTRUCTION
 
     reports = [study.report for study in read_manifest(arguments.manifest, split="train")]
-    words = [THINK_INSTRUCTION, PLAIN_INSTRUCTION, "<think></think><report></report>", "Frontal view: Lateral view:", *OBSERVATIONS]
+    words = [
+        THINK_INSTRUCTION,
+        PLAIN_INSTRUCTION,
+        "<think></think><report></report>",
+        "Frontal view: Lateral view:",
+        *OBSERVATIONS,
+    ]
     create_tiny_policy(arguments.output, [*reports, *words], image_side=arguments.side, seed=arguments.seed)
     print(f"{arguments.output}: a random policy; its tokenizer was learned from {len(reports):,} reports")

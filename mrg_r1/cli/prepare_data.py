@@ -17,11 +17,14 @@ def add_kinds(kinds: Any) -> None:
         "iu-xray",
         help="IU X-Ray: Open-i's XMLs, Kaggle's CSVs or R2Gen's annotation.json",
         description="Turn IU X-Ray into a manifest, texts verbatim. The layout is recognised by its content:\n"
-        "  Open-i   NLMCXR_reports.tgz (read as it is, nothing is unpacked) or a folder of its XMLs; views from --projections\n"
+        "  Open-i   NLMCXR_reports.tgz (read as it is, nothing is unpacked) or a folder of its XMLs; "
+        "views from --projections\n"
         "  Kaggle   indiana_reports.csv, and indiana_projections.csv beside it\n"
         "  R2Gen    annotation.json: findings and split of 2,955 studies\n"
-        "Images are found by name at any depth of --images (PNG or DICOM, Open-i's names or Kaggle's); R2Gen's under their path.\n"
-        "Studies without radiographs are refused, or rendered from CheXbert's labels of their reports and marked `rendered`.\n"
+        "Images are found by name at any depth of --images (PNG or DICOM, Open-i's names or Kaggle's); "
+        "R2Gen's under their path.\n"
+        "Studies without radiographs are refused, or rendered from CheXbert's labels of their reports "
+        "and marked `rendered`.\n"
         "refused.jsonl says why each study was refused. Interrupted, the same command goes on.",
         examples="""
         mrg-r1 prepare iu-xray NLMCXR_reports.tgz --images NLMCXR_png --projections indiana_projections.csv -o data/iu
@@ -32,20 +35,26 @@ def add_kinds(kinds: Any) -> None:
         mrg-r1 prepare iu-xray iu_xray/annotation.json -o data/iu --render-missing chexbert_labels.csv
         """,
     )
-    iu.add_argument("source", type=Path, metavar="SOURCE", help="archive, folder, indiana_reports.csv or annotation.json")
+    iu.add_argument(
+        "source", type=Path, metavar="SOURCE", help="archive, folder, indiana_reports.csv or annotation.json"
+    )
     add_output(iu, "folder to write: manifest.jsonl, refused.jsonl, reports.csv, reports_SPLIT.csv")
     iu.add_argument("--images", type=Path, metavar="DIR", help="folder of the radiographs")
-    iu.add_argument("--projections", type=Path, metavar="CSV", help="indiana_projections.csv: which image is frontal, which lateral")
+    iu.add_argument(
+        "--projections", type=Path, metavar="CSV", help="indiana_projections.csv: which image is frontal, which lateral"
+    )
     iu.add_argument(
         "--report",
         choices=("findings", "impression", "both"),
         default="findings",
-        help="the text to learn (default: findings); both: findings, a line break, impression, or the one that there is",
+        help="the text to learn (default: findings); both: findings, a line break, impression, or the one that "
+        "there is",
     )
     iu.add_argument(
         "--split",
         metavar="seeded|FILE",
-        help="seeded: 8:1:1 by patient (default of Open-i and Kaggle); or R2Gen's split: its annotation.json, or JSON of\n"
+        help="seeded: 8:1:1 by patient (default of Open-i and Kaggle); or R2Gen's split: its annotation.json, or "
+        "JSON of\n"
         "{split: [ids]}; studies outside of it are refused (default of R2Gen: its own)",
     )
     iu.add_argument(
@@ -56,7 +65,13 @@ def add_kinds(kinds: Any) -> None:
         metavar="LABELS.csv",
         help="render radiographs that are not there from these labels (id and the 14 observations); may be repeated",
     )
-    iu.add_argument("--side", type=positive, default=224, metavar="PIXELS", help="width and height of rendered images (default: 224)")
+    iu.add_argument(
+        "--side",
+        type=positive,
+        default=224,
+        metavar="PIXELS",
+        help="width and height of rendered images (default: 224)",
+    )
     iu.add_argument("--seed", type=seed, default=0, help="of the seeded split and the rendered images (default: 0)")
     iu.set_defaults(run=_prepare_iu_xray)
 
@@ -64,14 +79,19 @@ def add_kinds(kinds: Any) -> None:
         kinds.add_parser,
         "manifest",
         help="studies of your own, from a CSV or JSONL file",
-        description="Check a table of your own studies into a manifest: every image is read once, every row kept or refused.\n"
+        description="Check a table of your own studies into a manifest: every image is read once, every row kept or "
+        "refused.\n"
         "  id, images, report, split     needed\n"
         "  patient_id                    left out: every study is a patient of its own\n"
-        "  findings, impression, indication, comparison, prior (an earlier study's id), view, labels, rendered: taken where present\n"
+        "  findings, impression, indication, comparison, prior (an earlier study's id), view, labels, "
+        "rendered: taken where present\n"
         "  the 14 observations, a column each (1, 0, -1 or nothing): the labels of the report\n"
-        "Several images in a CSV cell stand apart by `;` or `|`, each perhaps with its view: frontal:a/1.png;lateral:a/2.png.\n"
-        "`view` may have them instead, in the same order: frontal;lateral. In JSONL `images` is such a text, a list of paths, or a\n"
-        "list of {path, view}. PNG, JPEG, DICOM and others. UTF-8, commas. Other columns are named and left out.\n"
+        "Several images in a CSV cell stand apart by `;` or `|`, each perhaps with its view: "
+        "frontal:a/1.png;lateral:a/2.png.\n"
+        "`view` may have them instead, in the same order: frontal;lateral. In JSONL `images` is such a "
+        "text, a list of paths, or a\n"
+        "list of {path, view}. PNG, JPEG, DICOM and others. UTF-8, commas. Other columns are named "
+        "and left out.\n"
         "Interrupted, the same command goes on.",
         examples="""
         mrg-r1 prepare manifest studies.csv --images radiographs -o data/mine
@@ -80,7 +100,9 @@ def add_kinds(kinds: Any) -> None:
     )
     manifest.add_argument("source", type=Path, metavar="STUDIES", help="CSV or JSONL, one study a row")
     add_output(manifest, "folder to write: manifest.jsonl, refused.jsonl, reports.csv, reports_SPLIT.csv")
-    manifest.add_argument("--images", type=Path, metavar="DIR", help="what image paths are relative to (default: the folder of STUDIES)")
+    manifest.add_argument(
+        "--images", type=Path, metavar="DIR", help="what image paths are relative to (default: the folder of STUDIES)"
+    )
     manifest.add_argument(
         "--splits",
         type=_names,
@@ -127,7 +149,8 @@ def _prepare_manifest(arguments: argparse.Namespace) -> None:
         patient, splits = next(iter(prepared.shared_patients.items()))
         first = f"the first is {patient!r}, in {' and '.join(splits)}"
         print(
-            f"warning: {len(prepared.shared_patients):,} patients have studies in several splits, so a test sees what was learned; {first}"
+            f"warning: {len(prepared.shared_patients):,} patients have studies in several splits, so a test sees "
+            f"what was learned; {first}"
         )
 
 

@@ -16,14 +16,18 @@ def add_command(kinds: Any) -> None:
         kinds.add_parser,
         "mimic-cxr",
         help="MIMIC-CXR-JPG with the reports of MIMIC-CXR, both your own download",
-        description="Turn MIMIC-CXR-JPG 2.x and the reports of MIMIC-CXR into a manifest: the published split, one section of each\n"
-        "report, chosen views, prior studies by patient and time. ROOT holds the tables (mimic-cxr-2.0.0-split.csv.gz and others) and\n"
-        "files/p10/p10000032/s50414267/*.jpg. Interrupted, the same command goes on; finished, it is done anew. refused.jsonl says\n"
-        "why each study was refused. docs/mimic-cxr.md: what to download, and what the data use agreement asks for.",
+        description="Turn MIMIC-CXR-JPG 2.x and the reports of MIMIC-CXR into a manifest: the published split, one "
+        "section of each\n"
+        "report, chosen views, prior studies by patient and time. ROOT holds the tables "
+        "(mimic-cxr-2.0.0-split.csv.gz and others) and\n"
+        "files/p10/p10000032/s50414267/*.jpg. Interrupted, the same command goes on; finished, it is "
+        "done anew. refused.jsonl says\n"
+        "why each study was refused. docs/mimic-cxr.md: what to download, and what the data use "
+        "agreement asks for.",
         examples="""
         mrg-r1 prepare mimic-cxr physionet/mimic-cxr-jpg-2.1.0 --reports physionet/mimic-cxr-reports.zip -o data/mimic
         mrg-r1 prepare mimic-cxr ROOT --reports ROOT --report both --views all --labels chexpert -o data/mimic-both
-        mrg-r1 prepare mimic-cxr ROOT --check-images none -o data/mimic-texts   # the images are elsewhere, or not fetched yet
+        mrg-r1 prepare mimic-cxr ROOT --check-images none -o data/mimic-texts   # the images are elsewhere
         """,
     )
     parser.add_argument("root", type=Path, metavar="ROOT", help="the folder of MIMIC-CXR-JPG: files/ and the tables")
@@ -32,13 +36,15 @@ def add_command(kinds: Any) -> None:
         "--reports",
         type=Path,
         metavar="PATH",
-        help="mimic-cxr-reports.zip, or the folder it was unpacked into, which holds files/p10/p10000032/s50414267.txt (default: ROOT)",
+        help="mimic-cxr-reports.zip, or the folder it was unpacked into, which holds "
+        "files/p10/p10000032/s50414267.txt (default: ROOT)",
     )
     parser.add_argument(
         "--report",
         choices=("findings", "impression", "both"),
         default="findings",
-        help="the section to learn (default: findings); a report without it is refused; the others are kept in their fields",
+        help="the section to learn (default: findings); a report without it is refused; the others are kept in "
+        "their fields",
     )
     parser.add_argument(
         "--views",
@@ -46,12 +52,15 @@ def add_command(kinds: Any) -> None:
         default="frontal",
         help="frontal: PA before AP, and no study without one (default); all: a frontal, a lateral, then the others",
     )
-    parser.add_argument("--max-images", type=positive, default=2, metavar="N", help="images a study, at most (default: 2)")
+    parser.add_argument(
+        "--max-images", type=positive, default=2, metavar="N", help="images a study, at most (default: 2)"
+    )
     parser.add_argument(
         "--labels",
         choices=("none", "chexpert"),
         default="none",
-        help="labels.said from mimic-cxr-2.0.0-chexpert.csv.gz; they are the CheXpert labeler's, not CheXbert's (default: none)",
+        help="labels.said from mimic-cxr-2.0.0-chexpert.csv.gz; they are the CheXpert labeler's, not CheXbert's "
+        "(default: none)",
     )
     parser.add_argument(
         "--no-headings",
@@ -65,7 +74,8 @@ def add_command(kinds: Any) -> None:
         nargs="?",
         const="open",
         default="size",
-        help="of the images taken: nothing, that they are there and not empty (default), or that each can be decoded, which takes hours",
+        help="of the images taken: nothing, that they are there and not empty (default), or that each can be "
+        "decoded, which takes hours",
     )
     parser.set_defaults(run=_prepare_mimic_cxr)
 
@@ -86,4 +96,7 @@ def _prepare_mimic_cxr(arguments: argparse.Namespace) -> None:
         print(f"{arguments.output}: went on after the {prepared.found:,} studies of the run that was interrupted")
     print_outcome("MIMIC-CXR, studies", prepared.counts, arguments.output)
     if prepared.not_utf8:
-        print(f"reports that were not UTF-8 and were read as Windows-1252: {len(prepared.not_utf8):,}, the first {prepared.not_utf8[0]}")
+        print(
+            f"reports that were not UTF-8 and were read as Windows-1252: {len(prepared.not_utf8):,}, the first "
+            f"{prepared.not_utf8[0]}"
+        )

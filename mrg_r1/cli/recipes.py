@@ -1,4 +1,6 @@
-"""`mrg-r1 recipes`: launch scripts, recipes and DeepSpeed configurations for somebody who has the package and no clone."""
+"""`mrg-r1 recipes`: launch scripts, recipes and DeepSpeed configurations for somebody who has the package and
+no clone.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ def add_commands(commands: Any) -> None:
         commands.add_parser,
         "recipes",
         help="write the launch scripts, recipes and DeepSpeed configurations into a folder",
-        description="Training starts in a folder that has launch/ and ds_configs/, as a clone of the project has. This makes such a\n"
-        "folder from an installed package. A file that is there already and was changed is never overwritten.",
+        description="Training starts in a folder that has launch/ and ds_configs/, as a clone of the project has. "
+        "This makes such a\n"
+        "folder from an installed package. A file that is there already and was changed is never "
+        "overwritten.",
         examples="""
         mrg-r1 recipes -o work
         cd work && deepspeed launch/train.py launch/recipes/demo.yaml output_dir=runs/mine
@@ -28,16 +32,26 @@ def add_commands(commands: Any) -> None:
 
 def _recipes(arguments: argparse.Namespace) -> None:
     root = _shipped()
-    sources = [path for pattern in ("launch/*.py", "launch/recipes/**/*.yaml", "ds_configs/*.json") for path in sorted(root.glob(pattern))]
+    sources = [
+        path
+        for pattern in ("launch/*.py", "launch/recipes/**/*.yaml", "ds_configs/*.json")
+        for path in sorted(root.glob(pattern))
+    ]
     files = {path.relative_to(root): path.read_bytes() for path in sources}
     for name, content in files.items():
         there = arguments.output / name
         if there.exists() and there.read_bytes() != content:
-            raise ValueError(f"{there}: is there already and differs from the one that comes along; move it away, or give another folder")
+            raise ValueError(
+                f"{there}: is there already and differs from the one that comes along; move it away, or give another "
+                "folder"
+            )
     for name, content in files.items():
         (arguments.output / name).parent.mkdir(parents=True, exist_ok=True)
         (arguments.output / name).write_bytes(content)
-    print(f"{arguments.output}: {len(files)} files; start there, for example: deepspeed launch/train.py launch/recipes/demo.yaml")
+    print(
+        f"{arguments.output}: {len(files)} files; start there, for example: deepspeed launch/train.py "
+        "launch/recipes/demo.yaml"
+    )
 
 
 def _shipped() -> Path:

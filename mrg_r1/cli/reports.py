@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from mrg_r1.policy.load import Policy
     from mrg_r1.types import Study
 
-_CONTEXT = {"indication": "indication", "comparison": "comparison", "prior": "prior_report"}  # option -> data.context's name
+_CONTEXT = {
+    "indication": "indication",
+    "comparison": "comparison",
+    "prior": "prior_report",
+}  # option -> data.context's name
 
 
 def add_commands(commands: Any) -> None:
@@ -26,34 +30,61 @@ def add_commands(commands: Any) -> None:
         commands.add_parser,
         "report",
         help="a report of one study's images, by a run's policy",
-        description="Write the report of one study. The images of the study, in order (PNG, JPEG, DICOM), go into the prompt of the run's\n"
-        "recipe, its policy writes the report, and its labeler reads the findings in it. Greedy unless --samples is given: the text is\n"
-        "then the one that `launch/evaluate.py` writes of the same study. Nothing leaves this machine. Not for clinical use.\n"
+        description="Write the report of one study. The images of the study, in order (PNG, JPEG, DICOM), go into "
+        "the prompt of the run's\n"
+        "recipe, its policy writes the report, and its labeler reads the findings in it. Greedy unless "
+        "--samples is given: the text is\n"
+        "then the one that `launch/evaluate.py` writes of the same study. Nothing leaves this machine. "
+        "Not for clinical use.\n"
         "(What a run learned, before and after: `mrg-r1 summary RUN`.)",
         examples="""
         mrg-r1 report frontal.png --run runs/mine
-        mrg-r1 report frontal.dcm lateral.dcm --view frontal --view lateral --indication "cough" --run runs/mine --device cuda
+        mrg-r1 report frontal.dcm lateral.dcm --view frontal --view lateral --indication "cough" --run runs/mine
         mrg-r1 report frontal.png --run runs/mine --samples 4 --temperature 0.7 --seed 1
         mrg-r1 report frontal.png --run runs/mine --no-labeler --json report.json
         """,
     )
-    report.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="images of ONE study, in the order of the prompt")
-    report.add_argument("--run", dest="folder", type=Path, metavar="RUN", help="output_dir of a GRPO or SFT run (required)")
     report.add_argument(
-        "--view", action="append", choices=("frontal", "lateral"), help="an image's view; once for each image in their order, or not at all"
+        "images", type=Path, nargs="+", metavar="IMAGE", help="images of ONE study, in the order of the prompt"
+    )
+    report.add_argument(
+        "--run", dest="folder", type=Path, metavar="RUN", help="output_dir of a GRPO or SFT run (required)"
+    )
+    report.add_argument(
+        "--view",
+        action="append",
+        choices=("frontal", "lateral"),
+        help="an image's view; once for each image in their order, or not at all",
     )
     for option, field in _CONTEXT.items():
-        report.add_argument(f"--{option}", metavar="TEXT", help=f"the study's {field}, where the run's data.context has it")
+        report.add_argument(
+            f"--{option}", metavar="TEXT", help=f"the study's {field}, where the run's data.context has it"
+        )
     report.add_argument("--samples", type=positive, metavar="N", help="N sampled reports instead of the greedy one")
-    report.add_argument("--temperature", type=_temperature, metavar="T", help="of the samples (default: rollout.temperature of the run)")
+    report.add_argument(
+        "--temperature", type=_temperature, metavar="T", help="of the samples (default: rollout.temperature of the run)"
+    )
     report.add_argument("--seed", type=seed, metavar="S", help="of the samples (default: 0)")
-    report.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
-    report.add_argument("--policy", type=Path, metavar="DIR", help="where the recipe's policy.path lies now, if it has moved")
-    report.add_argument("--cold-start", type=Path, metavar="DIR", help="where the recipe's policy.adapter lies now, if it has moved")
+    report.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)"
+    )
+    report.add_argument(
+        "--policy", type=Path, metavar="DIR", help="where the recipe's policy.path lies now, if it has moved"
+    )
+    report.add_argument(
+        "--cold-start", type=Path, metavar="DIR", help="where the recipe's policy.adapter lies now, if it has moved"
+    )
     labeler = report.add_mutually_exclusive_group()
-    labeler.add_argument("--labeler", type=Path, metavar="PATH", help="labeler that reads the findings (default: the run's reward.labeler)")
+    labeler.add_argument(
+        "--labeler",
+        type=Path,
+        metavar="PATH",
+        help="labeler that reads the findings (default: the run's reward.labeler)",
+    )
     labeler.add_argument("--no-labeler", action="store_true", help="print the report without findings")
-    report.add_argument("--json", metavar="FILE", help="write everything as one JSON object; `-` prints it, and nothing else")
+    report.add_argument(
+        "--json", metavar="FILE", help="write everything as one JSON object; `-` prints it, and nothing else"
+    )
     report.set_defaults(run=lambda arguments: _report(arguments, report))
 
 
@@ -69,9 +100,14 @@ def _temperature(text: str) -> float:
 
 def _report(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if arguments.folder is None:
-        parser.error("give the run whose policy writes as --run RUN; what a run learned, before and after, is `mrg-r1 summary RUN`")
+        parser.error(
+            "give the run whose policy writes as --run RUN; what a run learned, before and after, is `mrg-r1 "
+            "summary RUN`"
+        )
     if arguments.samples is None and (arguments.temperature is not None or arguments.seed is not None):
-        parser.error("--temperature and --seed are of sampled reports: give --samples N too; without it the report is greedy")
+        parser.error(
+            "--temperature and --seed are of sampled reports: give --samples N too; without it the report is greedy"
+        )
     import warnings
 
     from mrg_r1.data.images import image_problem
@@ -84,7 +120,9 @@ def _report(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     if problems:
         raise ValueError("\n".join(problems))
     device = _device(arguments.device)
-    labeler = None if arguments.no_labeler else _labeler(arguments, recipe, device)  # before the policy, which takes longer to load
+    labeler = (
+        None if arguments.no_labeler else _labeler(arguments, recipe, device)
+    )  # before the policy, which takes longer to load
     policy = _policy(arguments, recipe, device)
     rows = reports_of_one(
         policy,
@@ -118,25 +156,29 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     policy = recipe.policy.model_copy(update={name: path for name, path in paths.items() if path is not None})
     if not policy.path.is_dir():
         raise ValueError(
-            f"{policy.path}: no such folder (policy.path of {file}); go to the folder that the run was started in, or name the one "
-            "where the checkpoint lies now with --policy"
+            f"{policy.path}: no such folder (policy.path of {file}); go to the folder that the run was started in, "
+            "or name the one where the checkpoint lies now with --policy"
         )
     check_checkpoint_directory(policy.path)
     if policy.adapter is not None and not (policy.adapter / "adapter_config.json").is_file():
         raise ValueError(
-            f"{policy.adapter}: no adapter_config.json there (policy.adapter of {file}); name where it lies now with --cold-start"
+            f"{policy.adapter}: no adapter_config.json there (policy.adapter of {file}); name where it lies now with "
+            "--cold-start"
         )
     return recipe.model_copy(update={"policy": policy})
 
 
 def _study(arguments: argparse.Namespace, recipe: Recipe) -> Study:
-    """The images as a study, named after the first; its context is checked against what the recipe puts into a prompt."""
+    """The images as a study, named after the first; its context is checked against what the recipe puts into a
+    prompt.
+    """
     from mrg_r1.types import Study, StudyImage
 
     views = arguments.view or [None] * len(arguments.images)
     if len(views) != len(arguments.images):
         raise ValueError(
-            f"--view: {len(views)} given, but {len(arguments.images)} image(s); give one for each image in their order, or none"
+            f"--view: {len(views)} given, but {len(arguments.images)} image(s); give one for each image in their "
+            "order, or none"
         )
     file, fields = arguments.folder / "config.yaml", recipe.data.context
     context = {field: getattr(arguments, option) for option, field in _CONTEXT.items()}
@@ -144,8 +186,8 @@ def _study(arguments: argparse.Namespace, recipe: Recipe) -> Study:
         text = context[field]
         if text is not None and field not in fields:
             raise ValueError(
-                f"--{option}: the run was trained without it (data.context of {file} is {list(fields)}), and has no room for it; "
-                "leave it out"
+                f"--{option}: the run was trained without it (data.context of {file} is {list(fields)}), and has no "
+                "room for it; leave it out"
             )
         if text is not None and not text.strip():
             raise ValueError(f"--{option} {text!r}: empty; write the text or leave the option out")
@@ -172,7 +214,9 @@ def _device(name: str | None) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: cannot be used ({reason}); give cpu, cuda or cuda:N of a GPU that is there") from error
+        raise ValueError(
+            f"--device {name}: cannot be used ({reason}); give cpu, cuda or cuda:N of a GPU that is there"
+        ) from error
     return name
 
 
@@ -186,7 +230,9 @@ def _labeler(arguments: argparse.Namespace, recipe: Recipe, device: str) -> Labe
         named = "--labeler" if arguments.labeler else f"reward.labeler of {arguments.folder / 'config.yaml'}"
         remedy = "name where a labeler lies with --labeler PATH, or print the report without findings with --no-labeler"
         raise ValueError(f"{path}: no such file or folder ({named}); {remedy}")
-    tokenizer = None if path.is_dir() and arguments.labeler else recipe.reward.tokenizer  # a folder of ours carries its own
+    tokenizer = (
+        None if path.is_dir() and arguments.labeler else recipe.reward.tokenizer
+    )  # a folder of ours carries its own
     return Labeler.load(path, tokenizer=tokenizer, device=device, dtype=getattr(torch, recipe.reward.dtype))
 
 
@@ -199,7 +245,9 @@ def _policy(arguments: argparse.Namespace, recipe: Recipe, device: str) -> Polic
 
     logging.disable_progress_bar()
     temperature = arguments.temperature or recipe.rollout.temperature
-    policy = load_policy(recipe.policy.path, dtype=getattr(torch, recipe.policy.dtype), temperature=temperature).to(device)
+    policy = load_policy(recipe.policy.path, dtype=getattr(torch, recipe.policy.dtype), temperature=temperature).to(
+        device
+    )
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
     if (arguments.folder / "adapter" / "adapter_config.json").is_file():
@@ -219,7 +267,9 @@ def _builder(recipe: Recipe, policy: Policy) -> PromptBuilder:
         context=tuple(recipe.data.context),
         max_tokens=recipe.prompt.max_tokens,
     )
-    processor = load_image_processor(recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
+    processor = load_image_processor(
+        recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels
+    )
     return PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words)
 
 
@@ -238,7 +288,13 @@ def _print(rows: list[dict[str, Any]], recipe: Recipe, labeler: Labeler | None) 
 
 
 def _write_json(
-    arguments: argparse.Namespace, recipe: Recipe, study: Study, rows: list[dict[str, Any]], labeler: Labeler | None, *, temperature: float
+    arguments: argparse.Namespace,
+    recipe: Recipe,
+    study: Study,
+    rows: list[dict[str, Any]],
+    labeler: Labeler | None,
+    *,
+    temperature: float,
 ) -> None:
     from mrg_r1.files import write_text_atomically
     from mrg_r1.labels.observations import OBSERVATIONS

@@ -15,7 +15,8 @@ def add_commands(commands: Any) -> None:
         commands.add_parser,
         "summary",
         help="what a run learned, before and after",
-        description="Print what a run learned: its metrics before and after, beside a control run where there is one. Of several runs\n"
+        description="Print what a run learned: its metrics before and after, beside a control run where there is "
+        "one. Of several runs\n"
         "(seeds of one experiment) the mean gain and its spread.",
         examples="""
         mrg-r1 summary runs/demo
@@ -24,9 +25,13 @@ def add_commands(commands: Any) -> None:
         """,
     )
     summary.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run")
-    summary.add_argument("--control", type=Path, metavar="RUN", help="a run to compare with, such as more SFT for the same time")
     summary.add_argument(
-        "--training-seconds", action="store_true", help="print only the seconds spent in training steps, for an equal-time control"
+        "--control", type=Path, metavar="RUN", help="a run to compare with, such as more SFT for the same time"
+    )
+    summary.add_argument(
+        "--training-seconds",
+        action="store_true",
+        help="print only the seconds spent in training steps, for an equal-time control",
     )
     summary.set_defaults(run=_summary)
 
@@ -34,28 +39,39 @@ def add_commands(commands: Any) -> None:
         commands.add_parser,
         "page",
         help="a run as one HTML file, to look at in a browser",
-        description="Write RUN/page/index.html: the clinical table before and after with its baselines, bars of each observation,\n"
-        "curves, and studies with their radiographs, references and reports, findings marked as agreed, missed, invented or of wrong\n"
-        "polarity; with search, filters and keys (? on the page). One file of less than 15 MB, opened from disk, that fetches nothing.\n"
-        "A run writes it when it ends; while it goes on, this command shows how far it has come. Of several runs, the first has the\n"
-        "tables and studies, all have their curves. The file holds reports and radiographs: treat it as patient data.",
+        description="Write RUN/page/index.html: the clinical table before and after with its baselines, bars of "
+        "each observation,\n"
+        "curves, and studies with their radiographs, references and reports, findings marked as agreed, "
+        "missed, invented or of wrong\n"
+        "polarity; with search, filters and keys (? on the page). One file of less than 15 MB, opened "
+        "from disk, that fetches nothing.\n"
+        "A run writes it when it ends; while it goes on, this command shows how far it has come. Of "
+        "several runs, the first has the\n"
+        "tables and studies, all have their curves. The file holds reports and radiographs: treat it as "
+        "patient data.",
         examples="""
         mrg-r1 page runs/demo
         mrg-r1 page runs/demo runs/demo-seed1 runs/demo-seed2 -o seeds.html
         mrg-r1 page runs/mine --watch 60
         """,
     )
-    page.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run, finished or not; then others to overlay")
+    page.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run, finished or not; then others to overlay"
+    )
     add_output(page, "the file to write (default: RUN/page/index.html of the first run)", "FILE", required=False)
-    page.add_argument("--watch", type=positive, metavar="SECONDS", help="write it again and again until the first run has ended")
+    page.add_argument(
+        "--watch", type=positive, metavar="SECONDS", help="write it again and again until the first run has ended"
+    )
     page.set_defaults(run=_page)
 
     export = described(
         commands.add_parser,
         "export",
         help="what a run has learned, for transformers or PEFT",
-        description="Write what a run has learned for use without this project: the whole checkpoint with every adapter merged into its\n"
-        "weights, which plain transformers loads, or one adapter for the published checkpoint, which plain PEFT loads. The run's\n"
+        description="Write what a run has learned for use without this project: the whole checkpoint with every "
+        "adapter merged into its\n"
+        "weights, which plain transformers loads, or one adapter for the published checkpoint, which "
+        "plain PEFT loads. The run's\n"
         "cold-start adapter, where it had one, is in both. An existing folder is never overwritten.",
         examples="""
         mrg-r1 export runs/mine --merged exported/checkpoint
@@ -64,10 +80,18 @@ def add_commands(commands: Any) -> None:
         """,
     )
     export.add_argument("folder", type=Path, metavar="RUN", help="output_dir of a GRPO run, or of an SFT run of LoRA")
-    export.add_argument("--merged", type=Path, metavar="DIR", help="folder to make: the whole checkpoint, in its own dtype")
-    export.add_argument("--adapter", type=Path, metavar="DIR", help="folder to make: one PEFT adapter for the published checkpoint")
-    export.add_argument("--policy", type=Path, metavar="DIR", help="where the recipe's policy.path lies now, if it has moved")
-    export.add_argument("--cold-start", type=Path, metavar="DIR", help="where the recipe's policy.adapter lies now, if it has moved")
+    export.add_argument(
+        "--merged", type=Path, metavar="DIR", help="folder to make: the whole checkpoint, in its own dtype"
+    )
+    export.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="folder to make: one PEFT adapter for the published checkpoint"
+    )
+    export.add_argument(
+        "--policy", type=Path, metavar="DIR", help="where the recipe's policy.path lies now, if it has moved"
+    )
+    export.add_argument(
+        "--cold-start", type=Path, metavar="DIR", help="where the recipe's policy.adapter lies now, if it has moved"
+    )
     export.set_defaults(run=lambda arguments: _export(arguments, export))
 
 
@@ -76,7 +100,10 @@ def _summary(arguments: argparse.Namespace) -> None:
 
     control = arguments.control
     if control is not None and len(arguments.runs) > 1:
-        raise ValueError(f"--control {control}: goes with one run, {len(arguments.runs)} were given; leave it out or report run by run")
+        raise ValueError(
+            f"--control {control}: goes with one run, {len(arguments.runs)} were given; leave it out or report run "
+            "by run"
+        )
     if control is not None and not (control / "summary.json").is_file():
         raise ValueError(f"{control}: no summary.json in it; give the output_dir of a run that has ended")
     if arguments.training_seconds:
@@ -105,7 +132,8 @@ def _write_page(arguments: argparse.Namespace) -> Path:
     data = load_recipe(run / "config.yaml").data
     if not data.manifest.is_file():
         raise ValueError(
-            f"{data.manifest}: no such file (data.manifest of {run / 'config.yaml'}); go to the folder that the run was started in"
+            f"{data.manifest}: no such file (data.manifest of {run / 'config.yaml'}); go to the folder that the run "
+            "was started in"
         )
     studies = [study for study in read_manifest(data.manifest) if study.split in (data.test_split, data.train_split)]
     return write_page(run, studies, others=others, references=_references(run, data.manifest), output=arguments.output)
@@ -142,13 +170,22 @@ def _export(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     policy, cold_start = arguments.policy or recipe.path, arguments.cold_start or recipe.adapter
     if not policy.is_dir():
         raise ValueError(
-            f"{policy}: no such folder (policy.path of {recipe_file}); name the one where the checkpoint lies now with --policy"
+            f"{policy}: no such folder (policy.path of {recipe_file}); name the one where the checkpoint lies now "
+            "with --policy"
         )
     if cold_start is not None and not cold_start.is_dir():
         raise ValueError(
-            f"{cold_start}: no such folder (policy.adapter of {recipe_file}); name the one where it lies now with --cold-start"
+            f"{cold_start}: no such folder (policy.adapter of {recipe_file}); name the one where it lies now with "
+            "--cold-start"
         )
     check_checkpoint_directory(policy)
-    export(arguments.folder, policy=policy, cold_start=cold_start, merged=arguments.merged, adapter=arguments.adapter, progress=progress)
+    export(
+        arguments.folder,
+        policy=policy,
+        cold_start=cold_start,
+        merged=arguments.merged,
+        adapter=arguments.adapter,
+        progress=progress,
+    )
     for path in outputs:
         print(f"{path}: written, {sum(file.stat().st_size for file in path.rglob('*')) / 1e6:,.1f} MB")

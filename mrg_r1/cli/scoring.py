@@ -21,36 +21,59 @@ def add_commands(commands: Any) -> None:
     score = described(
         commands.add_parser,
         "score",
-        help="clinical and lexical metrics of reports, by every published definition, as a score card; compare two cards",
-        description="Score predicted against reference reports. Each file holds labels (CSV: `id` and the 14 observations) or reports,\n"
-        "which need --labeler: CSV (`id`, `report`), JSON or JSONL of objects with an id and a report (R2Gen's annotation.json, a run's\n"
-        "SPLIT_predictions.jsonl, which has both sides), or .txt with one report a line. All definitions of clinical efficacy in use are\n"
-        "printed side by side, with bootstrap intervals and with what a constant normal report, a blank one and a random training report\n"
-        "would have scored. The card written by -o also holds the study ids and the labels of each study, and no report.",
+        help="clinical and lexical metrics of reports, by every published definition, as a score card; compare two "
+        "cards",
+        description="Score predicted against reference reports. Each file holds labels (CSV: `id` and the 14 "
+        "observations) or reports,\n"
+        "which need --labeler: CSV (`id`, `report`), JSON or JSONL of objects with an id and a report "
+        "(R2Gen's annotation.json, a run's\n"
+        "SPLIT_predictions.jsonl, which has both sides), or .txt with one report a line. All "
+        "definitions of clinical efficacy in use are\n"
+        "printed side by side, with bootstrap intervals and with what a constant normal report, a blank "
+        "one and a random training report\n"
+        "would have scored. The card written by -o also holds the study ids and the labels of each "
+        "study, and no report.",
         examples="""
         mrg-r1 score predicted_labels.csv reference_labels.csv --labels-by CheXbert -o card.json
         mrg-r1 score predicted.csv reference.csv --labeler chexbert.pth --train train.csv -o ours.json
         mrg-r1 score RUN/evaluation/test_predictions.jsonl -o ours.json
-        mrg-r1 score predictions.json annotation.json --split test --labeler chexbert.pth --cleaning r2gen-iu -o theirs.json
+        mrg-r1 score predictions.json annotation.json --split test --labeler chexbert.pth --cleaning r2gen-iu
         mrg-r1 score res.txt gts.txt --labeler chexbert.pth
         mrg-r1 score --compare theirs.json ours.json
         """,
     )
     score.add_argument("predicted", type=Path, nargs="?", metavar="PREDICTED")
-    score.add_argument("reference", type=Path, nargs="?", metavar="REFERENCE", help="left out where PREDICTED has both sides")
+    score.add_argument(
+        "reference", type=Path, nargs="?", metavar="REFERENCE", help="left out where PREDICTED has both sides"
+    )
     add_labeler_arguments(score, required=False)
     score.add_argument("--labels-by", metavar="NAME", help="who read the labels that are given as labels, for the card")
-    score.add_argument("--train", type=Path, metavar="TRAIN.csv", help="training reports or labels, for the random-report baseline")
-    score.add_argument("--split", metavar="NAME", help="only the studies of this split, where a JSON or JSONL file names splits")
+    score.add_argument(
+        "--train", type=Path, metavar="TRAIN.csv", help="training reports or labels, for the random-report baseline"
+    )
+    score.add_argument(
+        "--split", metavar="NAME", help="only the studies of this split, where a JSON or JSONL file names splits"
+    )
     score.add_argument(
         "--cleaning",
         default="raw",
         choices=("raw", "r2gen-iu", "r2gen-mimic"),
-        help="of the texts before BLEU, ROUGE-L, CIDEr and METEOR: as they are, or as R2Gen does on IU X-Ray or MIMIC-CXR (default: raw)",
+        help="of the texts before BLEU, ROUGE-L, CIDEr and METEOR: as they are, or as R2Gen does on IU X-Ray or "
+        "MIMIC-CXR (default: raw)",
     )
-    score.add_argument("--samples", type=positive, default=1000, metavar="N", help="bootstrap resamples (default: 1000)")
-    score.add_argument("--seed", type=seed, default=0, metavar="N", help="of the bootstrap and the random reports (default: 0)")
-    score.add_argument("--compare", type=Path, nargs=2, metavar="CARD", help="two cards: the second system less the first, study by study")
+    score.add_argument(
+        "--samples", type=positive, default=1000, metavar="N", help="bootstrap resamples (default: 1000)"
+    )
+    score.add_argument(
+        "--seed", type=seed, default=0, metavar="N", help="of the bootstrap and the random reports (default: 0)"
+    )
+    score.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar="CARD",
+        help="two cards: the second system less the first, study by study",
+    )
     score.add_argument("-o", "--json", type=Path, metavar="CARD.json", help="write the score card, or the comparison")
     score.set_defaults(run=_score)
     _add_reward_card(commands)
@@ -61,8 +84,10 @@ def _add_reward_card(commands: Any) -> None:
         commands.add_parser,
         "reward-card",
         help="what a policy can earn without looking",
-        description="Before a GPU is spent: what the best constant report and a random one earn of the clinical reward, at every margin.\n"
-        "A run that does not rise above them has learned nothing from the images. The labels of the manifest's reports come from one\n"
+        description="Before a GPU is spent: what the best constant report and a random one earn of the clinical "
+        "reward, at every margin.\n"
+        "A run that does not rise above them has learned nothing from the images. The labels of the "
+        "manifest's reports come from one\n"
         "of --labeler, --labels and --said.",
         examples="""
         mrg-r1 reward-card data/five/manifest.jsonl --said
@@ -72,10 +97,14 @@ def _add_reward_card(commands: Any) -> None:
     )
     card.add_argument("manifest", type=Path, metavar="MANIFEST.jsonl")
     add_labeler_arguments(card, required=False)
-    card.add_argument("--labels", type=Path, metavar="LABELS.csv", help="labels that were read before: `id` and the 14 observations")
+    card.add_argument(
+        "--labels", type=Path, metavar="LABELS.csv", help="labels that were read before: `id` and the 14 observations"
+    )
     card.add_argument("--said", action="store_true", help="the manifest's own labels of its reports, `labels.said`")
     card.add_argument("--split", metavar="NAME", help="only the studies of this split, such as train (default: all)")
-    card.add_argument("--margin", type=margin, default=0.5, metavar="M", help="the margin to sum up for, 0 <= M < 1 (default: 0.5)")
+    card.add_argument(
+        "--margin", type=margin, default=0.5, metavar="M", help="the margin to sum up for, 0 <= M < 1 (default: 0.5)"
+    )
     add_output(card, "folder to write reward_card.json and reward_card.png to (default: only print)", required=False)
     card.set_defaults(run=_reward_card)
 
@@ -88,7 +117,8 @@ def _score(arguments: argparse.Namespace) -> None:
     if arguments.compare is not None:
         if arguments.predicted is not None:
             raise ValueError(
-                f"--compare reads two cards and nothing else; leave {arguments.predicted} out, or score it first (-o CARD.json)"
+                f"--compare reads two cards and nothing else; leave {arguments.predicted} out, or score it first (-o "
+                "CARD.json)"
             )
         comparison = compare_cards(*arguments.compare, samples=arguments.samples, seed=arguments.seed)
         print_comparison(comparison)
@@ -126,7 +156,9 @@ def _reward_card(arguments: argparse.Namespace) -> None:
     chosen = [name for name in ("labeler", "labels", "said") if getattr(arguments, name)]
     if len(chosen) != 1:
         given = " and ".join(f"--{name}" for name in chosen) or "none"
-        raise ValueError(f"labels come from one of --labeler PATH, --labels LABELS.csv and --said; {given} given, give one")
+        raise ValueError(
+            f"labels come from one of --labeler PATH, --labels LABELS.csv and --said; {given} given, give one"
+        )
     studies = read_manifest(arguments.manifest, split=arguments.split)
     classes, name, fingerprint = _classes(arguments, studies)
     ids, texts = [study.id for study in studies], [study.report for study in studies]
@@ -150,7 +182,10 @@ def _classes(arguments: argparse.Namespace, studies: Sequence[Study]) -> tuple[l
     if arguments.said:
         silent = [study.id for study in studies if study.said is None]
         if silent:
-            raise ValueError(f"{arguments.manifest}, field `labels.said`: null for {_named(silent)}; give --labeler or --labels instead")
+            raise ValueError(
+                f"{arguments.manifest}, field `labels.said`: null for {_named(silent)}; give --labeler or --labels "
+                "instead"
+            )
         return [classes_of_values(study.said) for study in studies if study.said is not None], None, None
     if arguments.labels is not None:
         by_id = read_labels_csv(arguments.labels)

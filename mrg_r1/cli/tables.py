@@ -15,17 +15,23 @@ def add_commands(commands: Any) -> None:
         commands.add_parser,
         "table",
         help="a table whose rows are recipes over seeds",
-        description="Run every row of a table's file over its seeds and write the table as Markdown, CSV, LaTeX and JSON. Finished rows\n"
-        "are kept and shared by tables; interrupted, the same command goes on. `--plan` shows what would be run, `--no-run` writes\n"
+        description="Run every row of a table's file over its seeds and write the table as Markdown, CSV, LaTeX and "
+        "JSON. Finished rows\n"
+        "are kept and shared by tables; interrupted, the same command goes on. `--plan` shows what "
+        "would be run, `--no-run` writes\n"
         "the table of what there is.",
         examples="""
         mrg-r1 table launch/recipes/tables/rewards-phantom.yaml --parallel 2
         mrg-r1 table launch/recipes/tables/rewards-phantom.yaml --plan
-        mrg-r1 table launch/recipes/tables/main-iu.yaml data.manifest=/data/iu/manifest.jsonl --launch 'deepspeed --num_gpus 8'
+        mrg-r1 table launch/recipes/tables/main-iu.yaml data.manifest=iu/manifest.jsonl --launch 'deepspeed'
         """,
     )
-    table.add_argument("file", type=Path, metavar="TABLE.yaml", help="the table; launch/recipes/tables/ has those that come along")
-    table.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys for every row, over its own; before any option")
+    table.add_argument(
+        "file", type=Path, metavar="TABLE.yaml", help="the table; launch/recipes/tables/ has those that come along"
+    )
+    table.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe keys for every row, over its own; before any option"
+    )
     where = "where rows and tables go (default: runs/tables)"
     table.add_argument("-o", "--output", type=Path, default=Path("runs/tables"), metavar="DIR", help=where)
     table.add_argument("--seeds", type=_seeds, default=[], metavar="0,1,...", help="only these seeds of the file")
@@ -50,7 +56,9 @@ def _table(arguments: argparse.Namespace) -> None:
     from mrg_r1.tables.render import plan_as_table, table_as_text, write_table
     from mrg_r1.tables.run import RowsFailed, run_rows
 
-    plan = plan_table(arguments.file, rows_folder=arguments.output / "rows", overrides=arguments.overrides, seeds=arguments.seeds)
+    plan = plan_table(
+        arguments.file, rows_folder=arguments.output / "rows", overrides=arguments.overrides, seeds=arguments.seeds
+    )
     check_columns(plan.spec.columns)  # before hours of rows
     console = Console(stderr=True)
     if arguments.plan:

@@ -1,4 +1,6 @@
-"""The images of many studies, read once each before they are put into a manifest; and whether an interrupted run read the same files."""
+"""The images of many studies, read once each before they are put into a manifest; and whether an interrupted run read
+the same files.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ Item = TypeVar("Item")
 _BATCH = 64  # studies whose images are read at a time: all threads are busy, and little is lost when a run is killed
 
 
-def image_problems(items: Iterable[Item], study_of: Callable[[Item], Study | None]) -> Iterator[tuple[Item, str | None]]:
+def image_problems(
+    items: Iterable[Item], study_of: Callable[[Item], Study | None]
+) -> Iterator[tuple[Item, str | None]]:
     """Each item in its order, with what is wrong with the first bad image of its study.
 
     Args:
@@ -43,7 +47,9 @@ def refuse_changed_sources(output: Path, sources: Sequence[Path]) -> None:
     for source in files:
         if source.stat().st_mtime > journal.stat().st_mtime:
             remedy = f"remove {journal} to begin anew"
-            raise ValueError(f"{source}: changed after a run that was interrupted, whose work lies in {output}; {remedy}")
+            raise ValueError(
+                f"{source}: changed after a run that was interrupted, whose work lies in {output}; {remedy}"
+            )
 
 
 def _problem(study: Study | None) -> str | None:

@@ -1,4 +1,6 @@
-"""What a prompt says of a study besides its images: why it was made, what it was compared with, and the report of the one before."""
+"""What a prompt says of a study besides its images: why it was made, what it was compared with, and the report of the
+one before.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,11 @@ from dataclasses import replace
 
 from mrg_r1.types import Study
 
-TITLES = {"indication": "Indication", "comparison": "Comparison", "prior_report": "Prior report"}  # data.context's names
+TITLES = {
+    "indication": "Indication",
+    "comparison": "Comparison",
+    "prior_report": "Prior report",
+}  # data.context's names
 
 
 def context_lines(study: Study, fields: Sequence[str]) -> dict[str, str]:
@@ -17,22 +23,26 @@ def context_lines(study: Study, fields: Sequence[str]) -> dict[str, str]:
 
 
 def with_prior_reports(studies: Sequence[Study]) -> list[Study]:
-    """The studies with `prior_report` filled in, the report of the study that `prior` names; those without a prior stay as they are.
+    """The studies with `prior_report` filled in, the report of the study that `prior` names; those without a prior stay
+    as they are.
 
-    A prior may stand in any split. The report of an earlier examination is known when the next one is read, so one of the test split
-    is context of another like any other: what must not be seen is a study's own reference, and nothing is learned from a prompt's
-    tokens.
+    A prior may stand in any split. The report of an earlier examination is known when the next one is read, so one of
+    the test split is context of another like any other: what must not be seen is a study's own reference, and nothing
+    is learned from a prompt's tokens.
 
     Args:
-        studies: all of a manifest, every split (`read_manifest` has checked that each prior is there and of the same patient).
+        studies: all of a manifest, every split (`read_manifest` has checked that each prior is there and of the same
+            patient).
 
     Raises:
-        ValueError: no study has a prior; priors that lead back to where they began (one of them lies later); a prior that shows one
-            of the study's own images, so that its report is the study's own.
+        ValueError: no study has a prior; priors that lead back to where they began (one of them lies later); a prior
+            that shows one of the study's own images, so that its report is the study's own.
     """
     by_id = {study.id: study for study in studies}
     if not any(study.prior for study in studies):
-        raise ValueError("no study names a prior; take prior_report out of data.context, or name them (`prior`) in the manifest")
+        raise ValueError(
+            "no study names a prior; take prior_report out of data.context, or name them (`prior`) in the manifest"
+        )
     sound: set[str] = set()  # studies whose chain of priors ends
     filled = []
     for study in studies:
@@ -40,7 +50,8 @@ def with_prior_reports(studies: Sequence[Study]) -> list[Study]:
         while (before := by_id[chain[-1]].prior) is not None and before not in sound:
             if before in chain:
                 raise ValueError(
-                    f"study {study.id!r}: its priors lead round in a circle ({' <- '.join([*chain, before])}); one is not earlier"
+                    f"study {study.id!r}: its priors lead round in a circle ({' <- '.join([*chain, before])}); one "
+                    "is not earlier"
                 )
             chain.append(before)
         sound.update(chain)
@@ -49,7 +60,10 @@ def with_prior_reports(studies: Sequence[Study]) -> list[Study]:
             continue
         prior = by_id[study.prior]
         if shared := {image.path for image in study.images} & {image.path for image in prior.images}:
-            what = f"study {study.id!r}: its prior {prior.id!r} has the same image ({min(shared)}), so its report is of this study"
+            what = (
+                f"study {study.id!r}: its prior {prior.id!r} has the same image ({min(shared)}), so its report is "
+                "of this study"
+            )
             raise ValueError(f"{what}; write null as its prior, or mend the images")
         filled.append(replace(study, prior_report=prior.report))
     return filled

@@ -1,7 +1,9 @@
-"""What all converters of `prepare` share: studies stream through, kept or refused, and become a manifest, whole or not at all.
+"""What all converters of `prepare` share: studies stream through, kept or refused, and become a manifest, whole or not
+at all.
 
-Everything settled is appended to one journal, a line a study, so that a run that was killed goes on where it stopped. Only when the last
-study is settled is the journal written out as `manifest.jsonl`, `refused.jsonl`, `reports.csv` and `reports_SPLIT.csv`.
+Everything settled is appended to one journal, a line a study, so that a run that was killed goes on where it stopped.
+Only when the last study is settled is the journal written out as `manifest.jsonl`, `refused.jsonl`, `reports.csv` and
+`reports_SPLIT.csv`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from mrg_r1.types import Study
 
 JOURNAL_FILE = "conversion.part"
 COUNTED = ("read", "kept", "rendered", "refused")
-Counts = dict[str, dict[str, int]]  # split -> COUNTED, `kept` including `rendered`, `read` their and the refused ones' sum
+Counts = dict[
+    str, dict[str, int]
+]  # split -> COUNTED, `kept` including `rendered`, `read` their and the refused ones' sum
 
 _SPLIT_NAME = r"[\w.-]+"  # it becomes part of a file's name
 
@@ -38,11 +42,13 @@ class Conversion:
         with Conversion(output, settings) as conversion:
             for entry in entries:
                 if not conversion.done(entry.id):
-                    conversion.keep(study_of(entry))  # or conversion.refuse(entry.id, entry.split, "no image; ...", where)
+                    conversion.keep(study_of(entry))  # or conversion.refuse(entry.id, entry.split, "no image; ...",
+                    where)
             counts = conversion.close()
 
-    A run that is killed leaves its journal, and the same command goes on: what is settled, refused studies too, is not looked at again. A
-    finished folder is done anew, as what was refused may have been mended since; its files stay until the new ones are whole.
+    A run that is killed leaves its journal, and the same command goes on: what is settled, refused studies too, is not
+    looked at again. A finished folder is done anew, as what was refused may have been mended since; its files stay
+    until the new ones are whole.
 
     In memory are the ids, the patients and the counts, no study.
 
@@ -55,8 +61,8 @@ class Conversion:
         Args:
             output: the folder to write.
             settings: JSON values that the content depends on (see `claim_settings`).
-            sources: JSON values, such as paths, that a finished folder may be done anew from others of, an interrupted run not gone on
-                with: where they differ from those of its journal, every study is looked at again.
+            sources: JSON values, such as paths, that a finished folder may be done anew from others of, an interrupted
+                run not gone on with: where they differ from those of its journal, every study is looked at again.
         """
         self.output = output
         self.found = 0
@@ -70,7 +76,8 @@ class Conversion:
     def __enter__(self) -> Self:
         """
         Raises:
-            ValueError: a folder made with other settings, or into which another process is converting; a damaged journal.
+            ValueError: a folder made with other settings, or into which another process is converting; a damaged
+                journal.
             OSError: the folder cannot be written.
         """
         claim_settings(self.output, self._settings)
@@ -80,13 +87,17 @@ class Conversion:
             self._take_up()
         except BlockingIOError as error:
             self._journal.close()
-            raise ValueError(f"{self.output}: another process is converting into it; wait for its end or choose another output") from error
+            raise ValueError(
+                f"{self.output}: another process is converting into it; wait for its end or choose another output"
+            ) from error
         except (ValueError, OSError):
             self._journal.close()
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._journal.close()
 
     def done(self, study_id: str) -> bool:
@@ -98,7 +109,8 @@ class Conversion:
         return study_id in self._patients
 
     def keep(self, study: Study, where: str = "") -> bool:
-        """Settle a study as a line of the manifest; or, where `read_manifest` would not read it back, as refused with that reason.
+        """Settle a study as a line of the manifest; or, where `read_manifest` would not read it back, as refused with
+        that reason.
 
         Args:
             study: image paths absolute; `prior` may name a study that is kept later.
@@ -115,7 +127,10 @@ class Conversion:
             raise ValueError(f"study {study.id!r} is kept already; refuse its second row, naming both")
         try:
             if not re.fullmatch(_SPLIT_NAME, study.split):
-                reason = f"field `split`: {study.split!r}; a split's name is letters, digits, _, - and dots (reports_SPLIT.csv)"
+                reason = (
+                    f"field `split`: {study.split!r}; a split's name is letters, digits, _, - and dots "
+                    "(reports_SPLIT.csv)"
+                )
                 raise ManifestError([reason])
             line = manifest_line(study, self.output.absolute())
         except ManifestError as error:
@@ -126,7 +141,8 @@ class Conversion:
         return True
 
     def refuse(self, study_id: str, split: str, reason: str, where: str = "", report: str | None = None) -> None:
-        """Settle a study as a line of `refused.jsonl`. The same id and place once more is passed over, so that a resumed run may repeat it.
+        """Settle a study as a line of `refused.jsonl`. The same id and place once more is passed over, so that a
+        resumed run may repeat it.
 
         Args:
             study_id: may be that of a settled study (a second row of it), or empty where there is none.
@@ -149,15 +165,17 @@ class Conversion:
     def close(self) -> Counts:
         """Check the whole and put the files in place, the manifest last; the journal is then removed.
 
-        `reports.csv` and `reports_SPLIT.csv` have the text of every kept study and of those refused ones that one was read of, once an id.
+        `reports.csv` and `reports_SPLIT.csv` have the text of every kept study and of those refused ones that one was
+        read of, once an id.
 
         Returns:
             split -> `{read, kept, rendered, refused}` in the order in which the splits were met.
 
         Raises:
-            ManifestError: a `prior` that is not among the kept studies, is another patient's or the study itself; no file has changed.
-            ValueError: not one study was kept: names the first reason. refused.jsonl and the report CSVs are in place, and a manifest
-                of an earlier run is left as it was.
+            ManifestError: a `prior` that is not among the kept studies, is another patient's or the study itself; no
+                file has changed.
+            ValueError: not one study was kept: names the first reason. refused.jsonl and the report CSVs are in place,
+                and a manifest of an earlier run is left as it was.
             OSError: a file cannot be written; the journal stays.
         """
         counts: Counts = {}
@@ -210,7 +228,8 @@ class Conversion:
         what = f"the first, {first['id']!r}" + (f" ({first['where']})" if first["where"] else "")
         return (
             f"{self.output}: all {len(self._refusals):,} studies were refused, {what}, because: {first['reason']}. "
-            f"Every reason stands in {self.output / 'refused.jsonl'}; the reports stand in {self.output / 'reports.csv'}"
+            f"Every reason stands in {self.output / 'refused.jsonl'}; the reports stand in "
+            f"{self.output / 'reports.csv'}"
         )
 
     def _wrong_prior(self, record: Mapping[str, Any]) -> list[str]:
@@ -228,13 +247,20 @@ class Conversion:
 
     def _append(self, line: bytes) -> None:
         self._journal.write(line)
-        self._journal.flush()  # to the system, which outlives this process; what a power failure tears off is done again
+        # to the system, which outlives this process; what a power failure tears off is done again
+        self._journal.flush()
 
     def _take_up(self) -> None:
         """Read what an earlier run with the same settings settled; cut off what it did not finish writing."""
-        header = json.dumps({"settings": self._settings, "sources": self._sources, "mrg_r1": __version__}, sort_keys=True).encode() + b"\n"
+        header = (
+            json.dumps(
+                {"settings": self._settings, "sources": self._sources, "mrg_r1": __version__}, sort_keys=True
+            ).encode()
+            + b"\n"
+        )
         self._journal.seek(0)
-        # Settings that were open (None) may have been settled since: what was refused for want of them is looked at again.
+        # Settings that were open (None) may have been settled since: what was refused for want of them is looked at
+        # again.
         if self._journal.readline() != header:
             self._journal.truncate(0)
             self._append(header)
@@ -270,7 +296,9 @@ class Conversion:
 
 
 class _Files:
-    """Text files of one folder that are written beside their names and put in place together; those not put are removed."""
+    """Text files of one folder that are written beside their names and put in place together; those not put are
+    removed.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -280,7 +308,9 @@ class _Files:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
         for name in self._open:
             self._temporary(name).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """A DICOM radiograph as 8-bit grey or RGB, the way a viewer shows it first.
 
-pydicom parses and decodes; here are the rules of display. Only the image's own tags are read, so that no message can quote the
-patient's.
+pydicom parses and decodes; here are the rules of display. Only the image's own tags are read, so that no message can
+quote the patient's.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _KEYWORDS = (
-    "Rows Columns SamplesPerPixel PhotometricInterpretation PlanarConfiguration BitsAllocated BitsStored HighBit PixelRepresentation "
-    "NumberOfFrames PixelAspectRatio PixelPaddingValue PixelPaddingRangeLimit RescaleSlope RescaleIntercept "
-    "ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction VOILUTSequence FloatPixelData DoubleFloatPixelData PixelData"
+    "Rows Columns SamplesPerPixel PhotometricInterpretation PlanarConfiguration BitsAllocated BitsStored HighBit "
+    "PixelRepresentation NumberOfFrames PixelAspectRatio PixelPaddingValue PixelPaddingRangeLimit RescaleSlope "
+    "RescaleIntercept ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction VOILUTSequence FloatPixelData "
+    "DoubleFloatPixelData PixelData"
 ).split()
 _CONVERT = "convert it (dcmtk: dcmdjpeg, gdcm: gdcmconv --raw) or take the study out"
 
@@ -51,7 +52,8 @@ def size_of_dicom(data: bytes) -> tuple[int, int]:
     """Width and height as the header states them; nothing is decoded.
 
     Raises:
-        DicomError: damaged, or not one whole image: no pixels, several frames, deflated (its size is unknown until it is inflated).
+        DicomError: damaged, or not one whole image: no pixels, several frames, deflated (its size is unknown until it
+            is inflated).
     """
     dataset = _header(data)
     return int(dataset.Columns), int(dataset.Rows)
@@ -60,9 +62,10 @@ def size_of_dicom(data: bytes) -> tuple[int, int]:
 def read_dicom(data: bytes) -> NDArray[np.uint8]:
     """Pixels as a viewer shows them first.
 
-    Grey: stored values (signed or not, unused bits left out), then the modality rescale or LUT, then the first VOI LUT or window, 0
-    and 255 at its ends; without one, the image's own smallest and largest value become 0 and 255 (padding left out). MONOCHROME1 is
-    inverted, so that air is dark. Colour of 8 bits is taken as it is.
+    Grey: stored values (signed or not, unused bits left out), then the modality rescale or LUT, then the first VOI LUT
+        or window, 0
+    and 255 at its ends; without one, the image's own smallest and largest value become 0 and 255 (padding left out).
+    MONOCHROME1 is inverted, so that air is dark. Colour of 8 bits is taken as it is.
 
     Source: PS3.3 sections C.11.1 (modality), C.11.2 (VOI), C.7.6.3 (pixels), C.7.5.1.1.2 (padding).
 
@@ -70,7 +73,8 @@ def read_dicom(data: bytes) -> NDArray[np.uint8]:
         [H, W] or [H, W, 3].
 
     Raises:
-        DicomError: as `size_of_dicom`, a compression that nothing installed decodes, or a kind of pixels that no radiograph has.
+        DicomError: as `size_of_dicom`, a compression that nothing installed decodes, or a kind of pixels that no
+            radiograph has.
     """
     dataset = _header(data)
     try:
@@ -90,14 +94,18 @@ def _header(data: bytes) -> Any:
     try:
         file = BytesIO(data)
         file.seek(132)
-        meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+        meta = read_dataset(
+            file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, vr, length: tag >> 16 != 2
+        )
         syntax = meta.get("TransferSyntaxUID")
     except Exception as error:  # a parser meets anything in a damaged file
         raise DicomError(f"a DICOM file whose header is damaged ({type(error).__name__})", damaged) from None
     if not syntax:
         raise DicomError("a DICOM file without a transfer syntax", damaged)
     if syntax == DeflatedExplicitVRLittleEndian:
-        raise DicomError(f"a DICOM file of transfer syntax {syntax.name}, whose size is not known until it is inflated", _CONVERT)
+        raise DicomError(
+            f"a DICOM file of transfer syntax {syntax.name}, whose size is not known until it is inflated", _CONVERT
+        )
     try:
         dataset = dcmread(BytesIO(data), specific_tags=_KEYWORDS)
         missing = [name for name in ("Rows", "Columns", "PhotometricInterpretation") if not dataset.get(name)]
@@ -108,12 +116,19 @@ def _header(data: bytes) -> Any:
     except Exception as error:  # without its words, which may quote what stands in other tags
         raise DicomError(f"a DICOM file that is damaged ({type(error).__name__})", damaged) from None
     if "PixelData" not in dataset:
-        kind = "pixels in floating point" if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset else "no pixels"
+        kind = (
+            "pixels in floating point"
+            if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset
+            else "no pixels"
+        )
         raise DicomError(f"a DICOM file with {kind} (a report, or a truncated file)", damaged)
     if missing:
         raise DicomError(f"a DICOM file without {' and '.join(missing)}", damaged)
     if frames != 1:
-        raise DicomError(f"a DICOM file of {frames} frames, and a radiograph has one", "write the frame that is meant as a file of its own")
+        raise DicomError(
+            f"a DICOM file of {frames} frames, and a radiograph has one",
+            "write the frame that is meant as a file of its own",
+        )
     return dataset
 
 
@@ -135,7 +150,9 @@ def _decoded(dataset: Any) -> NDArray[Any]:
     try:
         pixels: NDArray[Any] = dataset.pixel_array
     except Exception as error:  # whatever a decoder stumbles over in a damaged file; it speaks of pixels
-        raise DicomError(f"its pixels ({syntax.name}) cannot be decoded ({error})", f"fetch it again, or {_CONVERT}") from error
+        raise DicomError(
+            f"its pixels ({syntax.name}) cannot be decoded ({error})", f"fetch it again, or {_CONVERT}"
+        ) from error
     return pixels
 
 
@@ -149,13 +166,21 @@ def _refuse_what_is_no_radiograph(dataset: Any) -> None:
     grey = kind in _GREY and samples == 1 and stored in range(1, 17) and signed in (0, 1)
     colour = (kind == "RGB" or kind.startswith("YBR_")) and samples == 3 and stored == 8 and signed == 0
     if not grey and not colour:
-        what = f"PhotometricInterpretation {str(kind)[:16]}, SamplesPerPixel {samples}, BitsStored {stored}, PixelRepresentation {signed}"
+        what = (
+            f"PhotometricInterpretation {str(kind)[:16]}, SamplesPerPixel {samples}, BitsStored {stored}, "
+            f"PixelRepresentation {signed}"
+        )
         raise DicomError(f"{what}: neither grey of at most 16 bits nor RGB of 8", _CONVERT)
     if dataset.get("HighBit") != stored - 1:
-        raise DicomError(f"HighBit {dataset.get('HighBit')} with BitsStored {stored}: it is not said where the values stand", _CONVERT)
+        raise DicomError(
+            f"HighBit {dataset.get('HighBit')} with BitsStored {stored}: it is not said where the values stand",
+            _CONVERT,
+        )
     aspect = dataset.get("PixelAspectRatio")
     if aspect and aspect[0] != aspect[1]:
-        raise DicomError(f"PixelAspectRatio {aspect[0]}:{aspect[1]}: its pixels are not square", "resample it to square pixels")
+        raise DicomError(
+            f"PixelAspectRatio {aspect[0]}:{aspect[1]}: its pixels are not square", "resample it to square pixels"
+        )
 
 
 def _displayed(pixels: NDArray[Any], dataset: Any) -> NDArray[np.uint8]:
@@ -207,7 +232,10 @@ def _lut(item: Any, dataset: Any) -> tuple[int, NDArray[np.float64]]:
     count = count or 2**16
     entries = item.LUTData
     if isinstance(entries, bytes):
-        order, width = "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">", len(entries) // count  # 8 bits may be packed
+        order, width = (
+            "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">",
+            len(entries) // count,
+        )  # 8 bits may be packed
         entries = np.frombuffer(entries[: count * width], dtype=f"{order}u{width}")
     table = np.asarray(entries, dtype=np.float64)
     if len(table) < count:

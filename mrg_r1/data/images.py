@@ -1,4 +1,6 @@
-"""Radiographs from files, as people have them: by content rather than extension, always RGB, broken ones refused by name."""
+"""Radiographs from files, as people have them: by content rather than extension, always RGB, broken ones refused by
+name.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,10 @@ class ImageError(ValueError):
 def load_image(path: Path, study_id: str) -> Image.Image:
     """Read one radiograph as 8-bit RGB, upright.
 
-    The format is read from the content, the extension is not looked at. EXIF orientation is applied. Transparency is laid
-    over black. Palettes are resolved. Greyscale of more than 8 bits is scaled so that the image's own minimum and maximum
-    become 0 and 255 (12-bit data in 16-bit files would be near black under a fixed scale). Of a file with several frames
-    the first is read. DICOM files come as a viewer shows them first (`data.dicom`).
+    The format is read from the content, the extension is not looked at. EXIF orientation is applied. Transparency is
+    laid over black. Palettes are resolved. Greyscale of more than 8 bits is scaled so that the image's own minimum and
+    maximum become 0 and 255 (12-bit data in 16-bit files would be near black under a fixed scale). Of a file with
+    several frames the first is read. DICOM files come as a viewer shows them first (`data.dicom`).
 
     Args:
         path: the file.
@@ -42,14 +44,16 @@ def load_image(path: Path, study_id: str) -> Image.Image:
 
     Raises:
         ImageError: missing, unreadable, not an image, truncated, more than `MAX_PIXELS` pixels, a side more than
-            `MAX_ASPECT` times the other, a colour mode that cannot be turned into RGB, or a DICOM file that is no radiograph or
-            that nothing installed decodes.
+            `MAX_ASPECT` times the other, a colour mode that cannot be turned into RGB, or a DICOM file that is no
+            radiograph or that nothing installed decodes.
     """
     image = _decode(path, study_id)
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
     except _DECODING_ERRORS as error:
-        raise _refusal(path, study_id, f"mode {image.mode!r} cannot be read as RGB ({error})", "save it as an 8-bit PNG") from error
+        raise _refusal(
+            path, study_id, f"mode {image.mode!r} cannot be read as RGB ({error})", "save it as an 8-bit PNG"
+        ) from error
 
 
 def check_image(path: Path, study_id: str) -> None:
@@ -101,7 +105,9 @@ def _decode(path: Path, study_id: str, data: bytes | None = None) -> Image.Image
         raise _bomb(path, study_id, str(error)) from error
     except Image.UnidentifiedImageError as error:
         remedy = f"replace it by DICOM or one of {', '.join(FORMATS)}, or take the study out"
-        raise _refusal(path, study_id, f"not an image that can be read (it begins with {data[:8]!r})", remedy) from error
+        raise _refusal(
+            path, study_id, f"not an image that can be read (it begins with {data[:8]!r})", remedy
+        ) from error
     except _DECODING_ERRORS as error:
         raise _damaged(path, study_id, error) from error
     return image
@@ -113,7 +119,9 @@ def _check_size(path: Path, study_id: str, width: int, height: int) -> None:
         raise _bomb(path, study_id, f"{width} x {height} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         remedy = "crop it to the radiograph"
-        raise _refusal(path, study_id, f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other", remedy)
+        raise _refusal(
+            path, study_id, f"{width} x {height} pixels, one side more than {MAX_ASPECT} times the other", remedy
+        )
 
 
 def _read(path: Path, study_id: str) -> bytes:
@@ -150,7 +158,9 @@ def _to_eight_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def _bomb(path: Path, study_id: str, what: str) -> ImageError:
-    return _refusal(path, study_id, f"too many pixels to be a radiograph ({what})", f"make it smaller than {MAX_PIXELS:,} pixels")
+    return _refusal(
+        path, study_id, f"too many pixels to be a radiograph ({what})", f"make it smaller than {MAX_PIXELS:,} pixels"
+    )
 
 
 def _damaged(path: Path, study_id: str, error: Exception) -> ImageError:

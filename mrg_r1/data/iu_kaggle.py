@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mrg_r1.data.iu_study import IuCollection, IuImage, IuRefusal, IuStudy, image_key, image_of_another, study_number, without_repeats
+from mrg_r1.data.iu_study import (
+    IuCollection,
+    IuImage,
+    IuRefusal,
+    IuStudy,
+    image_key,
+    image_of_another,
+    study_number,
+    without_repeats,
+)
 from mrg_r1.data.rows import Row, read_csv
 from mrg_r1.data.study import ManifestError
 
@@ -23,8 +32,8 @@ def read_kaggle(reports: Path, projections: Path) -> IuCollection:
         projections: indiana_projections.csv, one image a row.
 
     Returns:
-        Studies with id `CXR<uid>`, texts verbatim (XXXX stands where a name was), images with their views. A study one of whose
-        images is named wrongly is refused, and so are images without a report.
+        Studies with id `CXR<uid>`, texts verbatim (XXXX stands where a name was), images with their views. A study one
+        of whose images is named wrongly is refused, and so are images without a report.
 
     Raises:
         ManifestError: a file as a whole: not UTF-8, broken quotes, a missing column.
@@ -43,26 +52,33 @@ def read_kaggle(reports: Path, projections: Path) -> IuCollection:
             refusals.append(IuRefusal(f"CXR{number}", row.where, faults[number]))
             continue
         texts = {name: row.values[name] for name in REPORTS_COLUMNS[1:] if row.values[name].strip()}
-        studies.append(IuStudy(id=f"CXR{number}", where=row.where, images=tuple(images.get(number, {}).values()), **texts))
+        studies.append(
+            IuStudy(id=f"CXR{number}", where=row.where, images=tuple(images.get(number, {}).values()), **texts)
+        )
     for number in (*images, *(number for number in faults if number not in images)):
         if number not in named:
             reason = faults.get(number, f"{projections} names its images, {reports} has no report of it")
             refusals.append(IuRefusal(f"CXR{number}", str(projections), reason))
     kept, repeats = without_repeats(studies)
-    return IuCollection(reports, "kaggle", "Kaggle's reports and projections (CSV)", tuple(kept), (*refusals, *repeats), projections)
+    return IuCollection(
+        reports, "kaggle", "Kaggle's reports and projections (CSV)", tuple(kept), (*refusals, *repeats), projections
+    )
 
 
 def read_views(projections: Path) -> dict[str, str]:
     """Image key (`iu_study.image_key`) -> "frontal" or "lateral".
 
     Raises:
-        ManifestError: as `read_kaggle`, and any row that is wrong: beside another layout the file is there for its views alone.
+        ManifestError: as `read_kaggle`, and any row that is wrong: beside another layout the file is there for its
+            views alone.
         OSError: it cannot be read.
     """
     images, faults, refusals = _read_projections(projections)
     if faults or refusals:
         raise ManifestError([*faults.values(), *(f"{refusal.where}: {refusal.reason}" for refusal in refusals)])
-    return {key: image.view for of_study in images.values() for key, image in of_study.items() if image.view is not None}
+    return {
+        key: image.view for of_study in images.values() for key, image in of_study.items() if image.view is not None
+    }
 
 
 def _read_projections(path: Path) -> tuple[dict[str, dict[str, IuImage]], dict[str, str], list[IuRefusal]]:
@@ -79,7 +95,9 @@ def _read_projections(path: Path) -> tuple[dict[str, dict[str, IuImage]], dict[s
         if fault := _image_fault(row.values, number, images.get(number, {})):
             faults.setdefault(number, f"{row.where}, {fault}")
         else:
-            images.setdefault(number, {})[image_key(name)] = IuImage(name, _VIEWS[row.values["projection"].strip().lower()])
+            images.setdefault(number, {})[image_key(name)] = IuImage(
+                name, _VIEWS[row.values["projection"].strip().lower()]
+            )
     return images, faults, refusals
 
 
@@ -88,7 +106,10 @@ def _image_fault(values: Mapping[str, str], number: str, images: Mapping[str, Iu
     if not name:
         return "column `filename`: empty; name the image"
     if other := image_of_another(name, number):
-        return f"column `filename`: {name!r} is of study {other}, the row's uid is {number}; two ids for one study, mend one"
+        return (
+            f"column `filename`: {name!r} is of study {other}, the row's uid is {number}; two ids for one study, "
+            "mend one"
+        )
     if image_key(name) in images:
         return f"column `filename`: {name!r} stands twice; keep one of the rows"
     if projection.lower() not in _VIEWS:

@@ -1,6 +1,7 @@
 """IU X-Ray as Open-i gives it: one XML a report, in NLMCXR_reports.tgz or in a folder.
 
-Files from outside are read with care: nothing is unpacked, sizes are bounded, and an XML with a document type is not read.
+Files from outside are read with care: nothing is unpacked, sizes are bounded, and an XML with a document type is not
+read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from xml.etree import ElementTree
 
-from mrg_r1.data.iu_study import IuCollection, IuImage, IuRefusal, IuStudy, image_of_another, study_number, without_repeats
+from mrg_r1.data.iu_study import (
+    IuCollection,
+    IuImage,
+    IuRefusal,
+    IuStudy,
+    image_of_another,
+    study_number,
+    without_repeats,
+)
 from mrg_r1.data.study import ManifestError
 
 MAX_XML = 1_000_000  # bytes of one report; the largest of the collection has 8,967
@@ -32,8 +41,8 @@ def read_open_i(source: Path) -> IuCollection:
         source: NLMCXR_reports.tgz, the same as a plain tar, or a folder with `*.xml` in it at any depth.
 
     Returns:
-        Studies with id `CXR<number>`, texts verbatim, images by Open-i's ids without views: the reports do not say which image
-        is which (most of those with one image are captioned "PA and lateral").
+        Studies with id `CXR<number>`, texts verbatim, images by Open-i's ids without views: the reports do not say
+        which image is which (most of those with one image are captioned "PA and lateral").
 
     Raises:
         ManifestError: an archive that is damaged, cut short or unpacks to more than `MAX_ARCHIVE` bytes; no XML in it.
@@ -68,7 +77,10 @@ def _study(data: bytes, where: str, number_of_file: str | None) -> IuStudy:
     if number is None:
         raise ValueError(f"element <uId>: {ids}; a report has one, such as CXR1000")
     if number_of_file is not None and number != number_of_file:
-        raise ValueError(f"element <uId>: {ids[0]!r}, but the file is named for {number_of_file}; two ids for one study, fetch it again")
+        raise ValueError(
+            f"element <uId>: {ids[0]!r}, but the file is named for {number_of_file}; two ids for one study, fetch "
+            "it again"
+        )
     texts: dict[str, str] = {}
     for element in root.iter("AbstractText"):
         label = (element.get("Label") or "").strip().upper()
@@ -97,7 +109,9 @@ class _NoDoctype(ElementTree.TreeBuilder):
     """Refuses a document type, and with it every entity that a file could define or fetch."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
-        raise ValueError(f"<!DOCTYPE {name}>: a report has none, and one could define entities that fill the memory; fetch it again")
+        raise ValueError(
+            f"<!DOCTYPE {name}>: a report has none, and one could define entities that fill the memory; fetch it again"
+        )
 
 
 def _parse(data: bytes) -> ElementTree.Element:
@@ -136,7 +150,11 @@ def _archive_files(path: Path) -> Iterator[_File]:
             with tarfile.open(fileobj=stream, mode="r|") as archive:  # type: ignore[call-overload]
                 for member in archive:
                     number += 1
-                    if not member.isdir() and member.name.endswith(".xml") and not PurePosixPath(member.name).name.startswith("._"):
+                    if (
+                        not member.isdir()
+                        and member.name.endswith(".xml")
+                        and not PurePosixPath(member.name).name.startswith("._")
+                    ):
                         yield _member(archive, member)
                 # at a damaged header tarfile stops as at the end; reading on also checks gzip's checksum
                 while rest := archive.fileobj.read(1 << 16):
@@ -166,7 +184,9 @@ def _too_large(size: int) -> str:
 
 
 class _Bounded:
-    """What tarfile reads from: ends an archive that unpacks to more than `MAX_ARCHIVE` bytes, whatever its headers claim."""
+    """What tarfile reads from: ends an archive that unpacks to more than `MAX_ARCHIVE` bytes, whatever its headers
+    claim.
+    """
 
     def __init__(self, stream: BinaryIO | gzip.GzipFile, path: Path) -> None:
         self._stream, self._path, self._read = stream, path, 0
@@ -175,5 +195,7 @@ class _Bounded:
         data = self._stream.read(size)
         self._read += len(data)
         if self._read > MAX_ARCHIVE:
-            raise ManifestError([f"{self._path}: unpacks to more than {MAX_ARCHIVE:,} bytes, the reports to 40 million; {_FETCH}"])
+            raise ManifestError(
+                [f"{self._path}: unpacks to more than {MAX_ARCHIVE:,} bytes, the reports to 40 million; {_FETCH}"]
+            )
         return data

@@ -18,8 +18,9 @@ def read_r2gen(path: Path) -> IuCollection:
         path: split -> list of `{id, report, image_path: [...], split}`.
 
     Returns:
-        Studies with R2Gen's ids and split; the report, which is the XML's FINDINGS, stands in `findings`. Images are named as
-        `image_path` has them; which is frontal is not said. The file was made by a program: there are no refusals.
+        Studies with R2Gen's ids and split; the report, which is the XML's FINDINGS, stands in `findings`. Images are
+        named as `image_path` has them; which is frontal is not said. The file was made by a program: there are no
+        refusals.
 
     Raises:
         ManifestError: broken JSON, missing keys, wrong types, an id that stands twice.
@@ -34,12 +35,17 @@ def read_r2gen(path: Path) -> IuCollection:
             where = f"{path}, {split}[{position}]"
             problem = _record_problem(record, split)
             if problem is None and record["id"] in studies:
-                problem = f"id {record['id']!r} stands in {studies[record['id']].split!r} already; give every study its own id"
+                problem = (
+                    f"id {record['id']!r} stands in {studies[record['id']].split!r} already; give every study its "
+                    "own id"
+                )
             if problem is not None:
                 problems.append(f"{where}: {problem}")
                 continue
             images = tuple(map(IuImage, record["image_path"]))
-            studies[record["id"]] = IuStudy(id=record["id"], where=where, images=images, findings=record["report"], split=split)
+            studies[record["id"]] = IuStudy(
+                id=record["id"], where=where, images=images, findings=record["report"], split=split
+            )
     if problems:
         raise ManifestError(problems)
     if not studies:
@@ -66,7 +72,9 @@ def read_split_ids(path: Path) -> dict[str, str]:
             if not isinstance(study_id, str) or not study_id.strip():
                 problems.append(f"{where}: {record!r:.80} is no id; write ids, or studies with an `id`")
             elif study_id in split_of:
-                problems.append(f"{where}: id {study_id!r} stands in {split_of[study_id]!r} already; a study is in one split")
+                problems.append(
+                    f"{where}: id {study_id!r} stands in {split_of[study_id]!r} already; a study is in one split"
+                )
             else:
                 split_of[study_id] = split
     if problems:
@@ -81,7 +89,11 @@ def _splits(path: Path) -> dict[str, list[Any]]:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ManifestError([f"{path}: broken JSON ({error}); fetch R2Gen's annotation.json again"]) from error
-    if not isinstance(content, dict) or not content or not all(isinstance(studies, list) for studies in content.values()):
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(studies, list) for studies in content.values())
+    ):
         raise ManifestError([f"{path}: not R2Gen's layout; expected an object of splits, each a list of studies"])
     if empty := [split for split in content if not split.strip()]:
         raise ManifestError([f"{path}: a split is named {empty[0]!r}; name it train, val or test"])
@@ -105,5 +117,8 @@ def _record_problem(record: Any, split: str) -> str | None:
         if PurePosixPath(item).is_absolute() or ".." in PurePosixPath(item).parts or "\0" in item:
             return f"{where} `image_path`: {item!r} points outside of the images' folder; name a file in it"
     if record.get("split", split) != split:
-        return f"{where} `split`: {record['split']!r}, but the study stands in the list of {split!r}; move it or mend the field"
+        return (
+            f"{where} `split`: {record['split']!r}, but the study stands in the list of {split!r}; move it or mend "
+            "the field"
+        )
     return None

@@ -14,22 +14,26 @@ from mrg_r1.data.study import ManifestError
 def seeded_split(collection: IuCollection, seed: int) -> IuCollection:
     """Eight of ten patients to train, one to val, one to test (numbers rounded; what is left over is test's).
 
-    Patients are ranked by a hash of seed and patient, all that the layout has: neither the order of files nor which texts and
-    images are at hand moves a study from one split to another.
+    Patients are ranked by a hash of seed and patient, all that the layout has: neither the order of files nor which
+    texts and images are at hand moves a study from one split to another.
     """
     patients = {study.patient_id for study in collection.studies}
     ranked = sorted(patients, key=lambda patient: hashlib.sha256(f"{seed} {patient}".encode()).digest())
     train, val = round(0.8 * len(ranked)), round(0.9 * len(ranked))
-    split_of = {patient: "train" if rank < train else "val" if rank < val else "test" for rank, patient in enumerate(ranked)}
-    return replace(collection, studies=tuple(replace(study, split=split_of[study.patient_id]) for study in collection.studies))
+    split_of = {
+        patient: "train" if rank < train else "val" if rank < val else "test" for rank, patient in enumerate(ranked)
+    }
+    return replace(
+        collection, studies=tuple(replace(study, split=split_of[study.patient_id]) for study in collection.studies)
+    )
 
 
 def published_split(collection: IuCollection, split_of: Mapping[str, str], path: Path) -> IuCollection:
     """The split of the ids in a file. A study without an id there is refused, and so is an id without a study.
 
     Args:
-        collection: any layout. R2Gen's ids (CXR2384_IM-0942) name the studies of the others by number, and one series of images
-            that the study must have.
+        collection: any layout. R2Gen's ids (CXR2384_IM-0942) name the studies of the others by number, and one series
+            of images that the study must have.
         split_of: id -> split, from `iu_r2gen.read_split_ids`.
         path: where they were read, for messages.
 
@@ -41,7 +45,9 @@ def published_split(collection: IuCollection, split_of: Mapping[str, str], path:
     for study_id in split_of:
         for name in {study_id, study_number(study_id) or study_id}:
             if id_of.setdefault(name, study_id) != study_id and collection.layout != "r2gen":
-                problems.append(f"{path}: {id_of[name]!r} and {study_id!r} are one study, number {name}; keep one of them")
+                problems.append(
+                    f"{path}: {id_of[name]!r} and {study_id!r} are one study, number {name}; keep one of them"
+                )
     if problems:
         raise ManifestError(problems)
 
@@ -56,7 +62,9 @@ def published_split(collection: IuCollection, split_of: Mapping[str, str], path:
             continue
         met.add(listed)
         if problem := _other_images(study, listed):
-            refusals.append(IuRefusal(study.id, study.where, f"{problem}; {path} is of another edition", split_of[listed]))
+            refusals.append(
+                IuRefusal(study.id, study.where, f"{problem}; {path} is of another edition", split_of[listed])
+            )
         else:
             studies.append(replace(study, split=split_of[listed]))
     for refusal in collection.refusals:

@@ -1,7 +1,9 @@
-"""What the three layouts of IU X-Ray have in common: one study as it was read, and how its ids and image names correspond.
+"""What the three layouts of IU X-Ray have in common: one study as it was read, and how its ids and image names
+correspond.
 
-The collection numbers its reports. Number 2384 is `2384.xml` with uId `CXR2384` and images `CXR2384_IM-0942-1001` at Open-i, uid
-`2384` with files `2384_IM-0942-1001.dcm.png` at Kaggle, and `CXR2384_IM-0942` with `CXR2384_IM-0942/0.png` at R2Gen.
+The collection numbers its reports. Number 2384 is `2384.xml` with uId `CXR2384` and images `CXR2384_IM-0942-1001` at
+Open-i, uid `2384` with files `2384_IM-0942-1001.dcm.png` at Kaggle, and `CXR2384_IM-0942` with `CXR2384_IM-0942/0.png`
+at R2Gen.
 """
 
 from __future__ import annotations
@@ -99,15 +101,22 @@ def without_repeats(studies: Sequence[IuStudy]) -> tuple[list[IuStudy], list[IuR
     repeats = []
     for study in studies:
         if first.setdefault(study.id, study) is not study:
-            reason = f"id {study.id!r} stands in {first[study.id].where} already, which is kept; give every study its own id"
+            reason = (
+                f"id {study.id!r} stands in {first[study.id].where} already, which is kept; give every study its own id"
+            )
             repeats.append(IuRefusal(study.id, study.where, reason))
     return list(first.values()), repeats
 
 
 def with_views(collection: IuCollection, views: dict[str, str], projections: Path) -> IuCollection:
-    """The same studies with the views that `views` (image key -> view), read from `projections`, knows; the others keep theirs."""
+    """The same studies with the views that `views` (image key -> view), read from `projections`, knows; the others keep
+    theirs.
+    """
     studies = tuple(
-        replace(study, images=tuple(replace(image, view=views.get(image_key(image.name), image.view)) for image in study.images))
+        replace(
+            study,
+            images=tuple(replace(image, view=views.get(image_key(image.name), image.view)) for image in study.images),
+        )
         for study in collection.studies
     )
     return replace(collection, studies=studies, projections=projections)

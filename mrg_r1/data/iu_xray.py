@@ -50,18 +50,23 @@ def prepare_iu_xray(
 ) -> Counts:
     """`read_iu_xray`, then `convert_iu_xray`."""
     collection = read_iu_xray(source, projections)
-    return convert_iu_xray(collection, images, output, report=report, split=split, render_missing=render_missing, side=side, seed=seed)
+    return convert_iu_xray(
+        collection, images, output, report=report, split=split, render_missing=render_missing, side=side, seed=seed
+    )
 
 
 def read_iu_xray(source: Path, projections: Path | None = None) -> IuCollection:
     """Read one of the three layouts; which it is, is seen from the content.
 
     Args:
-        source: NLMCXR_reports.tgz or a folder of its XMLs, indiana_reports.csv, annotation.json, or a folder that holds one of these.
-        projections: indiana_projections.csv. None takes the one beside indiana_reports.csv; beside XMLs it gives the views.
+        source: NLMCXR_reports.tgz or a folder of its XMLs, indiana_reports.csv, annotation.json, or a folder that holds
+            one of these.
+        projections: indiana_projections.csv. None takes the one beside indiana_reports.csv; beside XMLs it gives the
+            views.
 
     Raises:
-        ManifestError: no layout, or several in one folder; a file that is bad as a whole (see `read_open_i`, `read_kaggle`, `read_r2gen`).
+        ManifestError: no layout, or several in one folder; a file that is bad as a whole (see `read_open_i`,
+            `read_kaggle`, `read_r2gen`).
         OSError: a file cannot be read.
     """
     source = _only_layout(source) if source.is_dir() else source
@@ -71,17 +76,26 @@ def read_iu_xray(source: Path, projections: Path | None = None) -> IuCollection:
     start = _first_bytes(source)
     if start.startswith((b"{", b"[")):
         if projections is not None:
-            raise ManifestError([f"{projections}: R2Gen names its images anew, so views cannot be found for them; leave --projections out"])
+            raise ManifestError(
+                [
+                    f"{projections}: R2Gen names its images anew, so views cannot be found for them; leave "
+                    "--projections out"
+                ]
+            )
         return read_r2gen(source)
     if start.startswith(b"<"):
         raise ManifestError([f"{source}: one XML; give the folder that it lies in, or NLMCXR_reports.tgz"])
     if start.startswith(b"PK"):
         raise ManifestError([f"{source}: a zip archive; unpack it and give the folder or the file in it"])
     if set(PROJECTIONS_COLUMNS) <= set(csv_columns(source)):
-        raise ManifestError([f"{source}: the images and no reports; give indiana_reports.csv, and this file with --projections"])
+        raise ManifestError(
+            [f"{source}: the images and no reports; give indiana_reports.csv, and this file with --projections"]
+        )
     beside = source.with_name(PROJECTIONS_NAME)
     if projections is None and not beside.is_file():
-        raise ManifestError([f"{beside}: no such file; it names the images of {source.name}: give it with --projections"])
+        raise ManifestError(
+            [f"{beside}: no such file; it names the images of {source.name}: give it with --projections"]
+        )
     return read_kaggle(source, projections or beside)
 
 
@@ -96,39 +110,42 @@ def convert_iu_xray(
     side: int = 224,
     seed: int = 0,
 ) -> Counts:
-    """Write `manifest.jsonl`, `refused.jsonl` (id, split, reason, where), `reports.csv` and `reports_SPLIT.csv` into a folder.
+    """Write `manifest.jsonl`, `refused.jsonl` (id, split, reason, where), `reports.csv` and `reports_SPLIT.csv` into a
+    folder.
 
     The report CSVs hold every report that was read, also of studies that are refused, so that they can be labelled.
-    A study whose images are all there keeps them; one of whose images some are missing, or one is damaged, is refused; one
-    without any is rendered where a label CSV has it, otherwise refused. Interrupted, the same call goes on.
+    A study whose images are all there keeps them; one of whose images some are missing, or one is damaged, is refused;
+    one without any is rendered where a label CSV has it, otherwise refused. Interrupted, the same call goes on.
 
     Args:
         collection: from `read_iu_xray`.
         images: the folder of radiographs, as `ImageFolder` looks for them; None where there are none.
         output: folder to write; rendered images go to `images/ID.png` in it.
-        report: the text to learn: one section, or findings and impression with a line break between (one alone where there is
-            only one). A study without it is refused.
-        split: "seeded": 8:1:1 by patient; a file of R2Gen's ids: their split, and studies outside of it are refused; None: the
-            layout's own, and seeded where it has none.
+        report: the text to learn: one section, or findings and impression with a line break between (one alone where
+            there is only one). A study without it is refused.
+        split: "seeded": 8:1:1 by patient; a file of R2Gen's ids: their split, and studies outside of it are refused;
+            None: the layout's own, and seeded where it has none.
         render_missing: label CSVs (`id` and the 14 observations), merged; empty renders nothing. The labels become
-            `labels.said`; `labels.drawn` is 1 for positive, the toss of a seeded coin for uncertain, 0 otherwise. An id of R2Gen's
-            stands for the study with its number, as long as findings are asked for: its labels are theirs.
+            `labels.said`; `labels.drawn` is 1 for positive, the toss of a seeded coin for uncertain, 0 otherwise. An id
+            of R2Gen's stands for the study with its number, as long as findings are asked for: its labels are theirs.
         side: pixels of rendered images.
-        seed: of the seeded split, and of anatomy, noise and coins; each study's own depend on the seed and its id alone.
+        seed: of the seeded split, and of anatomy, noise and coins; each study's own depend on the seed and its id
+            alone.
 
     Returns:
         split -> `{read, kept, rendered, refused}` counts, kept including rendered.
 
     Raises:
         ManifestError: a split file that is bad as a whole.
-        ValueError: label CSVs that disagree, a folder made with other settings, sections that the layout lacks, or not one study
-            that can be kept.
+        ValueError: label CSVs that disagree, a folder made with other settings, sections that the layout lacks, or not
+            one study that can be kept.
         OSError: a file cannot be read or written.
     """
     folder = None if images is None else ImageFolder(images, collection.layout)
     if report != "findings" and collection.layout == "r2gen":
         raise ValueError(
-            f"{collection.source}: R2Gen's file has the findings alone; for the impression give Open-i's XMLs or Kaggle's CSVs"
+            f"{collection.source}: R2Gen's file has the findings alone; for the impression give Open-i's XMLs or "
+            "Kaggle's CSVs"
         )
     collection, split_name = _with_split(collection, split, seed)
     labels = _labels_of_studies(_merge_labels(render_missing), collection, report) if render_missing else None
@@ -149,8 +166,17 @@ def convert_iu_xray(
         "images": str(images.absolute()) if images else None,
     }
     with Conversion(output, settings, sources=sources) as conversion:
-        plans = [_plan(entry, folder, labels, output, report, seed) for entry in collection.studies if not conversion.done(entry.id)]
-        render_files([plan.rendering for plan in plans if plan.rendering is not None], seed=seed, side=side, workers=os.cpu_count() or 1)
+        plans = [
+            _plan(entry, folder, labels, output, report, seed)
+            for entry in collection.studies
+            if not conversion.done(entry.id)
+        ]
+        render_files(
+            [plan.rendering for plan in plans if plan.rendering is not None],
+            seed=seed,
+            side=side,
+            workers=os.cpu_count() or 1,
+        )
         checked = image_problems(plans, lambda plan: plan.study if plan.rendering is None else None)
         for plan, damage in progress(checked, "checking images", total=len(plans)):
             entry = plan.entry
@@ -176,12 +202,19 @@ class _Plan:
 
 
 def _plan(
-    entry: IuStudy, folder: ImageFolder | None, labels: Mapping[str, Sequence[int]] | None, output: Path, report: Report, seed: int
+    entry: IuStudy,
+    folder: ImageFolder | None,
+    labels: Mapping[str, Sequence[int]] | None,
+    output: Path,
+    report: Report,
+    seed: int,
 ) -> _Plan:
     text = _text(entry, report)
     if not text:
         sections = "findings and impression" if report == "both" else report
-        return _Plan(entry, text, reason=f"the report is empty: no {sections} in it; choose another section with --report")
+        return _Plan(
+            entry, text, reason=f"the report is empty: no {sections} in it; choose another section with --report"
+        )
     found, problem = folder.find(entry) if folder is not None else ((), "")
     classes = labels.get(entry.id) if labels is not None else None
     if found:
@@ -233,7 +266,10 @@ def _no_image(entry: IuStudy, folder: ImageFolder | None, labels_given: bool) ->
     else:
         where, remedy = folder.missing(entry.images[0]), "fetch it, or render it"
     if labels_given:
-        return f"{where}, and no label CSV of --render-missing has this id; label its report with `mrg-r1 label` and give that CSV too"
+        return (
+            f"{where}, and no label CSV of --render-missing has this id; label its report with `mrg-r1 label` and "
+            "give that CSV too"
+        )
     return f"{where}; {remedy} from labels with --render-missing LABELS.csv"
 
 
@@ -245,7 +281,9 @@ def _with_split(collection: IuCollection, split: str | None, seed: int) -> tuple
         return seeded_split(collection, seed), "seeded"
     path = Path(split or "")
     split_of = read_split_ids(path)
-    return published_split(collection, split_of, path), hashlib.sha256(json.dumps(sorted(split_of.items())).encode()).hexdigest()[:16]
+    return published_split(collection, split_of, path), hashlib.sha256(
+        json.dumps(sorted(split_of.items())).encode()
+    ).hexdigest()[:16]
 
 
 def _merge_labels(paths: Sequence[Path]) -> dict[str, tuple[Path, list[int]]]:
@@ -253,11 +291,15 @@ def _merge_labels(paths: Sequence[Path]) -> dict[str, tuple[Path, list[int]]]:
     for path in paths:
         for study_id, classes in read_labels_csv(path).items():
             if merged.setdefault(study_id, (path, classes))[1] != classes:
-                raise ValueError(f"{path}, id {study_id!r}: another label CSV has other labels for it; keep one of the two")
+                raise ValueError(
+                    f"{path}, id {study_id!r}: another label CSV has other labels for it; keep one of the two"
+                )
     return merged
 
 
-def _labels_of_studies(labels: Mapping[str, tuple[Path, list[int]]], collection: IuCollection, report: Report) -> dict[str, list[int]]:
+def _labels_of_studies(
+    labels: Mapping[str, tuple[Path, list[int]]], collection: IuCollection, report: Report
+) -> dict[str, list[int]]:
     """Study id -> classes. R2Gen's ids find the studies of the other layouts by number."""
     found = {study.id: labels[study.id][1] for study in collection.studies if study.id in labels}
     if collection.layout == "r2gen":
@@ -270,9 +312,14 @@ def _labels_of_studies(labels: Mapping[str, tuple[Path, list[int]]], collection:
             continue
         if report != "findings":
             remedy = "label OUT/reports.csv with `mrg-r1 label` and give that file"
-            raise ValueError(f"{path}, id {label_id!r}: an id of R2Gen's, whose labels are of the findings, not of {report!r}; {remedy}")
+            raise ValueError(
+                f"{path}, id {label_id!r}: an id of R2Gen's, whose labels are of the findings, not of {report!r}; "
+                f"{remedy}"
+            )
         if found.setdefault(study_id, classes) != classes:
-            raise ValueError(f"{path}, id {label_id!r}: another id has other labels for study {study_id!r}; keep one of the two")
+            raise ValueError(
+                f"{path}, id {label_id!r}: another id has other labels for study {study_id!r}; keep one of the two"
+            )
     return found
 
 
@@ -289,7 +336,12 @@ def _only_layout(folder: Path) -> Path:
         names = ", ".join(path.name if path != folder else "*.xml" for path in found)
         raise ManifestError([f"{folder}: several layouts of IU X-Ray ({names}); give the one to read"])
     if not found:
-        raise ManifestError([f"{folder}: neither XML reports nor one of {', '.join(_NAMES)} in it; give the folder or file of the reports"])
+        raise ManifestError(
+            [
+                f"{folder}: neither XML reports nor one of {', '.join(_NAMES)} in it; give the folder or file of "
+                "the reports"
+            ]
+        )
     return found[0]
 
 

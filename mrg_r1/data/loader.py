@@ -1,7 +1,8 @@
-"""From studies to prompts: the only place that calls the tokenizer, and what has a step's batch ready when the step begins.
+"""From studies to prompts: the only place that calls the tokenizer, and what has a step's batch ready when the step
+begins.
 
-`data.order` says which studies a step takes, `data.workers` reads their images; any number of ranks sees the same studies in the
-same steps.
+`data.order` says which studies a step takes, `data.workers` reads their images; any number of ranks sees the same
+studies in the same steps.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class PromptBuilder:
         workers: processes that read images; 0: the thread that builds.
     """
 
-    def __init__(self, *, tokenizer: Any, image_processor: Any, positions: Positions, words: PromptWords, workers: int = 0) -> None:
+    def __init__(
+        self, *, tokenizer: Any, image_processor: Any, positions: Positions, words: PromptWords, workers: int = 0
+    ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.images = ImageReader(image_processor, workers=workers)
@@ -59,7 +62,9 @@ class PromptBuilder:
         self._special = sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
 
     def messages(self, study: Study) -> list[dict[str, Any]]:
-        """One user turn: each image after its view where known, then the study's context where asked, then the instruction."""
+        """One user turn: each image after its view where known, then the study's context where asked, then the
+        instruction.
+        """
         content: list[dict[str, str]] = []
         for image in study.images:
             if self.words.show_view and image.view is not None:
@@ -72,8 +77,8 @@ class PromptBuilder:
         return [{"role": "user", "content": content}]
 
     def check_context(self, study: Study) -> None:
-        """Refuse a context that has a special token spelled out in it: the tokenizer would read it as the token, an end of the user's turn,
-        say, and what follows as somebody else's words.
+        """Refuse a context that has a special token spelled out in it: the tokenizer would read it as the token, an end
+        of the user's turn, say, and what follows as somebody else's words.
 
         Raises:
             PromptError: names the study, the field and the token.
@@ -136,25 +141,29 @@ class PromptBuilder:
     def _too_long(self, study: Study, ids: Sequence[int]) -> str:
         """What takes the room, and what to switch off."""
         lines = context_lines(study, self.words.context)
-        parts = {field: len(self.tokenizer(line, add_special_tokens=False)["input_ids"]) for field, line in lines.items()}
+        parts = {
+            field: len(self.tokenizer(line, add_special_tokens=False)["input_ids"]) for field, line in lines.items()
+        }
         longest = max(parts, key=lambda field: parts[field], default=None)
         switch = "" if longest is None else f", take {longest} out of data.context"
         listed = "".join(f", {count} of {field}" for field, count in parts.items())
         return (
             f"study {study.id}: prompt of {len(ids)} tokens, prompt.max_tokens is {self.words.max_tokens} "
-            f"({ids.count(self.image_token_id)} of images{listed}); lower data.max_pixels{switch} or raise prompt.max_tokens (a prompt is "
-            "never cut: that could cut an image)"
+            f"({ids.count(self.image_token_id)} of images{listed}); lower data.max_pixels{switch} or raise "
+            "prompt.max_tokens (a prompt is never cut: that could cut an image)"
         )
 
 
 class StudyLoader:
-    """This rank's batches, each prepared by a thread, and by the builder's image workers, while the step before it runs.
+    """This rank's batches, each prepared by a thread, and by the builder's image workers, while the step before it
+    runs.
 
     Args:
         seed, weights: of the order (`data.order`).
         batch_size: studies of a step over all ranks.
-        step, position: where the loader begins: this step's batch is the one at this position of the stream. A run that goes on with
-            another batch size begins at the studies that it has consumed, and neither repeats nor passes over one.
+        step, position: where the loader begins: this step's batch is the one at this position of the stream. A run that
+            goes on with another batch size begins at the studies that it has consumed, and neither repeats nor passes
+            over one.
     """
 
     def __init__(
@@ -188,7 +197,9 @@ class StudyLoader:
         return self.order.fingerprint([study.id for study in self.studies])
 
     def studies_of(self, step: int) -> list[Study]:
-        mine = self.order.share(self.position(step), batch_size=self._batch_size, rank=self._rank, world_size=self._world_size)
+        mine = self.order.share(
+            self.position(step), batch_size=self._batch_size, rank=self._rank, world_size=self._world_size
+        )
         return [self.studies[index] for index in mine]
 
     def batch(self, step: int) -> Prompts:
@@ -203,7 +214,9 @@ class StudyLoader:
 
 
 def prompts_ahead(build: Callable[[Sequence[Study]], Prompts], batches: Sequence[Sequence[Study]]) -> Iterator[Prompts]:
-    """The prompts of batch after batch, each prepared by a thread while the one before it is in use; for evaluations."""
+    """The prompts of batch after batch, each prepared by a thread while the one before it is in use; for
+    evaluations.
+    """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as worker:
         ahead = [worker.submit(build, batch) for batch in batches[:1]]
         for number in range(len(batches)):

@@ -1,4 +1,5 @@
-"""`prepare mimic-cxr`: the tree of MIMIC-CXR-JPG 2.x and the reports of MIMIC-CXR become a manifest, some studies at a time.
+"""`prepare mimic-cxr`: the tree of MIMIC-CXR-JPG 2.x and the reports of MIMIC-CXR become a manifest, some studies at a
+time.
 
 Nothing of it is part of the project; whoever has access brings it, and nothing leaves the machine.
 """
@@ -65,11 +66,14 @@ class _Refused:
     report: str | None = None  # the text that would have been learned
 
 
-def prepare_mimic_cxr(root: Path, output: Path, *, reports: Path | None = None, choices: Choices | None = None) -> Prepared:
-    """Write `manifest.jsonl`, `refused.jsonl`, `reports.csv` and `reports_SPLIT.csv`; interrupted, the same call goes on.
+def prepare_mimic_cxr(
+    root: Path, output: Path, *, reports: Path | None = None, choices: Choices | None = None
+) -> Prepared:
+    """Write `manifest.jsonl`, `refused.jsonl`, `reports.csv` and `reports_SPLIT.csv`; interrupted, the same call goes
+    on.
 
-    Studies come by patient and time. `prior` is the patient's last kept study of an earlier date and time; the published split keeps a
-    patient's studies together.
+    Studies come by patient and time. `prior` is the patient's last kept study of an earlier date and time; the
+    published split keeps a patient's studies together.
 
     Args:
         root: MIMIC-CXR-JPG as downloaded: `files/p10/p10000032/s50414267/*.jpg` and the tables `mimic-cxr-2.*.csv.gz`.
@@ -78,8 +82,8 @@ def prepare_mimic_cxr(root: Path, output: Path, *, reports: Path | None = None, 
         choices: None takes the defaults.
 
     Raises:
-        ValueError: a table or archive that is damaged or lacks a column, a folder made with other settings, a table that
-            changed after an interrupted run, not one study that can be kept.
+        ValueError: a table or archive that is damaged or lacks a column, a folder made with other settings, a table
+            that changed after an interrupted run, not one study that can be kept.
         OSError: a file cannot be read or written, or there is no folder of images or reports.
     """
     choices = choices or Choices()
@@ -92,7 +96,12 @@ def prepare_mimic_cxr(root: Path, output: Path, *, reports: Path | None = None, 
         raise NotADirectoryError(
             f"{root / 'files'}: no such folder of images; give the folder above it, or --check-images none without them"
         )
-    settings = {"dataset": "mimic-cxr", "root": str(root.absolute()), "reports": str(reports.absolute()), **asdict(choices)}
+    settings = {
+        "dataset": "mimic-cxr",
+        "root": str(root.absolute()),
+        "reports": str(reports.absolute()),
+        **asdict(choices),
+    }
     tables = [table for table in (split_table, metadata, label_table) if table is not None]
     refuse_changed_sources(output, [*tables, reports] if reports.is_file() else tables)
     with _Reports(reports) as texts:
@@ -131,10 +140,14 @@ def _settle(reader: _Reader, conversion: Conversion) -> None:
 
 def _looked_at(reader: _Reader, conversion: Conversion) -> Iterator[tuple[int, Study | _Refused | None]]:
     """Every study's place with what is found, or None where it is settled already."""
-    with ThreadPoolExecutor() as pool:  # files of a network are waited for together, and Pillow decodes outside the interpreter lock
+    with (
+        ThreadPoolExecutor() as pool
+    ):  # files of a network are waited for together, and Pillow decodes outside the interpreter lock
         for start in range(0, len(reader.studies), _AT_ONCE):
             places = range(start, min(start + _AT_ONCE, len(reader.studies)))
-            drafts = [None if conversion.done(f"s{reader.studies.ids[place]}") else reader.draft(place) for place in places]
+            drafts = [
+                None if conversion.done(f"s{reader.studies.ids[place]}") else reader.draft(place) for place in places
+            ]
             yield from zip(places, pool.map(reader.with_images, places, drafts), strict=True)
 
 
@@ -201,7 +214,10 @@ class _Reader:
             pair = [*frontal[:1], *lateral[:1]]
             images = [*pair, *(image for image in images if image not in pair)]
         base = self._root / folder
-        return tuple(StudyImage(base / f"{dicom}.jpg", _VIEW_NAMES.get(view)) for view, dicom in images[: self._choices.max_images])
+        return tuple(
+            StudyImage(base / f"{dicom}.jpg", _VIEW_NAMES.get(view))
+            for view, dicom in images[: self._choices.max_images]
+        )
 
 
 class _NoText(ValueError):
@@ -212,22 +228,33 @@ def _text_to_learn(report: Report, choices: Choices) -> str:
     findings, impression = report.findings, report.impression
     if findings is None and impression is None:
         if report.last_paragraph is None:
-            raise _NoText("the report has neither FINDINGS nor IMPRESSION, and no text that no heading names; nothing can be learned of it")
+            raise _NoText(
+                "the report has neither FINDINGS nor IMPRESSION, and no text that no heading names; nothing can "
+                "be learned of it"
+            )
         if choices.no_headings == "refuse":
-            raise _NoText("the report has neither FINDINGS nor IMPRESSION; --no-headings last-paragraph learns its last paragraph")
+            raise _NoText(
+                "the report has neither FINDINGS nor IMPRESSION; --no-headings last-paragraph learns its last paragraph"
+            )
         return report.last_paragraph
     if choices.report == "findings":
         if findings is None:
             raise _NoText("the report has no FINDINGS; --report impression learns its IMPRESSION")
         return findings
     if impression is None and not (report.combined and choices.report == "both"):
-        what = "FINDINGS AND IMPRESSION as one, which --report both" if report.combined else "FINDINGS, which --report findings"
+        what = (
+            "FINDINGS AND IMPRESSION as one, which --report both"
+            if report.combined
+            else "FINDINGS, which --report findings"
+        )
         raise _NoText(f"the report has no IMPRESSION; it has {what} learns")
     if choices.report == "impression":
         assert impression is not None
         return impression
     if findings is None:
-        raise _NoText("the report has no FINDINGS, and --report both asks for both; --report impression learns its IMPRESSION")
+        raise _NoText(
+            "the report has no FINDINGS, and --report both asks for both; --report impression learns its IMPRESSION"
+        )
     return f"{findings} {impression}" if impression is not None else findings
 
 
@@ -258,13 +285,19 @@ class _Reports:
             try:
                 self._archive = zipfile.ZipFile(self._path)
             except zipfile.BadZipFile as error:
-                raise ValueError(f"{self._path}: not a zip archive ({error}); fetch mimic-cxr-reports.zip again") from error
+                raise ValueError(
+                    f"{self._path}: not a zip archive ({error}); fetch mimic-cxr-reports.zip again"
+                ) from error
         elif not (self._path / "files").is_dir():
-            remedy = "unpack mimic-cxr-reports.zip and give the folder above `files`, or the archive itself, with --reports"
+            remedy = (
+                "unpack mimic-cxr-reports.zip and give the folder above `files`, or the archive itself, with --reports"
+            )
             raise NotADirectoryError(f"{self._path / 'files'}: no such folder of reports; {remedy}")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._archive is not None:
             self._archive.close()
 

@@ -69,17 +69,22 @@ def find_table(root: Path, name: str) -> Path:
     for suffix in (".csv.gz", ".csv"):
         found = sorted(root.glob(f"mimic-cxr-2.*-{name}{suffix}"))
         if len(found) > 1:
-            raise ValueError(f"{root}: {', '.join(path.name for path in found)}: several versions; leave one of them there")
+            raise ValueError(
+                f"{root}: {', '.join(path.name for path in found)}: several versions; leave one of them there"
+            )
         if found:
             return found[0]
-    raise ValueError(f"{root}: no mimic-cxr-2.0.0-{name}.csv.gz; give the folder that MIMIC-CXR-JPG was downloaded into, with its tables")
+    raise ValueError(
+        f"{root}: no mimic-cxr-2.0.0-{name}.csv.gz; give the folder that MIMIC-CXR-JPG was downloaded into, with "
+        "its tables"
+    )
 
 
 def read_studies(split_table: Path, metadata: Path) -> Studies:
     """Read and join the split and the metadata.
 
-    A study is refused where a row of it is wrong: ids that are none, an image that stands twice, that only one of the tables has or that is
-    said to be of two studies, two patients or splits of a study, a date or time that is none.
+    A study is refused where a row of it is wrong: ids that are none, an image that stands twice, that only one of the
+    tables has or that is said to be of two studies, two patients or splits of a study, a date or time that is none.
 
     Raises:
         ValueError: a table that cannot be read, lacks a column or has no rows.
@@ -159,13 +164,17 @@ class _Table:
     def add(self, line: int, dicom: str, study: str, subject: str, code: int, time: int) -> None:
         """A row; what is wrong with its ids refuses its study, or is kept as nameless where that cannot be told."""
         if not _is_number(study):
-            self._nameless.append(Refusal(f"column study_id: {study!r} is no number; {_AGAIN}", f"{self.path.name}, line {line}"))
+            self._nameless.append(
+                Refusal(f"column study_id: {study!r} is no number; {_AGAIN}", f"{self.path.name}, line {line}")
+            )
             return
         if not _is_number(subject) or len(subject) != 8:
             self.refuse(study, line, f"column subject_id: {subject!r} is no number of eight digits; {_AGAIN}")
             return
         if not _DICOM_ID.fullmatch(dicom):
-            self.refuse(study, line, f"column dicom_id: {dicom!r}; expected five groups of eight hexadecimal digits, {_AGAIN}")
+            self.refuse(
+                study, line, f"column dicom_id: {dicom!r}; expected five groups of eight hexadecimal digits, {_AGAIN}"
+            )
             return
         self.lines.append(line)
         self.ids.append(int(study))
@@ -188,7 +197,10 @@ def _joined(split: _Table, known: _Table, refused: dict[int, Refusal], nameless:
     split_order, known_order = np.argsort(split_names, kind="stable"), np.argsort(known_names, kind="stable")
     for table, names, order in ((split, split_names, split_order), (known, known_names, known_order)):
         for earlier, later in _repeated(names[order], order):
-            reason = f"column dicom_id: {names[later].decode()!r} stands on line {table.lines[earlier]} too; keep one of the rows"
+            reason = (
+                f"column dicom_id: {names[later].decode()!r} stands on line {table.lines[earlier]} too; keep one "
+                "of the rows"
+            )
             table.refuse(table.ids[later], table.lines[later], reason)
             table.refuse(table.ids[earlier], table.lines[later], reason)
 
@@ -197,16 +209,24 @@ def _joined(split: _Table, known: _Table, refused: dict[int, Refusal], nameless:
     partner = known_order[at]  # [rows of split], the metadata's row
     there = sorted_known[at] == split_names
     for row in np.flatnonzero(~there):
-        split.refuse(split.ids[row], split.lines[row], f"column dicom_id: no row of this image in {known.path.name}; {_AGAIN}")
+        split.refuse(
+            split.ids[row], split.lines[row], f"column dicom_id: no row of this image in {known.path.name}; {_AGAIN}"
+        )
     for column, ours, theirs in (("study_id", split.ids, known.ids), ("subject_id", split.subjects, known.subjects)):
         mine, other = np.frombuffer(ours, np.int64), np.frombuffer(theirs, np.int64)[partner]
         for row in np.flatnonzero(there & (mine != other)):
             where = f"{known.path.name}, line {known.lines[partner[row]]}"
-            split.refuse(split.ids[row], split.lines[row], f"column {column}: {mine[row]}, but {other[row]} in {where}; {_AGAIN}")
+            split.refuse(
+                split.ids[row], split.lines[row], f"column {column}: {mine[row]}, but {other[row]} in {where}; {_AGAIN}"
+            )
     met = np.zeros(len(known_order), dtype=bool)
     met[partner[there]] = True
     for row in np.flatnonzero(~met):
-        known.refuse(known.ids[row], known.lines[row], f"column dicom_id: no row of this image in {split.path.name}, so no split; {_AGAIN}")
+        known.refuse(
+            known.ids[row],
+            known.lines[row],
+            f"column dicom_id: no row of this image in {split.path.name}, so no split; {_AGAIN}",
+        )
 
     ids, subjects = np.frombuffer(split.ids, np.int64), np.frombuffer(split.subjects, np.int64)
     codes, lines = np.frombuffer(split.codes, np.int8), np.frombuffer(split.lines, np.int64)
@@ -255,7 +275,9 @@ def _rows(path: Path, columns: Sequence[str], nameless: list[Refusal]) -> Iterat
             header = [name.strip() for name in next(reader, [])]
             missing = [name for name in columns if name not in header]
             if missing:
-                raise ValueError(f"{path}: no column {', '.join(missing)}; the columns are {', '.join(header) or 'none'}; {_AGAIN}")
+                raise ValueError(
+                    f"{path}: no column {', '.join(missing)}; the columns are {', '.join(header) or 'none'}; {_AGAIN}"
+                )
             places = [header.index(name) for name in columns]
             for row in reader:
                 if len(row) == len(header):
@@ -282,13 +304,21 @@ def _is_number(text: str) -> bool:
 
 
 def _moment(day: str, time: str) -> int | None:
-    """20180506 and 93843.718 -> 20180506093843718; None for what is no date or time of day. Their dates are shifted to 2100 and later."""
+    """20180506 and 93843.718 -> 20180506093843718; None for what is no date or time of day. Their dates are shifted to
+    2100 and later.
+    """
     try:
         seconds = float(time)
         date(int(day[:4]), int(day[4:6]), int(day[6:]))
     except ValueError:
         return None
-    if len(day) != 8 or not _is_number(day) or not 0 <= seconds < 240000 or seconds % 100 >= 61 or seconds // 100 % 100 >= 60:
+    if (
+        len(day) != 8
+        or not _is_number(day)
+        or not 0 <= seconds < 240000
+        or seconds % 100 >= 61
+        or seconds // 100 % 100 >= 60
+    ):
         return None
     return int(day) * 10**9 + round(seconds * 1000)
 

@@ -1,7 +1,8 @@
 """In which order studies come: a pure function of seed and position.
 
-Positions count studies from the start of an endless stream of epochs. Where a run goes on needs nothing but the number of studies
-that it has consumed, whatever its ranks and batches were; a weighted stream needs its weights besides, which come from the data.
+Positions count studies from the start of an endless stream of epochs. Where a run goes on needs nothing but the number
+of studies that it has consumed, whatever its ranks and batches were; a weighted stream needs its weights besides, which
+come from the data.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class StudyOrder:
         return [self._epoch(position // self.count)[position % self.count] for position in range(start, start + length)]
 
     def share(self, start: int, *, batch_size: int, rank: int, world_size: int) -> list[int]:
-        """Of the batch at `start`, what one rank takes: a contiguous part, so that a study and its group are on one rank (trap 7)."""
+        """Of the batch at `start`, what one rank takes: a contiguous part, so that a study and its group are on one
+        rank (trap 7).
+        """
         own = batch_size // world_size
         return self.take(start + rank * own, own)
 
@@ -55,9 +58,11 @@ class StudyOrder:
 
 
 def _weighted_epoch(weights: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """As many draws as studies. A study of weight w comes n * w / sum(w) times, rounded down or up, its copies spread over the epoch.
+    """As many draws as studies. A study of weight w comes n * w / sum(w) times, rounded down or up, its copies spread
+    over the epoch.
 
-    Systematic resampling (Kitagawa 1996, doi:10.2307/1390750): one random offset, equal steps through the shuffled weights.
+    Systematic resampling (Kitagawa 1996, doi:10.2307/1390750): one random offset, equal steps through the shuffled
+    weights.
     """
     count = len(weights)
     shuffled = rng.permutation(count)
@@ -71,7 +76,8 @@ def _weighted_epoch(weights: NDArray[np.float64], rng: np.random.Generator) -> N
 
 
 def rare_finding_weights(classes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Repeat factors: a study comes as often as its rarest positive finding asks for, sqrt(0.1 / share), and at least as often as others.
+    """Repeat factors: a study comes as often as its rarest positive finding asks for, sqrt(0.1 / share), and at least
+    as often as others.
 
     Args:
         classes: [N, 14] classes of the training references.

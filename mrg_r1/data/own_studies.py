@@ -25,10 +25,12 @@ class Prepared:
 
 
 def prepare_manifest(source: Path, images: Path | None, output: Path, *, splits: Sequence[str] = SPLITS) -> Prepared:
-    """Write `manifest.jsonl`, `refused.jsonl` (id, split, reason, where), `reports.csv` and `reports_SPLIT.csv` into a folder.
+    """Write `manifest.jsonl`, `refused.jsonl` (id, split, reason, where), `reports.csv` and `reports_SPLIT.csv` into a
+    folder.
 
-    Every row becomes a study or a line of refused.jsonl. Of two rows with one id the first is taken. A study whose prior is not
-    among the kept ones is refused, as a manifest refers to its own studies alone. Interrupted, the same call goes on.
+    Every row becomes a study or a line of refused.jsonl. Of two rows with one id the first is taken. A study whose
+    prior is not among the kept ones is refused, as a manifest refers to its own studies alone. Interrupted, the same
+    call goes on.
 
     Args:
         source: CSV or JSONL, as `read_records` reads it.
@@ -38,15 +40,20 @@ def prepare_manifest(source: Path, images: Path | None, output: Path, *, splits:
 
     Raises:
         ManifestError: the source as a whole (see `read_records`).
-        ValueError: a folder made with other settings, a source that changed after an interrupted run, not one study that can be kept.
+        ValueError: a folder made with other settings, a source that changed after an interrupted run, not one study
+            that can be kept.
         OSError: a file cannot be read or written.
     """
     if source.is_dir():
         raise IsADirectoryError(f"{source}: a folder; give the CSV or JSONL file of the studies")
     if images is not None and not images.is_dir():
-        raise NotADirectoryError(f"{images}: no such folder of images; without --images paths are relative to the folder of {source.name}")
+        raise NotADirectoryError(
+            f"{images}: no such folder of images; without --images paths are relative to the folder of {source.name}"
+        )
     folder = (images or source.parent).absolute()
-    total = sum(1 for _ in read_records(source))  # finds what is wrong with the file as a whole before anything is written
+    total = sum(
+        1 for _ in read_records(source)
+    )  # finds what is wrong with the file as a whole before anything is written
     settings = {"dataset": "manifest", "source": str(source.absolute()), "images": str(folder), "splits": list(splits)}
     refuse_changed_sources(output, [source])
     with Conversion(output, settings) as conversion:
@@ -114,7 +121,9 @@ class _Rows:
                 del self._waiting[study.id]
                 self._settle_study(study, where, self._wrong_prior(study))
         for study, where in self._waiting.values():
-            self._settle_study(study, where, f"field `prior`: {study.prior!r} leads in a circle of priors; write null for the earliest")
+            self._settle_study(
+                study, where, f"field `prior`: {study.prior!r} leads in a circle of priors; write null for the earliest"
+            )
         # last: a second row must not pass for the first where a run is taken up again
         for repeat in self._repeats:
             self._conversion.refuse(*repeat)
@@ -137,7 +146,10 @@ class _Rows:
             return "field `prior`: a study cannot be its own prior; write null or an earlier study's id"
         if self._is_kept(prior):
             other = self._patient_of[prior]
-            wrong = f"field `prior`: {prior!r} is of patient {other!r}, not {study.patient_id!r}; write null or the right id"
+            wrong = (
+                f"field `prior`: {prior!r} is of patient {other!r}, not {study.patient_id!r}; write null or the "
+                "right id"
+            )
             return None if other == study.patient_id else wrong
         if prior in self._where:
             return f"field `prior`: {prior!r} was refused; mend that study, or write null"

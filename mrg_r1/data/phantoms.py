@@ -1,4 +1,6 @@
-"""`prepare phantom`: a manifest of rendered studies, with the drawn truth and the said labels kept apart (spec section 6)."""
+"""`prepare phantom`: a manifest of rendered studies, with the drawn truth and the said labels kept apart (spec section
+6).
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,10 @@ def write_phantoms(
     """Write a phantom dataset; an interrupted one is taken up where it stopped.
 
     Studies are numbered through the splits in their order, so that no two splits share one. The folder receives
-    `images/SPLIT/ID.png` (in `full` most often `ID-lateral.png` too), `manifest.jsonl`, `contact_sheet.png`, `reports.csv` and
-    `labels.csv` (`LABELER_TEXTS` texts of no split and what they say, for `labeler train`; every other one by `sample_balanced`),
-    `heldout_reports.csv` and `heldout_labels.csv` (`HELD_OUT_TEXTS` texts in the held-out wording), and `prepare.json`, the settings.
+    `images/SPLIT/ID.png` (in `full` most often `ID-lateral.png` too), `manifest.jsonl`, `contact_sheet.png`,
+    `reports.csv` and `labels.csv` (`LABELER_TEXTS` texts of no split and what they say, for `labeler train`; every
+    other one by `sample_balanced`), `heldout_reports.csv` and `heldout_labels.csv` (`HELD_OUT_TEXTS` texts in the
+    held-out wording), and `prepare.json`, the settings.
 
     Args:
         output: folder to write.
@@ -64,15 +67,26 @@ def write_phantoms(
             raise ValueError(f"split {name!r}: {count} studies; a split needs at least one")
     split_of = _numbered(preset, splits)
     images = 2 * len(split_of) if preset == "full" else len(split_of)
-    settings = {"dataset": "phantom", "preset": preset, "seed": seed, "side": side, "splits": [list(split) for split in splits.items()]}
-    settings["prevalence"] = [[OBSERVATIONS[observation], share] for observation, share in sorted((prevalence or {}).items())]
+    settings = {
+        "dataset": "phantom",
+        "preset": preset,
+        "seed": seed,
+        "side": side,
+        "splits": [list(split) for split in splits.items()],
+    }
+    settings["prevalence"] = [
+        [OBSERVATIONS[observation], share] for observation, share in sorted((prevalence or {}).items())
+    ]
     claim_folder(output, settings, images=images, seed=seed, side=side)
 
     manifest = output / "manifest.jsonl"
     if manifest.is_file() and all(image.path.is_file() for study in read_manifest(manifest) for image in study.images):
         return manifest
 
-    phantoms = [sample_study(preset, seed, index, prevalence=prevalence) for index in progress(split_of, "sampling", total=len(split_of))]
+    phantoms = [
+        sample_study(preset, seed, index, prevalence=prevalence)
+        for index in progress(split_of, "sampling", total=len(split_of))
+    ]
     paths = {phantom.index: _paths(output / "images" / split_of[phantom.index], phantom) for phantom in phantoms}
     renderings = [
         Rendering(path, phantom.shown, phantom.index, view, phantom.patient)
@@ -87,7 +101,10 @@ def write_phantoms(
     start += start % 2 if preset == "full" else 0
     held_out = (sample_study(preset, seed, index, wording="heldout") for index in range(start, start + HELD_OUT_TEXTS))
     start += HELD_OUT_TEXTS
-    taught = ((sample_balanced if index % 2 else sample_study)(preset, seed, index) for index in range(start, start + LABELER_TEXTS))
+    taught = (
+        (sample_balanced if index % 2 else sample_study)(preset, seed, index)
+        for index in range(start, start + LABELER_TEXTS)
+    )
     _write_texts(output, "", taught)
     _write_texts(output, "heldout_", held_out)
     (full_contact_sheet if preset == "full" else contact_sheet)(output / "contact_sheet.png", seed=seed)
@@ -96,7 +113,9 @@ def write_phantoms(
 
 
 def _numbered(preset: str, splits: Mapping[str, int]) -> dict[int, str]:
-    """Study number -> its split. In `full` every split begins at an even number, so that a patient's two studies share theirs."""
+    """Study number -> its split. In `full` every split begins at an even number, so that a patient's two studies share
+    theirs.
+    """
     split_of: dict[int, str] = {}
     start = 0
     for name, count in splits.items():
@@ -111,7 +130,9 @@ def _study_id(index: int) -> str:
 
 def _paths(folder: Path, phantom: PhantomStudy) -> list[Path]:
     """Where the views of a study go, the frontal one first."""
-    return [folder / f"{_study_id(phantom.index)}{'' if view == 'frontal' else f'-{view}'}.png" for view in phantom.views]
+    return [
+        folder / f"{_study_id(phantom.index)}{'' if view == 'frontal' else f'-{view}'}.png" for view in phantom.views
+    ]
 
 
 def _study(phantom: PhantomStudy, split: str, paths: Sequence[Path]) -> Study:
@@ -133,6 +154,10 @@ def _study(phantom: PhantomStudy, split: str, paths: Sequence[Path]) -> Study:
 
 def _write_texts(output: Path, prefix: str, phantoms: Iterable[PhantomStudy]) -> None:
     by_id = {_study_id(phantom.index): phantom for phantom in phantoms}
-    write_reports_csv(output / f"{prefix}reports.csv", {study_id: phantom.report for study_id, phantom in by_id.items()})
-    labels: dict[str, Sequence[int]] = {study_id: classes_of_values(phantom.said) for study_id, phantom in by_id.items()}
+    write_reports_csv(
+        output / f"{prefix}reports.csv", {study_id: phantom.report for study_id, phantom in by_id.items()}
+    )
+    labels: dict[str, Sequence[int]] = {
+        study_id: classes_of_values(phantom.said) for study_id, phantom in by_id.items()
+    }
     write_labels_csv(output / f"{prefix}labels.csv", labels)

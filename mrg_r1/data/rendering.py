@@ -57,8 +57,12 @@ def claim_folder(output: Path, settings: Mapping[str, Any], *, images: int, seed
         ValueError: a seed or side that cannot be rendered, or as `claim_settings`.
         OSError: as `claim_settings`.
     """
-    render([None] * len(OBSERVATIONS), seed=seed, index=0, side=side)  # refuses what it cannot draw before the folder is touched
-    claim_settings(output, settings, room=images * (side * side + 4096))  # noise: about a byte a pixel, and the rest of the last block
+    render(
+        [None] * len(OBSERVATIONS), seed=seed, index=0, side=side
+    )  # refuses what it cannot draw before the folder is touched
+    claim_settings(
+        output, settings, room=images * (side * side + 4096)
+    )  # noise: about a byte a pixel, and the rest of the last block
 
 
 def claim_settings(output: Path, settings: Mapping[str, Any], *, room: int = 0) -> None:
@@ -66,8 +70,8 @@ def claim_settings(output: Path, settings: Mapping[str, Any], *, room: int = 0) 
 
     Args:
         output: the folder; made if absent.
-        settings: JSON values that the content depends on; None where nothing depends on it yet, to be settled by a later run.
-            The package's version is added.
+        settings: JSON values that the content depends on; None where nothing depends on it yet, to be settled by a
+            later run. The package's version is added.
         room: bytes that will be written at most.
 
     Raises:
@@ -84,14 +88,21 @@ def claim_settings(output: Path, settings: Mapping[str, Any], *, room: int = 0) 
         keys = [key for key in settings if found.get(key) is not None and found[key] != settings[key]]
         if keys:
             differing = "; ".join(f"`{key}` was {found.get(key)!r}, asked for {settings.get(key)!r}" for key in keys)
-            raise ValueError(f"{output}: made with other settings ({differing}); choose another output or remove the folder")
+            raise ValueError(
+                f"{output}: made with other settings ({differing}); choose another output or remove the folder"
+            )
     elif any((output / name).exists() for name in ("manifest.jsonl", "images")):
-        raise ValueError(f"{output}: holds a manifest or images but no {SETTINGS_FILE}; choose another output or remove the folder")
+        raise ValueError(
+            f"{output}: holds a manifest or images but no {SETTINGS_FILE}; choose another output or remove the folder"
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(output).free
         if free < room:
-            raise OSError(f"needs {room / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; free some or choose another output")
+            raise OSError(
+                f"needs {room / 1e6:,.0f} MB, the disk has {free / 1e6:,.0f} MB free; free some or choose another "
+                "output"
+            )
         write_json(path, settings)
     except OSError as error:
         raise OSError(f"{output}: cannot be written: {error.strerror or error}") from error
@@ -136,7 +147,9 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _begin_worker() -> None:
-    """A pool's worker waits for its next chunk on a pipe that it holds open itself, so it would outlive a parent that is killed."""
+    """A pool's worker waits for its next chunk on a pipe that it holds open itself, so it would outlive a parent that
+    is killed.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _keep_memory()
 
@@ -149,10 +162,12 @@ def _end_with_parent() -> None:
 
 
 def _keep_memory() -> None:
-    """Let glibc keep the blocks that renderings allocate and free all the time, instead of asking the system for each anew.
+    """Let glibc keep the blocks that renderings allocate and free all the time, instead of asking the system for each
+    anew.
 
-    By mallopt(3) blocks from M_MMAP_THRESHOLD, at first 128 KiB, are mapped and unmapped one by one, and freeing a larger one
-    raises the threshold to its size. Fresh pages were half of a rendering's time. Harmless with another C library.
+    By mallopt(3) blocks from M_MMAP_THRESHOLD, at first 128 KiB, are mapped and unmapped one by one, and freeing a
+    larger one raises the threshold to its size. Fresh pages were half of a rendering's time. Harmless with another C
+    library.
     """
     np.empty(_KEPT, dtype=np.uint8)
 
@@ -167,7 +182,9 @@ def _render(rendering: Rendering, *, seed: int, side: int) -> None:
     if rendering.view is None:
         pixels = render(rendering.drawn, seed=seed, index=rendering.index, side=side)
     else:
-        pixels = render_view(rendering.drawn, rendering.view, seed=seed, index=rendering.index, patient=rendering.patient, side=side)
+        pixels = render_view(
+            rendering.drawn, rendering.view, seed=seed, index=rendering.index, patient=rendering.patient, side=side
+        )
     temporary = rendering.path.with_name(f"{rendering.path.name}.{os.getpid()}.tmp")
     try:
         Image.fromarray(pixels).save(temporary, format="PNG", compress_level=_COMPRESSION)

@@ -15,7 +15,9 @@ class Row:
     """One record of a table."""
 
     where: str  # "FILE, line N": the line on which the record begins
-    values: dict[str, str]  # by column name, in lower case and without white space around it; empty where `fault` is given
+    values: dict[
+        str, str
+    ]  # by column name, in lower case and without white space around it; empty where `fault` is given
     fault: str | None = None  # what is wrong with the row as a whole, and the remedy
 
 
@@ -36,7 +38,12 @@ def check_utf8(path: Path) -> None:
                 found = f"{path}, line {number}: byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8"
                 raise ManifestError([f"{found}, perhaps the file is Windows-1252; save it as UTF-8"]) from error
             if "\0" in text:
-                raise ManifestError([f"{path}, line {number}: a NUL character; this is not a text file, or it is damaged: save it again"])
+                raise ManifestError(
+                    [
+                        f"{path}, line {number}: a NUL character; this is not a text file, or it is damaged: save "
+                        "it again"
+                    ]
+                )
 
 
 def csv_columns(path: Path) -> list[str]:
@@ -51,7 +58,9 @@ def csv_columns(path: Path) -> list[str]:
         try:
             header = next(csv.reader(file, strict=True), [])
         except csv.Error as error:
-            raise ManifestError([f"{path}, line 1: {error}; the first line names the columns, separated by commas"]) from error
+            raise ManifestError(
+                [f"{path}, line 1: {error}; the first line names the columns, separated by commas"]
+            ) from error
     columns = [name.strip().lower() for name in header]
     if not any(columns):
         raise ManifestError([f"{path}: no header; the first line names the columns, separated by commas"])
@@ -74,8 +83,12 @@ def read_csv(path: Path, required: Sequence[str]) -> Iterator[Row]:
     columns = csv_columns(path)
     if missing := [name for name in required if name not in columns]:
         marks = (mark for mark in (";", "\t") if mark in columns[0])
-        remedy = next((f"separated by {mark!r}? Save it with commas" for mark in marks), "rename a column, or give the right file")
-        raise ManifestError([f"{path}, line 1: no column {', '.join(f'`{name}`' for name in missing)}; it has {columns}; {remedy}"])
+        remedy = next(
+            (f"separated by {mark!r}? Save it with commas" for mark in marks), "rename a column, or give the right file"
+        )
+        raise ManifestError(
+            [f"{path}, line 1: no column {', '.join(f'`{name}`' for name in missing)}; it has {columns}; {remedy}"]
+        )
     with open(path, newline="", encoding="utf-8-sig") as file:
         # strict: an open quote would else swallow the rest of the file into one field
         reader = csv.reader(file, strict=True)

@@ -4,11 +4,13 @@ Nothing is guessed from the wording of sentences. What decides is where a headin
 
 - at a line's start with a colon, in capitals or beginning with one (`FINDINGS:`, `Impression:`);
 - alone on its line in capitals, and `Findings` and `Impression` also in small letters;
-- in capitals at a line's start without a colon, where what follows is not all capitals (`FINDINGS The lungs are clear.`);
+- in capitals at a line's start without a colon, where what follows is not all capitals (`FINDINGS The lungs are
+  clear.`);
 - in capitals with a colon behind a sentence's end or two blanks (`... clear.  IMPRESSION: Normal.`).
 
-Headings that are merged (`FINDINGS AND IMPRESSION:`, `COMPARISON/TECHNIQUE:`) open one section, of the first of findings, impression and
-the rest that is among them. Other words with a colon (`LUNGS:`) belong to the section that they stand in.
+Headings that are merged (`FINDINGS AND IMPRESSION:`, `COMPARISON/TECHNIQUE:`) open one section, of the first of
+findings, impression and the rest that is among them. Other words with a colon (`LUNGS:`) belong to the section that
+they stand in.
 """
 
 from __future__ import annotations
@@ -21,11 +23,32 @@ _HEADINGS = {
     "findings": ("FINDINGS", "FINDING", "RADIOGRAPHIC FINDINGS", "CHEST FINDINGS"),
     "impression": ("IMPRESSION", "IMPRESSIONS", "CONCLUSION", "CONCLUSIONS"),
     "indication": (
-        *("INDICATION", "INDICATIONS", "CLINICAL INDICATION", "CLINICAL INDICATIONS", "HISTORY", "CLINICAL HISTORY", "PATIENT HISTORY"),
-        *("CLINICAL INFORMATION", "REASON FOR EXAM", "REASON FOR EXAMINATION", "REASON FOR THE EXAM", "REASON FOR THE EXAMINATION"),
+        *(
+            "INDICATION",
+            "INDICATIONS",
+            "CLINICAL INDICATION",
+            "CLINICAL INDICATIONS",
+            "HISTORY",
+            "CLINICAL HISTORY",
+            "PATIENT HISTORY",
+        ),
+        *(
+            "CLINICAL INFORMATION",
+            "REASON FOR EXAM",
+            "REASON FOR EXAMINATION",
+            "REASON FOR THE EXAM",
+            "REASON FOR THE EXAMINATION",
+        ),
         *("REASON FOR STUDY", "REASON FOR THE STUDY"),
     ),
-    "comparison": ("COMPARISON", "COMPARISONS", "COMPARISON STUDY", "COMPARISON STUDIES", "COMPARISON EXAM", "COMPARISON FILM"),
+    "comparison": (
+        "COMPARISON",
+        "COMPARISONS",
+        "COMPARISON STUDY",
+        "COMPARISON STUDIES",
+        "COMPARISON EXAM",
+        "COMPARISON FILM",
+    ),
     "technique": ("TECHNIQUE", "PROCEDURE"),
     "examination": ("EXAMINATION", "EXAM", "STUDY", "TYPE OF EXAMINATION", "TYPE OF EXAM"),
     "recommendation": ("RECOMMENDATION", "RECOMMENDATIONS"),
@@ -39,7 +62,9 @@ _RANK = {name: rank for rank, name in enumerate(_HEADINGS)}
 _ONE_PARAGRAPH = ("indication", "comparison", "technique", "examination", "body")
 
 _WORDS = "|".join(re.escape(heading).replace(r"\ ", r"\s+") for heading in sorted(_SECTION_OF, key=len, reverse=True))
-_MERGED = rf"(?:{_WORDS})(?:\(S\))?(?:\s*(?:[,/&]|\bAND\b)\s*(?:{_WORDS})(?:\(S\))?)*(?!\w)(?:\s*#?\s*\d+(?=\s*:|\s*$))?"
+_MERGED = (
+    rf"(?:{_WORDS})(?:\(S\))?(?:\s*(?:[,/&]|\bAND\b)\s*(?:{_WORDS})(?:\(S\))?)*(?!\w)(?:\s*#?\s*\d+(?=\s*:|\s*$))?"
+)
 _AT_START = re.compile(rf"(?P<heading>{_MERGED})(?P<colon>\s*:)?", re.IGNORECASE)
 _WITHIN = re.compile(rf"(?:(?<=[.!?:;)\]_]\s)|(?<=\s\s))(?:{_MERGED})\s*:")
 _VIEW = (
@@ -64,7 +89,9 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """What a report's sections say; None where there is none or it is empty. Sections of one kind are joined in their order."""
+    """What a report's sections say; None where there is none or it is empty. Sections of one kind are joined in their
+    order.
+    """
 
     findings: str | None
     impression: str | None
@@ -77,9 +104,10 @@ class Report:
 def read_report(text: str) -> Report:
     """Read a report's sections.
 
-    Findings and impression hold what stands under their headings and nothing else: addenda, wet reads before a FINAL REPORT,
-    recommendations and notifications have sections of their own. Where no heading says FINDINGS, the text under the title of a view
-    (`PORTABLE CHEST: There is ...`) is taken for it if it has at least five words. Text under FINDINGS AND IMPRESSION is findings.
+    Findings and impression hold what stands under their headings and nothing else: addenda, wet reads before a FINAL
+    REPORT, recommendations and notifications have sections of their own. Where no heading says FINDINGS, the text under
+    the title of a view (`PORTABLE CHEST: There is ...`) is taken for it if it has at least five words. Text under
+    FINDINGS AND IMPRESSION is findings.
 
     Args:
         text: any text.
@@ -93,19 +121,26 @@ def read_report(text: str) -> Report:
     impression = _joined(sections, "impression")
     last = None
     if findings is None and impression is None:
-        last = next((section.text for section in reversed(sections) if section.name == "body" and _is_narrative(section.text)), None)
+        last = next(
+            (section.text for section in reversed(sections) if section.name == "body" and _is_narrative(section.text)),
+            None,
+        )
     return Report(
         findings=findings,
         impression=impression,
         indication=_joined(sections, "indication"),
         comparison=_joined(sections, "comparison"),
-        combined=any(section.name == "findings" and re.search("impression|conclusion", section.heading, re.I) for section in sections),
+        combined=any(
+            section.name == "findings" and re.search("impression|conclusion", section.heading, re.I)
+            for section in sections
+        ),
         last_paragraph=last,
     )
 
 
 def split_sections(text: str) -> list[Section]:
-    """Cut a report at its headings, banners (FINAL REPORT, FINAL ADDENDUM), separating lines, and blank lines that end a section.
+    """Cut a report at its headings, banners (FINAL REPORT, FINAL ADDENDUM), separating lines, and blank lines that end
+    a section.
 
     Between WET READ and FINAL REPORT nothing counts as a heading: what stands there is preliminary.
 

@@ -1,6 +1,7 @@
 """The manifest: one study a line of JSON (spec section 7), read strictly so that bad data is refused before training.
 
-A file enters, `Study` objects leave; `write_manifest` is the way back. Nothing here opens an image except `check_images`.
+A file enters, `Study` objects leave; `write_manifest` is the way back. Nothing here opens an image except
+`check_images`.
 """
 
 from __future__ import annotations
@@ -49,9 +50,10 @@ def read_manifest(path: Path, *, split: str | None = None, references: bool = Tr
         The studies in file order, at least one, image paths absolute.
 
     Raises:
-        ManifestError: a line that is not a JSON object, unknown or missing keys, values of the wrong type, an empty report,
-            a study without images, labels that are not 14 of 1, 0, -1 and null, an id that stands twice, a `prior` that is
-            missing or another patient's, no study in the file or the split. Names file, line, study, field, value and remedy.
+        ManifestError: a line that is not a JSON object, unknown or missing keys, values of the wrong type, an empty
+            report, a study without images, labels that are not 14 of 1, 0, -1 and null, an id that stands twice, a
+            `prior` that is missing or another patient's, no study in the file or the split. Names file, line, study,
+            field, value and remedy.
         OSError: the file cannot be read.
     """
     folder = path.absolute().parent
@@ -76,7 +78,9 @@ def read_manifest(path: Path, *, split: str | None = None, references: bool = Tr
             if isinstance(study_id, str):
                 where += f", study {study_id!r}"
                 if study_id in line_of:
-                    problems.append(f"{where}, field `id`: stands on line {line_of[study_id]} too; give every study its own id")
+                    problems.append(
+                        f"{where}, field `id`: stands on line {line_of[study_id]} too; give every study its own id"
+                    )
                     continue
                 line_of[study_id] = number
             if fault := _wrong_keys(record):
@@ -101,7 +105,10 @@ def read_manifest(path: Path, *, split: str | None = None, references: bool = Tr
             problems.append(f"{where}: no study {study.prior!r} in this file; add it or write null")
         elif study.prior in patient_of and patient_of[study.prior] != study.patient_id:
             other = patient_of[study.prior]
-            problems.append(f"{where}: {study.prior!r} is of patient {other!r}, not {study.patient_id!r}; write null or the right id")
+            problems.append(
+                f"{where}: {study.prior!r} is of patient {other!r}, not {study.patient_id!r}; write null or the "
+                "right id"
+            )
     if problems:
         raise ManifestError(problems)
     if not studies:
@@ -135,7 +142,8 @@ def manifest_line(study: Study, folder: Path) -> str:
     """One study as the line, without its end, of a manifest in `folder`: image paths relative to it.
 
     Raises:
-        ManifestError: what `read_manifest` would not read back, such as an empty report; one line a fault, naming the field.
+        ManifestError: what `read_manifest` would not read back, such as an empty report; one line a fault, naming the
+            field.
     """
     record = _record_of(study, folder)
     line = json.dumps(record, ensure_ascii=False)
@@ -191,12 +199,17 @@ def _wrong_keys(record: dict[str, Any]) -> str | None:
     unknown, missing = sorted(record.keys() - KEYS), sorted(KEYS - record.keys())
     if not unknown and not missing:
         return None
-    parts = [f"unknown keys {unknown}"] * bool(unknown) + [f"missing keys {missing} (null where not known)"] * bool(missing)
+    parts = [f"unknown keys {unknown}"] * bool(unknown) + [f"missing keys {missing} (null where not known)"] * bool(
+        missing
+    )
     return f"{', '.join(parts)}; a study has exactly the keys {sorted(KEYS)}"
 
 
-def study_of_record(record: dict[str, Any], folder: Path, *, references: bool = True) -> tuple[Study | None, list[tuple[str, str]]]:
-    """A record with exactly the keys `KEYS` as a Study, image paths relative to `folder`; or None, with its faults as field and message.
+def study_of_record(
+    record: dict[str, Any], folder: Path, *, references: bool = True
+) -> tuple[Study | None, list[tuple[str, str]]]:
+    """A record with exactly the keys `KEYS` as a Study, image paths relative to `folder`; or None, with its faults as
+    field and message.
 
     Args:
         references: as in `read_manifest`.
@@ -211,9 +224,17 @@ def study_of_record(record: dict[str, Any], folder: Path, *, references: bool = 
         if value is None and (key in _OPTIONAL_TEXT_KEYS or (key == "report" and not references)):
             continue
         if value is None and key == "report":
-            refuse(key, "null is not a string; write the text or take the study out (only `launch/evaluate.py` takes studies without)")
+            refuse(
+                key,
+                "null is not a string; write the text or take the study out (only `launch/evaluate.py` takes "
+                "studies without)",
+            )
         elif not isinstance(value, str):
-            refuse(key, f"{_shown(value)} is not a string; write it in quotes{' or null' if key in _OPTIONAL_TEXT_KEYS else ''}")
+            refuse(
+                key,
+                f"{_shown(value)} is not a string; write it in "
+                f"quotes{' or null' if key in _OPTIONAL_TEXT_KEYS else ''}",
+            )
         elif key in _TEXT_KEYS and not value.strip():
             remedy = "write the text to learn or take the study out" if key == "report" else "give it a value"
             refuse(key, f"empty ({value!r}); {remedy}")
@@ -281,7 +302,9 @@ def _record_of(study: Study, folder: Path) -> dict[str, Any]:
     return {
         "id": study.id,
         "patient_id": study.patient_id,
-        "images": [{"path": Path(os.path.relpath(image.path, folder)).as_posix(), "view": image.view} for image in study.images],
+        "images": [
+            {"path": Path(os.path.relpath(image.path, folder)).as_posix(), "view": image.view} for image in study.images
+        ],
         "findings": study.findings,
         "impression": study.impression,
         "indication": study.indication,

@@ -1,4 +1,6 @@
-"""Studies of one's own, a row each of a CSV or JSONL file, as `Study` objects (spec section 7); one bad row costs one study."""
+"""Studies of one's own, a row each of a CSV or JSONL file, as `Study` objects (spec section 7); one bad row costs one
+study.
+"""
 
 from __future__ import annotations
 
@@ -48,8 +50,8 @@ def read_records(path: Path) -> Iterator[Record]:
     """Every row of a CSV or JSONL file, streamed; which of the two it is, is seen from the content.
 
     Raises:
-        ManifestError: the file as a whole: a JSON array, a spreadsheet, and in a CSV text that is not UTF-8, broken quotes,
-            missing columns, some but not all of the observations' columns.
+        ManifestError: the file as a whole: a JSON array, a spreadsheet, and in a CSV text that is not UTF-8, broken
+            quotes, missing columns, some but not all of the observations' columns.
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
@@ -68,7 +70,9 @@ def read_records(path: Path) -> Iterator[Record]:
     observations = [name for name in OBSERVATIONS if name.lower() in columns]
     if observations and len(observations) < len(OBSERVATIONS):
         missing = [name for name in OBSERVATIONS if name not in observations]
-        raise ManifestError([f"{path}, line 1: missing observation columns {missing}; all {len(OBSERVATIONS)} are needed, or none"])
+        raise ManifestError(
+            [f"{path}, line 1: missing observation columns {missing}; all {len(OBSERVATIONS)} are needed, or none"]
+        )
     if observations and "labels" in columns:
         raise ManifestError([f"{path}, line 1: a column `labels` and the observations' columns; keep one of the two"])
     for row in read_csv(path, REQUIRED):
@@ -113,7 +117,9 @@ def _json_record(where: str, line: bytes) -> Record:
     try:
         values = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_without_repeats)
     except UnicodeDecodeError as error:
-        return Record(where, {}, f"byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8; save the file as UTF-8")
+        return Record(
+            where, {}, f"byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8; save the file as UTF-8"
+        )
     except json.JSONDecodeError as error:
         return Record(where, {}, f"broken JSON ({error.msg} at column {error.colno}); mend or remove the line")
     except (RowError, RecursionError) as error:
@@ -131,20 +137,26 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _images(cell: Any, views: Any) -> Any:
-    """The field `images` as a manifest has it. A cell: paths separated by `;` or `|`, each perhaps after `frontal:` or `lateral:`."""
+    """The field `images` as a manifest has it. A cell: paths separated by `;` or `|`, each perhaps after `frontal:` or
+    `lateral:`.
+    """
     if isinstance(cell, str):
         cell = [part.strip() for part in cell.replace("|", ";").split(";")]
         if cell == [""]:
             raise RowError("field `images`: empty; name the study's radiographs")
         if "" in cell:
-            raise RowError("field `images`: a `;` or `|` with nothing beside it; name a file there or take the mark out")
+            raise RowError(
+                "field `images`: a `;` or `|` with nothing beside it; name a file there or take the mark out"
+            )
     if not isinstance(cell, list):
         return cell  # refused by `study_of_record`, which names the value
     images = [_image(item) for item in cell]
     given = _views(views, len(images))
     for number, (image, view) in enumerate(zip(images, given, strict=True)):
         if isinstance(image, dict) and view is not None and image.get("view") not in (None, view):
-            raise RowError(f"field `view`: {view!r} for image {number + 1}, whose field `images` says {image['view']!r}; keep one")
+            raise RowError(
+                f"field `view`: {view!r} for image {number + 1}, whose field `images` says {image['view']!r}; keep one"
+            )
         if isinstance(image, dict) and view is not None:
             image["view"] = view
     return images
@@ -167,7 +179,9 @@ def _views(views: Any, count: int) -> Sequence[str | None]:
         return [None] * count
     parts = views.replace("|", ";").split(";") if isinstance(views, str) else views
     if not isinstance(parts, list) or not all(part is None or isinstance(part, str) for part in parts):
-        raise RowError(f"field `view`: {_shown(views)}; write frontal, lateral or nothing, one an image, separated by `;`")
+        raise RowError(
+            f"field `view`: {_shown(views)}; write frontal, lateral or nothing, one an image, separated by `;`"
+        )
     names = [(part or "").strip().lower() or None for part in parts]
     if wrong := [name for name in names if name not in VIEWS]:
         raise RowError(f"field `view`: {wrong[0]!r}; write frontal, lateral or nothing, one an image, separated by `;`")
@@ -181,14 +195,18 @@ def _labels(values: dict[str, Any]) -> Any:
     if OBSERVATIONS[0].lower() in values:
         cells = [values[name].strip() for name in _OBSERVATION_COLUMNS]
         if wrong := [(name, cell) for name, cell in zip(OBSERVATIONS, cells, strict=True) if cell not in _LABEL_VALUES]:
-            raise RowError(f"field `{wrong[0][0]}`: {wrong[0][1]!r}; write 1 (positive), 0 (negative), -1 (uncertain) or nothing")
+            raise RowError(
+                f"field `{wrong[0][0]}`: {wrong[0][1]!r}; write 1 (positive), 0 (negative), -1 (uncertain) or nothing"
+            )
         return {"said": [_LABEL_VALUES[cell] for cell in cells] if any(cells) else None, "drawn": None}
     labels = values.get("labels")
     if isinstance(labels, str) and labels.strip():
         try:
             labels = json.loads(labels)
         except (ValueError, RecursionError) as error:
-            raise RowError(f"field `labels`: {_shown(labels)} is not JSON ({error}); write 14 values as a list") from error
+            raise RowError(
+                f"field `labels`: {_shown(labels)} is not JSON ({error}); write 14 values as a list"
+            ) from error
     if labels is None or labels == "":
         return {"said": None, "drawn": None}
     return {"said": labels, "drawn": None} if isinstance(labels, list) else labels

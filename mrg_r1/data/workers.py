@@ -1,7 +1,7 @@
 """Radiographs into patches, here or in processes of their own that work ahead of the device.
 
-Decoding and resizing take the interpreter lock from the thread that drives the device; in other processes they do not. What comes
-back is the same to the last bit, in the same order, however many there are: nothing here is random.
+Decoding and resizing take the interpreter lock from the thread that drives the device; in other processes they do not.
+What comes back is the same to the last bit, in the same order, however many there are: nothing here is random.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from mrg_r1.types import Study
 _IN_FLIGHT = 2
 _CLOSING_SECONDS = 5.0
 
-Patches = tuple[Tensor, Tensor]  # [patches, channels * 2 * 14 * 14] float32 of a study's images; [images, 3] int64 grids
+Patches = tuple[
+    Tensor, Tensor
+]  # [patches, channels * 2 * 14 * 14] float32 of a study's images; [images, 3] int64 grids
 
 
 class WorkerError(RuntimeError):
@@ -52,8 +54,8 @@ class ImageReader:
 
     Args:
         image_processor: PIL images -> patches and grids.
-        workers: processes that read; 0 reads in the calling thread. They start with the first batch, know nothing of CUDA, and end
-            with this process however it ends.
+        workers: processes that read; 0 reads in the calling thread. They start with the first batch, know nothing of
+            CUDA, and end with this process however it ends.
     """
 
     def __init__(self, image_processor: Any, *, workers: int = 0) -> None:
@@ -77,7 +79,9 @@ class ImageReader:
                 atexit.register(self.close)  # before multiprocessing's own, which would wait for them
             try:
                 answers = self._spread(tasks)
-            except BaseException:  # answers to this batch may still be under way: the next batch must not take them for its own
+            except (
+                BaseException
+            ):  # answers to this batch may still be under way: the next batch must not take them for its own
                 self.close()
                 raise
         for answer in answers:
@@ -124,7 +128,9 @@ class _Worker:
         context = mp.get_context("spawn")
         ours, theirs = context.Pipe()
         begun = torch.zeros(1, dtype=torch.int64).share_memory_()
-        process = context.Process(target=_work, args=(theirs, begun, image_processor), name=f"images-{number}", daemon=True)
+        process = context.Process(
+            target=_work, args=(theirs, begun, image_processor), name=f"images-{number}", daemon=True
+        )
         process.start()
         theirs.close()  # the worker's end is its own alone, so that either side sees the other go
         return cls(process, ours, number, begun)
@@ -152,7 +158,10 @@ class _Worker:
             return answer
         if isinstance(answer, str):
             files = ", ".join(map(str, paths))
-            return WorkerError(f"study {study_id!r}: image worker {self.number} (process {self.process.pid}) failed on {files}\n{answer}")
+            return WorkerError(
+                f"study {study_id!r}: image worker {self.number} (process {self.process.pid}) failed on "
+                f"{files}\n{answer}"
+            )
         pixels, grids = answer
         return pixels.clone(), grids.clone()  # shared memory is given back at once
 
@@ -163,18 +172,28 @@ class _Worker:
         if code is not None and code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
             remedy = {
-                signal.SIGKILL: "the kernel kills so where memory runs out: lower data.workers or data.max_pixels, or ask for more memory",
-                signal.SIGBUS: "shared memory is full: give /dev/shm more room (docker: --shm-size), or set data.workers=0",
+                signal.SIGKILL: "the kernel kills so where memory runs out: lower data.workers or data.max_pixels, "
+                "or ask for more memory",
+                signal.SIGBUS: "shared memory is full: give /dev/shm more room (docker: --shm-size), or set "
+                "data.workers=0",
             }.get(signal.Signals(-code), "set data.workers=0 to read in the rank itself")
         # an answer can be lost with its sender, so the oldest task is not always the one that it was at
         study_id, paths = self.given[max(int(self.begun) - self.answered - 1, 0)]
         files = ", ".join(map(str, paths))
-        return WorkerError(f"study {study_id!r}: image worker {self.number} (process {self.process.pid}) {how} at {files}; {remedy}")
+        return WorkerError(
+            f"study {study_id!r}: image worker {self.number} (process {self.process.pid}) {how} at {files}; {remedy}"
+        )
 
 
 def _work(connection: Connection, begun: Tensor, image_processor: Any) -> None:
-    """A worker's life: a study in, its patches out, until the rank's end of the pipe closes, as it does however the rank ends."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # signals to a whole job: the rank finishes its step and needs images
+    """A worker's life: a study in, its patches out, until the rank's end of the pipe closes, as it does however the
+    rank ends.
+    """
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # signals to a whole job: the rank finishes its step and needs images
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     while True:

@@ -45,25 +45,37 @@ def recipe_findings(recipe: Recipe, *, task: Task, world_size: int, devices: lis
         found, _ = read_splits(recipe)
         splits.update(found)
         names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
-        return f"{recipe.data.manifest}: " + ", ".join(f"{len(part)} studies in {names[name]!r}" for name, part in found.items())
+        return f"{recipe.data.manifest}: " + ", ".join(
+            f"{len(part)} studies in {names[name]!r}" for name, part in found.items()
+        )
 
-    findings = [examined("recipe", numbers), examined("deepspeed", lambda: _deepspeed(recipe, task)), examined("data", data)]
+    findings = [
+        examined("recipe", numbers),
+        examined("deepspeed", lambda: _deepspeed(recipe, task)),
+        examined("data", data),
+    ]
     if splits:
         findings.append(examined("images", lambda: _first_images(splits)))
     place = Place(world_size, min(world_size, len(devices)) if devices else world_size, devices, len(devices))
     images = most_images([study for part in splits.values() for study in part])
     findings += static_findings(recipe, task=task, place=place, images=images)
-    findings += [examined("output_dir", lambda: f"{recipe.output_dir} can be written ({check_output(recipe)} is there)")]
+    findings += [
+        examined("output_dir", lambda: f"{recipe.output_dir} can be written ({check_output(recipe)} is there)")
+    ]
     if findings[-1].state == "ok":
         findings.append(examined("disk", lambda: check_disk(recipe, check_output(recipe))))
     return [*findings, wandb_finding(recipe)]
 
 
 def launch_findings(recipe: Recipe, *, task: Task, ranks: Ranks, studies: dict[str, list[Study]]) -> list[Finding]:
-    """What a launch looks at besides its own checks, on its first rank: packages, the policy's and the labeler's files, memory."""
+    """What a launch looks at besides its own checks, on its first rank: packages, the policy's and the labeler's files,
+    memory.
+    """
     # its own device only: a look at another one would take memory there
     devices = cuda_devices([ranks.device.index]) if ranks.device.type == "cuda" else []
-    place = Place(world_size=ranks.world_size, here=ranks.node.size, devices=devices, gpus=torch.cuda.device_count(), started=True)
+    place = Place(
+        world_size=ranks.world_size, here=ranks.node.size, devices=devices, gpus=torch.cuda.device_count(), started=True
+    )
     images = most_images([study for part in studies.values() for study in part])
     return [*package_findings(), *static_findings(recipe, task=task, place=place, images=images), wandb_finding(recipe)]
 
@@ -77,7 +89,10 @@ def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
     findings = [examined("policy", lambda: _policy(recipe)), examined("tokenizer", lambda: _tokenizer(recipe))]
     if recipe.phases != "update":
         reward = recipe.reward
-        findings += [examined("labeler", lambda: check_labeler(reward.labeler, reward.tokenizer)), device_of_labeler(recipe, place.gpus)]
+        findings += [
+            examined("labeler", lambda: check_labeler(reward.labeler, reward.tokenizer)),
+            device_of_labeler(recipe, place.gpus),
+        ]
     if findings[0].state == "ok" and recipe.engine.deepspeed.is_file():
         findings += memory_findings(recipe, task=task, place=place, images=images)
     return findings
@@ -111,14 +126,18 @@ def _policy(recipe: Recipe) -> str:
     shape, tensors = PolicyShape.of_directory(path), [tensor for file in read_layout(path).values() for tensor in file]
     elements = sum(_elements(tensor.shape) for tensor in tensors)
     if recipe.policy.adapter is not None and not (recipe.policy.adapter / "adapter_config.json").is_file():
-        raise RecipeError(f"policy.adapter {recipe.policy.adapter}: no adapter_config.json there; give the adapter/ folder of a run")
+        raise RecipeError(
+            f"policy.adapter {recipe.policy.adapter}: no adapter_config.json there; give the adapter/ folder of a run"
+        )
     spare = shape.vocabulary * shape.hidden if shape.tied else 0  # a tied head may be stored twice
     if not shape.parameters <= elements <= shape.parameters + spare:
         raise RecipeError(
-            f"policy.path {path}: its safetensors hold {elements:,} numbers, config.json describes {shape.parameters:,}; "
-            "the download is incomplete or of two checkpoints, fetch it again"
+            f"policy.path {path}: its safetensors hold {elements:,} numbers, config.json describes "
+            f"{shape.parameters:,}; the download is incomplete or of two checkpoints, fetch it again"
         )
-    return f"{path}: {elements / 1e9:.3f} billion parameters in {len({tensor.file for tensor in tensors})} file(s), whole"
+    return (
+        f"{path}: {elements / 1e9:.3f} billion parameters in {len({tensor.file for tensor in tensors})} file(s), whole"
+    )
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -135,12 +154,16 @@ def _tokenizer(recipe: Recipe) -> str:
     try:
         words = load_tokenizer(path)
         image = json.loads((path / "config.json").read_text(encoding="utf-8")).get("image_token_id")
-        if words.convert_tokens_to_ids(_IMAGE_TOKEN) != image:  # transformers makes an empty tokenizer where there are no files
+        if (
+            words.convert_tokens_to_ids(_IMAGE_TOKEN) != image
+        ):  # transformers makes an empty tokenizer where there are no files
             raise ValueError(f"its {_IMAGE_TOKEN} is not token {image}, as config.json says")
         load_image_processor(path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
     except (ValueError, OSError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
-        raise RecipeError(f"policy.path {path}: no tokenizer and image processor that can be loaded ({first}); fetch it again") from error
+        raise RecipeError(
+            f"policy.path {path}: no tokenizer and image processor that can be loaded ({first}); fetch it again"
+        ) from error
     return f"{len(words)} entries, chat template and image processor there"
 
 
@@ -155,7 +178,12 @@ def wandb_finding(recipe: Recipe) -> Finding:
         return Finding("wandb", "warning", text, "pip install 'mrg-r1[wandb]', or tracking.wandb=off")
     text = f"{mode}, version {version}"
     if mode == "online" and not _has_key():
-        return Finding("wandb", "failure", f"{text}: no key for the service", "wandb login, WANDB_API_KEY, or tracking.wandb=offline")
+        return Finding(
+            "wandb",
+            "failure",
+            f"{text}: no key for the service",
+            "wandb login, WANDB_API_KEY, or tracking.wandb=offline",
+        )
     return Finding("wandb", "ok", text)
 
 
@@ -168,7 +196,9 @@ def wandb_version() -> str | None:
 
 
 def _has_key() -> bool:
-    """Whether wandb would find a key: in the environment, or an entry of its host in netrc. The key itself is not read."""
+    """Whether wandb would find a key: in the environment, or an entry of its host in netrc. The key itself is
+    not read.
+    """
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").removeprefix("https://").split("/")[0]

@@ -27,13 +27,17 @@ class Place:
 
 
 def memory_findings(recipe: Recipe, *, task: Task, place: Place, images: int) -> list[Finding]:
-    """What a rank needs by the formula (docs/memory.md) beside what is free: of each kind of device, and of this machine itself."""
+    """What a rank needs by the formula (docs/memory.md) beside what is free: of each kind of device, and of this
+    machine itself.
+    """
     shape = PolicyShape.of_directory(recipe.policy.path)
     devices, ranks_here = place.devices, place.here
 
     def workload(beside: int) -> Workload:
         kind: Literal["cuda", "cpu"] = "cuda" if devices else "cpu"
-        return workload_of(recipe, task=task, world_size=place.world_size, device=kind, images=images, labeler_bytes=beside)
+        return workload_of(
+            recipe, task=task, world_size=place.world_size, device=kind, images=images, labeler_bytes=beside
+        )
 
     alone = workload(0)
     labeler = labeler_bytes(recipe)
@@ -50,7 +54,9 @@ def memory_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
             findings.append(_memory(f"memory cuda:{device.index}", prediction, device.free, recipe))
     else:
         prediction = predict(shape, alone)
-        host[f"{ranks_here} rank(s) in {prediction.peak_phase}"] = max(0, prediction.peak * ranks_here - host["policies while they load"])
+        host[f"{ranks_here} rank(s) in {prediction.peak_phase}"] = max(
+            0, prediction.peak * ranks_here - host["policies while they load"]
+        )
     return [*findings, _host(host, host_memory())]
 
 

@@ -19,10 +19,12 @@ def read_splits(recipe: Recipe, *, task: str = "grpo") -> tuple[dict[str, list[S
     """The recipe's studies by part (train, val, test), and the parts that it cannot do without. No image is opened.
 
     Args:
-        task: `evaluate` needs the test split alone, whose studies may be without references; they are then left out of the others.
+        task: `evaluate` needs the test split alone, whose studies may be without references; they are then left out of
+            the others.
 
     Raises:
-        RecipeError: a part that is needed has no study; a prior report that is not there; references of a part of the test split.
+        RecipeError: a part that is needed has no study; a prior report that is not there; references of a part of the
+            test split.
         ManifestError, OSError: the manifest cannot be read.
     """
     names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
@@ -33,7 +35,11 @@ def read_splits(recipe: Recipe, *, task: str = "grpo") -> tuple[dict[str, list[S
         except ValueError as error:
             raise RecipeError(f"{recipe.data.manifest}: {error}") from error
     studies = {part: [study for study in everything if study.split == name] for part, name in names.items()}
-    needed = ["train"] + (["val"] if recipe.evaluation.every or recipe.sft.stop_at else []) + (["test"] if recipe.evaluation.test else [])
+    needed = (
+        ["train"]
+        + (["val"] if recipe.evaluation.every or recipe.sft.stop_at else [])
+        + (["test"] if recipe.evaluation.test else [])
+    )
     if recipe.phases != "all":  # nothing is validated or evaluated
         needed, studies = ["train"], {"train": studies["train"], "val": [], "test": []}
     if task == "evaluate":
@@ -44,7 +50,9 @@ def read_splits(recipe: Recipe, *, task: str = "grpo") -> tuple[dict[str, list[S
     for part in needed:
         if not studies[part]:
             found = sorted({study.split for study in everything})
-            raise RecipeError(f"data.{part}_split {names[part]!r}: {recipe.data.manifest} has no study of that split; it has {found}")
+            raise RecipeError(
+                f"data.{part}_split {names[part]!r}: {recipe.data.manifest} has no study of that split; it has {found}"
+            )
     return studies, needed
 
 
@@ -57,8 +65,9 @@ def _referenced(recipe: Recipe, studies: Sequence[Study]) -> bool:
     bare = [study.id for study in studies if not study.report]
     if bare and len(bare) < len(studies):
         raise RecipeError(
-            f"{recipe.data.manifest}: {len(bare)} of {len(studies)} studies of data.test_split {recipe.data.test_split!r} have no report "
-            f"({bare[0]!r} first); give them a split of their own, of which reports are written without scores"
+            f"{recipe.data.manifest}: {len(bare)} of {len(studies)} studies of data.test_split "
+            f"{recipe.data.test_split!r} have no report ({bare[0]!r} first); give them a split of their own, of "
+            "which reports are written without scores"
         )
     return not bare
 
@@ -73,13 +82,13 @@ def check_stage(recipe: Recipe, *, stage: int, task: str) -> None:
         return
     if task == "sft" and recipe.sft.trainable == "all":
         raise RecipeError(
-            f"sft.trainable all with {recipe.engine.deepspeed} (stage 3): only LoRA is trained over partitioned weights; "
-            "set sft.trainable=lora, or engine.deepspeed=ds_configs/zero2.json"
+            f"sft.trainable all with {recipe.engine.deepspeed} (stage 3): only LoRA is trained over partitioned "
+            "weights; set sft.trainable=lora, or engine.deepspeed=ds_configs/zero2.json"
         )
     if recipe.rollout.reuse_prefill:
         raise RecipeError(
-            f"rollout.reuse_prefill with {recipe.engine.deepspeed} (stage 3): the prefill's graph would hold the weights of every layer; "
-            "set it to false, or engine.deepspeed=ds_configs/zero2.json"
+            f"rollout.reuse_prefill with {recipe.engine.deepspeed} (stage 3): the prefill's graph would hold the "
+            "weights of every layer; set it to false, or engine.deepspeed=ds_configs/zero2.json"
         )
 
 
@@ -97,12 +106,15 @@ def check_disk(recipe: Recipe, folder: Path) -> str:
     """
     free = shutil.disk_usage(folder).free
     weights = sum(path.stat().st_size for path in recipe.policy.path.glob("*.safetensors"))
-    # LoRA is small beside the weights it adapts; all parameters mean live, master and two moments, twice while one is replaced
-    needed = _NEEDED_BYTES + (weights * 8 * (recipe.checkpoint.keep + 1) if recipe.sft.trainable == "all" else weights // 2)
+    # LoRA is small beside the weights it adapts; all parameters mean live, master and two moments, twice while one is
+    # replaced
+    needed = _NEEDED_BYTES + (
+        weights * 8 * (recipe.checkpoint.keep + 1) if recipe.sft.trainable == "all" else weights // 2
+    )
     if free < needed:
         raise RecipeError(
-            f"output_dir {recipe.output_dir}: {free / 1e9:.2f} GB free on that disk, about {needed / 1e9:.2f} GB needed for "
-            "checkpoints; free some, lower checkpoint.keep or set another output_dir"
+            f"output_dir {recipe.output_dir}: {free / 1e9:.2f} GB free on that disk, about {needed / 1e9:.2f} GB "
+            "needed for checkpoints; free some, lower checkpoint.keep or set another output_dir"
         )
     return f"{free / 1e9:.1f} GB free, about {needed / 1e9:.2f} GB needed for checkpoints"
 
@@ -120,7 +132,9 @@ def check_output(recipe: Recipe) -> Path:
     if not there.is_dir():
         raise RecipeError(f"output_dir {recipe.output_dir}: {there} is a file; set another output_dir")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise RecipeError(f"output_dir {recipe.output_dir}: {there} is not writable for this user; set another output_dir")
+        raise RecipeError(
+            f"output_dir {recipe.output_dir}: {there} is not writable for this user; set another output_dir"
+        )
     return there
 
 

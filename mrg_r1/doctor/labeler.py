@@ -17,7 +17,8 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def check_labeler(path: Path, tokenizer: str | None) -> str:
-    """Refuse a labeler whose tensors are not, by name and shape, those of its network, or whose tokenizer cannot be had.
+    """Refuse a labeler whose tensors are not, by name and shape, those of its network, or whose tokenizer cannot be
+    had.
 
     Raises:
         ValueError, OSError: names the file, what is wrong and the remedy.
@@ -30,11 +31,16 @@ def check_labeler(path: Path, tokenizer: str | None) -> str:
         words = read_tokenizer(tokenizer or PUBLISHED_VOCABULARY)
         require_uncased(words, config.vocab_size, tokenizer or PUBLISHED_VOCABULARY)
     else:
-        raise RecipeError(f"reward.labeler {path}: no such file or directory; `mrg-r1 labeler train` makes one (docs/labelers.md)")
+        raise RecipeError(
+            f"reward.labeler {path}: no such file or directory; `mrg-r1 labeler train` makes one (docs/labelers.md)"
+        )
     with torch.device("meta"):
         expected = CheXbert(config).state_dict()
     loading.require_fit(expected, state, path)
-    return f"{path}: {sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} million parameters, {words.get_vocab_size()} words"
+    return (
+        f"{path}: {sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} million parameters, "
+        f"{words.get_vocab_size()} words"
+    )
 
 
 def labeler_bytes(recipe: Recipe) -> int:
@@ -45,7 +51,9 @@ def labeler_bytes(recipe: Recipe) -> int:
 
 
 def shared_device(recipe: Recipe) -> int | None:
-    """The index at which this process sees the labeler's GPU; None: on none of them, or its number is not to be told."""
+    """The index at which this process sees the labeler's GPU; None: on none of them, or its number is not to be
+    told.
+    """
     name = recipe.reward.device
     if not name.startswith("cuda:"):
         return None
@@ -61,10 +69,16 @@ def device_of_labeler(recipe: Recipe, gpus: int) -> Finding:
     device = recipe.reward.device
     if device == "cpu":
         slow = gpus > 0
-        text = "cpu: with a BERT-base and a policy on GPUs, steps may wait for rewards (time/reward_exposed)" if slow else "cpu"
+        text = (
+            "cpu: with a BERT-base and a policy on GPUs, steps may wait for rewards (time/reward_exposed)"
+            if slow
+            else "cpu"
+        )
         return Finding("labeler's device", "ok", text)
     if not gpus:
-        return Finding("labeler's device", "failure", f"reward.device {device}: this machine shows no GPU", "set reward.device=cpu")
+        return Finding(
+            "labeler's device", "failure", f"reward.device {device}: this machine shows no GPU", "set reward.device=cpu"
+        )
     index = shared_device(recipe)
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and index is not None and index >= gpus:
         text = f"reward.device {device}: this machine has {gpus} GPU(s), numbered from 0"

@@ -53,7 +53,9 @@ def machine_findings(devices: list[Device]) -> list[Finding]:
 
 
 def package_findings() -> list[Finding]:
-    """Python and the installed packages against the ranges of setup.py; one line where all fit, one for each that does not."""
+    """Python and the installed packages against the ranges of setup.py; one line where all fit, one for each that does
+    not.
+    """
     described = metadata.metadata("mrg-r1")
     python = platform.python_version()
     wanted = described["Requires-Python"] or ""
@@ -61,7 +63,11 @@ def package_findings() -> list[Finding]:
     remedy = None if fits else f"Python {wanted} is needed: make a virtual environment of one"
     findings = [Finding("python", "ok" if fits else "failure", python, remedy)]
     requirements = [Requirement(text) for text in metadata.requires("mrg-r1") or []]
-    needed = [requirement for requirement in requirements if requirement.marker is None or requirement.marker.evaluate({"extra": ""})]
+    needed = [
+        requirement
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ]
     wrong = [finding for requirement in needed if (finding := _package(requirement)) is not None]
     if wrong:
         return findings + wrong
@@ -84,7 +90,9 @@ def device_finding(devices: list[Device]) -> Finding:
     """Where a policy would run."""
     build = f"torch {torch.__version__}"
     if devices:
-        listed = "; ".join(f"cuda:{one.index} {one.name}, {one.free / 1e9:.1f} of {one.total / 1e9:.1f} GB free" for one in devices)
+        listed = "; ".join(
+            f"cuda:{one.index} {one.name}, {one.free / 1e9:.1f} of {one.total / 1e9:.1f} GB free" for one in devices
+        )
         return Finding("devices", "ok", f"{listed} ({build})")
     cores = f"CPU, {len(os.sched_getaffinity(0))} cores, {host_memory() / 1e9:.1f} GB of memory free ({build})"
     if torch.version.cuda is not None or torch.version.hip is not None:
@@ -103,10 +111,23 @@ def kernel_finding(devices: list[Device]) -> Finding:
     old = [device for device in devices if device.capability < _FLASH_CAPABILITY]
     if old:
         one = old[0]
-        text = f"cuda:{one.index} {one.name} has compute capability {one.capability[0]}.{one.capability[1]}: bfloat16 kernels need 8.0"
-        return Finding("attention", "warning", text, "policy.dtype=float32 runs there by whole score matrices, slowly; take a newer GPU")
+        text = (
+            f"cuda:{one.index} {one.name} has compute capability {one.capability[0]}.{one.capability[1]}: bfloat16 "
+            "kernels need 8.0"
+        )
+        return Finding(
+            "attention",
+            "warning",
+            text,
+            "policy.dtype=float32 runs there by whole score matrices, slowly; take a newer GPU",
+        )
     if not torch.backends.cuda.is_flash_attention_available():
-        return Finding("attention", "failure", "this torch was built without flash attention", "install a torch build of pytorch.org")
+        return Finding(
+            "attention",
+            "failure",
+            "this torch was built without flash attention",
+            "install a torch build of pytorch.org",
+        )
     return Finding("attention", "ok", "torch's varlen flash kernels, in bfloat16; the flash-attn package is not used")
 
 

@@ -1,6 +1,8 @@
-"""The memory of a run, by formula: sizes of a policy and numbers of a recipe enter, bytes of a device by phase and part leave.
+"""The memory of a run, by formula: sizes of a policy and numbers of a recipe enter, bytes of a device by phase and part
+leave.
 
-Nothing is loaded. docs/memory.md has each term with the place in the code that it comes from, and what was measured beside it.
+Nothing is loaded. docs/memory.md has each term with the place in the code that it comes from, and what was measured
+beside it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,15 @@ Task = Literal["grpo", "sft", "evaluate"]
 CONTEXT_BYTES = 1_000_000_000  # CUDA context, kernels, cuBLAS workspaces, NCCL's buffers
 ALLOCATOR_SHARE = 0.05  # of everything else: blocks that torch's allocator holds and cannot give to another size
 PROCESSES = "processes (allowance)"
-_COMPACTING = 0.375  # of own keys and values: `Decoder.compact` copies the keys, at most three quarters of them, before the old ones go
+# of own keys and values: `Decoder.compact` copies the keys, at most three quarters of them, before the old ones go
+_COMPACTING = 0.375
 _PROMPT_WORDS = 48  # tokens of the chat template around the words, and
 _IMAGE_WORDS = 8  # of a view's name and the marks around an image: generous for published tokenizers
 _CONTEXT_WORDS = 96  # of an indication or a comparison
-_LABELER_TOKENS, _LABELER_VALUES = 2048, 12_000  # of the labeler's batches, and what a BERT-base's layer has of a token at once
+_LABELER_TOKENS, _LABELER_VALUES = (
+    2048,
+    12_000,
+)  # of the labeler's batches, and what a BERT-base's layer has of a token at once
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ def predict(shape: PolicyShape, work: Workload) -> Prediction:
     if work.task == "evaluate":
         pass  # below
     elif work.task == "grpo":
-        graph = {"prompts' graph (reuse_prefill)": _prompt_graph(shape, work, work.studies)} if work.reuse_prefill else {}
+        graph = (
+            {"prompts' graph (reuse_prefill)": _prompt_graph(shape, work, work.studies)} if work.reuse_prefill else {}
+        )
         phases["rollout"] = {**resident, **images, **graph, **_rollout_parts(shape, work)}
         phases["update"] = {**resident, **images, **graph, **_update_parts(shape, work)}
     else:
@@ -112,7 +120,9 @@ def resting_parts(shape: PolicyShape, work: Workload) -> Parts:
     if work.task == "evaluate":
         return parts
     share = trained if work.stage == 1 else trained // ranks
-    bucket = work.bucket if work.device == "cuda" else min(work.bucket, trained)  # memory that is never touched is no memory on a CPU
+    bucket = (
+        work.bucket if work.device == "cuda" else min(work.bucket, trained)
+    )  # memory that is never touched is no memory on a CPU
     parts["gradients"] = (share + bucket) * b
     if not work.offload_optimizer:
         parts["fp32 masters, gradients"] = 8 * trained // ranks
@@ -123,7 +133,10 @@ def resting_parts(shape: PolicyShape, work: Workload) -> Parts:
 def _image_parts(shape: PolicyShape, work: Workload, studies: int) -> Parts:
     """Pixels, float32, and features: both stay through a step."""
     tokens, vision = studies * work.image_tokens, shape.vision
-    return {"pixels": tokens * vision.merge**2 * vision.patch_values * 4, "vision features": tokens * vision.out * work.bytes}
+    return {
+        "pixels": tokens * vision.merge**2 * vision.patch_values * 4,
+        "vision features": tokens * vision.out * work.bytes,
+    }
 
 
 def _encoded(work: Workload) -> int:
@@ -154,14 +167,18 @@ def _rollout_parts(shape: PolicyShape, work: Workload) -> Parts:
     prefill = prompt_tokens * (3 * shape.intermediate + 4 * shape.hidden) * b - own
     building = 2 * one_layout  # packed, padded, and as the decoder reads them
     scores = rows * shape.heads * (work.prompt_tokens + work.new_tokens) * (2 * b + 4)
-    step = rows * shape.vocabulary * (20 if work.group_size > 1 else 16) + scores  # log-probs, and doubles that a token is drawn from
+    step = (
+        rows * shape.vocabulary * (20 if work.group_size > 1 else 16) + scores
+    )  # log-probs, and doubles that a token is drawn from
     captured = 2 if work.device == "cuda" else 1  # a graph's memory is its own
     parts["prefill or decode step"] = max(prefill, building, int(_COMPACTING * own), captured * step)
     return parts
 
 
 def _prompt_graph(shape: PolicyShape, work: Workload, studies: int) -> int:
-    """What the backward pass needs of so many prompts: all of a layer, but of the last one only what keys and values need."""
+    """What the backward pass needs of so many prompts: all of a layer, but of the last one only what keys and values
+    need.
+    """
     b, tokens, rank = work.bytes, studies * work.prompt_tokens, work.lora_rank or 0
     if work.recompute or work.stage == 3:
         return tokens * (shape.layers * shape.hidden + shape.cache_values) * b
@@ -181,7 +198,9 @@ def _update_parts(shape: PolicyShape, work: Workload) -> Parts:
     parts = {
         "completions' activations": own * shape.layers * kept,
         # with reuse_prefill the prompts' graph is held already, and what a pass takes of it is a copy
-        "prompts' activations": prompts * shape.cache_values * b if work.reuse_prefill else _prompt_graph(shape, work, studies),
+        "prompts' activations": prompts * shape.cache_values * b
+        if work.reuse_prefill
+        else _prompt_graph(shape, work, studies),
         "hidden states at the head": 4 * own * shape.hidden * b,
     }
     tokens = max(own, prompts)
@@ -191,7 +210,9 @@ def _update_parts(shape: PolicyShape, work: Workload) -> Parts:
     if work.stage == 3:
         layer += shape.layer_matrices * b
     held = work.studies * work.prompt_tokens if work.reuse_prefill else prompts
-    chunk = min(own, max(1, CHUNK_ELEMENTS // shape.vocabulary)) * shape.vocabulary * 12  # log-probs, probabilities and their product
+    chunk = (
+        min(own, max(1, CHUNK_ELEMENTS // shape.vocabulary)) * shape.vocabulary * 12
+    )  # log-probs, probabilities and their product
     if work.stage == 3:
         chunk += shape.vocabulary * shape.hidden * b
     parts["logits, or a layer's backward"] = max(chunk, layer + held * shape.cache_values * b)
@@ -199,24 +220,41 @@ def _update_parts(shape: PolicyShape, work: Workload) -> Parts:
 
 
 def _whole_update_parts(shape: PolicyShape, work: Workload) -> Parts:
-    """SFT of every parameter, by transformers' modules, a prompt once a completion (`policy/plain.py`). An estimate: not measured."""
+    """SFT of every parameter, by transformers' modules, a prompt once a completion (`policy/plain.py`). An estimate:
+    not measured.
+    """
     b = work.bytes
     studies, own = _largest_pass(work)
     tokens = own + studies * work.prompt_tokens
-    kept = shape.hidden * b if work.recompute else (shape.kept_values(0) + 2 * shape.qkv_rows + 4 * shape.hidden + shape.intermediate) * b
+    kept = (
+        shape.hidden * b
+        if work.recompute
+        else (shape.kept_values(0) + 2 * shape.qkv_rows + 4 * shape.hidden + shape.intermediate) * b
+    )
     return {
         "activations": tokens * shape.layers * kept,
-        "vision tower's graph": work.image_tokens * studies * shape.vision.merge**2 * shape.vision.depth * 16 * shape.vision.hidden * b,
+        "vision tower's graph": work.image_tokens
+        * studies
+        * shape.vision.merge**2
+        * shape.vision.depth
+        * 16
+        * shape.vision.hidden
+        * b,
         "logits": tokens * shape.vocabulary * (12 + b),
     }
 
 
 def _largest_pass(work: Workload) -> tuple[int, int]:
-    """Studies and completion tokens of the largest pass, where every completion has its full length (`plan_micro_batches`)."""
+    """Studies and completion tokens of the largest pass, where every completion has its full length
+    (`plan_micro_batches`).
+    """
     group = work.group_size if work.task == "grpo" else 1
     study_of_row = [study for study in range(work.studies) for _ in range(group)]
     plan = plan_micro_batches(
-        [work.prompt_tokens] * work.studies, [work.new_tokens] * len(study_of_row), study_of_row, token_budget=work.micro_batch_tokens
+        [work.prompt_tokens] * work.studies,
+        [work.new_tokens] * len(study_of_row),
+        study_of_row,
+        token_budget=work.micro_batch_tokens,
     )
     return max(
         ((len({study_of_row[row] for row in rows}), len(rows) * work.new_tokens) for rows in plan),
@@ -243,7 +281,9 @@ def workload_of(
     zero = _zero(recipe)
     image_tokens = images * (recipe.data.max_pixels // 28**2)
     words = _PROMPT_WORDS + len(recipe.prompt.words) // 3 + images * _IMAGE_WORDS
-    words += sum(recipe.rollout.max_new_tokens if part == "prior_report" else _CONTEXT_WORDS for part in recipe.data.context)
+    words += sum(
+        recipe.rollout.max_new_tokens if part == "prior_report" else _CONTEXT_WORDS for part in recipe.data.context
+    )
     rank_studies = recipe.evaluation.batch_size
     if task != "evaluate":
         batch = recipe.grpo.studies_per_step if task == "grpo" else recipe.sft.batch_size
@@ -277,7 +317,9 @@ def workload_of(
 
 
 def host_bytes(shape: PolicyShape, work: Workload, *, ranks_here: int) -> Parts:
-    """A node's own memory: what each rank holds there while it loads its policy, what is offloaded to it, and the processes themselves."""
+    """A node's own memory: what each rank holds there while it loads its policy, what is offloaded to it, and the
+    processes themselves.
+    """
     b = work.bytes
     trained = shape.parameters if work.lora_rank is None else shape.lora_parameters(work.lora_rank)
     largest = max(shape.layer_matrices, shape.vocabulary * shape.hidden)

@@ -1,4 +1,6 @@
-"""The sizes of a Qwen2.5-VL as its config.json gives them: counts of parameters, bytes of a token. No model is built."""
+"""The sizes of a Qwen2.5-VL as its config.json gives them: counts of parameters, bytes of a token. No model is
+built.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,15 @@ class VisionShape:
         mlp = 3 * self.hidden * self.intermediate + 2 * self.intermediate + self.hidden
         block = attention + mlp + 2 * self.hidden  # and two norms
         wide = self.hidden * self.merge**2
-        return self.patch_values * self.hidden + self.depth * block + self.hidden + wide * wide + wide + wide * self.out + self.out
+        return (
+            self.patch_values * self.hidden
+            + self.depth * block
+            + self.hidden
+            + wide * wide
+            + wide
+            + wide * self.out
+            + self.out
+        )
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,8 @@ class PolicyShape:
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> PolicyShape:
-        """From a config.json: published checkpoints have the language model's numbers at the top, newer files under `text_config`.
+        """From a config.json: published checkpoints have the language model's numbers at the top, newer files under
+        `text_config`.
 
         Raises:
             ValueError: a number is missing.
@@ -73,7 +84,9 @@ class PolicyShape:
                 ),
             )
         except KeyError as error:
-            raise ValueError(f"config.json has no {error.args[0]}, which every Qwen2.5-VL's has; fetch the checkpoint again") from None
+            raise ValueError(
+                f"config.json has no {error.args[0]}, which every Qwen2.5-VL's has; fetch the checkpoint again"
+            ) from None
 
     @classmethod
     def of_directory(cls, path: Path) -> PolicyShape:
@@ -121,7 +134,8 @@ class PolicyShape:
     def kept_values(self, lora_rank: int) -> int:
         """Numbers that one layer keeps of a token for its backward pass.
 
-        Both norms' inputs and outputs, q, k and v, the attention's output, gate and up, their product, and the seven inner LoRA products.
+        Both norms' inputs and outputs, q, k and v, the attention's output, gate and up, their product, and the seven
+        inner LoRA products.
         """
         attention = self.qkv_rows + self.heads * self.head_size
         return 4 * self.hidden + attention + 3 * self.intermediate + 7 * lora_rank

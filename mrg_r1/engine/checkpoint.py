@@ -1,9 +1,9 @@
 """Checkpoints: the trainable state as safetensors and JSON, whole or not at all.
 
 RUN/checkpoints/step_N/ holds `state.safetensors` (fp32 masters, Adam's moments, the live parameters) and `state.json`
-(step, counters, seeds, digest of the tensors); `latest` names the newest. The state is gathered, so it does not depend on the
-number of ranks or the ZeRO stage, and no pickle is ever written or read. All randomness of a run is keyed by step and study,
-so the step is the whole state of the samplers.
+(step, counters, seeds, digest of the tensors); `latest` names the newest. The state is gathered, so it does not depend
+on the number of ranks or the ZeRO stage, and no pickle is ever written or read. All randomness of a run is keyed by
+step and study, so the step is the whole state of the samplers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names it and the remedy."""
 
 
-def save_checkpoint(engine: Engine, directory: Path, *, step: int, extra: dict[str, Any], keep: int, best: int | None = None) -> None:
+def save_checkpoint(
+    engine: Engine, directory: Path, *, step: int, extra: dict[str, Any], keep: int, best: int | None = None
+) -> None:
     """Write `directory/step_N` and point `latest` at it. Every rank calls this; rank 0 writes.
 
     Args:
@@ -59,7 +61,10 @@ def save_checkpoint(engine: Engine, directory: Path, *, step: int, extra: dict[s
             shutil.rmtree(directory / f".step_{step}.tmp", ignore_errors=True)
             last = latest_step(directory)
             there = "there is no earlier one" if last is None else f"step_{last} is whole and is what a resume takes"
-            problem = f"{directory}/step_{step}: the checkpoint could not be written ({error}); {there}; free some disk and start again"
+            problem = (
+                f"{directory}/step_{step}: the checkpoint could not be written ({error}); {there}; free some disk "
+                "and start again"
+            )
     problem = engine.ranks.agree(problem)  # the others would wait for a rank that has given up
     if problem is not None:
         raise CheckpointError(problem)
@@ -91,7 +96,8 @@ def load_checkpoint(engine: Engine, directory: Path, *, say: Callable[[str], Non
         say: is told, on rank 0, which damaged ones were passed over.
 
     Returns:
-        The saved record (`step`, `world_size`, `zero_stage` and the `extra` values), or None where there is no checkpoint.
+        The saved record (`step`, `world_size`, `zero_stage` and the `extra` values), or None where there is no
+        checkpoint.
 
     Raises:
         CheckpointError: none of them is whole, or it is of another set of parameters; on every rank.
@@ -110,7 +116,9 @@ def load_checkpoint(engine: Engine, directory: Path, *, say: Callable[[str], Non
     expected = {f"{kind}/{parameter}" for parameter in engine.trainable for kind in ("live", "master", *MOMENTS)}
     if set(state) != expected:
         different = sorted(set(state) ^ expected)[:3]
-        raise CheckpointError(f"{path}: its parameters are not this run's (first differences: {different}); use another output_dir")
+        raise CheckpointError(
+            f"{path}: its parameters are not this run's (first differences: {different}); use another output_dir"
+        )
     scatter_state(engine, state, record["optimizer_steps"])
     return record
 
@@ -140,9 +148,13 @@ def _prune(directory: Path, *, keep: int, best: int | None) -> None:
 
 
 def _newest_whole(directory: Path, say: Callable[[str], None]) -> tuple[str | None, str | None]:
-    """The name of the newest checkpoint that is whole, beginning with the one that `latest` names; or what is wrong with all of them."""
+    """The name of the newest checkpoint that is whole, beginning with the one that `latest` names; or what is wrong
+    with all of them.
+    """
     first = latest_step(directory)
-    steps = {int(path.name.removeprefix("step_")) for path in directory.glob("step_*")} | ({first} if first is not None else set())
+    steps = {int(path.name.removeprefix("step_")) for path in directory.glob("step_*")} | (
+        {first} if first is not None else set()
+    )
     faults: list[str] = []
     for step in sorted(steps, key=lambda step: (step != first, -step)):
         fault = _fault_of(directory / f"step_{step}")

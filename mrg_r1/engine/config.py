@@ -1,4 +1,6 @@
-"""DeepSpeed configurations (`ds_configs/`): the user's, checked, and filled in from the recipe where they say "auto"."""
+"""DeepSpeed configurations (`ds_configs/`): the user's, checked, and filled in from the recipe where they say
+"auto".
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 _THRESHOLD = "stage3_param_persistence_threshold"
-# What DeepSpeed can do with partitioned weights besides, and nobody has tried with a policy that brings its weights together itself.
+# What DeepSpeed can do with partitioned weights besides, and nobody has tried with a policy that brings its weights
+# together itself.
 _UNTRIED = (
     "zero_hpz_partition_size",
     "zero_quantized_weights",
@@ -22,7 +25,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """A DeepSpeed configuration that can be run.
 
     Raises:
-        ValueError: not JSON; a stage other than 1, 2 and 3; an optimizer or scheduler of its own; an offload that is not supported.
+        ValueError: not JSON; a stage other than 1, 2 and 3; an optimizer or scheduler of its own; an offload that is
+            not supported.
     """
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -42,11 +46,15 @@ def read_config(path: Path) -> dict[str, Any]:
         if device not in ("none", "cpu"):
             raise ValueError(f"{path}: zero_optimization.{key}.device is {device!r}; cpu is supported, or none")
     if zero.get("offload_param", {}).get("device", "none") == "cpu" and stage != 3:
-        raise ValueError(f"{path}: zero_optimization.offload_param with stage {stage}: whole weights are not offloaded; take stage 3")
-    if zero.get("offload_optimizer", {}).get("device", "none") == "cpu" and config.get("zero_force_ds_cpu_optimizer", True):
         raise ValueError(
-            f"{path}: zero_optimization.offload_optimizer needs zero_force_ds_cpu_optimizer: false: the optimizer is torch's AdamW, "
-            "DeepSpeed's own would be compiled first"
+            f"{path}: zero_optimization.offload_param with stage {stage}: whole weights are not offloaded; take stage 3"
+        )
+    if zero.get("offload_optimizer", {}).get("device", "none") == "cpu" and config.get(
+        "zero_force_ds_cpu_optimizer", True
+    ):
+        raise ValueError(
+            f"{path}: zero_optimization.offload_optimizer needs zero_force_ds_cpu_optimizer: false: the optimizer "
+            "is torch's AdamW, DeepSpeed's own would be compiled first"
         )
     return config
 
@@ -56,10 +64,12 @@ def fill_config(path: Path, values: dict[str, Any], *, largest_trainable: int) -
 
     Args:
         values: by dotted key.
-        largest_trainable: elements of the largest trained parameter: at stage 3 no parameter up to this size is left partitioned.
+        largest_trainable: elements of the largest trained parameter: at stage 3 no parameter up to this size is left
+            partitioned.
 
     Raises:
-        ValueError: see `read_config`; a value that contradicts the recipe; a threshold that would partition what is trained.
+        ValueError: see `read_config`; a value that contradicts the recipe; a threshold that would partition what is
+            trained.
     """
     config = read_config(path)
     for key, value in values.items():
@@ -68,15 +78,17 @@ def fill_config(path: Path, values: dict[str, Any], *, largest_trainable: int) -
         for section in sections:
             node = node.setdefault(section, {})
         if node.get(name, "auto") not in ("auto", value):
-            raise ValueError(f'{path}: {key} is {node[name]!r}, the recipe makes it {value!r}; write "auto" or change the recipe')
+            raise ValueError(
+                f'{path}: {key} is {node[name]!r}, the recipe makes it {value!r}; write "auto" or change the recipe'
+            )
         node[name] = value
     zero = config["zero_optimization"]
     if zero["stage"] == 3:
         threshold = zero.get(_THRESHOLD, "auto")
         if threshold != "auto" and threshold < largest_trainable:
             raise ValueError(
-                f"{path}: zero_optimization.{_THRESHOLD} is {threshold}, the largest trained parameter has {largest_trainable} elements "
-                'and must stay whole; write "auto"'
+                f"{path}: zero_optimization.{_THRESHOLD} is {threshold}, the largest trained parameter has "
+                f'{largest_trainable} elements and must stay whole; write "auto"'
             )
         zero[_THRESHOLD] = largest_trainable if threshold == "auto" else threshold
     return config

@@ -1,9 +1,10 @@
-"""What a run does when something goes wrong around it: signals, a rank that fails, a rank that hangs, a node that is gone.
+"""What a run does when something goes wrong around it: signals, a rank that fails, a rank that hangs, a node that is
+gone.
 
-Ranks share a small store beside their collectives (torch's, which the process group was made with), so that they can speak to one
-another while a collective waits for ever: the rank that fails says so there, is the last to speak, and all leave with one exit code;
-each says there how far it has come, so that the one that hangs can be named; and that its process runs at all, so that those which a
-dead node took with it are missed.
+Ranks share a small store beside their collectives (torch's, which the process group was made with), so that they can
+speak to one another while a collective waits for ever: the rank that fails says so there, is the last to speak, and all
+leave with one exit code; each says there how far it has come, so that the one that hangs can be named; and that its
+process runs at all, so that those which a dead node took with it are missed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ _LEFT_WITHIN = 5.0  # seconds in which they have left, where they can
 _BROKEN_FOR = 10.0  # seconds in which a live rank looks at least `_LIVES` times; a broken connection says the rest
 _LIVES = 4  # looks: the last one of a rank that was killed may still be on its way to the store
 
-_leaving = threading.Event()  # this process ends with an exit code of its own; the launcher's SIGTERM must not make it another
+_leaving = (
+    threading.Event()
+)  # this process ends with an exit code of its own; the launcher's SIGTERM must not make it another
 
 
 class Requeue(Exception):
@@ -49,8 +52,8 @@ class Signals:
 
     Attributes:
         received: the signal's name, once there was one.
-        deferring: inside the training loop, where a step is finished first. Outside of it there is nothing to finish, and the process
-            ends at once with `REQUEUE`.
+        deferring: inside the training loop, where a step is finished first. Outside of it there is nothing to finish,
+            and the process ends at once with `REQUEUE`.
     """
 
     def __init__(self) -> None:
@@ -72,8 +75,9 @@ class Watch:
         ranks: who this process is.
         store: what all ranks can write to and read; rank 0's node keeps it. `shared_store` of a running process group.
         timeout: seconds without a `beat` of any rank after which the one that has come the least far is taken to hang.
-        lost_after: seconds without a look of a rank's watch, or an answer of the store, after which it is taken to be gone. A rank
-            looks whatever it is at, so this can be much shorter than `timeout`; it is not shorter than a machine may swap.
+        lost_after: seconds without a look of a rank's watch, or an answer of the store, after which it is taken to be
+            gone. A rank looks whatever it is at, so this can be much shorter than `timeout`; it is not shorter than a
+            machine may swap.
     """
 
     def __init__(self, ranks: Ranks, *, store: dist.Store, timeout: float, lost_after: float = LOST_AFTER) -> None:
@@ -107,7 +111,9 @@ class Watch:
         self._guardian.join()
 
     def fail(self, text: str, *, code: int) -> None:
-        """End every rank with `code`; `text` is printed by the first rank that fails, after everything else. Does not return."""
+        """End every rank with `code`; `text` is printed by the first rank that fails, after everything else. Does not
+        return.
+        """
         _leaving.set()
         try:
             first = json.loads(self._store.compare_set("failed", "", json.dumps([self.rank, code])))
@@ -124,15 +130,18 @@ class Watch:
             self._store_gone(_first_line(error))
 
     def fail_unexpectedly(self, error: Exception, trace: str) -> None:
-        """End every rank because of an error that nobody foresaw; where it is a connection that broke because ranks are gone, with
-        their names and `REQUEUE`, else with its traceback and 1. Does not return."""
+        """End every rank because of an error that nobody foresaw; where it is a connection that broke because ranks are
+        gone, with their names and `REQUEUE`, else with its traceback and 1. Does not return.
+        """
         if is_broken_connection(error):
             try:
                 gone = self._gone_now()
             except RuntimeError as lost:
                 self._store_gone(_first_line(lost))
             if gone:
-                self.fail(self._obituary(gone, f"{_first_line(error)}, then nothing for {_BROKEN_FOR:.0f} s"), code=REQUEUE)
+                self.fail(
+                    self._obituary(gone, f"{_first_line(error)}, then nothing for {_BROKEN_FOR:.0f} s"), code=REQUEUE
+                )
         self.fail(describe(error, trace, who=self.ranks.name([self.rank])), code=1)
 
     def _end(self, code: int) -> None:
@@ -164,7 +173,9 @@ class Watch:
                 self._store_gone(_first_line(error))
 
     def _guard(self) -> None:
-        """The watch itself may wait for ever for a store whose node has lost its power: nobody closes such a connection."""
+        """The watch itself may wait for ever for a store whose node has lost its power: nobody closes such a
+        connection.
+        """
         seen, still = -1, 0
         while not self._ended.wait(4 * _LOOK_EVERY):
             looks = self._looks
@@ -186,7 +197,9 @@ class Watch:
             time.sleep(_LOOK_EVERY)
         elsewhere = self.ranks.leads_node and rank not in self.ranks.node.ranks
         if elsewhere and self._speaking.acquire(blocking=False):  # nodes may have terminals or logs of their own
-            said = self._store.get("said").decode() if self._store.check(["said"]) else f"it failed with exit code {code}"
+            said = (
+                self._store.get("said").decode() if self._store.check(["said"]) else f"it failed with exit code {code}"
+            )
             print(f"{self.ranks.node} ends with {self.ranks.name([rank])}: {said}", file=sys.stderr, flush=True)
         self._end(code)
 
@@ -206,8 +219,12 @@ class Watch:
                 self._moved[rank] = (pulse, self._looks)
         still = {rank: self._looks - look for rank, (_, look) in self._moved.items()}
         if any(looks > self._patience for looks in still.values()):
-            gone = [rank for rank, looks in still.items() if 2 * looks > self._patience]  # those of one node stop within seconds
-            self.fail(self._obituary(gone, f"nothing was heard for {max(still.values()) * _LOOK_EVERY:.0f} s"), code=REQUEUE)
+            gone = [
+                rank for rank, looks in still.items() if 2 * looks > self._patience
+            ]  # those of one node stop within seconds
+            self.fail(
+                self._obituary(gone, f"nothing was heard for {max(still.values()) * _LOOK_EVERY:.0f} s"), code=REQUEUE
+            )
 
     def _gone_now(self) -> list[int]:
         """The ranks that do not look `_LIVES` times in `_BROKEN_FOR` seconds."""
@@ -222,17 +239,21 @@ class Watch:
     def _obituary(self, gone: list[int], why: str) -> str:
         are = "is" if len(gone) == 1 else "are"
         return (
-            f"error: {self.ranks.name(gone)} {are} gone ({why}): killed, out of memory, or the node is down or out of reach; "
-            f"exit code {REQUEUE}: the same command goes on from the last checkpoint"
+            f"error: {self.ranks.name(gone)} {are} gone ({why}): killed, out of memory, or the node is down or out "
+            f"of reach; exit code {REQUEUE}: the same command goes on from the last checkpoint"
         )
 
     def _store_gone(self, why: str) -> None:
-        """The store does not answer: rank 0's node is gone, or this one is cut off, and there is no way left to ask the others."""
+        """The store does not answer: rank 0's node is gone, or this one is cut off, and there is no way left to ask the
+        others.
+        """
         if self.fallen is not None:
             os._exit(self.fallen)  # rank 0 did not wait long enough for this rank to leave
         _leaving.set()
         if not self._speaking.acquire(blocking=False):
-            time.sleep(10 * _HEARD_WITHIN)  # another thread of this process has begun to speak, and ends it if the store lets it
+            time.sleep(
+                10 * _HEARD_WITHIN
+            )  # another thread of this process has begun to speak, and ends it if the store lets it
         elif self.rank == max(self.ranks.node.first, 1):
             print(self._obituary([0], f"or at least the store beside it; {why}"), file=sys.stderr, flush=True)
         else:
@@ -240,9 +261,13 @@ class Watch:
         os._exit(REQUEUE)
 
     def _look_around(self) -> None:
-        """This rank has waited long enough. If the others have stood still as long, those that have come the least far are waited for."""
+        """This rank has waited long enough. If the others have stood still as long, those that have come the least far
+        are waited for.
+        """
         places: dict[int, tuple[int, str]] = {
-            rank: tuple(json.loads(self._store.get(f"beat {rank}"))) if self._store.check([f"beat {rank}"]) else (-1, "start")
+            rank: tuple(json.loads(self._store.get(f"beat {rank}")))
+            if self._store.check([f"beat {rank}"])
+            else (-1, "start")
             for rank in range(self.ranks.world_size)
         }
         pulses = {rank: self._store.get(f"pulse {rank}").decode() for rank in places}
@@ -250,16 +275,24 @@ class Watch:
             self._seen, self._pulses, self._since = places, pulses, time.monotonic() - 0.5 * self.timeout
             return
         least = min(beats for beats, _ in places.values())
-        frozen = [rank for rank in places if pulses[rank] == self._pulses[rank]]  # stopped, swapped out, or on a node that is gone
+        frozen = [
+            rank for rank in places if pulses[rank] == self._pulses[rank]
+        ]  # stopped, swapped out, or on a node that is gone
         behind = frozen or [rank for rank, (beats, _) in places.items() if beats == least]
         where = "; ".join(
-            f"{self.ranks.name([rank])} in {places[rank][1]!r}{' (its process is frozen)' if frozen else ''}" for rank in behind
+            f"{self.ranks.name([rank])} in {places[rank][1]!r}{' (its process is frozen)' if frozen else ''}"
+            for rank in behind
         )
         waiting = [rank for rank in places if rank not in behind]
-        others = f"; waiting: ranks {', '.join(map(str, waiting))}" if waiting else " (all ranks; none is behind another)"
+        others = (
+            f"; waiting: ranks {', '.join(map(str, waiting))}" if waiting else " (all ranks; none is behind another)"
+        )
         for rank in behind:
             self._store.set(f"stack {rank}", "1")
-        self.fail(f"error: nothing has moved for {self.timeout:.0f} s (engine.hang_timeout). Hanging: {where}{others}", code=HUNG)
+        self.fail(
+            f"error: nothing has moved for {self.timeout:.0f} s (engine.hang_timeout). Hanging: {where}{others}",
+            code=HUNG,
+        )
 
 
 def shared_store() -> dist.Store:
@@ -268,7 +301,9 @@ def shared_store() -> dist.Store:
 
 
 def is_broken_connection(error: Exception) -> bool:
-    """Whether a collective failed because of its connections; gloo raises a bare RuntimeError that names its source file."""
+    """Whether a collective failed because of its connections; gloo raises a bare RuntimeError that names its source
+    file.
+    """
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 

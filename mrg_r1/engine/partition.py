@@ -1,8 +1,10 @@
-"""Frozen weights cut over the ranks (ZeRO-3): what DeepSpeed's partition is to a policy that reads its weights as raw tensors.
+"""Frozen weights cut over the ranks (ZeRO-3): what DeepSpeed's partition is to a policy that reads its weights as raw
+tensors.
 
-A policy knows this as `policy.partition.Partition`: it says which weights it is about to read, and they are whole until it has. DeepSpeed's
-own hooks on modules would fetch weights one module at a time, also inside a rollout, where ranks are not at the same place; so
-they are taken off (`engine.zero`), and what remains of DeepSpeed here is how weights are cut, kept and brought together.
+A policy knows this as `policy.partition.Partition`: it says which weights it is about to read, and they are whole until
+it has. DeepSpeed's own hooks on modules would fetch weights one module at a time, also inside a rollout, where ranks
+are not at the same place; so they are taken off (`engine.zero`), and what remains of DeepSpeed here is how weights are
+cut, kept and brought together.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ class RankPartition:
         pin_memory: of such parts: copies to a GPU are then faster, and the memory cannot be swapped out.
     """
 
-    def __init__(self, *, device: torch.device, dtype: torch.dtype, offload: bool = False, pin_memory: bool = False) -> None:
+    def __init__(
+        self, *, device: torch.device, dtype: torch.dtype, offload: bool = False, pin_memory: bool = False
+    ) -> None:
         self.device, self.dtype, self.offload, self.pin_memory = device, dtype, offload, pin_memory
 
     @classmethod
     def of_config(cls, path: Path, *, device: torch.device, dtype: torch.dtype) -> RankPartition | None:
-        """The partition that a DeepSpeed configuration asks for; None for stages 1 and 2, whose weights are whole everywhere.
+        """The partition that a DeepSpeed configuration asks for; None for stages 1 and 2, whose weights are whole
+        everywhere.
 
         Raises:
             ValueError: see `read_config`.
@@ -48,10 +53,13 @@ class RankPartition:
         return cls(device=device, dtype=dtype, offload=offload.get("device") == "cpu", pin_memory=pin)
 
     def place(self, module: nn.Module) -> None:
-        """Keep only this rank's part of each of the module's parameters. Every rank calls this, with the same values."""
+        """Keep only this rank's part of each of the module's parameters. Every rank calls this, with the same
+        values.
+        """
         import deepspeed
 
-        # `mem_efficient_linear` would replace torch's linear for the whole process; weights do not outlive their layer's pass here anyway
+        # `mem_efficient_linear` would replace torch's linear for the whole process; weights do not outlive their
+        # layer's pass here anyway
         deepspeed.zero.Init(
             module=module,
             dtype=self.dtype,

@@ -1,4 +1,6 @@
-"""The ranks of a run and the nodes they stand on: starting the process group, and the few collectives that the trainer needs."""
+"""The ranks of a run and the nodes they stand on: starting the process group, and the few collectives that the trainer
+needs.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Ranks:
     world_size: int
     device: torch.device
     nodes: tuple[Node, ...] = (Node(0, "localhost", 0, 1),)
-    beat: Callable[[str], None] = lambda doing: None  # told that this rank goes on, and with what (`engine.faults.Watch`)
+    beat: Callable[[str], None] = lambda doing: (
+        None
+    )  # told that this rank goes on, and with what (`engine.faults.Watch`)
 
     @property
     def is_main(self) -> bool:
@@ -80,8 +84,8 @@ class Ranks:
     def reduce_metrics(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float | None]:
         """(sum, count) of each rank -> the mean over everything counted, None where nothing was (trap 20).
 
-        Sums and counts are added separately: a mean of the ranks' means would be wrong wherever their counts differ. Names that
-        end in `_max` carry (maximum, count) and take the maximum over ranks that counted something.
+        Sums and counts are added separately: a mean of the ranks' means would be wrong wherever their counts differ.
+        Names that end in `_max` carry (maximum, count) and take the maximum over ranks that counted something.
         """
         names = sorted(metrics)
         pairs = torch.stack([torch.stack([part.detach().double().cpu() for part in metrics[name]]) for name in names])
@@ -126,7 +130,8 @@ def start_ranks(seed: int, *, collective_timeout: float = 1800) -> Ranks:
         collective_timeout: seconds after which a collective gives up.
 
     Raises:
-        ValueError: one of many processes that nobody has numbered, or nodes whose ranks are not numbered one after another.
+        ValueError: one of many processes that nobody has numbered, or nodes whose ranks are not numbered one after
+            another.
         torch.distributed.DistError: the ranks have not met within `MEET_WITHIN` seconds.
     """
     # deepspeed compiles this CPU collective on first use (a minute, and a compiler); gloo does the same work
@@ -137,14 +142,18 @@ def start_ranks(seed: int, *, collective_timeout: float = 1800) -> Ranks:
 
     if "RANK" not in os.environ:
         _refuse_one_of_many()
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+        )
     described = (socket.gethostname(), _local_size())
     if not dist.is_initialized():
         if described[1] != int(os.environ["WORLD_SIZE"]):
-            # nodes are started one by one: a missing one must not be waited for as long as a collective may take. torch gives both
-            # meetings the same server, as long as the first one's store is held
+            # nodes are started one by one: a missing one must not be waited for as long as a collective may take. torch
+            # gives both meetings the same server, as long as the first one's store is held
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEET_WITHIN)))
-        deepspeed.init_distributed(dist_init_required=True, verbose=False, timeout=timedelta(seconds=collective_timeout))
+        deepspeed.init_distributed(
+            dist_init_required=True, verbose=False, timeout=timedelta(seconds=collective_timeout)
+        )
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -156,7 +165,8 @@ def start_ranks(seed: int, *, collective_timeout: float = 1800) -> Ranks:
 
 
 def nodes_of(described: Sequence[tuple[str, int]]) -> tuple[Node, ...]:
-    """The nodes of a run from what each rank says, in rank order: the name of its machine, and how many ranks its node has.
+    """The nodes of a run from what each rank says, in rank order: the name of its machine, and how many ranks its node
+    has.
 
     Two launchers on one machine are two nodes.
 
@@ -167,10 +177,13 @@ def nodes_of(described: Sequence[tuple[str, int]]) -> tuple[Node, ...]:
     while (first := sum(node.size for node in nodes)) < len(described):
         host, size = described[first]
         if list(described[first : first + size]) != [(host, size)] * size:
-            listed = ", ".join(f"rank {rank} on {name} (one of {count})" for rank, (name, count) in enumerate(described))
+            listed = ", ".join(
+                f"rank {rank} on {name} (one of {count})" for rank, (name, count) in enumerate(described)
+            )
             raise ValueError(
-                f"the ranks of a node must be numbered one after another, and each must be told how many they are (LOCAL_SIZE or "
-                f"LOCAL_WORLD_SIZE); these are {listed}; with srun use --distribution=block and equal tasks a node (docs/multi-node.md)"
+                "the ranks of a node must be numbered one after another, and each must be told how many they are "
+                f"(LOCAL_SIZE or LOCAL_WORLD_SIZE); these are {listed}; with srun use --distribution=block and "
+                "equal tasks a node (docs/multi-node.md)"
             )
         nodes.append(Node(len(nodes), host, first, size))
     return tuple(nodes)
@@ -181,8 +194,9 @@ def _local_size() -> int:
     said = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
     if said is None:
         raise ValueError(
-            "RANK is set, but neither LOCAL_SIZE nor LOCAL_WORLD_SIZE, the number of ranks on this node: deepspeed and torchrun set one; "
-            "with srun, export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE (docs/multi-node.md)"
+            "RANK is set, but neither LOCAL_SIZE nor LOCAL_WORLD_SIZE, the number of ranks on this node: "
+            "deepspeed and torchrun set one; with srun, export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE "
+            "(docs/multi-node.md)"
         )
     return int(said)
 
@@ -192,8 +206,9 @@ def _refuse_one_of_many() -> None:
     for name in _OF_MANY:
         if int(os.environ.get(name, "1")) > 1:
             raise ValueError(
-                f"one of {os.environ[name]} processes ({name}), but RANK is not set: each would be a run of its own; set RANK, WORLD_SIZE, "
-                "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT (docs/multi-node.md shows how)"
+                f"one of {os.environ[name]} processes ({name}), but RANK is not set: each would be a run of its "
+                "own; set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT "
+                "(docs/multi-node.md shows how)"
             )
 
 
@@ -202,7 +217,9 @@ def _numbered(ranks: Sequence[int]) -> str:
 
 
 def finish_ranks() -> None:
-    """Leave the process group together, so that nobody still asks the rank that keeps its store, and the launcher sees a clean end."""
+    """Leave the process group together, so that nobody still asks the rank that keeps its store, and the launcher sees
+    a clean end.
+    """
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,6 +1,8 @@
-"""The trainable state of an engine, gathered from its ranks and spread over them again: whole tensors, whatever the ZeRO stage.
+"""The trainable state of an engine, gathered from its ranks and spread over them again: whole tensors, whatever the
+ZeRO stage.
 
-Of each trained parameter: `live/` (what the forward pass uses), `master/` (fp32), `exp_avg/` and `exp_avg_sq/` (Adam's moments).
+Of each trained parameter: `live/` (what the forward pass uses), `master/` (fp32), `exp_avg/` and `exp_avg_sq/` (Adam's
+moments).
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ def gather_state(engine: Engine) -> dict[str, Tensor]:
     """Every tensor of the state, whole, on the CPU of every rank. All ranks call this."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    if optimizer_steps(engine) == 0:  # every update so far was left out: there are no moments yet, and none is what they are
+    if (
+        optimizer_steps(engine) == 0
+    ):  # every update so far was left out: there are no moments yet, and none is what they are
         _create_optimizer_state(engine)
         _set_steps(engine, 0)
     state = {}
@@ -64,11 +68,14 @@ def _set_whole(parameter: nn.Parameter, master: Tensor, moments: dict[str, Tenso
 
 
 def _set_parts(parameter: nn.Parameter, master: Tensor, moments: dict[str, Tensor]) -> None:
-    """ZeRO-3: this rank's part of each; DeepSpeed's own setter of whole values fails where they do not divide over the ranks."""
+    """ZeRO-3: this rank's part of each; DeepSpeed's own setter of whole values fails where they do not divide over the
+    ranks.
+    """
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-    start, ranks = size * parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size  # type: ignore[attr-defined]
+    # type: ignore[attr-defined]
+    start, ranks = size * parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
 
     def part(value: Tensor) -> Tensor:
         return pad(value.flatten(), (0, size * ranks - value.numel())).narrow(0, start, size)
@@ -87,7 +94,10 @@ def _create_optimizer_state(engine: Engine) -> None:
     kept = [(group["lr"], group["weight_decay"]) for group in groups]
     for group in groups:
         group["lr"], group["weight_decay"] = 0.0, 0.0
-    nothing = sum((parameter.float().sum() * 0.0 for parameter in engine.trainable.values()), torch.zeros((), device=engine.ranks.device))
+    nothing = sum(
+        (parameter.float().sum() * 0.0 for parameter in engine.trainable.values()),
+        torch.zeros((), device=engine.ranks.device),
+    )
     engine.backward(nothing, last=True)
     for group, (rate, decay) in zip(groups, kept, strict=True):
         group["lr"], group["weight_decay"] = rate, decay

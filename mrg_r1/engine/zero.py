@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO around the policy: the optimizer, accumulation, and the one place where losses are scaled.
 
-`ds_configs/*.json` are the user's; their "auto" values are filled in from the recipe. The optimizer is torch's AdamW, handed
-in: DeepSpeed's own would be compiled on first use. Learning rates are a pure function of the step, so resuming needs none.
+`ds_configs/*.json` are the user's; their "auto" values are filled in from the recipe. The optimizer is torch's AdamW,
+handed in: DeepSpeed's own would be compiled on first use. Learning rates are a pure function of the step, so resuming
+needs none.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Engine:
             (`RankPartition.place`), and which brings them together itself where it reads them.
 
     Raises:
-        ValueError: a configuration that contradicts the recipe, or a ZeRO stage that is not supported; names file and key.
+        ValueError: a configuration that contradicts the recipe, or a ZeRO stage that is not supported; names file and
+            key.
     """
 
     def __init__(
@@ -52,14 +54,20 @@ class Engine:
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.ranks = ranks
-        self.learning_rate, self.warmup_steps, self.schedule, self.total_steps = learning_rate, warmup_steps, schedule, total_steps
+        self.learning_rate, self.warmup_steps, self.schedule, self.total_steps = (
+            learning_rate,
+            warmup_steps,
+            schedule,
+            total_steps,
+        )
         self.trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         if not self.trainable:
             raise ValueError("no parameter requires a gradient: put LoRA on the policy, or train all parameters")
         filled = fill_config(
             config,
             {
-                # Micro-batches are cut by tokens, so that their number changes from step to step: `backward` says which is the last.
+                # Micro-batches are cut by tokens, so that their number changes from step to step: `backward` says which
+                # is the last.
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
                 "train_batch_size": ranks.world_size,
@@ -70,14 +78,17 @@ class Engine:
         )
         self.stage: int = filled["zero_optimization"]["stage"]
         if self.stage == 3 and not any(is_absent(parameter) for parameter in module.parameters()):
-            raise ValueError(f"{config}: stage 3 with a policy that is whole on every rank; load it with `load_policy(partition=…)`")
+            raise ValueError(
+                f"{config}: stage 3 with a policy that is whole on every rank; load it with `load_policy(partition=…)`"
+            )
         optimizer = torch.optim.AdamW(self.trainable.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
         self._engine, self.optimizer, _, _ = deepspeed.initialize(model=module, config=filled, optimizer=optimizer)
         if self.stage == 3:
             self._leave_weights_to_the_module(config)
 
     def _leave_weights_to_the_module(self, config: Path) -> None:
-        """Take off DeepSpeed's hooks, which fetch and release weights module by module: a policy runs few of its modules as modules.
+        """Take off DeepSpeed's hooks, which fetch and release weights module by module: a policy runs few of its
+        modules as modules.
 
         What it trains stays whole, and is gathered again by DeepSpeed after each step.
         """
@@ -89,8 +100,8 @@ class Engine:
         absent = [name for name, parameter in self.trainable.items() if is_absent(parameter)]
         if absent:
             raise ValueError(
-                f"{config}: zero_optimization.stage3_model_persistence_threshold leaves {absent[0]} partitioned; remove it "
-                "(what is trained stays whole on every rank)"
+                f"{config}: zero_optimization.stage3_model_persistence_threshold leaves {absent[0]} partitioned; "
+                "remove it (what is trained stays whole on every rank)"
             )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,20 +109,23 @@ class Engine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss_share: Tensor, *, last: bool) -> None:
-        """Add the gradient of this micro-batch's share of the *global* loss; the `last` of an optimizer step updates the weights.
+        """Add the gradient of this micro-batch's share of the *global* loss; the `last` of an optimizer step updates
+        the weights.
 
-        Every rank must make equally many calls before its last one: ZeRO-2 and 3 meet in each. DeepSpeed averages over ranks; a share
-        is already divided by the global count, so that is undone here, and nowhere else.
+        Every rank must make equally many calls before its last one: ZeRO-2 and 3 meet in each. DeepSpeed averages over
+        ranks; a share is already divided by the global count, so that is undone here, and nowhere else.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss_share * self.ranks.world_size)
         self._step()
 
     def finish_backward(self, continuation: Tensor) -> None:
-        """Go on where the backward passes of this optimizer step stopped, through a graph made outside of `__call__`; weights are updated.
+        """Go on where the backward passes of this optimizer step stopped, through a graph made outside of `__call__`;
+        weights are updated.
 
         Args:
-            continuation: a scalar whose gradient is what those passes left, already scaled by them (`PromptStates.continuation`).
+            continuation: a scalar whose gradient is what those passes left, already scaled by them
+                (`PromptStates.continuation`).
         """
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(continuation)
@@ -119,14 +133,18 @@ class Engine:
 
     def _step(self) -> None:
         self._engine.step()
-        if self.stage == 3 and self.skipped:  # DeepSpeed makes the trained parameters whole again after an update, not after one left out
+        if (
+            self.stage == 3 and self.skipped
+        ):  # DeepSpeed makes the trained parameters whole again after an update, not after one left out
             for parameter in self.trainable.values():
                 if parameter.numel() != parameter.ds_numel:  # type: ignore[attr-defined]
                     parameter.all_gather()  # type: ignore[attr-defined]
 
     @property
     def skipped(self) -> bool:
-        """Whether the last update was left out, on all ranks alike, because its gradient was not finite (DeepSpeed sees to that)."""
+        """Whether the last update was left out, on all ranks alike, because its gradient was not finite (DeepSpeed sees
+        to that).
+        """
         return bool(self.optimizer.overflow)
 
     def grad_norm(self) -> float:
@@ -135,7 +153,9 @@ class Engine:
 
     def set_learning_rate(self, step: int) -> float:
         """Learning rate of an outer step, by warm-up and schedule; it is set and returned."""
-        rate = scheduled_rate(self.learning_rate, step, warmup=self.warmup_steps, total=self.total_steps, schedule=self.schedule)
+        rate = scheduled_rate(
+            self.learning_rate, step, warmup=self.warmup_steps, total=self.total_steps, schedule=self.schedule
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate

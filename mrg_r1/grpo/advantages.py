@@ -15,8 +15,9 @@ from torch import Tensor
 Scale = Literal["group", "batch", "none"]
 
 STD_EPSILON = 1e-4  # spec section 3, as TRL's
-# Rewards of one group that lie this close (relative to their size) differ by float32 rounding only, as the same sum taken in
-# another order would: a few units in the last place. Divided by a tiny std they would become a gradient (trap 6).
+# Rewards of one group that lie this close (relative to their size) differ by float32 rounding only, as the same sum
+# taken in another order would: a few units in the last place. Divided by a tiny std they would become a gradient (trap
+# 6).
 _EQUAL_WITHIN = 8 * torch.finfo(torch.float32).eps
 
 
@@ -30,15 +31,16 @@ def group_advantages(rewards: Tensor, *, scale: Scale = "group", batch_std: Tens
     Args:
         rewards: [B, G] float, one row a study, one column a sampled report.
         scale: divide by the group's unbiased std, by the global batch's (`batch_std`), or not at all (Dr. GRPO).
-        batch_std: scalar, the unbiased std of every reward of the global batch (`std_of_moments`); read for `scale="batch"`
-            only, and needed there.
+        batch_std: scalar, the unbiased std of every reward of the global batch (`std_of_moments`); read for
+            `scale="batch"` only, and needed there.
 
     Returns:
-        [B, G] float32, on the device of `rewards`; exactly zero where a group's rewards are equal (up to float32 rounding).
+        [B, G] float32, on the device of `rewards`; exactly zero where a group's rewards are equal (up to float32
+        rounding).
 
     Raises:
-        ValueError: not [B, G]; G < 2 (a group of one has no baseline); a reward that is not finite; `scale="batch"` without
-            a finite, non-negative `batch_std`; an unknown scale.
+        ValueError: not [B, G]; G < 2 (a group of one has no baseline); a reward that is not finite; `scale="batch"`
+            without a finite, non-negative `batch_std`; an unknown scale.
 
     Source: DeepSeekMath (arXiv 2402.03300), section 4.1.2; `none` from Dr. GRPO (arXiv 2503.20783); `batch` from
     REINFORCE++ (arXiv 2501.03262).
@@ -66,8 +68,8 @@ def per_term_advantages(
 ) -> Tensor:
     """Each reward term normalised in its group, then weighted and summed.
 
-    A term that is equal over a group (format, once it has saturated) then no longer shrinks the others, as it would when
-    the weighted total is normalised.
+    A term that is equal over a group (format, once it has saturated) then no longer shrinks the others, as it would
+    when the weighted total is normalised.
 
     Args:
         terms: name -> [B, G] float, before weights.
@@ -79,8 +81,8 @@ def per_term_advantages(
         [B, G] float32.
 
     Raises:
-        ValueError: no terms, names that differ between `terms` and `weights`, or what `group_advantages` refuses (the term
-            is named).
+        ValueError: no terms, names that differ between `terms` and `weights`, or what `group_advantages` refuses (the
+            term is named).
 
     Source: GDPO, reward-decoupled normalisation (arXiv 2601.05242), without its last normalisation over the batch.
     """
@@ -113,7 +115,9 @@ def zero_signal(rewards: Tensor) -> Tensor:
     if rewards.dim() != 2:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)}; expected [B, G]")
     if rewards.shape[1] < 2:
-        raise ValueError(f"group of {rewards.shape[1]}: a group needs at least 2 reports to have a baseline; raise grpo.group_size")
+        raise ValueError(
+            f"group of {rewards.shape[1]}: a group needs at least 2 reports to have a baseline; raise grpo.group_size"
+        )
     if not torch.isfinite(rewards).all():
         study, member = (~torch.isfinite(rewards)).nonzero()[0].tolist()
         raise ValueError(f"reward {rewards[study, member].item()} of study {study}, member {member} is not finite")
@@ -132,7 +136,9 @@ def batch_moments(rewards: Tensor) -> Tensor:
         [3] float64.
     """
     values = rewards.double()
-    return torch.stack([torch.full((), values.numel(), dtype=torch.float64, device=values.device), values.sum(), values.square().sum()])
+    return torch.stack(
+        [torch.full((), values.numel(), dtype=torch.float64, device=values.device), values.sum(), values.square().sum()]
+    )
 
 
 def std_of_moments(moments: Tensor) -> Tensor:
@@ -155,7 +161,10 @@ def std_of_moments(moments: Tensor) -> Tensor:
 
 def _checked_batch_std(batch_std: Tensor | float | None) -> float:
     if batch_std is None:
-        raise ValueError("scale 'batch' needs batch_std, the global batch's std (batch_moments summed over ranks, then std_of_moments)")
+        raise ValueError(
+            "scale 'batch' needs batch_std, the global batch's std (batch_moments summed over ranks, then "
+            "std_of_moments)"
+        )
     value = float(batch_std)
     if not 0.0 <= value < float("inf"):
         raise ValueError(f"batch_std {value}; expected a finite number >= 0")

@@ -20,8 +20,8 @@ Correction = Literal["none", "tis"]
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
 KL_CLAMP = 10.0
-# exp(20) = 4.9e8 is far outside any clip range and far inside float32. Without it a ratio of inf on the clipped side would
-# send 0 * inf = NaN into the gradient.
+# exp(20) = 4.9e8 is far outside any clip range and far inside float32. Without it a ratio of inf on the clipped side
+# would send 0 * inf = NaN into the gradient.
 LOG_RATIO_CLAMP = 20.0
 MAX_SUFFIX = "_max"  # metrics that are reduced by maximum, not by sum
 
@@ -31,8 +31,8 @@ def loss_denominator(mask: Tensor, aggregation: Aggregation) -> Tensor:
 
     Args:
         mask: [R, C] bool, the tokens that are kept.
-        aggregation: `dapo` counts kept tokens; `grpo` and `dr_grpo` count sequences with at least one kept token, so that a
-            masked (truncated) completion is out of the denominator too.
+        aggregation: `dapo` counts kept tokens; `grpo` and `dr_grpo` count sequences with at least one kept token, so
+            that a masked (truncated) completion is out of the denominator too.
 
     Returns:
         Scalar float64 (exact for any batch), on the device of `mask`.
@@ -51,10 +51,10 @@ def loss_denominator(mask: Tensor, aggregation: Aggregation) -> Tensor:
 def k3(reference_logp: Tensor, logp: Tensor, clamp: float = KL_CLAMP) -> Tensor:
     """Per-token estimate of KL(policy || reference), `exp(d) - d - 1` with `d = reference - policy`, never negative.
 
-    The exponent is clamped at `clamp`; beyond it the estimate goes on along its tangent, `exp(c) (1 + d - c) - d - 1`. Value
-    and gradient are then finite for every finite d (trap 15), and the gradient still points back to the reference: clamping d
-    alone would switch the penalty off exactly where the policy is farthest away. Exact for d <= clamp, where every
-    token that a policy is at all likely to sample lies.
+    The exponent is clamped at `clamp`; beyond it the estimate goes on along its tangent, `exp(c) (1 + d - c) - d - 1`.
+    Value and gradient are then finite for every finite d (trap 15), and the gradient still points back to the
+    reference: clamping d alone would switch the penalty off exactly where the policy is farthest away. Exact for d <=
+    clamp, where every token that a policy is at all likely to sample lies.
 
     Args:
         reference_logp: [...] float.
@@ -64,7 +64,8 @@ def k3(reference_logp: Tensor, logp: Tensor, clamp: float = KL_CLAMP) -> Tensor:
     Returns:
         [...] float32.
 
-    Source: J. Schulman, "Approximating KL divergence" (2020), estimator k3; DeepSeekMath (arXiv 2402.03300), equation 4.
+    Source: J. Schulman, "Approximating KL divergence" (2020), estimator k3; DeepSeekMath (arXiv 2402.03300), equation
+    4.
     """
     difference = reference_logp.detach().float() - logp.float()
     exponent = difference.clamp(max=clamp)
@@ -93,53 +94,62 @@ def grpo_loss(
 ) -> tuple[Tensor, Metrics]:
     """This micro-batch's share of the global loss.
 
-    Per token `-w * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta * k3`, with r = exp(logp - old_logp). Summed over
-    tokens (`dapo`, `dr_grpo`) or over sequences of token means (`grpo`), divided by `denominator` (times `max_length` for
-    `dr_grpo`). Adding the shares of all micro-batches and ranks gives the loss of the whole batch; an engine that averages
-    over ranks or accumulation steps must have that undone by its caller.
+    Per token `-w * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta * k3`, with r = exp(logp - old_logp). Summed
+    over tokens (`dapo`, `dr_grpo`) or over sequences of token means (`grpo`), divided by `denominator` (times
+    `max_length` for `dr_grpo`). Adding the shares of all micro-batches and ranks gives the loss of the whole batch; an
+    engine that averages over ranks or accumulation steps must have that undone by its caller.
 
     Args:
-        logp: [R, C] float, the policy's log-probs of the sampled tokens; the only input that gets a gradient. R rows are
-            flattened (study, member) pairs, C completion tokens.
-        old_logp: [R, C] float, those of the rollout's policy, the same for every inner iteration (trap 16); None where they
-            are `logp` itself, detached (one update a rollout).
+        logp: [R, C] float, the policy's log-probs of the sampled tokens; the only input that gets a gradient. R rows
+            are flattened (study, member) pairs, C completion tokens.
+        old_logp: [R, C] float, those of the rollout's policy, the same for every inner iteration (trap 16); None where
+            they are `logp` itself, detached (one update a rollout).
         reference_logp: [R, C] float, the frozen reference's; None leaves KL out and needs `beta` 0.
         advantages: [R] float.
-        mask: [R, C] bool. A row of False (a truncated or padding row) adds nothing to loss, gradient or metrics, whatever its
-            other values are.
+        mask: [R, C] bool. A row of False (a truncated or padding row) adds nothing to loss, gradient or metrics,
+            whatever its other values are.
         aggregation: see `loss_denominator`.
         denominator: `loss_denominator` summed over the global batch. 0 (nothing kept anywhere) gives a loss of 0.
         max_length: the most new tokens a completion may have; read by `dr_grpo` only.
         clip_low: epsilon below 1. For `ratio="sequence"` about 3e-4 (arXiv 2507.18071, section 5.1).
         clip_high: epsilon above 1.
         beta: KL coefficient. With 0 and a reference the KL is measured without a gradient.
-        ratio: `token`, one ratio a token; `sequence` (GSPO), one ratio a row, `exp(mean over kept tokens of logp - old_logp)`,
-            its gradient shared evenly by the row's tokens.
-        sampled_logp: [R, C] float, what the rollout's decoder gave its own tokens; the gap to `old_logp` is measured when given.
-        correction: `tis` weighs each token's policy term by `w = min(exp(old_logp - sampled_logp), tis_cap)`, detached; `none`
-            leaves w at 1. The KL term is not weighted.
+        ratio: `token`, one ratio a token; `sequence` (GSPO), one ratio a row, `exp(mean over kept tokens of logp -
+            old_logp)`, its gradient shared evenly by the row's tokens.
+        sampled_logp: [R, C] float, what the rollout's decoder gave its own tokens; the gap to `old_logp` is measured
+            when given.
+        correction: `tis` weighs each token's policy term by `w = min(exp(old_logp - sampled_logp), tis_cap)`, detached;
+            `none` leaves w at 1. The KL term is not weighted.
         tis_cap: the largest weight.
         kl_clamp: see `k3`.
 
     Returns:
-        The loss, a float32 scalar, and metrics: name -> (sum, count), float64 scalars without gradient. Means over kept tokens: `kl`,
-        `ratio`, `clip_low`, `clip_high` (shares on which the clip is active: the ratio is out of range on the side that its
-        advantage pushes to), `logp_gap` (nats, absolute), `tis_weight`; with `ratio="sequence"` the three of the ratio count
-        sequences. `ratio_max` and `logp_gap_max` are (maximum, count) and reduce by maximum. `kl` is absent without a
-        reference, the gap without `sampled_logp`. `merge_metrics` reduces them.
+        The loss, a float32 scalar, and metrics: name -> (sum, count), float64 scalars without gradient. Means over kept
+        tokens: `kl`, `ratio`, `clip_low`, `clip_high` (shares on which the clip is active: the ratio is out of range on
+        the side that its advantage pushes to), `logp_gap` (nats, absolute), `tis_weight`; with `ratio="sequence"` the
+        three of the ratio count sequences. `ratio_max` and `logp_gap_max` are (maximum, count) and reduce by maximum.
+        `kl` is absent without a reference, the gap without `sampled_logp`. `merge_metrics` reduces them.
 
     Raises:
-        ValueError: shapes that disagree, a mask that is not bool, `beta` without a reference, `tis` without `sampled_logp`, a
-            negative or non-finite denominator, or an unknown aggregation, ratio or correction.
+        ValueError: shapes that disagree, a mask that is not bool, `beta` without a reference, `tis` without
+            `sampled_logp`, a negative or non-finite denominator, or an unknown aggregation, ratio or correction.
 
-    Source: DeepSeekMath (arXiv 2402.03300), equation 3 (`grpo`); DAPO (arXiv 2503.14476), sections 3.1 and 3.3 (clip_high,
-    `dapo`); Dr. GRPO (arXiv 2503.20783), section 3 (`dr_grpo`); GSPO (arXiv 2507.18071), section 4 (`sequence`); truncated
-    importance sampling: F. Yao et al., "Your efficient RL framework secretly brings you off-policy RL training" (2025).
+    Source: DeepSeekMath (arXiv 2402.03300), equation 3 (`grpo`); DAPO (arXiv 2503.14476), sections 3.1 and 3.3
+    (clip_high, `dapo`); Dr. GRPO (arXiv 2503.20783), section 3 (`dr_grpo`); GSPO (arXiv 2507.18071), section 4
+    (`sequence`); truncated importance sampling: F. Yao et al., "Your efficient RL framework secretly brings you
+    off-policy RL training" (2025).
     """
     _check_mask(mask)
-    for name, tensor in (("logp", logp), ("old_logp", old_logp), ("reference_logp", reference_logp), ("sampled_logp", sampled_logp)):
+    for name, tensor in (
+        ("logp", logp),
+        ("old_logp", old_logp),
+        ("reference_logp", reference_logp),
+        ("sampled_logp", sampled_logp),
+    ):
         if tensor is not None and tensor.shape != mask.shape:
-            raise ValueError(f"{name} of shape {tuple(tensor.shape)}, mask of shape {tuple(mask.shape)}; expected the same [R, C]")
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)}, mask of shape {tuple(mask.shape)}; expected the same [R, C]"
+            )
     if advantages.shape != mask.shape[:1]:
         raise ValueError(f"advantages of shape {tuple(advantages.shape)}; expected [{mask.shape[0]}], one a row")
     if beta != 0 and reference_logp is None:
@@ -209,7 +219,9 @@ def merge_metrics(parts: Sequence[Metrics]) -> Metrics:
         raise ValueError("no metrics to merge")
     for part in parts[1:]:
         if part.keys() != parts[0].keys():
-            raise ValueError(f"metrics {sorted(part)} cannot be merged with {sorted(parts[0])}; the names must be the same")
+            raise ValueError(
+                f"metrics {sorted(part)} cannot be merged with {sorted(parts[0])}; the names must be the same"
+            )
     merged: Metrics = {}
     for name in parts[0]:
         values, counts = torch.stack([part[name][0] for part in parts]), torch.stack([part[name][1] for part in parts])

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from mrg_r1.labels.observations import BLANK, NEGATIVE, NO_FINDING, POSITIVE, UNCERTAIN
 
-_BY_STRENGTH = np.array([BLANK, NEGATIVE, UNCERTAIN, POSITIVE])  # where two reports disagree, the later one here holds for both
+_BY_STRENGTH = np.array(
+    [BLANK, NEGATIVE, UNCERTAIN, POSITIVE]
+)  # where two reports disagree, the later one here holds for both
 _STRENGTH = np.argsort(_BY_STRENGTH)
 
 
@@ -22,7 +24,8 @@ _STRENGTH = np.argsort(_BY_STRENGTH)
 class Augmentation:
     """How often a report is changed, and how. All are shares from 0 to 1."""
 
-    joined: float  # of the reports: joined with the one drawn next, their labels united. Parts the findings that come together
+    # of the reports: joined with the one drawn next, their labels united. Parts the findings that come together
+    joined: float
     shuffled: float  # of the examples: sentences in another order, on which what a report says does not depend
     masked: float  # of the tokens: replaced by [MASK]
     spread: float  # of the tokens: one or two [UNK] put before them, so that "no" and its noun stand at many distances
@@ -75,7 +78,8 @@ def one_pass(
     longest: int,
     rng: random.Random,
 ) -> Iterator[list[Example]]:
-    """Every report once, alone or joined with another, in batches of examples of like length (little is padding) in random order.
+    """Every report once, alone or joined with another, in batches of examples of like length (little is padding) in
+    random order.
 
     Args:
         sentences: of each of N reports, the ids of each sentence.
@@ -87,7 +91,8 @@ def one_pass(
         rng: decides everything.
     """
     examples = [
-        _example(rows, sentences, classes, augmentation, special, longest, rng) for rows in _joined(len(sentences), augmentation, rng)
+        _example(rows, sentences, classes, augmentation, special, longest, rng)
+        for rows in _joined(len(sentences), augmentation, rng)
     ]
     examples.sort(key=lambda example: len(example.ids) + rng.uniform(-8, 8))
     batches = [examples[start : start + batch] for start in range(0, len(examples), batch)]
@@ -96,7 +101,9 @@ def one_pass(
 
 
 def _joined(reports: int, augmentation: Augmentation, rng: random.Random) -> Iterator[list[int]]:
-    """The rows 0 to `reports` in random order, one or two at a time; a joined pair starts so often that its share comes out right."""
+    """The rows 0 to `reports` in random order, one or two at a time; a joined pair starts so often that its share comes
+    out right.
+    """
     order = rng.sample(range(reports), reports)
     start_pair = augmentation.joined / (2 - augmentation.joined)
     while order:

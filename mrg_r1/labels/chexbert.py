@@ -1,7 +1,8 @@
 """CheXbert's architecture at any size, and the labeler that reads the 14 observations out of report texts.
 
-Texts enter, classes leave ([N, 14], spec section 1). `labels.loading` reads the weights: a directory of ours (`Labeler.save`,
-`labels.training`) or the checkpoint that CheXbert's authors published, which the user brings: its licence forbids redistribution.
+Texts enter, classes leave ([N, 14], spec section 1). `labels.loading` reads the weights: a directory of ours
+(`Labeler.save`, `labels.training`) or the checkpoint that CheXbert's authors published, which the user brings: its
+licence forbids redistribution.
 
 Source: CheXbert (arXiv 2004.09167), section 3: BERT, the last hidden state of [CLS], 14 linear heads.
 """
@@ -39,7 +40,8 @@ from mrg_r1.labels.tokenizer import (
 __all__ = ["MAX_TOKENS", "SPECIAL_TOKENS", "CheXbert", "Labeler", "bert_tokenizer", "special_id"]
 
 MAX_TOKENS = 512  # BERT's positions, [CLS] and [SEP] included
-# In one pass; bounds memory. On a CPU the activations of few tokens stay near the cache, and a product of 1,000 rows is as fast as any.
+# In one pass; bounds memory. On a CPU the activations of few tokens stay near the cache, and a product of 1,000 rows is
+# as fast as any.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192}
 
 
@@ -53,7 +55,8 @@ class CheXbert(nn.Module):
         self.linear_heads = nn.ModuleList(nn.Linear(config.hidden_size, classes) for classes in CLASSES_PER_OBSERVATION)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits of every observation's classes, as training needs them; labelling takes the shorter way of `labels.inference`.
+        """Logits of every observation's classes, as training needs them; labelling takes the shorter way of
+        `labels.inference`.
 
         Args:
             input_ids: [N, L] int64, [CLS] first, padded on the right.
@@ -67,10 +70,14 @@ class CheXbert(nn.Module):
 
     def classify(self, cls: Tensor) -> Tensor:
         """The heads on [CLS]'s hidden states [N, H]: [N, 14, 4], -inf for the two classes that No Finding lacks."""
-        weight = torch.cat([head.get_parameter("weight") for head in self.linear_heads])  # [54, H]: all heads as one product
+        weight = torch.cat(
+            [head.get_parameter("weight") for head in self.linear_heads]
+        )  # [54, H]: all heads as one product
         bias = torch.cat([head.get_parameter("bias") for head in self.linear_heads])  # [54]
         logits = nn.functional.linear(cls, weight, bias)  # [N, 54]
-        missing = 4 * len(OBSERVATIONS) - logits.shape[1]  # only the last head is short, so the padding stands at the end
+        missing = (
+            4 * len(OBSERVATIONS) - logits.shape[1]
+        )  # only the last head is short, so the padding stands at the end
         return nn.functional.pad(logits, (0, missing), value=float("-inf")).view(-1, len(OBSERVATIONS), 4)
 
 
@@ -79,15 +86,21 @@ class Labeler:
 
     Attributes:
         name: the directory's or file's name, for logs and result files.
-        fingerprint: the first 16 hexadecimal digits of the weights' SHA-256 (in float32, so the same for every dtype, device and file
-            format): tells two labelers of one name apart.
+        fingerprint: the first 16 hexadecimal digits of the weights' SHA-256 (in float32, so the same for every dtype,
+            device and file format): tells two labelers of one name apart.
         model: CheXbert in evaluation mode. Its parameters are read at each call, so they may be trained between calls.
         max_tokens: longest input in ids, [CLS] and [SEP] included.
         tokens_per_batch: of one pass; halved, and left so, when memory runs out.
     """
 
     def __init__(
-        self, model: CheXbert, tokenizer: Tokenizer, *, name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        model: CheXbert,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.name = name
         self.fingerprint = loading.fingerprint(model.state_dict())
@@ -97,34 +110,43 @@ class Labeler:
         self.tokens_per_batch = TOKENS_PER_BATCH.get(self.device.type, TOKENS_PER_BATCH["cuda"])
         self._slack = inference.SLACK.get(self.device.type, inference.SLACK["cuda"])
         self.tokenizer = tokenizer
-        # A stored tokenizer may carry its own truncation and padding (MiniLM's cuts at 128); both are done here instead.
+        # A stored tokenizer may carry its own truncation and padding (MiniLM's cuts at 128); both are done here
+        # instead.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._cls, self._sep, self._pad = (special_id(tokenizer, token, name) for token in ("[CLS]", "[SEP]", "[PAD]"))
         rows = model.bert.config.vocab_size
         if tokenizer.get_vocab_size() > rows:
             raise ValueError(
-                f"{name}: the tokenizer has {tokenizer.get_vocab_size()} entries and the model {rows} embeddings; give the tokenizer "
-                "that the model was trained with"
+                f"{name}: the tokenizer has {tokenizer.get_vocab_size()} entries and the model {rows} embeddings; "
+                "give the tokenizer that the model was trained with"
             )
 
     @classmethod
     def load(
-        cls, path: Path, *, tokenizer: str | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: Path,
+        *,
+        tokenizer: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> Labeler:
         """Load a directory of ours or a CheXbert checkpoint file. The weights must match the architecture key by key.
 
         Args:
-            path: a directory with config.json, model.safetensors and tokenizer files, the published checkpoint, or a `.safetensors`
-                copy of it.
-            tokenizer: a directory with tokenizer.json or vocab.txt, or a name on the Hugging Face hub. A directory of ours carries its
-                own; a checkpoint file, which has none, takes bert-base-uncased's from the hub or its cache unless told.
+            path: a directory with config.json, model.safetensors and tokenizer files, the published checkpoint, or a
+                `.safetensors` copy of it.
+            tokenizer: a directory with tokenizer.json or vocab.txt, or a name on the Hugging Face hub. A directory of
+                ours carries its own; a checkpoint file, which has none, takes bert-base-uncased's from the hub or its
+                cache unless told.
             device: where labelling runs.
             dtype: of the weights while labelling; they are stored and compared in float32.
 
         Raises:
-            FileNotFoundError: nothing at `path`, a missing file of a directory, or a tokenizer that cannot be had (offline).
-            ValueError: a missing, unexpected or wrongly shaped tensor, a pickled object, or a tokenizer that is not the model's.
+            FileNotFoundError: nothing at `path`, a missing file of a directory, or a tokenizer that cannot be had
+                (offline).
+            ValueError: a missing, unexpected or wrongly shaped tensor, a pickled object, or a tokenizer that is not the
+                model's.
         """
         path = Path(path)
         if path.is_dir():
@@ -135,14 +157,20 @@ class Labeler:
             words = read_tokenizer(tokenizer if tokenizer is not None else PUBLISHED_VOCABULARY)
             require_uncased(words, config.vocab_size, tokenizer or PUBLISHED_VOCABULARY)
         else:
-            raise FileNotFoundError(f"{path}: no labeler here; give a directory made by `labeler train` or a CheXbert checkpoint file")
-        with torch.random.fork_rng(devices=[]):  # initialising weights that are about to be replaced must not move the caller's seeds
+            raise FileNotFoundError(
+                f"{path}: no labeler here; give a directory made by `labeler train` or a CheXbert checkpoint file"
+            )
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # initialising weights that are about to be replaced must not move the caller's seeds
             model = CheXbert(config)
         loading.load_strictly(model, state, path)
         return cls(model, words, name=path.resolve().name, device=device, dtype=dtype)
 
     def save(self, directory: Path) -> None:
-        """Write config.json, tokenizer files and model.safetensors (float32, last: a directory cut short does not load)."""
+        """Write config.json, tokenizer files and model.safetensors (float32, last: a directory cut short does not
+        load).
+        """
         loading.write_directory(
             Path(directory), self.model.bert.config, self.tokenizer, self.model.state_dict(), max_tokens=self.max_tokens
         )
@@ -150,11 +178,12 @@ class Labeler:
     def label(self, texts: Sequence[str], *, progress: bool = False) -> NDArray[np.int64]:
         """The classes of each text: [N, 14] int64, 0 blank, 1 positive, 2 negative, 3 uncertain.
 
-        A text's classes do not depend on the other texts, on their number or on their order. Equal texts are computed once.
+        A text's classes do not depend on the other texts, on their number or on their order. Equal texts are computed
+        once.
 
         Args:
-            texts: N reports; whitespace is collapsed, an empty one is [CLS][SEP], a long one is cut at `max_tokens` with [SEP] last,
-                and any characters are allowed.
+            texts: N reports; whitespace is collapsed, an empty one is [CLS][SEP], a long one is cut at `max_tokens`
+                with [SEP] last, and any characters are allowed.
             progress: show a bar while labelling (on a terminal, outside CI).
 
         Raises:
@@ -165,16 +194,22 @@ class Labeler:
 
     @torch.no_grad()
     def logits(self, texts: Sequence[str], *, progress: bool = False) -> Tensor:
-        """As `label`, before the choice of a class: [N, 14, 4] float32 on the CPU, -inf for the classes that No Finding lacks."""
+        """As `label`, before the choice of a class: [N, 14, 4] float32 on the CPU, -inf for the classes that No Finding
+        lacks.
+        """
         distinct, row_of_text = _distinct(texts)
         ids = self.encode(distinct)
-        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # the largest batch first: memory runs out at once or never
+        order = sorted(
+            range(len(ids)), key=lambda row: -len(ids[row])
+        )  # the largest batch first: memory runs out at once or never
         computed, done, allowed = [], 0, self.tokens_per_batch
         quiet = not progress or "CI" in os.environ or not sys.stderr.isatty()
         with Progress(console=Console(stderr=True), disable=quiet) as bar:
             task = bar.add_task(f"labelling with {self.name}", total=len(order))
             while done < len(order):
-                batch = _first_batch([ids[row] for row in order[done : done + self.tokens_per_batch]], self.tokens_per_batch)
+                batch = _first_batch(
+                    [ids[row] for row in order[done : done + self.tokens_per_batch]], self.tokens_per_batch
+                )
                 answers = self._read(batch)
                 if answers is None:
                     self._halve(batch)
@@ -183,7 +218,10 @@ class Labeler:
                 done += len(batch)
                 bar.update(task, completed=done)
         if self.tokens_per_batch < allowed:
-            warnings.warn(f"{self.name}: out of memory with {allowed} tokens in a batch; {self.tokens_per_batch} from now on", stacklevel=2)
+            warnings.warn(
+                f"{self.name}: out of memory with {allowed} tokens in a batch; {self.tokens_per_batch} from now on",
+                stacklevel=2,
+            )
         result = torch.empty(len(ids), len(OBSERVATIONS), 4)
         if computed:
             result[torch.tensor(order)] = torch.cat(computed).cpu()  # one transfer, after every batch is queued
@@ -202,14 +240,16 @@ class Labeler:
     def _read(self, batch: list[list[int]]) -> Tensor | None:
         """Logits of rows of ids, longest first; None where memory does not suffice for several of them."""
         try:
-            return inference.read(self.model, inference.pack(batch, pad=self._pad, slack=self._slack, device=self.device))
+            return inference.read(
+                self.model, inference.pack(batch, pad=self._pad, slack=self._slack, device=self.device)
+            )
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise MemoryError(
-                    f"{self.name}: a single report of {len(batch[0])} tokens does not fit into the memory of {self.device}; free some, "
-                    "or run the labeler on another device or in a smaller dtype"
+                    f"{self.name}: a single report of {len(batch[0])} tokens does not fit into the memory of "
+                    f"{self.device}; free some, or run the labeler on another device or in a smaller dtype"
                 ) from error
         return None  # outside the handler: the error's traceback holds the activations until it is gone
 

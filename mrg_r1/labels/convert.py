@@ -1,4 +1,6 @@
-"""The published checkpoint, read once and written in a format that loads without pickle: for `mrg-r1 labeler convert`."""
+"""The published checkpoint, read once and written in a format that loads without pickle: for `mrg-r1 labeler
+convert`.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def convert(source: Path, output: Path, *, tokenizer: str | None = None) -> str:
         raise FileNotFoundError(f"{source}: {reason}")
     as_file = output.suffix == ".safetensors"
     if as_file and tokenizer is not None:
-        raise ValueError(f"{output}: a safetensors file holds no tokenizer; leave it out, or name a directory as output")
+        raise ValueError(
+            f"{output}: a safetensors file holds no tokenizer; leave it out, or name a directory as output"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     fresh = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:

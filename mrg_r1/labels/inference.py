@@ -1,12 +1,15 @@
-"""CheXbert's forward pass as labelling needs it: rows of ids enter, logits leave, and what cannot change them is not computed.
+"""CheXbert's forward pass as labelling needs it: rows of ids enter, logits leave, and what cannot change them is not
+computed.
 
-The same numbers as the module's in evaluation mode, from the same parameters, read at each call: nothing is copied, so nothing grows
-stale while a model trains. What is saved:
+The same numbers as the module's in evaluation mode, from the same parameters, read at each call: nothing is copied, so
+nothing grows stale while a model trains. What is saved:
 - hardly any padding: rows are packed one after another, and only attention sees which belong together;
 - the last layer computes keys and values for every token, all else for [CLS] alone, the only one that the heads read;
-- on a CPU in float32, oneDNN's products with bias, GELU and residual in them (107 GFLOP/s where torch's own do 96, on one core).
+- on a CPU in float32, oneDNN's products with bias, GELU and residual in them (107 GFLOP/s where torch's own do 96, on
+  one core).
 
-Source: CheXbert (arXiv 2004.09167), section 3; BERT (arXiv 1810.04805) with post-norm layers as in Vaswani et al. (arXiv 1706.03762).
+Source: CheXbert (arXiv 2004.09167), section 3; BERT (arXiv 1810.04805) with post-norm layers as in Vaswani et al.
+(arXiv 1706.03762).
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from transformers.activations import GELUActivation
 if TYPE_CHECKING:
     from mrg_r1.labels.chexbert import CheXbert
 
-# Padding that a row may get so that attention takes it together with longer ones: a CPU does as well with none, a GPU wants few kernels.
+# Padding that a row may get so that attention takes it together with longer ones: a CPU does as well with none, a GPU
+# wants few kernels.
 SLACK = {"cpu": 0.0, "cuda": 0.2}
 # A private name of torch, so it may go; then labelling on a CPU is a tenth slower and nothing else.
 _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -78,7 +82,8 @@ def pack(rows: Sequence[Sequence[int]], *, pad: int, slack: float, device: torch
     Args:
         rows: N >= 1 rows, longest first.
         pad: id of the padding.
-        slack: the share of a block's length by which a row in it may be shorter; 0: rows of equal length only, no padding.
+        slack: the share of a block's length by which a row in it may be shorter; 0: rows of equal length only, no
+            padding.
         device: where the result lies.
     """
     groups: list[list[Sequence[int]]] = []
@@ -136,8 +141,12 @@ def _layer(layer: Any, x: Tensor, packed: Packed, heads: int, only: Tensor | Non
     return _norm(outer.LayerNorm, _linear_add(outer.dense, _activated(inner, x), x))
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, blocks: Sequence[Block], heads: int, *, one_query: bool) -> Tensor:
-    """Attention of each row to itself: [Q, H] of queries [Q, H] (all tokens, or one a row) and keys and values [T, H]."""
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, blocks: Sequence[Block], heads: int, *, one_query: bool
+) -> Tensor:
+    """Attention of each row to itself: [Q, H] of queries [Q, H] (all tokens, or one a row) and keys and values
+    [T, H].
+    """
     mixed = torch.empty_like(queries)
     asked = seen = 0
     for block in blocks:
@@ -145,7 +154,8 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, blocks: Sequence[Bloc
         ask, see = slice(asked, asked + block.rows * width), slice(seen, seen + block.rows * block.length)
         asked, seen = ask.stop, see.stop
         q, k, v = (
-            part.view(block.rows, -1, heads, part.shape[1] // heads).transpose(1, 2) for part in (queries[ask], keys[see], values[see])
+            part.view(block.rows, -1, heads, part.shape[1] // heads).transpose(1, 2)
+            for part in (queries[ask], keys[see], values[see])
         )
         answer = F.scaled_dot_product_attention(q, k, v, attn_mask=block.mask)  # [rows, heads, width, D]
         mixed[ask].view(block.rows, width, heads, -1).copy_(answer.transpose(1, 2))

@@ -1,7 +1,8 @@
-"""A labeler's files: the checkpoint that CheXbert's authors published, a safetensors copy of it, and a directory of ours.
+"""A labeler's files: the checkpoint that CheXbert's authors published, a safetensors copy of it, and a directory of
+ours.
 
-Paths enter; configurations and tensors by name leave, `module.` and what CheXbert never uses taken out. Nothing is unpickled but
-tensors, and nothing here knows a model: `load_strictly` compares with whichever it is given.
+Paths enter; configurations and tensors by name leave, `module.` and what CheXbert never uses taken out. Nothing is
+unpickled but tensors, and nothing here knows a model: `load_strictly` compares with whichever it is given.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from transformers import BertConfig
 
 from mrg_r1.labels.observations import OBSERVATIONS
 
-HEAD_DIM = 64  # of every BERT published by its authors; a checkpoint's tensors do not tell the number of attention heads
+HEAD_DIM = (
+    64  # of every BERT published by its authors; a checkpoint's tensors do not tell the number of attention heads
+)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-# in the published file but in no part of CheXbert's forward pass: BERT's pooler, and a buffer that older versions stored
+# in the published file but in no part of CheXbert's forward pass: BERT's pooler, and a buffer that older versions
+# stored
 _UNUSED_KEYS = ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "bert.embeddings.position_ids")
 
 
@@ -40,10 +44,12 @@ def read_directory(directory: Path) -> tuple[BertConfig, dict[str, Tensor]]:
 
 
 def read_checkpoint(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
-    """Configuration and tensors of a published checkpoint, or of a `.safetensors` copy of it with or without `module.` in its keys.
+    """Configuration and tensors of a published checkpoint, or of a `.safetensors` copy of it with or without `module.`
+    in its keys.
 
     Raises:
-        ValueError: a pickled object, a file of another kind, a name that stands twice, or tensors whose sizes are no BERT's.
+        ValueError: a pickled object, a file of another kind, a name that stands twice, or tensors whose sizes are no
+            BERT's.
     """
     state = _stripped(_read_safetensors(path) if path.suffix == ".safetensors" else _read_published(path), path)
     return _config_of_tensors(state, path), state
@@ -72,7 +78,11 @@ def require_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], pat
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    problems += [f"{name} is {tensor.dtype}, not floating point" for name, tensor in state.items() if not tensor.is_floating_point()]
+    problems += [
+        f"{name} is {tensor.dtype}, not floating point"
+        for name, tensor in state.items()
+        if not tensor.is_floating_point()
+    ]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"{path}: not the weights of this CheXbert: {'; '.join(problems[:8])}{more}")
@@ -84,7 +94,9 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def write_directory(directory: Path, config: BertConfig, tokenizer: Tokenizer, state: Mapping[str, Tensor], *, max_tokens: int) -> None:
+def write_directory(
+    directory: Path, config: BertConfig, tokenizer: Tokenizer, state: Mapping[str, Tensor], *, max_tokens: int
+) -> None:
     """Write config.json, tokenizer files and model.safetensors (float32, last: a directory cut short does not load)."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / WEIGHTS).unlink(missing_ok=True)
@@ -109,12 +121,19 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 def _read_config(path: Path) -> BertConfig:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a labeler directory has {CONFIG}, {WEIGHTS} and tokenizer files")
+        raise FileNotFoundError(
+            f"{path}: no such file; a labeler directory has {CONFIG}, {WEIGHTS} and tokenizer files"
+        )
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored.get("architectures") != ["CheXbert"]:
-        raise ValueError(f"{path}: architectures is {stored.get('architectures')}, not ['CheXbert']; this directory holds another model")
+        raise ValueError(
+            f"{path}: architectures is {stored.get('architectures')}, not ['CheXbert']; this directory holds "
+            "another model"
+        )
     if stored.get("observations") != list(OBSERVATIONS):
-        raise ValueError(f"{path}: observations are {stored.get('observations')}; expected, in this order, {list(OBSERVATIONS)}")
+        raise ValueError(
+            f"{path}: observations are {stored.get('observations')}; expected, in this order, {list(OBSERVATIONS)}"
+        )
     return BertConfig.from_dict(stored)
 
 
@@ -124,7 +143,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error}); train, convert or copy the labeler again") from error
+        raise ValueError(
+            f"{path}: not a safetensors file ({error}); train, convert or copy the labeler again"
+        ) from error
 
 
 def _read_published(path: Path) -> Mapping[Any, Any]:
@@ -134,12 +155,21 @@ def _read_published(path: Path) -> Mapping[Any, Any]:
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         # torch's own message recommends loading such a file without the safeguard, so it is not passed on
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds the pickled object {found.group(1)}" if found else f"it cannot be read as tensors ({type(error).__name__})"
-        raise ValueError(f"{path}: refused: {what}; a checkpoint may hold tensors only, because unpickling runs code") from None
+        what = (
+            f"it holds the pickled object {found.group(1)}"
+            if found
+            else f"it cannot be read as tensors ({type(error).__name__})"
+        )
+        raise ValueError(
+            f"{path}: refused: {what}; a checkpoint may hold tensors only, because unpickling runs code"
+        ) from None
     state = stored.get("model_state_dict") if isinstance(stored, dict) else None
     if not isinstance(state, Mapping):
         found_keys = sorted(map(str, stored))[:8] if isinstance(stored, dict) else type(stored).__name__
-        raise ValueError(f"{path}: no `model_state_dict` (found {found_keys}); a published CheXbert checkpoint is a dict that has one")
+        raise ValueError(
+            f"{path}: no `model_state_dict` (found {found_keys}); a published CheXbert checkpoint is a dict that "
+            "has one"
+        )
     return state
 
 
@@ -168,7 +198,9 @@ def _config_of_tensors(state: Mapping[str, Tensor], path: Path) -> BertConfig:
     vocabulary, hidden = rows_and_columns("bert.embeddings.word_embeddings.weight")
     layers = {int(found.group(1)) for name in state if (found := re.match(r"bert\.encoder\.layer\.(\d+)\.", name))}
     if hidden % HEAD_DIM:
-        raise ValueError(f"{path}: hidden size {hidden} is not a multiple of {HEAD_DIM}, so the attention heads cannot be told")
+        raise ValueError(
+            f"{path}: hidden size {hidden} is not a multiple of {HEAD_DIM}, so the attention heads cannot be told"
+        )
     return BertConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,

@@ -63,7 +63,10 @@ def classes_of_values(values: Sequence[int | None]) -> list[int]:
     classes = []
     for observation, value in zip(OBSERVATIONS, values, strict=True):
         if value not in _CLASS_OF_VALUE:
-            raise ValueError(f"{observation}: label value {value!r}; allowed are 1 (positive), 0 (negative), -1 (uncertain) and empty")
+            raise ValueError(
+                f"{observation}: label value {value!r}; allowed are 1 (positive), 0 (negative), -1 (uncertain) and "
+                "empty"
+            )
         classes.append(_CLASS_OF_VALUE[value])
     if classes[NO_FINDING] == NEGATIVE:
         classes[NO_FINDING] = BLANK
@@ -104,7 +107,9 @@ def read_labels_csv(path: Path, *, numbered: bool = False) -> dict[str, list[int
             if study_id in labels:
                 raise ValueError(f"{where}: id {study_id!r} stands twice; keep one of the rows")
             if None in row or None in row.values():  # a shifted or cut row would else be read as blanks
-                raise ValueError(f"{where}, id {study_id!r}: the row has more or fewer fields than the {len(columns)} columns")
+                raise ValueError(
+                    f"{where}, id {study_id!r}: the row has more or fewer fields than the {len(columns)} columns"
+                )
             try:
                 labels[study_id] = classes_of_values([_parse_value(name, row[name]) for name in OBSERVATIONS])
             except ValueError as error:
@@ -128,7 +133,9 @@ def _parse_value(observation: str, text: str | None) -> int | None:
     try:
         number = float(text)
     except ValueError:
-        raise ValueError(f"{observation}: label value {text!r} is not a number; allowed are 1, 0, -1 and empty") from None
+        raise ValueError(
+            f"{observation}: label value {text!r} is not a number; allowed are 1, 0, -1 and empty"
+        ) from None
     if not number.is_integer():
         raise ValueError(f"{observation}: label value {text!r}; allowed are 1, 0, -1 and empty")
     return int(number)

@@ -1,7 +1,8 @@
-"""What a labeler's training starts from: random weights, a pretrained BERT, a labeler of ours, or the published CheXbert.
+"""What a labeler's training starts from: random weights, a pretrained BERT, a labeler of ours, or the published
+CheXbert.
 
-Reports and a size, or a path, enter; CheXbert and its tokenizer leave. From a plain BERT only the heads are random; everything else is
-the checkpoint's, key by key.
+Reports and a size, or a path, enter; CheXbert and its tokenizer leave. From a plain BERT only the heads are random;
+everything else is the checkpoint's, key by key.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from mrg_r1.labels.chexbert import MAX_TOKENS, SPECIAL_TOKENS, CheXbert, Labeler
 from mrg_r1.labels.loading import load_strictly
 from mrg_r1.labels.tokenizer import read_tokenizer
 
-# What a checkpoint may hold beside BERT's encoder: its pooler and pre-training heads, which CheXbert lacks, and an old buffer.
+# What a checkpoint may hold beside BERT's encoder: its pooler and pre-training heads, which CheXbert lacks, and an old
+# buffer.
 _DROPPED = ("pooler.", "cls.", "embeddings.position_ids")
 # the layer norms' names in checkpoints that began in TensorFlow, bert-base-uncased's among them
 _RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -33,7 +35,9 @@ _RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.
 
 @dataclass(frozen=True)
 class LabelerSize:
-    """BERT's sizes; the feed-forward width is twice `hidden`, which reads as well as BERT's four times and takes two thirds of the time."""
+    """BERT's sizes; the feed-forward width is twice `hidden`, which reads as well as BERT's four times and takes two
+    thirds of the time.
+    """
 
     layers: int
     hidden: int
@@ -66,10 +70,10 @@ def read_start(start: Path, tokenizer: str | None = None) -> tuple[CheXbert, Tok
     The heads of a plain BERT are drawn from torch's global seed.
 
     Args:
-        start: a directory of a BERT as transformers writes it (config.json, model.safetensors or pytorch_model.bin), a directory of
-            ours, or a published CheXbert checkpoint file.
-        tokenizer: a directory with tokenizer.json or vocab.txt, or a name on the Hugging Face hub. None: the directory's own, or
-            bert-base-uncased's for a published file, as in `Labeler.load`.
+        start: a directory of a BERT as transformers writes it (config.json, model.safetensors or pytorch_model.bin), a
+            directory of ours, or a published CheXbert checkpoint file.
+        tokenizer: a directory with tokenizer.json or vocab.txt, or a name on the Hugging Face hub. None: the
+            directory's own, or bert-base-uncased's for a published file, as in `Labeler.load`.
 
     Raises:
         FileNotFoundError: nothing at `start`, a missing file of the directory, or a tokenizer that cannot be had.
@@ -83,16 +87,24 @@ def read_start(start: Path, tokenizer: str | None = None) -> tuple[CheXbert, Tok
     weights = {_plain(name): tensor for name, tensor in _read_weights(start).items()}
     model = CheXbert(BertConfig.from_dict(stored))
     state = {f"bert.{name}": tensor for name, tensor in weights.items() if not name.startswith(_DROPPED)}
-    load_strictly(model, state | {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("bert.")}, start)
+    load_strictly(
+        model,
+        state | {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("bert.")},
+        start,
+    )
     return model, _read_words(tokenizer if tokenizer is not None else str(start))
 
 
 def _read_bert_config(path: Path) -> dict[str, object]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a BERT directory has config.json, model.safetensors and tokenizer files")
+        raise FileNotFoundError(
+            f"{path}: no such file; a BERT directory has config.json, model.safetensors and tokenizer files"
+        )
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored.get("model_type") != "bert":
-        raise ValueError(f"{path}: model_type is {stored.get('model_type')!r}, not 'bert'; a labeler starts from a BERT only")
+        raise ValueError(
+            f"{path}: model_type is {stored.get('model_type')!r}, not 'bert'; a labeler starts from a BERT only"
+        )
     return dict(stored)
 
 
@@ -101,15 +113,22 @@ def _read_weights(folder: Path) -> Mapping[str, Tensor]:
         try:
             return load_file(folder / "model.safetensors")
         except SafetensorError as error:
-            raise ValueError(f"{folder / 'model.safetensors'}: not a safetensors file ({error}); copy the checkpoint again") from error
+            raise ValueError(
+                f"{folder / 'model.safetensors'}: not a safetensors file ({error}); copy the checkpoint again"
+            ) from error
     path = folder / "pytorch_model.bin"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder}: neither model.safetensors nor pytorch_model.bin in it; a sharded checkpoint is saved again whole"
+            f"{folder}: neither model.safetensors nor pytorch_model.bin in it; a sharded checkpoint is saved again "
+            "whole"
         )
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # torch's message recommends loading without the safeguard
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        RuntimeError,
+    ) as error:  # torch's message recommends loading without the safeguard
         raise ValueError(
             f"{path}: refused: it cannot be read as tensors alone ({type(error).__name__}), and unpickling runs code"
         ) from None
@@ -129,7 +148,9 @@ def _read_words(source: str) -> Tokenizer:
     """As `Labeler.load` reads a tokenizer, and a bare vocab.txt with capitals in it as a cased one."""
     tokenizer = read_tokenizer(source)
     bare = (Path(source) / "vocab.txt").is_file() and not (Path(source) / "tokenizer.json").is_file()
-    if bare and any(word != word.lower() for word in tokenizer.get_vocab().keys() - set(SPECIAL_TOKENS) if not word.startswith("[")):
+    if bare and any(
+        word != word.lower() for word in tokenizer.get_vocab().keys() - set(SPECIAL_TOKENS) if not word.startswith("[")
+    ):
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     return tokenizer
 
@@ -140,15 +161,23 @@ def _read_words(source: str) -> Tokenizer:
 def train_tokenizer(reports: Sequence[str], vocabulary: int) -> Tokenizer:
     """A lower-case WordPiece tokenizer of at most `vocabulary` learned pieces (a large alphabet may add to them).
 
-    Every printable ASCII character, and every character of the reports, is a piece at a word's start and inside one: no such word is
-    ever unknown.
+    Every printable ASCII character, and every character of the reports, is a piece at a word's start and inside one: no
+    such word is ever unknown.
     """
     tokenizer = bert_tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
-    seen = {character for report in reports for character in tokenizer.normalizer.normalize_str(report) if not character.isspace()}
+    seen = {
+        character
+        for report in reports
+        for character in tokenizer.normalizer.normalize_str(report)
+        if not character.isspace()
+    }
     alphabet = sorted(seen | set(string.printable.lower()) - set(string.whitespace))
-    # The trainer breaks ties by id and numbers the characters in a hash table's order; numbering them first makes it repeatable.
+    # The trainer breaks ties by id and numbers the characters in a hash table's order; numbering them first makes it
+    # repeatable.
     first = [*SPECIAL_TOKENS, *alphabet, *(f"##{character}" for character in alphabet)]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary + len(first), min_frequency=2, special_tokens=first, show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary + len(first), min_frequency=2, special_tokens=first, show_progress=False
+    )
     tokenizer.train_from_iterator(reports, trainer)
     return bert_tokenizer(models.WordPiece(tokenizer.get_vocab(with_added_tokens=False), unk_token="[UNK]"))
 
@@ -156,14 +185,15 @@ def train_tokenizer(reports: Sequence[str], vocabulary: int) -> Tokenizer:
 def start_local(model: CheXbert) -> None:
     """First weights with which the first layer's heads look at a token's neighbours, in place.
 
-    A negation and its noun stand a few tokens apart anywhere in a report. BERT's random position embeddings give no notion of
-    "next to", which a few thousand reports are too few to teach: on phantom reports of unseen wording six passes reach a micro-F1 of
-    0.80 from random weights and of 0.94 from these. So positions start as sinusoids in the first H / heads dimensions, which the
-    words leave free, and head h's query is the position o(h) away: scores peak there, sharply for the near neighbours, broadly
-    (slow sinusoids only) for the far ones. Everything is trained from there on.
+    A negation and its noun stand a few tokens apart anywhere in a report. BERT's random position embeddings give no
+    notion of "next to", which a few thousand reports are too few to teach: on phantom reports of unseen wording six
+    passes reach a micro-F1 of 0.80 from random weights and of 0.94 from these. So positions start as sinusoids in the
+    first H / heads dimensions, which the words leave free, and head h's query is the position o(h) away: scores peak
+    there, sharply for the near neighbours, broadly (slow sinusoids only) for the far ones. Everything is trained from
+    there on.
 
-    Source: sinusoids and the rotation between two positions, Vaswani et al. (arXiv 1706.03762), section 3.5; starting attention
-    from a convolution, ConViT (arXiv 2103.10697), section 3.
+    Source: sinusoids and the rotation between two positions, Vaswani et al. (arXiv 1706.03762), section 3.5; starting
+    attention from a convolution, ConViT (arXiv 2103.10697), section 3.
     """
     config = model.bert.config
     width = config.hidden_size // config.num_attention_heads  # dimensions of the positions, and of a head
@@ -189,7 +219,9 @@ def start_local(model: CheXbert) -> None:
                 row, column = head * width + 2 * pair, 2 * pair
                 cosine, sine = math.cos(frequencies[pair] * offset), math.sin(frequencies[pair] * offset)
                 attention.key.weight[row : row + 2, column : column + 2] += torch.eye(2)
-                attention.query.weight[row : row + 2, column : column + 2] += torch.tensor([[cosine, sine], [-sine, cosine]])
+                attention.query.weight[row : row + 2, column : column + 2] += torch.tensor(
+                    [[cosine, sine], [-sine, cosine]]
+                )
 
 
 # where each head of the first layer looks, and the period in tokens below which sinusoids are left out
@@ -203,7 +235,8 @@ def _config(size: LabelerSize, vocabulary: int) -> BertConfig:
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         intermediate_size=2 * size.hidden,
-        hidden_dropout_prob=0.0,  # the augmentation is enough, and learning is twice as fast; [CLS] keeps CheXbert's 0.1
+        # the augmentation is enough, and learning is twice as fast; [CLS] keeps CheXbert's 0.1
+        hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         max_position_embeddings=MAX_TOKENS,
         initializer_range=size.hidden**-0.5,  # BERT's 0.02 is made for 768 dimensions

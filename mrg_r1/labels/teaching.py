@@ -1,8 +1,10 @@
-"""What teachers give: labelers trained alike from other first weights, whose averaged answers one model learns beside the labels.
+"""What teachers give: labelers trained alike from other first weights, whose averaged answers one model learns beside
+the labels.
 
-Several small models of a few thousand reports err differently, and their average reads better than each. One model that learns the
-average keeps that, in one file and at one model's time of reading. On texts of a third of IU X-Ray's reports that the others lack, three
-models reach a micro-F1 of 0.783, 0.765 and 0.767, their average 0.795, and the one model that they taught 0.802 (one seed).
+Several small models of a few thousand reports err differently, and their average reads better than each. One model that
+learns the average keeps that, in one file and at one model's time of reading. On texts of a third of IU X-Ray's reports
+that the others lack, three models reach a micro-F1 of 0.783, 0.765 and 0.767, their average 0.795, and the one model
+that they taught 0.802 (one seed).
 
 Source: Hinton et al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531).
 """
@@ -42,7 +44,9 @@ class TrainingBar:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def begin(self, description: str) -> None:
@@ -60,8 +64,12 @@ class TrainingBar:
         self._progress.update(self._task, description=description)
 
 
-def average_answer(teachers: Sequence[CheXbert], rows: Sequence[Sequence[int]], *, pad: int, device: torch.device) -> Tensor:
-    """The mean of the teachers' probabilities of each observation's classes: [N, 14, 4], of N rows of ids in any order."""
+def average_answer(
+    teachers: Sequence[CheXbert], rows: Sequence[Sequence[int]], *, pad: int, device: torch.device
+) -> Tensor:
+    """The mean of the teachers' probabilities of each observation's classes: [N, 14, 4], of N rows of ids in
+    any order.
+    """
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     packed = inference.pack([rows[row] for row in order], pad=pad, slack=inference.SLACK["cuda"], device=device)
     sorted_answer = torch.stack([inference.read(teacher, packed).softmax(dim=-1) for teacher in teachers]).mean(dim=0)

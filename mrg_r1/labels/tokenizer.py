@@ -17,21 +17,26 @@ PUBLISHED_VOCABULARY = "bert-base-uncased"
 _PUBLISHED_VOCABULARY_SIZE = 30522
 _PUBLISHED_SPECIAL_IDS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102}
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: Python's strings may hold one, the tokenizer's may not
-_CHARACTERS_A_PIECE = 16  # more than a piece has on average, so that the first part of a long text is nearly always enough
+_CHARACTERS_A_PIECE = (
+    16  # more than a piece has on average, so that the first part of a long text is nearly always enough
+)
 
 
 def clean(text: str) -> str:
-    """The text as it is labelled: white space collapsed, lone surrogates replaced by U+FFFD (which BERT's normalizer takes out)."""
+    """The text as it is labelled: white space collapsed, lone surrogates replaced by U+FFFD (which BERT's normalizer
+    takes out).
+    """
     return " ".join(_SURROGATE.sub("\ufffd", text).split())
 
 
 def encode_pieces(tokenizer: Tokenizer, texts: Sequence[str], most: int) -> list[list[int]]:
     """The ids of each text's first `most` word pieces, without special ids.
 
-    Trap 23: a BERT tokenizer handed a list of word pieces takes each piece for a report. Here only whole strings reach the tokenizer.
+    Trap 23: a BERT tokenizer handed a list of word pieces takes each piece for a report. Here only whole strings reach
+    the tokenizer.
 
-    A long text is read only as far as needed. BERT's pieces never cross white space, so those of a first part that ends at a space
-    are the first of the whole; other pre-tokenizers get the whole text.
+    A long text is read only as far as needed. BERT's pieces never cross white space, so those of a first part that ends
+    at a space are the first of the whole; other pre-tokenizers get the whole text.
 
     Args:
         tokenizer: without truncation and padding.
@@ -64,18 +69,23 @@ def read_tokenizer(source: str) -> Tokenizer:
     if (folder / "vocab.txt").is_file():
         return bert_tokenizer(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
     if folder.exists():
-        raise FileNotFoundError(f"{folder}: neither tokenizer.json nor vocab.txt in it; give the directory of the model's tokenizer")
+        raise FileNotFoundError(
+            f"{folder}: neither tokenizer.json nor vocab.txt in it; give the directory of the model's tokenizer"
+        )
     try:
         return Tokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:  # unreachable, or no name that the hub could know
         raise FileNotFoundError(
-            f"tokenizer {source!r} is no directory here and could not be had from the Hugging Face hub ({type(error).__name__}); offline, "
-            f"give a directory with tokenizer.json or vocab.txt (for a published CheXbert, {PUBLISHED_VOCABULARY}'s)"
+            f"tokenizer {source!r} is no directory here and could not be had from the Hugging Face hub "
+            f"({type(error).__name__}); offline, give a directory with tokenizer.json or vocab.txt (for a "
+            f"published CheXbert, {PUBLISHED_VOCABULARY}'s)"
         ) from error
 
 
 def bert_tokenizer(words: models.WordPiece) -> Tokenizer:
-    """BERT's lower-case WordPiece around a vocabulary: text cleaned, lower-cased, accents stripped, punctuation split off."""
+    """BERT's lower-case WordPiece around a vocabulary: text cleaned, lower-cased, accents stripped, punctuation split
+    off.
+    """
     tokenizer = Tokenizer(words)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -93,22 +103,26 @@ def special_id(tokenizer: Tokenizer, token: str, name: str) -> int:
 
 
 def require_uncased(tokenizer: Tokenizer, embeddings: int, source: str) -> None:
-    """Refuse the vocabularies that fit bert-base-uncased's embeddings in size and would label nonsense: cased or other ones."""
+    """Refuse the vocabularies that fit bert-base-uncased's embeddings in size and would label nonsense: cased or other
+    ones.
+    """
     vocabulary = tokenizer.get_vocab()
     cased = next((word for word in sorted(vocabulary) if word != word.lower() and not word.startswith("[")), None)
     if cased is not None or tokenizer.encode("Effusion").ids != tokenizer.encode("effusion").ids:
         evidence = f"it has {cased!r}" if cased is not None else "it keeps capitals"
-        raise ValueError(f"tokenizer {source!r} is cased ({evidence}); a published CheXbert needs {PUBLISHED_VOCABULARY}'s")
+        raise ValueError(
+            f"tokenizer {source!r} is cased ({evidence}); a published CheXbert needs {PUBLISHED_VOCABULARY}'s"
+        )
     if len(vocabulary) < embeddings:
         warnings.warn(
-            f"tokenizer {source!r} has {len(vocabulary)} entries and the checkpoint {embeddings} embeddings; labels are right only where "
-            f"its entries are {PUBLISHED_VOCABULARY}'s first",
+            f"tokenizer {source!r} has {len(vocabulary)} entries and the checkpoint {embeddings} embeddings; "
+            f"labels are right only where its entries are {PUBLISHED_VOCABULARY}'s first",
             stacklevel=3,
         )
     if embeddings == _PUBLISHED_VOCABULARY_SIZE == len(vocabulary):
         for token, expected in _PUBLISHED_SPECIAL_IDS.items():
             if vocabulary.get(token) != expected:
                 raise ValueError(
-                    f"tokenizer {source!r} has {token} at {vocabulary.get(token)}, {PUBLISHED_VOCABULARY} at {expected}; another "
-                    "vocabulary of the same size labels nonsense"
+                    f"tokenizer {source!r} has {token} at {vocabulary.get(token)}, {PUBLISHED_VOCABULARY} at "
+                    f"{expected}; another vocabulary of the same size labels nonsense"
                 )

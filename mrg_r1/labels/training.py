@@ -1,7 +1,8 @@
 """Training a labeler: a CSV of reports and a CSV of their labels enter, a directory that `Labeler.load` reads leaves.
 
-CheXbert's architecture at a size that a CPU trains in minutes, from random weights with a vocabulary of its own: for tests, for
-phantoms, and for reports in other languages than the published labeler's. Or from a pretrained BERT, fine-tuned as CheXbert was.
+CheXbert's architecture at a size that a CPU trains in minutes, from random weights with a vocabulary of its own: for
+tests, for phantoms, and for reports in other languages than the published labeler's. Or from a pretrained BERT,
+fine-tuned as CheXbert was.
 
 Source: CheXbert (arXiv 2004.09167), section 3.3: the sum of the 14 cross-entropies.
 """
@@ -53,10 +54,10 @@ class Regime:
     taught_below: int = 0  # so many training reports; more of them need no teachers
 
 
-# Measured on a third of IU X-Ray's labelled reports, trained on the others, one seed each: 22 passes at a rate of 2e-3 read them at a
-# micro-F1 of 0.821; with reports joined 0.829; at 1e-3 too 0.840. Dropout in the hidden layers makes it 0.834 (from 0.830), but phantoms
-# of unseen wording 0.969 (from 0.984).
-# Teachers, read on the texts of IU X-Ray's val split that its train split lacks: two alone 0.790, 0.771; the model that they taught 0.799.
+# Measured on a third of IU X-Ray's labelled reports, trained on the others, one seed each: 22 passes at a rate of 2e-3
+# read them at a micro-F1 of 0.821; with reports joined 0.829; at 1e-3 too 0.840. Dropout in the hidden layers makes it
+# 0.834 (from 0.830), but phantoms of unseen wording 0.969 (from 0.984). Teachers, read on the texts of IU X-Ray's val
+# split that its train split lacks: two alone 0.790, 0.771; the model that they taught 0.799.
 RANDOM_START = Regime(
     passes=6,
     fewest_read=50_000,
@@ -68,13 +69,17 @@ RANDOM_START = Regime(
 
 
 def fine_tuning(hidden: int) -> Regime:
-    """For a pretrained model of `hidden` dimensions: CheXbert's rate at 768, more for smaller ones, and no [UNK] strewn in.
+    """For a pretrained model of `hidden` dimensions: CheXbert's rate at 768, more for smaller ones, and no [UNK] strewn
+    in.
 
     Source: CheXbert (arXiv 2004.09167): Adam at 2e-5.
     """
     rate = min(2e-4, 2e-5 * (768 / hidden) ** 3.4)  # from 2e-4 at 384 dimensions to CheXbert's at 768
     return Regime(
-        passes=4, fewest_read=16_000, peak_rate=rate, augmentation=Augmentation(joined=0.5, shuffled=0.5, masked=0.03, spread=0.0)
+        passes=4,
+        fewest_read=16_000,
+        peak_rate=rate,
+        augmentation=Augmentation(joined=0.5, shuffled=0.5, masked=0.03, spread=0.0),
     )
 
 
@@ -102,7 +107,9 @@ def read_reports_csv(path: Path) -> dict[str, str]:
             if None in row.values():
                 raise ValueError(f"{where}, id {study_id!r}: the row ends before its last column")
             if None in row:
-                raise ValueError(f"{where}, id {study_id!r}: more fields than columns; a report with a comma stands in quotes")
+                raise ValueError(
+                    f"{where}, id {study_id!r}: more fields than columns; a report with a comma stands in quotes"
+                )
             reports[study_id] = row[report_column]
     return reports
 
@@ -130,11 +137,11 @@ def train_labeler(
 ) -> dict[str, Any]:
     """Train a labeler and write it, with training.json beside it.
 
-    A twentieth of the reports, drawn by `seed`, is held out; `kept_pass` chooses a pass by the micro-F1 of positives on it. On a CPU the
-    same seed, files and number of threads give the same weights unless `max_minutes` cuts in.
+    A twentieth of the reports, drawn by `seed`, is held out; `kept_pass` chooses a pass by the micro-F1 of positives on
+    it. On a CPU the same seed, files and number of threads give the same weights unless `max_minutes` cuts in.
 
-    From random weights, on few reports and with neither `passes` nor `max_minutes` given, `Regime.teachers` models are trained alike
-    before, whose average the model learns beside the labels (`labels.teaching`).
+    From random weights, on few reports and with neither `passes` nor `max_minutes` given, `Regime.teachers` models are
+    trained alike before, whose average the model learns beside the labels (`labels.teaching`).
 
     Args:
         reports: CSV `id,report`.
@@ -142,27 +149,32 @@ def train_labeler(
         output: directory for config.json, model.safetensors, the tokenizer and training.json.
         seed: of the split, the first weights, the order, the augmentation and the dropout.
         size: a name of `SIZES`; None: "small". Not together with `start`, which has a size of its own.
-        start: what `read_start` reads: a directory of a pretrained BERT or of ours, or a published CheXbert file. None: random weights
-            and a vocabulary learned from the reports.
+        start: what `read_start` reads: a directory of a pretrained BERT or of ours, or a published CheXbert file. None:
+            random weights and a vocabulary learned from the reports.
         tokenizer: of the `start`, where it does not carry its own.
         passes: over the training reports; None: the regime's, or more where the reports are few.
         max_minutes: the learning rate decays to zero within this time where it is shorter than the passes.
         device: where to train.
 
     Returns:
-        What training.json holds: the data's and the model's sizes, how many teachers there were, the curve over the passes, the kept
-        pass's scores on the held-out reports (micro-F1, share of classes right, precision, recall, F1 and support by observation) and
-        the versions.
+        What training.json holds: the data's and the model's sizes, how many teachers there were, the curve over the
+        passes, the kept pass's scores on the held-out reports (micro-F1, share of classes right, precision, recall, F1
+        and support by observation) and the versions.
 
     Raises:
         FileNotFoundError: nothing at `start`, or a file of it that is missing.
-        ValueError: an unknown size, no passes, a size or a tokenizer that would be passed over, a start that is no BERT, a bad row, an
-            id in one file only, an empty report, or fewer than `FEWEST_REPORTS`; names file and line.
+        ValueError: an unknown size, no passes, a size or a tokenizer that would be passed over, a start that is no
+            BERT, a bad row, an id in one file only, an empty report, or fewer than `FEWEST_REPORTS`; names file and
+            line.
     """
     if start is None and tokenizer is not None:
-        raise ValueError(f"tokenizer {tokenizer!r} without a start; from random weights the vocabulary is learned from the reports")
+        raise ValueError(
+            f"tokenizer {tokenizer!r} without a start; from random weights the vocabulary is learned from the reports"
+        )
     if start is not None and size is not None:
-        raise ValueError(f"size {size!r} with the start {start}; the start has a size of its own, leave one of the two out")
+        raise ValueError(
+            f"size {size!r} with the start {start}; the start has a size of its own, leave one of the two out"
+        )
     size = size or "small"
     if size not in SIZES:
         raise ValueError(f"size {size!r}; allowed are {', '.join(SIZES)}")
@@ -178,16 +190,29 @@ def train_labeler(
     cuda = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):  # the caller's seeds stay where they are
         torch.manual_seed(seed)
-        model, words = random_start(training_texts, SIZES[size]) if start is None else read_start(Path(start), tokenizer)
+        model, words = (
+            random_start(training_texts, SIZES[size]) if start is None else read_start(Path(start), tokenizer)
+        )
         regime = RANDOM_START if start is None else fine_tuning(model.bert.config.hidden_size)
         name = "labeler in training" if start is None else str(start)
-        special = SpecialIds(*(special_id(words, token, name) for token in ("[CLS]", "[SEP]", "[MASK]", "[UNK]", "[PAD]")))
-        several = regime.teachers if passes is None and max_minutes is None and len(training) < regime.taught_below else 0
+        special = SpecialIds(
+            *(special_id(words, token, name) for token in ("[CLS]", "[SEP]", "[MASK]", "[UNK]", "[PAD]"))
+        )
+        several = (
+            regime.teachers if passes is None and max_minutes is None and len(training) < regime.taught_below else 0
+        )
         passes = passes if passes is not None else max(regime.passes, math.ceil(regime.fewest_read / len(training)))
         teachers: list[CheXbert] = []
 
         def run_of(learner: CheXbert, taught_by: Sequence[CheXbert] = ()) -> _Run:
-            return _Run(Labeler(learner, words, name=name, device=device), special, training_texts, classes[training], regime, taught_by)
+            return _Run(
+                Labeler(learner, words, name=name, device=device),
+                special,
+                training_texts,
+                classes[training],
+                regime,
+                taught_by,
+            )
 
         with TrainingBar([1.0] * several + [1.0 + TEACHER_COST * several]) as bar:
             for number in range(several):
@@ -243,16 +268,17 @@ def observation_scores(predicted: NDArray[np.int64], reference: NDArray[np.int64
 def kept_pass(micro_f1: Sequence[float], positives: int) -> int:
     """Which pass is kept: the last whose micro-F1 is within one standard error of the best.
 
-    Between passes nearer than that, a few hundred held-out reports choose by luck, and the later pass is the better: it has learned
-    more, at a lower rate. Of one training on IU X-Ray the best on 158 held-out reports was pass 11 of 64, which reads 788 others at a
-    micro-F1 of 0.774; the last pass reads them at 0.823.
+    Between passes nearer than that, a few hundred held-out reports choose by luck, and the later pass is the better: it
+    has learned more, at a lower rate. Of one training on IU X-Ray the best on 158 held-out reports was pass 11 of 64,
+    which reads 788 others at a micro-F1 of 0.774; the last pass reads them at 0.823.
 
     Args:
         micro_f1: of the positives, on the held-out reports, after each pass.
         positives: in the held-out labels; the standard error is that of a share of them.
 
     Returns:
-        A position in `micro_f1`. An earlier pass that was left is never returned to, so one copy of the weights is enough.
+        A position in `micro_f1`. An earlier pass that was left is never returned to, so one copy of the weights is
+        enough.
 
     Source: the one-standard-error rule, Hastie et al., The Elements of Statistical Learning, section 7.10.
     """
@@ -296,7 +322,13 @@ class _Run:
         while done < 1.0:
             losses = []
             for examples in one_pass(
-                self.sentences, self.classes, self.augmentation, self.special, batch=BATCH, longest=self.labeler.max_tokens, rng=rng
+                self.sentences,
+                self.classes,
+                self.augmentation,
+                self.special,
+                batch=BATCH,
+                longest=self.labeler.max_tokens,
+                rng=rng,
             ):
                 losses.append(self._update(examples, rate=self.peak_rate * _rate(done)))
                 read += sum(example.reports for example in examples)
@@ -317,7 +349,9 @@ class _Run:
         seconds: float | None,
         bar: TrainingBar,
     ) -> tuple[list[dict[str, float]], dict[str, float]]:
-        """Train, and leave the model at the pass that the held-out `texts` choose. Returns the curve and that pass's entry."""
+        """Train, and leave the model at the pass that the held-out `texts` choose. Returns the curve and that pass's
+        entry.
+        """
         curve: list[dict[str, float]] = []
         kept, kept_state = 0, {}
         positives = int((classes == POSITIVE).sum())
@@ -338,7 +372,9 @@ class _Run:
         classes = torch.from_numpy(np.stack([example.classes for example in examples])).to(ids.device)
         logits = self.model(ids, mask)
         if self.teachers:
-            answer = average_answer(self.teachers, [example.ids for example in examples], pad=self.special.pad, device=ids.device)
+            answer = average_answer(
+                self.teachers, [example.ids for example in examples], pad=self.special.pad, device=ids.device
+            )
             loss = taught_loss(logits, classes, answer)
         else:
             loss = _loss(logits, classes)
@@ -368,7 +404,9 @@ def _loss(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def _rate(done: float) -> float:
-    """The learning rate's share of its peak at a share of the training: a rise over the first tenth, then a straight fall to zero."""
+    """The learning rate's share of its peak at a share of the training: a rise over the first tenth, then a straight
+    fall to zero.
+    """
     return min((done + 1e-3) / WARM_UP, (1 - done) / (1 - WARM_UP))
 
 
@@ -379,14 +417,19 @@ def _join(reports: Path, labels: Path) -> tuple[list[str], NDArray[np.int64]]:
         lonely = [study_id for study_id in ids if study_id not in others]
         if lonely:
             raise ValueError(
-                f"{path}, line {_line_of(path, lonely[0])}: id {lonely[0]!r} is not in {other_path} ({len(lonely)} such ids); every "
-                "report needs its labels and every row of labels its report"
+                f"{path}, line {_line_of(path, lonely[0])}: id {lonely[0]!r} is not in {other_path} ({len(lonely)} "
+                "such ids); every report needs its labels and every row of labels its report"
             )
     for study_id, text in texts.items():
         if not text.strip():
-            raise ValueError(f"{reports}, line {_line_of(reports, study_id)}: the report of id {study_id!r} is empty; leave the study out")
+            raise ValueError(
+                f"{reports}, line {_line_of(reports, study_id)}: the report of id {study_id!r} is empty; leave the "
+                "study out"
+            )
     if len(texts) < FEWEST_REPORTS:
-        raise ValueError(f"{reports}: {len(texts)} reports; at least {FEWEST_REPORTS} are needed to train and to hold some out")
+        raise ValueError(
+            f"{reports}: {len(texts)} reports; at least {FEWEST_REPORTS} are needed to train and to hold some out"
+        )
     return list(texts.values()), np.array([classes[study_id] for study_id in texts], dtype=np.int64)
 
 

@@ -1,4 +1,6 @@
-"""The rows beside every result: what is scored without looking at a radiograph, and what a definition allows at most (spec section 4)."""
+"""The rows beside every result: what is scored without looking at a radiograph, and what a definition allows at most
+(spec section 4).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from mrg_r1.labels.observations import BLANK, NO_FINDING, POSITIVE
 from mrg_r1.metrics.clinical import Score, check_classes, clinical_scores
 
 
-def baselines(reference: NDArray[np.int64], *, train: NDArray[np.int64] | None = None, seed: int = 0) -> dict[str, dict[str, Score] | None]:
+def baselines(
+    reference: NDArray[np.int64], *, train: NDArray[np.int64] | None = None, seed: int = 0
+) -> dict[str, dict[str, Score] | None]:
     """The scores of four predictions that know nothing of the images.
 
     Args:
@@ -22,7 +26,8 @@ def baselines(reference: NDArray[np.int64], *, train: NDArray[np.int64] | None =
         - constant_normal: No Finding positive, all else blank, for every study;
         - blank: nothing said of any study;
         - random_train: for each study the labels of one training report drawn at random; None without `train`;
-        - reference: the references against themselves. Below 1 where a definition makes 0 of 0/0, so it bounds what can be reached.
+        - reference: the references against themselves. Below 1 where a definition makes 0 of 0/0, so it bounds what can
+          be reached.
 
     Raises:
         ValueError: wrong shapes or classes, or no study.

@@ -1,7 +1,7 @@
 """How sure an F1 is, and a difference of two: percentile intervals over resampled studies.
 
-Source: the percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13), studies drawn with replacement;
-two systems on the same resamples: Koehn, 2004 (W04-3250).
+Source: the percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13), studies
+drawn with replacement; two systems on the same resamples: Koehn, 2004 (W04-3250).
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def paired_differences(
 ) -> dict[str, Difference]:
     """How much better the second system is than the first, on the same studies and the same resamples of them.
 
-    With d the differences over S resamples, p = min(1, 2 min(1 + #{d <= 0}, 1 + #{d >= 0}) / (S + 1)): never 0, and never below
-    2 / (S + 1). Definitions are tested one by one, without a correction for their number.
+    With d the differences over S resamples, p = min(1, 2 min(1 + #{d <= 0}, 1 + #{d >= 0}) / (S + 1)): never 0, and
+    never below 2 / (S + 1). Definitions are tested one by one, without a correction for their number.
 
     Args:
         first, second: [N, 14] integer classes of the two systems, in the same order.
@@ -98,8 +98,8 @@ def paired_differences(
     Raises:
         ValueError: as `clinical_scores`, or fewer than 1 sample.
 
-    Source: Efron and Tibshirani, 1993, section 15.4 (achieved significance level); the added 1: Davison and Hinkley, Bootstrap Methods and
-    their Application, 1997, section 4.2.
+    Source: Efron and Tibshirani, 1993, section 15.4 (achieved significance level); the added 1: Davison and Hinkley,
+    Bootstrap Methods and their Application, 1997, section 4.2.
     """
     scores = clinical_scores(first, reference), clinical_scores(second, reference)
     differences = {}
@@ -120,17 +120,20 @@ def _resampled_f1(
 ) -> dict[str, NDArray[np.float64]]:
     """[systems, samples] F1 by definition, every system on the same resamples.
 
-    Drawing N of N studies with replacement is a multinomial number of copies of each, and every F1 but `example14` is a function of
-    summed counts, so a sample is one product of copies and counts.
+    Drawing N of N studies with replacement is a multinomial number of copies of each, and every F1 but `example14` is a
+    function of summed counts, so a sample is one product of copies and counts.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; at least 1 is needed")
     studies = len(reference)
     # sums are at most N, so that those of float32 are exact and do not depend on how a product is cut
     dtype = np.float32 if studies < _EXACT_IN_FLOAT32 else np.float64
-    counts = [{positive: study_counts(system, reference, positive) for positive in (STRICT, LENIENT)} for system in systems]
+    counts = [
+        {positive: study_counts(system, reference, positive) for positive in (STRICT, LENIENT)} for system in systems
+    ]
     columns = np.concatenate(
-        [count.transpose(1, 0, 2).reshape(studies, -1).astype(dtype) for system in counts for count in system.values()], axis=1
+        [count.transpose(1, 0, 2).reshape(studies, -1).astype(dtype) for system in counts for count in system.values()],
+        axis=1,
     )  # [N, systems * 2 * 3 * 14]
     example = [example_rates(system[STRICT])[2] for system in counts]
     generator = np.random.default_rng(seed)

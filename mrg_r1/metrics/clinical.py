@@ -1,7 +1,9 @@
-"""Clinical efficacy under every published definition (spec section 4): label arrays enter, named precision, recall and F1 leave.
+"""Clinical efficacy under every published definition (spec section 4): label arrays enter, named precision, recall and
+F1 leave.
 
-Everything is computed from counts per study and observation (true positives, false positives, false negatives), so that the
-bootstrap is a product of study weights and the same counts. Where each definition is from stands with it, in `DEFINITIONS`.
+Everything is computed from counts per study and observation (true positives, false positives, false negatives), so that
+the bootstrap is a product of study weights and the same counts. Where each definition is from stands with it, in
+`DEFINITIONS`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ Average = Literal["micro", "macro", "weighted", "example"]
 
 @dataclass(frozen=True)
 class Score:
-    """Precision, recall and F1, each in [0, 1]; 0/0 is 0. `f1` is the mean of per-label (per-report) F1 where the average is a mean."""
+    """Precision, recall and F1, each in [0, 1]; 0/0 is 0. `f1` is the mean of per-label (per-report) F1 where the
+    average is a mean.
+    """
 
     precision: float
     recall: float
@@ -122,14 +126,15 @@ def per_observation(predicted: NDArray[np.int64], reference: NDArray[np.int64]) 
 
 
 def truth_scores(predicted: NDArray[np.int64], drawn: Sequence[Sequence[int | None]]) -> dict[str, Score]:
-    """`disease_micro13` and `disease_macro13` against what a phantom was rendered from rather than what a labeler reads.
+    """`disease_micro13` and `disease_macro13` against what a phantom was rendered from rather than what a labeler
+    reads.
 
     A policy that fools its labeler (trap 26) scores high in `clinical_scores` and low here.
 
     Args:
         predicted: [N, 14] integer classes of the generated reports.
-        drawn: N rows of 14 file values: 1 is there, 0 is not, -1 uncertain (no positive, as class 3 under class 1), None unknown and
-            left out of the counts of its study.
+        drawn: N rows of 14 file values: 1 is there, 0 is not, -1 uncertain (no positive, as class 3 under class 1),
+            None unknown and left out of the counts of its study.
 
     Raises:
         ValueError: as `clinical_scores`, or a value other than 1, 0, -1 and None.
@@ -139,16 +144,28 @@ def truth_scores(predicted: NDArray[np.int64], drawn: Sequence[Sequence[int | No
     return {name: scores[name] for name in ("disease_micro13", "disease_macro13")}
 
 
-def known_truth(predicted: NDArray[np.int64], drawn: Sequence[Sequence[int | None]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """[N, 14] predicted and [N, 14] true classes, both blank where the truth is not known; arguments and errors as `truth_scores`."""
-    truth = np.array([classes_of_values(row) for row in drawn], dtype=np.int64).reshape(-1, len(OBSERVATIONS))  # [N, 14]
+def known_truth(
+    predicted: NDArray[np.int64], drawn: Sequence[Sequence[int | None]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """[N, 14] predicted and [N, 14] true classes, both blank where the truth is not known; arguments and errors as
+    `truth_scores`.
+    """
+    truth = np.array([classes_of_values(row) for row in drawn], dtype=np.int64).reshape(
+        -1, len(OBSERVATIONS)
+    )  # [N, 14]
     known = np.array([[value is not None for value in row] for row in drawn], dtype=bool).reshape(-1, len(OBSERVATIONS))
     check_classes(predicted, truth)
-    return np.where(known, predicted, BLANK), truth  # there neither a true nor a false positive, and the truth is blank already
+    return np.where(
+        known, predicted, BLANK
+    ), truth  # there neither a true nor a false positive, and the truth is blank already
 
 
-def study_counts(predicted: NDArray[np.int64], reference: NDArray[np.int64], positive: tuple[int, ...]) -> NDArray[np.bool_]:
-    """[3, N, 14] true positives, false positives and false negatives of each study and observation, `positive` the classes that count."""
+def study_counts(
+    predicted: NDArray[np.int64], reference: NDArray[np.int64], positive: tuple[int, ...]
+) -> NDArray[np.bool_]:
+    """[3, N, 14] true positives, false positives and false negatives of each study and observation, `positive` the
+    classes that count.
+    """
     said, true = np.isin(predicted, positive), np.isin(reference, positive)
     return np.stack([said & true, said & ~true, ~said & true])
 
@@ -160,8 +177,8 @@ def average_totals(
 
     Args:
         totals: [3, S, 14] float64, S sums of `study_counts` over studies.
-        definition: micro (of the labels' summed counts), macro (mean over labels) or weighted (mean over labels by their positives in
-            the reference).
+        definition: micro (of the labels' summed counts), macro (mean over labels) or weighted (mean over labels by
+            their positives in the reference).
 
     Returns:
         Three arrays [S].
@@ -197,7 +214,9 @@ def check_classes(predicted: NDArray[np.int64], reference: NDArray[np.int64]) ->
                 f"it has the classes 0 to {CLASSES_PER_OBSERVATION[column] - 1}"
             )
     if len(predicted) != len(reference):
-        raise ValueError(f"{len(predicted)} predicted and {len(reference)} reference studies; they are compared row by row")
+        raise ValueError(
+            f"{len(predicted)} predicted and {len(reference)} reference studies; they are compared row by row"
+        )
     if len(predicted) == 0:
         raise ValueError("no study to score")
 

@@ -1,7 +1,9 @@
-"""How far two readers of one policy's reports are apart, and whether the distance has grown: `disease_micro13` by one minus by the other.
+"""How far two readers of one policy's reports are apart, and whether the distance has grown: `disease_micro13` by one
+minus by the other.
 
-The first reader is the labeler that is rewarded; the second is never rewarded: another labeler (the judge), or the findings that a phantom
-was drawn from. A policy that learns to fool the first rises under it and not under the second (trap 26).
+The first reader is the labeler that is rewarded; the second is never rewarded: another labeler (the judge), or the
+findings that a phantom was drawn from. A policy that learns to fool the first rises under it and not under the second
+(trap 26).
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class GapChange:
 
 
 def disease_counts(predicted: NDArray[np.int64], reference: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[N, 3] true positives, false positives and false negatives of each study over the 13 diseases: all that `disease_micro13` needs.
+    """[N, 3] true positives, false positives and false negatives of each study over the 13 diseases: all that
+    `disease_micro13` needs.
 
     Args:
         predicted, reference: [N, 14] classes, by one reader.
@@ -45,11 +48,12 @@ def disease_counts(predicted: NDArray[np.int64], reference: NDArray[np.int64]) -
 def gap_change(first: NDArray[np.int64], now: NDArray[np.int64], *, samples: int = SAMPLES, seed: int = 0) -> GapChange:
     """By how much the gap has changed between two evaluations of the same studies, with a paired bootstrap interval.
 
-    The same resample of studies serves both evaluations and both readers, so that what all four have in common (hard studies, findings
-    that one reader never sees) cancels out and does not hide a change.
+    The same resample of studies serves both evaluations and both readers, so that what all four have in common (hard
+    studies, findings that one reader never sees) cancels out and does not hide a change.
 
     Args:
-        first, now: [N, 6] `disease_counts` of the rewarded reader, then of the other one; the same studies in the same order.
+        first, now: [N, 6] `disease_counts` of the rewarded reader, then of the other one; the same studies in the same
+            order.
         samples: resamplings.
         seed: the same seed gives the same interval.
 
@@ -68,7 +72,9 @@ def gap_change(first: NDArray[np.int64], now: NDArray[np.int64], *, samples: int
     for start in range(0, samples, rows):
         size = min(rows, samples - start)
         drawings = (generator.integers(studies, size=studies) for _ in range(size))
-        weights = np.stack([np.bincount(drawing, minlength=studies) for drawing in drawings])  # [size, N] copies of each study
+        weights = np.stack(
+            [np.bincount(drawing, minlength=studies) for drawing in drawings]
+        )  # [size, N] copies of each study
         of_first, of_now = _gaps(weights @ counts)
         drawn[start : start + size] = of_now - of_first
     before, after = (float(gap[0]) for gap in _gaps(counts.sum(axis=0, keepdims=True)))

@@ -19,7 +19,9 @@ def ids_hash(ids: Sequence[str]) -> str:
 def labels_hash(ids: Sequence[str], classes: NDArray[np.int64]) -> str:
     """SHA-256 of lines `ID CLASSES`, the [N, 14] classes as digits, ids sorted by code point."""
     lines = sorted(zip(ids, digits(classes).split(" "), strict=True))
-    return hashlib.sha256("".join(f"{study} {row}\n" for study, row in lines).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{study} {row}\n" for study, row in lines).encode("utf-8", "surrogatepass")
+    ).hexdigest()
 
 
 def classes_of_digits(digits: str) -> NDArray[np.int64]:

@@ -1,7 +1,8 @@
 """Lexical metrics (spec section 4): texts enter, BLEU-1 to 4, ROUGE-L, CIDEr and, where Java runs, METEOR leave.
 
-The scorers are pycocoevalcap's, called as the R2Gen family calls them: on words separated by white space, without the PTB tokenizer of
-COCO's own evaluation. What a number is depends on how texts were cleaned before, so a cleaning has a name and goes with every number.
+The scorers are pycocoevalcap's, called as the R2Gen family calls them: on words separated by white space, without the
+PTB tokenizer of COCO's own evaluation. What a number is depends on how texts were cleaned before, so a cleaning has a
+name and goes with every number.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ Cleaning = Literal["raw", "r2gen-iu", "r2gen-mimic"]
 CLEANINGS: tuple[Cleaning, ...] = get_args(Cleaning)
 Scorer = Literal["bleu", "rouge_l", "cider", "meteor"]
 SCORERS: tuple[Scorer, ...] = get_args(Scorer)
-# In words, for the output. R2Gen keeps 60 (IU) and 100 (MIMIC) ids of a reference, the first of which is the start mark.
+# In words, for the output. R2Gen keeps 60 (IU) and 100 (MIMIC) ids of a reference, the first of which is the start
+# mark.
 CLEANING_IS: dict[Cleaning, str] = {
     "raw": "the text as it is, case and punctuation kept, white space collapsed; nothing is cut off",
-    "r2gen-iu": "R2Gen's clean_report_iu_xray; references cut to 59 words, predictions to 60; rare words kept (R2Gen: <unk>)",
-    "r2gen-mimic": "R2Gen's clean_report_mimic_cxr; references cut to 99 words, predictions to 100; rare words kept (R2Gen: <unk>)",
+    "r2gen-iu": "R2Gen's clean_report_iu_xray; references cut to 59 words, predictions to 60; rare words kept (R2Gen: "
+    "<unk>)",
+    "r2gen-mimic": "R2Gen's clean_report_mimic_cxr; references cut to 99 words, predictions to 100; rare words kept "
+    "(R2Gen: <unk>)",
 }
 TITLES = {
     "bleu_1": "BLEU-1",
@@ -76,8 +80,8 @@ def lexical_scores(
     """BLEU, ROUGE-L, CIDEr and METEOR of cleaned texts.
 
     Args:
-        predicted, reference: N cleaned texts each (`clean`), in the same order. An empty one scores 0 in ROUGE-L, also against an empty
-            one, which pycocoevalcap would give 1.
+        predicted, reference: N cleaned texts each (`clean`), in the same order. An empty one scores 0 in ROUGE-L, also
+            against an empty one, which pycocoevalcap would give 1.
         scorers: those that are run; METEOR takes longer than all others together.
         shown: wraps the scorers' names, such as in a progress bar.
 
@@ -90,7 +94,9 @@ def lexical_scores(
     Source: pycocoevalcap, the Python 3 port of the COCO caption evaluation (Chen et al., arXiv 1504.00325).
     """
     if len(predicted) != len(reference):
-        raise ValueError(f"{len(predicted)} predicted and {len(reference)} reference texts; they are compared one by one")
+        raise ValueError(
+            f"{len(predicted)} predicted and {len(reference)} reference texts; they are compared one by one"
+        )
     if not predicted:
         raise ValueError("no text to score")
     said = {study: [text] for study, text in enumerate(predicted)}
@@ -114,7 +120,12 @@ def lexical_scores(
         else:
             try:
                 scores["meteor"] = _meteor(predicted, reference)
-            except (ValueError, IndexError, OSError, subprocess.SubprocessError) as error:  # the others are not lost with it
+            except (
+                ValueError,
+                IndexError,
+                OSError,
+                subprocess.SubprocessError,
+            ) as error:  # the others are not lost with it
                 left_out["meteor"] = f"METEOR left out: java ended while it scored ({error}); it needs 2 GB of memory"
     return Lexical({name: scores[name] for name in NAMES if name in scores}, left_out)
 
@@ -126,7 +137,8 @@ def described_scores(
     *,
     shown: Callable[[Sequence[str]], Iterable[str]] = iter,
 ) -> dict[str, Any]:
-    """`lexical_scores` of texts as they were written, with everything that makes the numbers comparable: what a score card holds.
+    """`lexical_scores` of texts as they were written, with everything that makes the numbers comparable: what a score
+    card holds.
 
     Args:
         predicted, reference: study id -> text, the same studies in the same order.
@@ -134,8 +146,8 @@ def described_scores(
         shown: as for `lexical_scores`.
 
     Returns:
-        JSON values: the cleaning's name and words, scores with what they are, what was left out and why, the scorer's version, the number
-        of empty reports (which count), and a hash of the cleaned references.
+        JSON values: the cleaning's name and words, scores with what they are, what was left out and why, the scorer's
+        version, the number of empty reports (which count), and a hash of the cleaned references.
     """
     said = [clean(text, cleaning, reference=False) for text in predicted.values()]
     true = [clean(text, cleaning, reference=True) for text in reference.values()]
@@ -185,16 +197,35 @@ def package() -> str:
 
 
 def _meteor(predicted: Sequence[str], reference: Sequence[str]) -> float:
-    """One run of pycocoevalcap's jar over two files. Its own wrapper talks to a process and waits for ever where that ends or stalls."""
+    """One run of pycocoevalcap's jar over two files. Its own wrapper talks to a process and waits for ever where that
+    ends or stalls.
+    """
     jar = Path(inspect.getfile(Meteor)).with_name(METEOR_JAR)
     with tempfile.TemporaryDirectory() as folder:  # readable by this user alone
         files = [Path(folder, name) for name in ("predicted", "reference")]
         for file, texts in zip(files, (predicted, reference), strict=True):
             file.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8", errors="replace")
-        command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", str(jar), *map(str, files), "-l", "en", "-norm", "-q"]
+        command = [
+            "java",
+            "-Dfile.encoding=UTF-8",
+            "-Xmx2G",
+            "-jar",
+            str(jar),
+            *map(str, files),
+            "-l",
+            "en",
+            "-norm",
+            "-q",
+        ]
         seconds = _METEOR_TRIAL * 2 + len(predicted)
         ended = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=seconds, stdin=subprocess.DEVNULL, check=True
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            stdin=subprocess.DEVNULL,
+            check=True,
         )
     return float(ended.stdout.split()[-1])
 
@@ -216,7 +247,9 @@ def _fewer(text: str, mark: str, times: int) -> str:
 
 
 def _sentences(text: str) -> str:
-    """Numbers of enumerations taken out, lower case, sentences stripped of punctuation and closed by a full stop of its own."""
+    """Numbers of enumerations taken out, lower case, sentences stripped of punctuation and closed by a full stop of its
+    own.
+    """
     text = text.replace("1. ", "")
     for before in (". ", " "):
         for number in "2345":

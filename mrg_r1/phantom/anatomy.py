@@ -1,9 +1,10 @@
 """A procedural frontal chest radiograph: the normal anatomy on which `findings` draws.
 
-Coordinates: the chest's own frame, x from -1 (image left, the patient's right) to 1, y from -1 (top) to 1, before the small
-shift, scale and tilt of the individual chest. The radiograph is kept as layers (air, vessels, bone, metal) until the end,
-because findings act on what they touch in life: fluid takes air away, a pneumothorax takes vessels away, a device is metal.
-Everything is numpy over cached grids. No image is taken from anywhere: nothing here needs a licence.
+Coordinates: the chest's own frame, x from -1 (image left, the patient's right) to 1, y from -1 (top) to 1, before the
+    small
+shift, scale and tilt of the individual chest. The radiograph is kept as layers (air, vessels, bone, metal) until the
+end, because findings act on what they touch in life: fluid takes air away, a pneumothorax takes vessels away, a device
+is metal. Everything is numpy over cached grids. No image is taken from anywhere: nothing here needs a licence.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def sample_chest(rng: np.random.Generator) -> Chest:
 
 @dataclass
 class Layers:
-    """A radiograph before exposure. Every array is [S, S] float32 unless said otherwise; findings change them in place."""
+    """A radiograph before exposure. Every array is [S, S] float32 unless said otherwise; findings change them
+    in place.
+    """
 
     chest: Chest
     side: int  # S, pixels
@@ -97,7 +100,9 @@ class Layers:
         return (columns + 1) * half - np.float32(0.5), (rows + 1) * half - np.float32(0.5)
 
     def box(self, left: float, right: float, top: float, bottom: float) -> tuple[slice, slice]:
-        """(rows, columns) of the pixels that hold a rectangle given in chest coordinates, cut to the image; never empty."""
+        """(rows, columns) of the pixels that hold a rectangle given in chest coordinates, cut to the image; never
+        empty.
+        """
         chest, half = self.chest, self.side / 2
         rows = top * chest.scale + chest.shift_y, bottom * chest.scale + chest.shift_y
         leans = sorted(chest.tilt * row for row in rows)
@@ -194,7 +199,8 @@ def stroke(layers: Layers, target: Floats, points: Floats, radius: float, value:
 
     Args:
         points: [N, 2] chest coordinates (x, y).
-        radius: half the line's width in half-image units; never thinner than 0.6 pixels, so that it survives small images.
+        radius: half the line's width in half-image units; never thinner than 0.6 pixels, so that it survives small
+            images.
         value: what the line's core is worth.
     """
     columns, rows = layers.pixel(points[:, 0], points[:, 1])
@@ -295,7 +301,11 @@ def _ribs(chest: Chest, abs_x: Floats, abs_x_squared: Floats, y: Floats, wall: F
     bone *= ramp(wall + np.float32(0.045), 0.02)
     # the mediastinum hides the rib heads
     bone *= np.float32(0.25) + np.float32(0.75) * ramp(abs_x - np.float32(chest.mediastinum + 0.03), 0.16)
-    bone *= np.float32(0.15) * clip01((np.float32(0.95) - y) * np.float32(2)) * clip01((y + np.float32(0.86)) * np.float32(8))
+    bone *= (
+        np.float32(0.15)
+        * clip01((np.float32(0.95) - y) * np.float32(2))
+        * clip01((y + np.float32(0.86)) * np.float32(8))
+    )
     # the inner rim of the ribs, seen edge-on along the chest wall
     bone += np.float32(0.10) * clip01(np.float32(1) - np.abs(wall + np.float32(0.02)) * np.float32(28)) * (y > APEX)
     return bone

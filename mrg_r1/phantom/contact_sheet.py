@@ -36,7 +36,8 @@ def contact_sheet(path: Path, *, side: int = 224, seed: int = 0, values: Sequenc
         path: where the PNG goes; its folder must exist.
         side: pixels of each radiograph, at least 32.
         seed: as `render`'s.
-        values: the label value of each example in a row, left to right, 1 or -1; default three positive and one uncertain.
+        values: the label value of each example in a row, left to right, 1 or -1; default three positive and one
+            uncertain.
 
     Raises:
         ValueError: no values, another value than 1 and -1, or a side below 32.
@@ -51,14 +52,19 @@ def contact_sheet(path: Path, *, side: int = 224, seed: int = 0, values: Sequenc
         for c, value in enumerate(values):
             index = r * len(values) + c
             drawn = _only(observation, value)
-            caption = "normal" if observation is None else _caption(observation, value, sample_traits(seed, index)[observation])
+            caption = (
+                "normal"
+                if observation is None
+                else _caption(observation, value, sample_traits(seed, index)[observation])
+            )
             row.append((caption, render(drawn, seed=seed, index=index, side=side)))
         cells.append(row)
     _write(path, side, cells)
 
 
 def full_contact_sheet(path: Path, *, side: int = 224, seed: int = 0) -> None:
-    """Write a PNG of preset `full`: normal studies, then each observation mild on the right and severe on the left, in both views.
+    """Write a PNG of preset `full`: normal studies, then each observation mild on the right and severe on the left, in
+    both views.
 
     Args:
         path: where the PNG goes; its folder must exist.
@@ -82,7 +88,9 @@ def full_contact_sheet(path: Path, *, side: int = 224, seed: int = 0) -> None:
 
 
 def _mild_and_severe(seed: int, observation: int | None) -> tuple[int, int]:
-    """The first patient whose trait is mild and right-sided, and the first whose is severe and left-sided, where there are sides."""
+    """The first patient whose trait is mild and right-sided, and the first whose is severe and left-sided, where there
+    are sides.
+    """
     if observation is None:
         return 0, 1
     found: dict[bool, int] = {}

@@ -1,7 +1,8 @@
 """The 13 observations as things that a chest radiograph shows, and `render`, which draws them.
 
-What lies where (side, zone, size, kind of device) is a study's traits: a function of seed and index alone, so that image and
-report agree on it without either knowing the other. Left and right are the patient's: left is on the right of the image.
+What lies where (side, zone, size, kind of device) is a study's traits: a function of seed and index alone, so that
+image and report agree on it without either knowing the other. Left and right are the patient's: left is on the right of
+the image.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ PACEMAKER, LINE = 0, 1  # Trait.kind of Support Devices
 # Keys of the generators, so that no two uses of one (seed, index) share random numbers.
 TRAITS_STREAM, CHEST_STREAM, NOISE_STREAM, LABELS_STREAM, WORDING_STREAM, PATIENT_STREAM, EXPOSURE_STREAM = range(7)
 FAINT = 0.45  # how strongly an uncertain finding (-1) is drawn
-_ZONES: dict[str, tuple[float, float]] = {"upper": (-0.50, -0.30), "mid": (-0.18, 0.02), "lower": (0.16, 0.36)}  # heights, top to bottom
+_ZONES: dict[str, tuple[float, float]] = {
+    "upper": (-0.50, -0.30),
+    "mid": (-0.18, 0.02),
+    "lower": (0.16, 0.36),
+}  # heights, top to bottom
 _ZONES_OF: dict[int, tuple[str, ...]] = {CONSOLIDATION: ("upper", "lower"), ATELECTASIS: ("lower",)}
 # The ones that are seen on both sides often enough to be said so.
 _SHARE_OF_BOTH_SIDES: dict[int, float] = {EDEMA: 1.0, PLEURAL_EFFUSION: 0.25}
@@ -69,7 +74,9 @@ def keyed_generator(seed: int, index: int, stream: int) -> np.random.Generator:
 
 
 def sample_traits(seed: int, index: int, both_sides: Mapping[int, float] = _SHARE_OF_BOTH_SIDES) -> tuple[Trait, ...]:
-    """13 traits, one an observation, whether it is drawn or not; `both_sides` gives the share of findings on both sides."""
+    """13 traits, one an observation, whether it is drawn or not; `both_sides` gives the share of findings on both
+    sides.
+    """
     u = keyed_generator(seed, index, TRAITS_STREAM).random((NO_FINDING, 6)).tolist()
     traits = []
     for observation in range(NO_FINDING):
@@ -87,7 +94,8 @@ def render(drawn: Sequence[int | None], *, seed: int, index: int, side: int) -> 
     """A frontal chest radiograph with the findings of `drawn`.
 
     Args:
-        drawn: 14 file values in CheXbert's order; 1 is drawn, -1 drawn faintly, 0 and None not at all. No Finding is not read.
+        drawn: 14 file values in CheXbert's order; 1 is drawn, -1 drawn faintly, 0 and None not at all. No Finding is
+            not read.
         seed: the data set's.
         index: the study's; patient, exposure and traits follow from seed and index alone.
         side: pixels of each side, at least 32.
@@ -137,9 +145,13 @@ def strengths_of(drawn: Sequence[int | None]) -> list[float]:
 
 
 def proportions(chest: Chest, strengths: Sequence[float], traits: Sequence[Trait]) -> Chest:
-    """What a finding changes before anything is drawn: a large heart, a wide mediastinum, a raised dome beside collapse."""
+    """What a finding changes before anything is drawn: a large heart, a wide mediastinum, a raised dome beside
+    collapse.
+    """
     heart = chest.heart + strengths[CARDIOMEGALY] * (0.15 + 0.08 * traits[CARDIOMEGALY].grade)
-    mediastinum = chest.mediastinum + strengths[ENLARGED_CARDIOMEDIASTINUM] * (0.12 + 0.07 * traits[ENLARGED_CARDIOMEDIASTINUM].grade)
+    mediastinum = chest.mediastinum + strengths[ENLARGED_CARDIOMEDIASTINUM] * (
+        0.12 + 0.07 * traits[ENLARGED_CARDIOMEDIASTINUM].grade
+    )
     raised = 0.08 * strengths[ATELECTASIS]
     signs = traits[ATELECTASIS].signs
     return replace(
@@ -180,7 +192,15 @@ def _lung_opacity(layers: Layers, trait: Trait, strength: float) -> None:
     for sign in trait.signs:
         y = height(trait)
         size = 0.24 + 0.06 * trait.grade
-        blob(layers, _in_lung(layers.chest, sign, y, 0.35 + 0.3 * trait.jitter[0]), y, size, 1.1 * size, 0.9, 0.62 * strength)
+        blob(
+            layers,
+            _in_lung(layers.chest, sign, y, 0.35 + 0.3 * trait.jitter[0]),
+            y,
+            size,
+            1.1 * size,
+            0.9,
+            0.62 * strength,
+        )
 
 
 def _lung_lesion(layers: Layers, trait: Trait, strength: float) -> None:
@@ -251,11 +271,19 @@ def _atelectasis(layers: Layers, trait: Trait, strength: float) -> None:
             y = dome - 0.11 - 0.11 * band + 0.03 * trait.jitter[1]
             outer = cage_half_width(layers.chest, y) - 0.04
             start, end = (sign * (inner + 0.04 * band), y + 0.01), (sign * outer, y - 0.04 + 0.08 * trait.jitter[0])
-            stroke(layers, layers.bone, bezier([start, ((start[0] + end[0]) / 2, y - 0.03), end], 8), 0.020, 0.34 * strength)
+            stroke(
+                layers,
+                layers.bone,
+                bezier([start, ((start[0] + end[0]) / 2, y - 0.03), end], 8),
+                0.020,
+                0.34 * strength,
+            )
 
 
 def _pneumothorax(layers: Layers, trait: Trait, strength: float) -> None:
-    """Air without lung markings around the apex and the side, and the pleural line of the lung that has fallen away from it."""
+    """Air without lung markings around the apex and the side, and the pleural line of the lung that has fallen away
+    from it.
+    """
     for sign in trait.signs:
         left, right = sorted((sign * 0.05, sign * 0.95))
         rows, columns = layers.box(left, right, -0.9, 0.8)
@@ -266,7 +294,9 @@ def _pneumothorax(layers: Layers, trait: Trait, strength: float) -> None:
         gap = np.minimum(wall - depth, y - np.float32(APEX + 0.22 + 0.20 * trait.grade))
         outside = ramp(-gap, 0.02)
         air = layers.air[rows, columns]
-        line = np.clip(np.float32(1) - np.abs(gap) * np.float32(1 / max(0.018, 1.6 / layers.side)), 0, 1) * np.clip(air, 0, 1)
+        line = np.clip(np.float32(1) - np.abs(gap) * np.float32(1 / max(0.018, 1.6 / layers.side)), 0, 1) * np.clip(
+            air, 0, 1
+        )
         layers.vessels[rows, columns] *= np.float32(1) - np.float32(strength) * outside
         layers.bone[rows, columns] += np.float32(0.26 * strength) * line
         # the free air is darker, the collapsing lung denser
@@ -281,7 +311,9 @@ def _pleural_effusion(layers: Layers, trait: Trait, strength: float) -> None:
         left, right = sorted((sign * -0.02, sign * 0.95))
         rows, columns = layers.box(left, right, level - 0.5, 1.3)
         wall, y = layers.wall[rows, columns], layers.y[rows]
-        surface = np.float32(level) - np.float32(0.20 + 0.12 * trait.grade) * np.exp(-np.maximum(wall, 0) * np.float32(1 / 0.13))
+        surface = np.float32(level) - np.float32(0.20 + 0.12 * trait.grade) * np.exp(
+            -np.maximum(wall, 0) * np.float32(1 / 0.13)
+        )
         fluid = ramp(y - surface, 0.05) * ramp(layers.x[rows, columns] * np.float32(sign) - np.float32(0.05), 0.06)
         fluid *= np.float32(strength)
         layers.air[rows, columns] *= np.float32(1) - np.float32(0.96) * fluid
@@ -294,7 +326,9 @@ def _pleural_other(layers: Layers, trait: Trait, strength: float) -> None:
         left, right = sorted((sign * 0.10, sign * 0.95))
         rows, columns = layers.box(left, right, -0.9, 0.45)
         wall, y = layers.wall[rows, columns], layers.y[rows]
-        waves = np.float32(0.06 + 0.03 * trait.grade) + np.float32(0.022) * np.sin(y * np.float32(19) + np.float32(6 * trait.jitter[0]))
+        waves = np.float32(0.06 + 0.03 * trait.grade) + np.float32(0.022) * np.sin(
+            y * np.float32(19) + np.float32(6 * trait.jitter[0])
+        )
         waves = waves.astype(np.float32) * np.clip((np.float32(0.42) - y) * np.float32(6), 0, 1)
         inside = ramp(waves - wall, 0.025)
         layers.air[rows, columns] *= np.float32(1) - np.float32(0.85 * strength) * inside
@@ -314,7 +348,9 @@ def _fracture(layers: Layers, trait: Trait, strength: float) -> None:
         abs_x, y = layers.abs_x[rows, columns], layers.y[rows]
         moved = rib_brightness(layers.chest, abs_x, abs_x * abs_x, y, drop=0.08)
         moved *= np.float32(0.34) * ramp(layers.wall[rows, columns] + np.float32(0.045), 0.02)
-        beyond = ramp(abs_x - np.float32(broken), 0.02) * ramp(np.float32(0.19) - np.abs(y - np.float32(centre + 0.04)), 0.03)
+        beyond = ramp(abs_x - np.float32(broken), 0.02) * ramp(
+            np.float32(0.19) - np.abs(y - np.float32(centre + 0.04)), 0.03
+        )
         bone = layers.bone[rows, columns]
         bone += np.float32(strength) * beyond * (moved - bone)
         gap = np.clip(np.float32(1) - np.abs(abs_x - np.float32(broken)) * np.float32(1 / 0.035), 0, 1)

@@ -1,8 +1,8 @@
 """Preset `full`: all 13 observations with the rates of IU X-Ray's reports, two views, patients with two studies.
 
-What is said comes first, because that is what IU's rates count; the truth follows from it: what is said to be there is there,
-what is denied is not, half of what is doubted is there, faintly, and a little of what is passed over. Studies come in pairs
-(2k, 2k + 1); in some of them the second is a later study of the first's patient.
+What is said comes first, because that is what IU's rates count; the truth follows from it: what is said to be there is
+there, what is denied is not, half of what is doubted is there, faintly, and a little of what is passed over. Studies
+come in pairs (2k, 2k + 1); in some of them the second is a later study of the first's patient.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def sample_full(seed: int, index: int, *, wording: str) -> PhantomStudy:
     else:
         earlier = None
     said = label_model().say(*latent)
-    drawn: list[int | None] = [_truth(observation, said[observation], float(u[observation])) for observation in range(NO_FINDING)]
+    drawn: list[int | None] = [
+        _truth(observation, said[observation], float(u[observation])) for observation in range(NO_FINDING)
+    ]
     views = (FRONTAL,) if u[NO_FINDING] < _SHARE_FRONTAL_ONLY else (FRONTAL, LATERAL)
     drawn.append(no_finding(drawn))
     said.append(no_finding(said))
@@ -91,7 +93,9 @@ def _indication(drawn: list[int | None], rng: np.random.Generator) -> str:
     """A reason for the examination: likelier with some findings, never certain of any."""
     if rng.random() < _NEUTRAL:
         return NEUTRAL_INDICATIONS[int(rng.integers(len(NEUTRAL_INDICATIONS)))]
-    weights = np.array([1 + _INDICATED * any(drawn[o] == 1 for o in observations) for observations in INDICATIONS.values()])
+    weights = np.array(
+        [1 + _INDICATED * any(drawn[o] == 1 for o in observations) for observations in INDICATIONS.values()]
+    )
     texts = list(INDICATIONS)[int(rng.choice(len(weights), p=weights / weights.sum()))]
     return texts[int(rng.integers(len(texts)))]
 

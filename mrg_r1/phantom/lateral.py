@@ -1,8 +1,9 @@
 """The lateral view of the chest that `findings` draws from the front: the same patient, turned.
 
-Coordinates: x from -1 (image left, the patient's front) to 1 (the back); y is the frontal view's, so that a zone, a dome or a
-fluid level stands at one height in both. The layers are the frontal view's too. Both lungs lie over each other here, so what
-one of them holds takes about half of the air away.
+Coordinates: x from -1 (image left, the patient's front) to 1 (the back); y is the frontal view's, so that a zone, a
+    dome or a
+fluid level stands at one height in both. The layers are the frontal view's too. Both lungs lie over each other here, so
+what one of them holds takes about half of the air away.
 """
 
 from __future__ import annotations
@@ -12,7 +13,18 @@ from functools import lru_cache
 
 import numpy as np
 
-from mrg_r1.phantom.anatomy import APEX, RIB_PITCH, Chest, Layers, chest_axes, clip01, ramp, rib_profile, shifted, stroke
+from mrg_r1.phantom.anatomy import (
+    APEX,
+    RIB_PITCH,
+    Chest,
+    Layers,
+    chest_axes,
+    clip01,
+    ramp,
+    rib_profile,
+    shifted,
+    stroke,
+)
 from mrg_r1.phantom.findings import (
     ATELECTASIS,
     CONSOLIDATION,
@@ -51,7 +63,9 @@ def build_lateral_layers(chest: Chest, side: int) -> Layers:
     off_dome = x + np.float32(0.15)
     slope = np.float32(0.50) * off_dome * off_dome
     above = slope - y
-    air *= np.float32(0.5) * (ramp(above + np.float32(chest.dome_right), 0.025) + ramp(above + np.float32(chest.dome_left), 0.025))
+    air *= np.float32(0.5) * (
+        ramp(above + np.float32(chest.dome_right), 0.025) + ramp(above + np.float32(chest.dome_left), 0.025)
+    )
 
     soft = np.full((side, side), 0.64, dtype=np.float32)
     soft += np.float32(0.09) * ramp(np.float32(-chest.dome_left - 0.02) - above, 0.16)
@@ -60,7 +74,9 @@ def build_lateral_layers(chest: Chest, side: int) -> Layers:
     # the wall is thinner, hence darker, towards the skin
     soft -= np.float32(0.45) * clip01((-wall - np.float32(0.05)) * np.float32(2.2))
     # the body's outline: front and back of the trunk, and the neck
-    forward = np.where(y < np.float32(-0.45), np.minimum(np.float32(-0.40) - np.float32(0.25) * clip01(y + np.float32(0.95)), 9), 9)
+    forward = np.where(
+        y < np.float32(-0.45), np.minimum(np.float32(-0.40) - np.float32(0.25) * clip01(y + np.float32(0.95)), 9), 9
+    )
     backward = np.where(y < np.float32(-0.45), np.float32(0.62) + np.float32(0.25) * clip01(y + np.float32(0.95)), -9)
     forward = np.minimum(forward, _front(np.maximum(y, np.float32(-0.62))) - np.float32(0.19)).astype(np.float32)
     backward = np.maximum(backward, back + np.float32(0.22)).astype(np.float32)
@@ -150,17 +166,29 @@ def _heart_and_aorta(layers: Layers) -> None:
     x, y = layers.x[rows, columns], layers.y[rows]
     lean = (x - np.float32(centre_x) - np.float32(0.28) * (y - np.float32(centre_y))) * np.float32(1 / depth)
     upright = (y - np.float32(centre_y)) * np.float32(1 / tall)
-    layers.air[rows, columns] *= np.float32(0.12) + np.float32(0.88) * ramp(lean * lean + upright * upright - np.float32(1), 0.20)
+    layers.air[rows, columns] *= np.float32(0.12) + np.float32(0.88) * ramp(
+        lean * lean + upright * upright - np.float32(1), 0.20
+    )
     # the great vessels between heart and arch; a wide mediastinum fills the space behind the breastbone
     wide = chest.mediastinum - 0.15
-    middle_x, middle_y, half_width, half_height = -0.05 - 0.9 * wide, -0.16 - 0.9 * wide, 0.20 + 1.5 * wide, 0.34 + 0.9 * wide
+    middle_x, middle_y, half_width, half_height = (
+        -0.05 - 0.9 * wide,
+        -0.16 - 0.9 * wide,
+        0.20 + 1.5 * wide,
+        0.34 + 0.9 * wide,
+    )
     rows, columns = layers.box(
-        middle_x - 1.2 * half_width, middle_x + 1.2 * half_width, middle_y - 1.2 * half_height, middle_y + 1.2 * half_height
+        middle_x - 1.2 * half_width,
+        middle_x + 1.2 * half_width,
+        middle_y - 1.2 * half_height,
+        middle_y + 1.2 * half_height,
     )
     x, y = layers.x[rows, columns], layers.y[rows]
     across = (x - np.float32(middle_x)) * np.float32(1 / half_width)
     down = (y - np.float32(middle_y)) * np.float32(1 / half_height)
-    layers.air[rows, columns] *= np.float32(1) - np.float32(0.42 + 2.4 * wide) * ramp(np.float32(1) - across * across - down * down, 0.7)
+    layers.air[rows, columns] *= np.float32(1) - np.float32(0.42 + 2.4 * wide) * ramp(
+        np.float32(1) - across * across - down * down, 0.7
+    )
 
 
 def _trachea(layers: Layers) -> None:
@@ -181,7 +209,11 @@ def _spine(layers: Layers) -> None:
     across = np.cos(y * np.float32(2 * np.pi / 0.155))
     body = np.float32(0.075) + np.float32(0.055) * np.clip(across * np.float32(3) + np.float32(1.6), -1, 1)
     endplate = np.float32(0.05) * np.exp(-((across + np.float32(0.35)) ** 2) * np.float32(60))
-    fade = np.float32(1.15) - np.float32(0.30) * np.clip(y + np.float32(0.6), 0, 1.2) - ramp(y - np.float32(0.75), 0.5) * np.float32(0.45)
+    fade = (
+        np.float32(1.15)
+        - np.float32(0.30) * np.clip(y + np.float32(0.6), 0, 1.2)
+        - ramp(y - np.float32(0.75), 0.5) * np.float32(0.45)
+    )
     layers.bone[rows, columns] += inside * ((body + endplate) * fade).astype(np.float32)
     # what lies behind the bodies: arches and muscle
     layers.air[rows, columns] *= np.float32(1) - np.float32(0.25) * inside
@@ -191,9 +223,13 @@ def _sternum(layers: Layers) -> None:
     rows, columns = layers.box(-1.0, 0.2, -0.62, 0.48)
     x, y = layers.x[rows, columns], layers.y[rows]
     off = np.abs(x - _front(y) + np.float32(0.045))
-    ends = np.clip((y + np.float32(0.56)) * np.float32(14), 0, 1) * np.clip((np.float32(0.40) - y) * np.float32(14), 0, 1)
+    ends = np.clip((y + np.float32(0.56)) * np.float32(14), 0, 1) * np.clip(
+        (np.float32(0.40) - y) * np.float32(14), 0, 1
+    )
     joints = np.float32(1) - np.float32(0.5) * (np.abs((y + np.float32(0.30)) % np.float32(0.22)) < np.float32(0.012))
-    layers.bone[rows, columns] += ramp(np.float32(0.026) - off, 0.018) * (np.float32(0.20) * ends * joints).astype(np.float32)
+    layers.bone[rows, columns] += ramp(np.float32(0.026) - off, 0.018) * (np.float32(0.20) * ends * joints).astype(
+        np.float32
+    )
 
 
 def _gastric_bubble(layers: Layers) -> None:
@@ -206,7 +242,9 @@ def _gastric_bubble(layers: Layers) -> None:
 
 
 def _depth_of(trait: Trait, y: float) -> float:
-    """x of a finding in the lung: anywhere between the walls, by the jitter that places it across in the frontal view."""
+    """x of a finding in the lung: anywhere between the walls, by the jitter that places it across in the
+    frontal view.
+    """
     front, back = (float(edge[0, 0]) for edge in (_front(floats([[y]])), _back(floats([[y]]))))
     return front + (back - front) * (0.25 + 0.5 * trait.jitter[0])
 
@@ -237,8 +275,13 @@ def _edema(layers: Layers, trait: Trait, strength: float) -> None:
     """Haze around the hila, thick vessels, fluid in the oblique fissure."""
     spread = np.float32(1 / (0.32 + 0.06 * trait.grade))
     rows, columns = layers.box(-0.8, 0.9, -0.75, 0.95)
-    away, down = (layers.x[rows, columns] - np.float32(0.08)) * spread, (layers.y[rows] - np.float32(0.05)) * (spread * np.float32(0.8))
-    layers.air[rows, columns] *= np.float32(1) - np.float32(min(0.66 * strength, 0.95)) * np.exp(-(away * away + down * down))
+    away, down = (
+        (layers.x[rows, columns] - np.float32(0.08)) * spread,
+        (layers.y[rows] - np.float32(0.05)) * (spread * np.float32(0.8)),
+    )
+    layers.air[rows, columns] *= np.float32(1) - np.float32(min(0.66 * strength, 0.95)) * np.exp(
+        -(away * away + down * down)
+    )
     layers.vessels *= np.float32(1 + 1.2 * strength)
     stroke(layers, layers.bone, _fissure(), 0.010, 0.13 * strength)
 
@@ -263,7 +306,10 @@ def _consolidation(layers: Layers, trait: Trait, strength: float) -> None:
     bronchi = np.zeros_like(layers.air)
     end = -0.42 if upper else 0.52
     for turn in (-0.6, 0.0, 0.6):
-        path = bezier([(0.08, centre - 0.2 * turn * tall), (0.5 * end, centre + 0.2 * turn * tall), (end, centre + turn * tall)], 8)
+        path = bezier(
+            [(0.08, centre - 0.2 * turn * tall), (0.5 * end, centre + 0.2 * turn * tall), (end, centre + turn * tall)],
+            8,
+        )
         stroke(layers, bronchi, path, 0.011, 0.40 * strength)
     layers.air[rows, columns] += bronchi[rows, columns] * inside
 
@@ -281,7 +327,14 @@ def _atelectasis(layers: Layers, trait: Trait, strength: float) -> None:
         dome = layers.chest.dome_left if sign > 0 else layers.chest.dome_right
         for band in range(2 + (trait.grade > 0.4)):
             y = dome - 0.08 - 0.11 * band + 0.03 * trait.jitter[1]
-            path = bezier([(-0.02 + 0.05 * band, y + 0.02), (0.22, y - 0.01), (0.46, y - 0.02 + 0.05 * band + 0.06 * trait.jitter[0])], 8)
+            path = bezier(
+                [
+                    (-0.02 + 0.05 * band, y + 0.02),
+                    (0.22, y - 0.01),
+                    (0.46, y - 0.02 + 0.05 * band + 0.06 * trait.jitter[0]),
+                ],
+                8,
+            )
             stroke(layers, layers.bone, path, 0.018, 0.30 * strength)
 
 
@@ -296,7 +349,9 @@ def _pneumothorax(layers: Layers, trait: Trait, strength: float) -> None:
     gap = np.float32(0.5) * (from_wall + from_top - np.sqrt(between * between + np.float32(0.16)))
     outside = ramp(-gap, 0.02)
     air = layers.air[rows, columns]
-    line = np.clip(np.float32(1) - np.abs(gap) * np.float32(1 / max(0.018, 1.6 / layers.side)), 0, 1) * np.clip(air, 0, 1)
+    line = np.clip(np.float32(1) - np.abs(gap) * np.float32(1 / max(0.018, 1.6 / layers.side)), 0, 1) * np.clip(
+        air, 0, 1
+    )
     layers.vessels[rows, columns] *= np.float32(1) - np.float32(strength) * outside
     layers.bone[rows, columns] += np.float32(0.24 * strength) * line
     air *= np.float32(1) + np.float32(strength) * (np.float32(0.42) * outside - np.float32(0.10))
@@ -309,7 +364,9 @@ def _pleural_effusion(layers: Layers, trait: Trait, strength: float) -> None:
     rows, columns = layers.box(-0.75, 0.9, level - 0.5, 1.3)
     wall, x, y = layers.wall[rows, columns], layers.x[rows, columns], layers.y[rows]
     climb = np.exp(-np.maximum(wall, 0) * np.float32(1 / 0.12)) * (np.float32(0.35) + np.float32(0.65) * ramp(x, 0.3))
-    fluid = ramp(y - np.float32(level) + np.float32(0.22 + 0.10 * trait.grade) * climb, 0.05) * np.float32(strength * _share(trait))
+    fluid = ramp(y - np.float32(level) + np.float32(0.22 + 0.10 * trait.grade) * climb, 0.05) * np.float32(
+        strength * _share(trait)
+    )
     layers.air[rows, columns] *= np.float32(1) - np.float32(0.97) * fluid
     layers.soft[rows, columns] += np.float32(0.06) * fluid * ramp(wall, 0.04)
 
@@ -318,7 +375,9 @@ def _pleural_other(layers: Layers, trait: Trait, strength: float) -> None:
     """A scalloped band along the back wall, with a calcified plaque."""
     rows, columns = layers.box(0.0, 0.9, -0.9, 0.55)
     wall, x, y = layers.wall[rows, columns], layers.x[rows, columns], layers.y[rows]
-    waves = np.float32(0.07 + 0.035 * trait.grade) + np.float32(0.022) * np.sin(y * np.float32(19) + np.float32(6 * trait.jitter[0]))
+    waves = np.float32(0.07 + 0.035 * trait.grade) + np.float32(0.022) * np.sin(
+        y * np.float32(19) + np.float32(6 * trait.jitter[0])
+    )
     waves = waves.astype(np.float32) * np.clip((np.float32(0.50) - y) * np.float32(6), 0, 1)
     inside = ramp(waves - wall, 0.025) * ramp(x - np.float32(0.10), 0.1)
     layers.air[rows, columns] *= np.float32(1) - np.float32(min(0.95 * strength, 1.0)) * inside

@@ -1,8 +1,8 @@
 """The words and the sentence frames of the phantoms' reports: data for `wording`.
 
-A sentence is a frame (its syntax) filled with an observation's own words. Frames come in two splits that share no sentence: a
-labeler trained on `train` frames meets the same nouns and negations in new syntax in `heldout` frames, so a test on them
-measures reading, not memory.
+A sentence is a frame (its syntax) filled with an observation's own words. Frames come in two splits that share no
+sentence: a labeler trained on `train` frames meets the same nouns and negations in new syntax in `heldout` frames, so a
+test on them measures reading, not memory.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ VOCABULARY: dict[int, Vocabulary] = {
         nouns=names("mediastinal widening", countable=False, sides=False),
         absent_nouns=names("mediastinal widening", countable=False, sides=False),
         sizes=("mild", "moderate", "severe"),
-        clauses=(Clause("the mediastinum", "widened", "normal in width"), Clause("the mediastinum", "wide", "not widened")),
+        clauses=(
+            Clause("the mediastinum", "widened", "normal in width"),
+            Clause("the mediastinum", "wide", "not widened"),
+        ),
     ),
     CARDIOMEGALY: Vocabulary(
         nouns=names("cardiomegaly", "cardiac enlargement", countable=False, sides=False),
@@ -166,8 +169,8 @@ VOCABULARY: dict[int, Vocabulary] = {
     ),
 }
 
-# Frames. {np}: the bare noun phrase; {NP}: with its article; {where}: " on the left", " in the right upper lung" or nothing;
-# {be}: is or are. A frame with "also" does not open a report.
+# Frames. {np}: the bare noun phrase; {NP}: with its article; {where}: " on the left", " in the right upper lung" or
+# nothing; {be}: is or are. A frame with "also" does not open a report.
 NOUN_FRAMES: dict[str, dict[int, tuple[str, ...]]] = {
     "train": {
         1: (
@@ -186,16 +189,37 @@ NOUN_FRAMES: dict[str, dict[int, tuple[str, ...]]] = {
             "No evidence of {np}.",
             "{np} is absent.",
         ),
-        -1: ("Possible {np}{where}.", "There may be {NP}{where}.", "{np}{where} cannot be excluded.", "{NP}{where} {be} possible."),
+        -1: (
+            "Possible {np}{where}.",
+            "There may be {NP}{where}.",
+            "{np}{where} cannot be excluded.",
+            "{NP}{where} {be} possible.",
+        ),
     },
     "heldout": {
-        1: ("There {be} {NP} seen{where}.", "Also seen {be} {NP}{where}.", "{np} present{where}.", "Also present {be} {NP}{where}."),
-        0: ("There is no {np} seen.", "{np} is not present.", "There is no evidence of {np}.", "{np} not seen.", "{np} absent."),
-        -1: ("There {be} possible {np}{where}.", "{NP} may be present{where}.", "{np}{where} possible.", "{NP} may be seen{where}."),
+        1: (
+            "There {be} {NP} seen{where}.",
+            "Also seen {be} {NP}{where}.",
+            "{np} present{where}.",
+            "Also present {be} {NP}{where}.",
+        ),
+        0: (
+            "There is no {np} seen.",
+            "{np} is not present.",
+            "There is no evidence of {np}.",
+            "{np} not seen.",
+            "{np} absent.",
+        ),
+        -1: (
+            "There {be} possible {np}{where}.",
+            "{NP} may be present{where}.",
+            "{np}{where} possible.",
+            "{NP} may be seen{where}.",
+        ),
     },
 }
-# {Subject}, {subject}: a clause's subject with and without its article; {state}: its predicate; {quality}: a predicate of one word,
-# standing before the noun, and {a_quality} the same with its article.
+# {Subject}, {subject}: a clause's subject with and without its article; {state}: its predicate; {quality}: a predicate
+# of one word, standing before the noun, and {a_quality} the same with its article.
 CLAUSE_FRAMES: dict[str, dict[int, tuple[str, ...]]] = {
     "train": {
         1: ("{Subject} is {state}.", "{Subject} appears {state}."),
@@ -216,7 +240,12 @@ PAIR_FRAMES: dict[str, tuple[str, ...]] = {
         "No evidence of {a} or {b}.",
         "{a} and {b} are not seen.",
     ),
-    "heldout": ("There is no {a} and no {b}.", "No {a} and no {b}.", "{a} and {b} are absent.", "{a} and {b} are not present."),
+    "heldout": (
+        "There is no {a} and no {b}.",
+        "No {a} and no {b}.",
+        "{a} and {b} are absent.",
+        "{a} and {b} are not present.",
+    ),
 }
 NORMAL: dict[str, tuple[str, ...]] = {
     "train": ("No acute cardiopulmonary abnormality.", "No acute abnormality is seen.", "Normal chest."),

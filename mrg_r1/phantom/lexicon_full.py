@@ -1,6 +1,8 @@
-"""The words of preset `full`: those of `lexicon`, and more nouns, sizes for nearly all findings, lists, and words of change.
+"""The words of preset `full`: those of `lexicon`, and more nouns, sizes for nearly all findings, lists, and words of
+change.
 
-No corpus was read to make them. What no label reads (`REMARKS`, `COMPARED`, `TECHNIQUE`) holds for every phantom it is said of.
+No corpus was read to make them. What no label reads (`REMARKS`, `COMPARED`, `TECHNIQUE`) holds for every phantom it is
+said of.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ from mrg_r1.phantom.lexicon import (
 _SEVERITY = ("mild", "moderate", "severe")
 
 
-def _more(observation: int, nouns: tuple[Noun, ...] = (), clauses: tuple[Clause, ...] = (), sizes: tuple[str, ...] = ()) -> Vocabulary:
+def _more(
+    observation: int, nouns: tuple[Noun, ...] = (), clauses: tuple[Clause, ...] = (), sizes: tuple[str, ...] = ()
+) -> Vocabulary:
     words = VOCABULARY[observation]
     return replace(words, nouns=words.nouns + nouns, clauses=words.clauses + clauses, sizes=sizes or words.sizes)
 
@@ -63,9 +67,15 @@ _VOCABULARY: dict[int, Vocabulary] = {
     LUNG_OPACITY: _more(LUNG_OPACITY, (Noun("airspace opacity", "airspace opacities"),), sizes=("faint", "", "dense")),
     LUNG_LESION: _more(LUNG_LESION, names("pulmonary nodule")),
     EDEMA: _more(EDEMA, names("interstitial edema", countable=False, sides=False)),
-    CONSOLIDATION: _more(CONSOLIDATION, names("focal consolidation", countable=False), sizes=("small", "", "extensive")),
-    PNEUMONIA: _more(PNEUMONIA, names("patchy pneumonia", "bronchopneumonia", countable=False), sizes=("mild", "", "extensive")),
-    ATELECTASIS: _more(ATELECTASIS, names("bandlike atelectasis", "platelike atelectasis", countable=False), sizes=_SEVERITY),
+    CONSOLIDATION: _more(
+        CONSOLIDATION, names("focal consolidation", countable=False), sizes=("small", "", "extensive")
+    ),
+    PNEUMONIA: _more(
+        PNEUMONIA, names("patchy pneumonia", "bronchopneumonia", countable=False), sizes=("mild", "", "extensive")
+    ),
+    ATELECTASIS: _more(
+        ATELECTASIS, names("bandlike atelectasis", "platelike atelectasis", countable=False), sizes=_SEVERITY
+    ),
     PNEUMOTHORAX: _more(PNEUMOTHORAX, names("apical pneumothorax")),
     PLEURAL_EFFUSION: _more(PLEURAL_EFFUSION, names("pleural fluid", countable=False)),
     PLEURAL_OTHER: _more(PLEURAL_OTHER, names("pleural plaque"), sizes=_SEVERITY),
@@ -89,13 +99,32 @@ _NOUN_FRAMES: dict[str, dict[int, tuple[str, ...]]] = {
         ),
     },
     "heldout": {
-        1: ("Noted {be} {NP}{where}.", "{NP} can be seen{where}.", "The study shows {NP}{where}.", "Evidence of {NP}{where}."),
-        0: ("There is no definite {np}.", "No {np} noted.", "{np} is not identified.", "The findings are negative for {np}."),
-        -1: ("Suspected {np}{where}.", "{NP}{where} {be} questionable.", "This may represent {NP}{where}.", "{np}{where} is not excluded."),
+        1: (
+            "Noted {be} {NP}{where}.",
+            "{NP} can be seen{where}.",
+            "The study shows {NP}{where}.",
+            "Evidence of {NP}{where}.",
+        ),
+        0: (
+            "There is no definite {np}.",
+            "No {np} noted.",
+            "{np} is not identified.",
+            "The findings are negative for {np}.",
+        ),
+        -1: (
+            "Suspected {np}{where}.",
+            "{NP}{where} {be} questionable.",
+            "This may represent {NP}{where}.",
+            "{np}{where} is not excluded.",
+        ),
     },
 }
 _CLAUSE_FRAMES: dict[str, dict[int, tuple[str, ...]]] = {
-    "train": {1: ("{Subject} looks {state}.",), 0: ("{Subject} {be} found {state}.",), -1: ("{Subject} is questionably {state}.",)},
+    "train": {
+        1: ("{Subject} looks {state}.",),
+        0: ("{Subject} {be} found {state}.",),
+        -1: ("{Subject} is questionably {state}.",),
+    },
     "heldout": {
         1: ("{Subject} is noted to be {state}.",),
         0: ("The study shows that {Subject} {be} {state}.",),
@@ -126,7 +155,11 @@ FULL = Lexicon(
             "No {a}, {b}, or {c} is identified.",
             "Negative for {a}, {b}, and {c}.",
         ),
-        "heldout": ("There is no {a}, no {b}, and no {c}.", "No evidence of {a}, {b}, or {c}.", "{a}, {b}, and {c} are absent."),
+        "heldout": (
+            "There is no {a}, no {b}, and no {c}.",
+            "No evidence of {a}, {b}, or {c}.",
+            "{a}, {b}, and {c} are absent.",
+        ),
     },
     change_frames={
         "train": {
@@ -148,7 +181,12 @@ REMARKS: dict[str, tuple[str, ...]] = {  # true of every phantom, and read by no
         "Lung volumes are adequate.",
         "The soft tissues are unremarkable.",
     ),
-    "heldout": ("Midline trachea.", "Unremarkable aortic knob.", "Adequate lung volumes.", "Unremarkable soft tissues."),
+    "heldout": (
+        "Midline trachea.",
+        "Unremarkable aortic knob.",
+        "Adequate lung volumes.",
+        "Unremarkable soft tissues.",
+    ),
 }
 TECHNIQUE: dict[str, dict[int, tuple[str, ...]]] = {  # by the number of views
     "train": {1: ("A single frontal view is submitted.",), 2: ("Frontal and lateral views are submitted.",)},
@@ -163,10 +201,21 @@ COMPARED: dict[str, dict[bool, tuple[str, ...]]] = {  # by whether there is an e
 }
 
 # Reasons for an examination, and the findings that make each of them likelier; none settles any label.
-NEUTRAL_INDICATIONS = ("Chest pain.", "Preoperative evaluation.", "Routine examination.", "Weakness.", "Dizziness.", "Abdominal pain.")
+NEUTRAL_INDICATIONS = (
+    "Chest pain.",
+    "Preoperative evaluation.",
+    "Routine examination.",
+    "Weakness.",
+    "Dizziness.",
+    "Abdominal pain.",
+)
 INDICATIONS: dict[tuple[str, ...], tuple[int, ...]] = {
     ("Shortness of breath.", "Dyspnea on exertion."): (CARDIOMEGALY, EDEMA, PLEURAL_EFFUSION, PNEUMOTHORAX),
-    ("Cough and fever.", "Productive cough.", "Fever, evaluate for infection."): (PNEUMONIA, CONSOLIDATION, LUNG_OPACITY),
+    ("Cough and fever.", "Productive cough.", "Fever, evaluate for infection."): (
+        PNEUMONIA,
+        CONSOLIDATION,
+        LUNG_OPACITY,
+    ),
     ("Pain after a fall.", "Blunt trauma to the chest."): (FRACTURE, PNEUMOTHORAX, PLEURAL_EFFUSION),
     ("History of smoking.", "Weight loss."): (LUNG_LESION, PLEURAL_OTHER, ENLARGED_CARDIOMEDIASTINUM),
     ("Shallow breathing after surgery.", "Reduced breath sounds."): (ATELECTASIS, PLEURAL_EFFUSION),

@@ -1,11 +1,12 @@
 """How often what is said together in IU X-Ray reports: counts, and a model of them to draw labels from.
 
-Counts of CheXbert's labels of the 2,365 train and val reports of IU X-Ray (Indiana University, doi:10.1093/jamia/ocv080; R2Gen's
-split; labels as published with ORGan, github.com/wjhou/ORGan). Only these sums are kept here, no report and no row.
+Counts of CheXbert's labels of the 2,365 train and val reports of IU X-Ray (Indiana University,
+doi:10.1093/jamia/ocv080; R2Gen's split; labels as published with ORGan, github.com/wjhou/ORGan). Only these sums are
+kept here, no report and no row.
 
 The model: two vectors of 13 correlated normal variables (a Gaussian copula each). The first cuts every observation into
-positive, uncertain and neither; the second cuts neither into negative and not mentioned. Each observation's four rates are
-exact, the pairs of positives and of negatives follow the correlations.
+positive, uncertain and neither; the second cuts neither into negative and not mentioned. Each observation's four rates
+are exact, the pairs of positives and of negatives follow the correlations.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ NEGATIVE_PAIRS: tuple[tuple[int, ...], ...] = (
     (0, 0),
     (0,),
 )
-_PSEUDO_COUNT = 0.5  # studies added to what is seen and to what independence expects: rare pairs are not taken at their word
+_PSEUDO_COUNT = (
+    0.5  # studies added to what is seen and to what independence expects: rare pairs are not taken at their word
+)
 _WIDEST = 0.95  # no correlation is stronger
 
 Doubles = NDArray[np.float64]
@@ -104,7 +107,8 @@ def label_model() -> LabelModel:
     negative = counts[:, 1] / (counts[:, 1] + counts[:, 3])
     positive_pairs = positive[:, None] * positive * _lifts(POSITIVE_PAIRS, counts[:, 0])
     presence = _correlations(positive, positive_pairs)
-    # two observations are both neither with about this probability; of those, the second vector makes pairs of negatives
+    # two observations are both neither with about this probability; of those, the second vector makes pairs of
+    # negatives
     either = np.outer(uncertain, uncertain) * np.divide(positive_pairs, np.outer(positive, positive))
     both_neither = 1 - uncertain[:, None] - uncertain + either
     both_negative = _lifts(NEGATIVE_PAIRS, counts[:, 1]) * np.outer(counts[:, 1], counts[:, 1]) / STUDIES**2
@@ -134,14 +138,18 @@ def _lifts(pairs: tuple[tuple[int, ...], ...], singles: Doubles) -> Doubles:
 
 
 def _cuts(shares: Doubles) -> Doubles:
-    return np.array([NormalDist().inv_cdf(share) if 0 < share < 1 else np.copysign(np.inf, share - 0.5) for share in shares])
+    return np.array(
+        [NormalDist().inv_cdf(share) if 0 < share < 1 else np.copysign(np.inf, share - 0.5) for share in shares]
+    )
 
 
 def _correlations(shares: Doubles, both: Doubles) -> Doubles:
-    """[13, 13] tetrachoric correlations: those at which two normal variables fall below their cuts with the probabilities `both`.
+    """[13, 13] tetrachoric correlations: those at which two normal variables fall below their cuts with the
+    probabilities `both`.
 
-    P(a, b) = P(a) P(b) + the integral of the bivariate density at the cuts over the correlation from 0 (Plackett, 1954), here by
-    Gauss and Legendre; solved by bisection. An observation that is never or always below its cut correlates with nothing.
+    P(a, b) = P(a) P(b) + the integral of the bivariate density at the cuts over the correlation from 0 (Plackett,
+    1954), here by Gauss and Legendre; solved by bisection. An observation that is never or always below its cut
+    correlates with nothing.
     """
     cuts = _cuts(shares)
     usable = np.isfinite(cuts)
@@ -162,7 +170,9 @@ def _correlations(shares: Doubles, both: Doubles) -> Doubles:
 
 
 def _factor(correlations: Doubles) -> Doubles:
-    """[13, 13] Cholesky factor of the nearest proper correlations: negative eigenvalues are cut off, the diagonal set back to 1."""
+    """[13, 13] Cholesky factor of the nearest proper correlations: negative eigenvalues are cut off, the diagonal set
+    back to 1.
+    """
     values, vectors = np.linalg.eigh(correlations)
     proper = (vectors * np.maximum(values, 1e-3)) @ vectors.T
     scale = 1 / np.sqrt(np.diag(proper))

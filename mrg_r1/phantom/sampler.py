@@ -1,7 +1,8 @@
 """One phantom study from (preset, seed, index): labels first, then what is said of them, then the words.
 
-Nothing here draws: `findings.render` takes `drawn` with the same seed and index, and `views.render_view` `shown`. Truth (`drawn`)
-and text (`said`) are kept apart, because a report is silent, unsure or shorter than the truth, and metrics are given against each.
+Nothing here draws: `findings.render` takes `drawn` with the same seed and index, and `views.render_view` `shown`. Truth
+(`drawn`) and text (`said`) are kept apart, because a report is silent, unsure or shorter than the truth, and metrics
+are given against each.
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ _SAID_POSITIVE, _SAID_UNCERTAIN = 0.93, 0.05  # of the findings that are there; 
 _SAID_NEGATIVE = 0.85  # of the findings that are not there; the rest is silence
 _STATES: tuple[int | None, ...] = (1, 0, -1, None)
 _STATE_SHARES = (0.30, 0.30, 0.25, 0.15)  # of `sample_balanced`
-_FULL_STATE_SHARES = (0.14, 0.26, 0.12, 0.48)  # the same for 13 findings, which all together would make an endless report
+_FULL_STATE_SHARES = (
+    0.14,
+    0.26,
+    0.12,
+    0.48,
+)  # the same for 13 findings, which all together would make an endless report
 # Correlations of the latent normal variables, ours: mild versions of what goes together in hospital series.
 _CORRELATIONS: dict[tuple[int, int], float] = {
     (CARDIOMEGALY, PLEURAL_EFFUSION): 0.40,
@@ -55,26 +61,28 @@ def sample_study(
     """Study `index` of the endless data set (`preset`, `seed`).
 
     Args:
-        preset: "five": five findings, each in 35 % of studies, in reports of at most 45 words, one frontal view, one study a
-            patient. "full": all 13 with the rates of IU X-Ray, as `full` tells.
+        preset: "five": five findings, each in 35 % of studies, in reports of at most 45 words, one frontal view, one
+            study a patient. "full": all 13 with the rates of IU X-Ray, as `full` tells.
         seed: 0 or greater.
         index: 0 or greater; studies do not depend on each other, but for the second of a patient of "full".
         wording: "train", "heldout" or "all", as `wording.write_report`'s; it changes the report alone.
-        prevalence: of "five" alone: observation -> share of studies that have it, for those that are to differ from 35 %.
+        prevalence: of "five" alone: observation -> share of studies that have it, for those that are to differ from 35
+            %.
 
     Returns:
         The same study for the same arguments.
 
     Raises:
-        ValueError: an unknown preset or wording, a negative seed or index, or a prevalence that the preset has not or that is none.
+        ValueError: an unknown preset or wording, a negative seed or index, or a prevalence that the preset has not or
+            that is none.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}; allowed are {', '.join(PRESETS)}")
     for observation, share in (prevalence or {}).items():
         if preset != "five" or observation not in FIVE_FINDINGS or not 0 < share < 1:
             raise ValueError(
-                f"prevalence {OBSERVATIONS[observation]} {share} with preset {preset!r}; it can be set for preset five, between 0 and 1, "
-                f"of {', '.join(OBSERVATIONS[known] for known in FIVE_FINDINGS)}"
+                f"prevalence {OBSERVATIONS[observation]} {share} with preset {preset!r}; it can be set for preset "
+                f"five, between 0 and 1, of {', '.join(OBSERVATIONS[known] for known in FIVE_FINDINGS)}"
             )
     if wording not in (*SPLITS, "all"):
         raise ValueError(f"wording {wording!r}; allowed are {', '.join(SPLITS)} and all")
@@ -95,10 +103,11 @@ def sample_study(
 
 
 def sample_balanced(preset: str, seed: int, index: int, *, wording: str = "train") -> PhantomStudy:
-    """A report for training a labeler, whose findings are said positive, negative, uncertain or not at all often enough.
+    """A report for training a labeler, whose findings are said positive, negative, uncertain or not at all often
+    enough.
 
-    Uncertain statements are one in fifty findings of `sample_study`: too few to learn to read them from. There is no truth behind
-    these texts, so `drawn` says of each finding what the text says, an uncertain one counting as drawn.
+    Uncertain statements are one in fifty findings of `sample_study`: too few to learn to read them from. There is no
+    truth behind these texts, so `drawn` says of each finding what the text says, an uncertain one counting as drawn.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}; allowed are {', '.join(PRESETS)}")
@@ -117,7 +126,9 @@ def _spoken(drawn: list[int | None], said: list[int | None], seed: int, index: i
     """The study of 13 drawn and 13 said values, with No Finding and the words."""
     drawn.append(no_finding(drawn))
     said.append(no_finding(said))
-    report = write_report(said, sample_traits(seed, index), keyed_generator(seed, index, WORDING_STREAM), wording=wording)
+    report = write_report(
+        said, sample_traits(seed, index), keyed_generator(seed, index, WORDING_STREAM), wording=wording
+    )
     return PhantomStudy(index, tuple(drawn), tuple(said), report, f"phantom-{seed}-{index:06d}", index)
 
 

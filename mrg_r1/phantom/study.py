@@ -26,7 +26,9 @@ class PhantomStudy:
     @property
     def shown(self) -> tuple[int | None, ...]:
         """14: `drawn`, but -1 (to be drawn faintly) for what is there and the report is not sure of or passes over."""
-        return tuple(-1 if truth == 1 and text != 1 else truth for truth, text in zip(self.drawn, self.said, strict=True))
+        return tuple(
+            -1 if truth == 1 and text != 1 else truth for truth, text in zip(self.drawn, self.said, strict=True)
+        )
 
 
 def no_finding(values: Sequence[int | None]) -> int | None:

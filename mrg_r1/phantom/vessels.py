@@ -1,4 +1,6 @@
-"""Lines and the lung markings made of them: vessels that branch from the hila, drawn once a size and shared by all chests."""
+"""Lines and the lung markings made of them: vessels that branch from the hila, drawn once a size and shared by all
+chests.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def floats(values: ArrayLike) -> Floats:
 
 
 def stroke_pixels(target: Floats, points: Floats, radius: float, value: float) -> None:
-    """Draw a polyline into `target` [H, W] in place, by maximum: `points` [N, 2] (column, row) and `radius` in pixels, `value` the core."""
+    """Draw a polyline into `target` [H, W] in place, by maximum: `points` [N, 2] (column, row) and `radius` in pixels,
+    `value` the core.
+    """
     steps = np.hypot(*np.diff(points, axis=0).T)
     along = np.concatenate([[0.0], np.cumsum(steps)])
     count = max(int(along[-1] / 0.75), 2)
@@ -33,7 +37,9 @@ def stroke_pixels(target: Floats, points: Floats, radius: float, value: float) -
     distance = np.hypot(row - rows[:, None, None], column - columns[:, None, None])
     ink = (np.clip(radius + 0.5 - distance, 0, 1) * value).astype(np.float32)
     inside = (ink > 0) & (row >= 0) & (row < target.shape[0]) & (column >= 0) & (column < target.shape[1])
-    np.maximum.at(target, (np.broadcast_to(row, inside.shape)[inside], np.broadcast_to(column, inside.shape)[inside]), ink[inside])
+    np.maximum.at(
+        target, (np.broadcast_to(row, inside.shape)[inside], np.broadcast_to(column, inside.shape)[inside]), ink[inside]
+    )
 
 
 def bezier(points: list[tuple[float, float]], count: int = 32) -> Floats:
@@ -47,11 +53,17 @@ def bezier(points: list[tuple[float, float]], count: int = 32) -> Floats:
 
 @lru_cache(maxsize=8)
 def vessel_templates(side: int) -> tuple[Floats, ...]:
-    """Lung markings at one size: vessels branching from the hila, and a faint texture. Made once a size, the same everywhere."""
+    """Lung markings at one size: vessels branching from the hila, and a faint texture. Made once a size, the same
+    everywhere.
+    """
     templates = []
     for variant in range(VESSEL_VARIANTS):
         rng = np.random.default_rng([20251216, variant])
-        templates.append(_template(side, rng, [(lateral, (lateral * 0.20, -0.02 if lateral > 0 else 0.03)) for lateral in (-1.0, 1.0)]))
+        templates.append(
+            _template(
+                side, rng, [(lateral, (lateral * 0.20, -0.02 if lateral > 0 else 0.03)) for lateral in (-1.0, 1.0)]
+            )
+        )
     return tuple(templates)
 
 
@@ -59,11 +71,15 @@ def vessel_templates(side: int) -> tuple[Floats, ...]:
 def lateral_vessel_templates(side: int) -> tuple[Floats, ...]:
     """Lung markings of the lateral view: both hila lie over each other, behind the chest's middle."""
     hila = [(-1.0, (0.04, -0.02)), (1.0, (0.12, 0.02))]
-    return tuple(_template(side, np.random.default_rng([20251217, variant]), hila) for variant in range(VESSEL_VARIANTS))
+    return tuple(
+        _template(side, np.random.default_rng([20251217, variant]), hila) for variant in range(VESSEL_VARIANTS)
+    )
 
 
 def _template(side: int, rng: np.random.Generator, hila: list[tuple[float, tuple[float, float]]]) -> Floats:
-    """Vessels fanning out from each hilum (direction of growth along x, position), and texture; [S + margins, S + margins]."""
+    """Vessels fanning out from each hilum (direction of growth along x, position), and texture; [S + margins, S +
+    margins].
+    """
     margin = int(np.ceil(_MARGIN * side / 2))
     full = side + 2 * margin
     layer = np.zeros((full, full), dtype=np.float32)
@@ -94,11 +110,26 @@ def _vessel(
         return
     bend = rng.uniform(-0.35, 0.35)
     end = (start[0] + lateral * length * 0.55 * np.cos(angle), start[1] + length * 0.55 * np.sin(angle))
-    middle = ((start[0] + end[0]) / 2 - bend * (end[1] - start[1]) * 0.3, (start[1] + end[1]) / 2 + bend * (end[0] - start[0]) * 0.3)
+    middle = (
+        (start[0] + end[0]) / 2 - bend * (end[1] - start[1]) * 0.3,
+        (start[1] + end[1]) / 2 + bend * (end[0] - start[0]) * 0.3,
+    )
     brightness = float(np.clip(0.75 * radius / 0.012, 0.2, 0.75))
-    stroke_pixels(layer, _template_pixels(bezier([start, middle, end], 8), side, margin), max(radius * side / 2, 0.5), brightness)
+    stroke_pixels(
+        layer, _template_pixels(bezier([start, middle, end], 8), side, margin), max(radius * side / 2, 0.5), brightness
+    )
     for turn in (-0.38, 0.34):
-        _vessel(layer, rng, end, lateral, angle + turn + rng.uniform(-0.25, 0.25), length * 0.66, radius * 0.62, side, margin)
+        _vessel(
+            layer,
+            rng,
+            end,
+            lateral,
+            angle + turn + rng.uniform(-0.25, 0.25),
+            length * 0.66,
+            radius * 0.62,
+            side,
+            margin,
+        )
 
 
 def _template_pixels(points: Floats, side: int, margin: int) -> Floats:

@@ -1,8 +1,8 @@
 """The pictures of preset `full`: one patient from the front and from the side, findings from mild to severe.
 
-`findings.render` keeps findings large, so that a small policy sees them on small images. Here a grade of 0 is drawn smaller and
-a grade of 1 larger than there, more findings lie on both sides, and a patient's second study shows the same chest, with the
-same findings in the same places, in another position and exposure.
+`findings.render` keeps findings large, so that a small policy sees them on small images. Here a grade of 0 is drawn
+smaller and a grade of 1 larger than there, more findings lie on both sides, and a patient's second study shows the same
+chest, with the same findings in the same places, in another position and exposure.
 """
 
 from __future__ import annotations
@@ -80,12 +80,16 @@ def patient_traits(seed: int, patient: int) -> tuple[Trait, ...]:
     return sample_traits(seed, patient, _BOTH_SIDES)
 
 
-def render_view(drawn: Sequence[int | None], view: str, *, seed: int, index: int, patient: int, side: int) -> NDArray[np.uint8]:
+def render_view(
+    drawn: Sequence[int | None], view: str, *, seed: int, index: int, patient: int, side: int
+) -> NDArray[np.uint8]:
     """One radiograph of a study of `full`.
 
     Args:
-        drawn: 14 file values in CheXbert's order; 1 is drawn, -1 drawn faintly, 0 and None not at all. No Finding is not read.
-        view: "frontal" or "lateral". Both show the same findings; a fracture's and a nodule's height agree between them.
+        drawn: 14 file values in CheXbert's order; 1 is drawn, -1 drawn faintly, 0 and None not at all. No Finding is
+            not read.
+        view: "frontal" or "lateral". Both show the same findings; a fracture's and a nodule's height agree between
+            them.
         seed: the data set's.
         index: the study's; position, exposure and noise follow from it.
         patient: index of the patient's first study; chest and traits follow from it.
@@ -127,10 +131,20 @@ def render_view(drawn: Sequence[int | None], view: str, *, seed: int, index: int
 
 
 def _bleeding(layers: Layers, trait: Trait, strength: float) -> None:
-    """What tells a fresh break from a kink: dense broken ends, and a haematoma that bulges from the chest wall behind them."""
+    """What tells a fresh break from a kink: dense broken ends, and a haematoma that bulges from the chest wall behind
+    them.
+    """
     for sign in trait.signs:
         x, y = 0.52 + 0.06 * trait.jitter[0], -0.08 + 0.34 * trait.jitter[1]
-        blob(layers, sign * (cage_half_width(layers.chest, y) - 0.02), y, 0.13 + 0.07 * trait.grade, 0.24, 0.5, 0.75 * strength)
+        blob(
+            layers,
+            sign * (cage_half_width(layers.chest, y) - 0.02),
+            y,
+            0.13 + 0.07 * trait.grade,
+            0.24,
+            0.5,
+            0.75 * strength,
+        )
         # the rows where ribs cross the break, as `rib_brightness` lays them
         first = layers.chest.rib_phase + 0.5 * x * x + RIB_PITCH / 2
         for rib in range(ceil((y - 0.17 - first) / RIB_PITCH), floor((y + 0.17 - first) / RIB_PITCH) + 1):
@@ -141,7 +155,9 @@ def _bleeding(layers: Layers, trait: Trait, strength: float) -> None:
 
 
 def _noise(rng: np.random.Generator, side: int) -> Floats:
-    """[S, S] of mean 0 and standard deviation 1: the sum of four uniform bytes, nearly normal and six times as fast to draw."""
+    """[S, S] of mean 0 and standard deviation 1: the sum of four uniform bytes, nearly normal and six times as fast to
+    draw.
+    """
     words = rng.integers(0, 2**64, size=(side * side + 1) // 2, dtype=np.uint64)
     octets = words.view(np.uint8)[: 4 * side * side].reshape(4, side, side)
     total = octets.sum(axis=0, dtype=np.uint16).astype(np.float32)

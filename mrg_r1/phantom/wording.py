@@ -12,7 +12,19 @@ import numpy as np
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
 from mrg_r1.phantom.findings import LUNG_OPACITY, SUPPORT_DEVICES, Trait
-from mrg_r1.phantom.lexicon import FIVE, IN_LUNG, NEW, ORDER, SPLITS, THINK, UNCHANGED, Clause, Lexicon, Noun, Vocabulary
+from mrg_r1.phantom.lexicon import (
+    FIVE,
+    IN_LUNG,
+    NEW,
+    ORDER,
+    SPLITS,
+    THINK,
+    UNCHANGED,
+    Clause,
+    Lexicon,
+    Noun,
+    Vocabulary,
+)
 
 __all__ = ["SPLITS", "think_text", "vocabulary_texts", "write_report"]
 T = TypeVar("T")
@@ -33,14 +45,15 @@ def write_report(
     """A report that says exactly `said`.
 
     Args:
-        said: 14 file values. 1, 0 and -1 each get (a part of) one sentence, None is silence; No Finding 1 allows a sentence that
-            says so, and makes one certain where nothing else is said.
+        said: 14 file values. 1, 0 and -1 each get (a part of) one sentence, None is silence; No Finding 1 allows a
+            sentence that says so, and makes one certain where nothing else is said.
         traits: 13, from `findings.sample_traits`; only the words for side, zone, size and device depend on them.
         rng: every choice of words and order.
         wording: "train", "heldout" or "all" (each sentence from either).
         lexicon: the preset's words.
-        earlier: 14 file values that the report of the patient's earlier study said, or None where there is none. A positive finding
-            may then be called unchanged (it was said, and the traits are a patient's, so it is) or new (it was denied).
+        earlier: 14 file values that the report of the patient's earlier study said, or None where there is none. A
+            positive finding may then be called unchanged (it was said, and the traits are a patient's, so it is) or new
+            (it was denied).
 
     Returns:
         Sentences separated by one space, each ending in a full stop.
@@ -49,7 +62,9 @@ def write_report(
         ValueError: not 14 values or 13 traits, an unknown wording, or a `said` that leaves nothing to write.
     """
     if len(said) != len(OBSERVATIONS) or len(traits) != NO_FINDING:
-        raise ValueError(f"expected {len(OBSERVATIONS)} label values and {NO_FINDING} traits, got {len(said)} and {len(traits)}")
+        raise ValueError(
+            f"expected {len(OBSERVATIONS)} label values and {NO_FINDING} traits, got {len(said)} and {len(traits)}"
+        )
     if wording not in (*SPLITS, "all"):
         raise ValueError(f"wording {wording!r}; allowed are {', '.join(SPLITS)} and all")
     order = [observation for observation in ORDER if said[observation] is not None]
@@ -67,16 +82,24 @@ def write_report(
         if len(partners) > 1 and split in lexicon.triple_frames and rng.random() < 0.5:
             together = (observation, *partners[:2])
             sentences.append(
-                _list_sentence(_pick(rng, lexicon.triple_frames[split]), *(_absent_noun(rng, vocabulary[o]) for o in together))
+                _list_sentence(
+                    _pick(rng, lexicon.triple_frames[split]), *(_absent_noun(rng, vocabulary[o]) for o in together)
+                )
             )
             order = [other for other in order if other not in together]
         elif partners and rng.random() < 0.4:
             order.remove(partners[0])
             frame = _pick(rng, lexicon.pair_frames[split])
-            sentences.append(_list_sentence(frame, *(_absent_noun(rng, vocabulary[o]) for o in (observation, partners[0]))))
+            sentences.append(
+                _list_sentence(frame, *(_absent_noun(rng, vocabulary[o]) for o in (observation, partners[0])))
+            )
         else:
             # lungs with something in them are not called clear
-            plain = observation == LUNG_OPACITY and said[observation] == 0 and any(said[other] in (1, -1) for other in IN_LUNG)
+            plain = (
+                observation == LUNG_OPACITY
+                and said[observation] == 0
+                and any(said[other] in (1, -1) for other in IN_LUNG)
+            )
             change = _change(said[observation], earlier[observation]) if earlier is not None else ""
             sentences.append(
                 _sentence(
@@ -94,7 +117,9 @@ def write_report(
     if said[NO_FINDING] == 1 and (not sentences or rng.random() < 0.35):
         frames = lexicon.normal[_split(rng, wording)]
         if said[SUPPORT_DEVICES]:
-            frames = tuple(frame for frame in frames if "abnormality" in frame)  # a chest with a device in it is not called normal
+            frames = tuple(
+                frame for frame in frames if "abnormality" in frame
+            )  # a chest with a device in it is not called normal
         sentences.insert(0 if rng.random() < 0.5 else len(sentences), _pick(rng, frames))
     if not sentences:
         raise ValueError("nothing to write: all 13 observations are silent and No Finding is not 1")
@@ -128,7 +153,9 @@ def vocabulary_texts(lexicon: Lexicon = FIVE) -> list[str]:
     for value in (1, 0, -1):
         for observation in range(NO_FINDING):
             said: list[int | None] = [value] * NO_FINDING + [None]
-            texts.append(think_text(said, [observation, (observation + 1) % NO_FINDING, (observation + 5) % NO_FINDING]))
+            texts.append(
+                think_text(said, [observation, (observation + 1) % NO_FINDING, (observation + 5) % NO_FINDING])
+            )
     texts.append(_NOTHING_TOTHINK)
     return texts
 
@@ -137,15 +164,28 @@ def _all_sentences(lexicon: Lexicon, split: str) -> Iterator[str]:
     yield from lexicon.normal[split]
     traits = [Trait(side, zone, grade, 0, (0.0, 0.0)) for side in ("left", "right", "both") for zone, grade in _SAMPLES]
     for observation, words in lexicon.vocabulary.items():
-        of_value = [*lexicon.noun_frames[split].items(), *((1, frames) for frames in lexicon.change_frames.get(split, {}).values())]
+        of_value = [
+            *lexicon.noun_frames[split].items(),
+            *((1, frames) for frames in lexicon.change_frames.get(split, {}).values()),
+        ]
         for value, frames in of_value:
             for frame in frames:
                 for noun in words.nouns if value else words.absent_nouns:
                     for place in (_BEFORE, _AFTER, _NOWHERE) if value else (_NOWHERE,):
                         for trait in traits if value else traits[:1]:
-                            for lung in lexicon.lung_places if words.lung_zone and place != _NOWHERE else lexicon.lung_places[:1]:
+                            for lung in (
+                                lexicon.lung_places
+                                if words.lung_zone and place != _NOWHERE
+                                else lexicon.lung_places[:1]
+                            ):
                                 yield _noun_sentence(
-                                    frame, words, noun, trait, place=place, sized=value == 1 and place != _AFTER, lung=lung
+                                    frame,
+                                    words,
+                                    noun,
+                                    trait,
+                                    place=place,
+                                    sized=value == 1 and place != _AFTER,
+                                    lung=lung,
                                 )
         for value in (1, 0, -1):
             for trait in traits:
@@ -155,7 +195,9 @@ def _all_sentences(lexicon: Lexicon, split: str) -> Iterator[str]:
         for other in lexicon.vocabulary:
             if other != observation:
                 for frame in (*lexicon.pair_frames[split], *lexicon.triple_frames.get(split, ())):
-                    yield _list_sentence(frame, words.absent_nouns[0], lexicon.vocabulary[other].absent_nouns[-1], words.absent_nouns[-1])
+                    yield _list_sentence(
+                        frame, words.absent_nouns[0], lexicon.vocabulary[other].absent_nouns[-1], words.absent_nouns[-1]
+                    )
 
 
 def _split(rng: np.random.Generator, wording: str) -> str:
@@ -196,7 +238,9 @@ def _sentence(
     if not plain and not changed and clauses and rng.random() < 0.45:
         clause = _pick(rng, clauses)
         adverb = _adverb(words, trait) if rng.random() < 0.4 else ""
-        return _clause_sentence(_pick(rng, _clause_frames(lexicon, split, clause, value)), clause, value, trait, adverb=adverb)
+        return _clause_sentence(
+            _pick(rng, _clause_frames(lexicon, split, clause, value)), clause, value, trait, adverb=adverb
+        )
     frames = lexicon.change_frames[split][change] if changed else lexicon.noun_frames[split][value]
     frame = _pick(rng, [frame for frame in frames if not (first and "also" in frame.lower())])
     if value == 0:
@@ -210,7 +254,14 @@ def _sentence(
 
 
 def _noun_sentence(
-    frame: str, words: Vocabulary, noun: Noun, trait: Trait, *, place: str = _NOWHERE, sized: bool = False, lung: str = "{side} {zone} lung"
+    frame: str,
+    words: Vocabulary,
+    noun: Noun,
+    trait: Trait,
+    *,
+    place: str = _NOWHERE,
+    sized: bool = False,
+    lung: str = "{side} {zone} lung",
 ) -> str:
     both = trait.side == "both"
     if not noun.sides or (both and noun.countable and not noun.plural):
@@ -238,7 +289,11 @@ def _clauses(words: Vocabulary, value: int, trait: Trait) -> list[Clause]:
     """The clauses that can say `value`; one that names a side cannot speak of both."""
     if value == 0:
         return [clause for clause in words.clauses if clause.absent]
-    return [clause for clause in words.clauses if clause.present and not ("{side}" in clause.subject and trait.side == "both")]
+    return [
+        clause
+        for clause in words.clauses
+        if clause.present and not ("{side}" in clause.subject and trait.side == "both")
+    ]
 
 
 def _clause_frames(lexicon: Lexicon, split: str, clause: Clause, value: int) -> list[str]:
@@ -258,7 +313,12 @@ def _clause_sentence(frame: str, clause: Clause, value: int, trait: Trait, *, ad
     bare = subject.removeprefix("the ").removeprefix("a ")
     return _finish(
         frame.format(
-            Subject=subject, subject=bare, state=state, quality=state, a_quality=_with_article(state), be="are" if plural else "is"
+            Subject=subject,
+            subject=bare,
+            state=state,
+            quality=state,
+            a_quality=_with_article(state),
+            be="are" if plural else "is",
         )
     )
 

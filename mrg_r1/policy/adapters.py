@@ -53,8 +53,8 @@ def merge_adapter(policy: Policy, adapter: Path) -> None:
 def load_adapter(policy: Policy, adapter: Path) -> None:
     """Put a trained adapter of a run on the policy, frozen, for evaluation.
 
-    PEFT's own loading passes over tensors that it cannot place, with a warning: an adapter named after another version's modules would
-    change nothing.
+    PEFT's own loading passes over tensors that it cannot place, with a warning: an adapter named after another
+    version's modules would change nothing.
 
     Raises:
         ValueError: the file's parameters are not those of its LoRA on this policy.
@@ -92,5 +92,6 @@ def restore_adapter(policy: Policy, directory: Path) -> None:
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
         raise ValueError(
-            f"{directory}: not an adapter of this policy; missing {missing[:3]}, unexpected {list(result.unexpected_keys)[:3]}"
+            f"{directory}: not an adapter of this policy; missing {missing[:3]}, unexpected "
+            f"{list(result.unexpected_keys)[:3]}"
         )

@@ -1,6 +1,7 @@
 """Attention over packed sequences, and the group's attention to a prompt that it shares.
 
-Packed: the tokens of many sequences lie behind one another on a single axis, without padding. `attend` and its backward are
+Packed: the tokens of many sequences lie behind one another on a single axis, without padding. `attend` and its backward
+    are
 the device's own flash kernels; what is written here is how a completion sees its study's prompt and itself: two
 attentions, merged by their log-sum-exp, so that the prompt is computed once and shared by its group.
 """
@@ -71,7 +72,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_runs: Runs, k_runs: Runs, *, causa
         causal: query i sees keys 0..i of its run; the runs of both are then equally long.
 
     Returns:
-        out [Tq, heads, D] and log-sum-exp of the scaled scores [heads, Tq] float32. A run without keys is not allowed to have queries.
+        out [Tq, heads, D] and log-sum-exp of the scaled scores [heads, Tq] float32. A run without keys is not allowed
+        to have queries.
     """
     if q.is_cuda and q.dtype in _CUDA_TYPES:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -93,16 +95,16 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` with respect to q, k and v.
 
-    `out` and `lse` may be those of a larger attention of which these keys are a part: a score's probability is exp(score - lse) and
-    its gradient needs sum(grad * out) besides, nothing else, so a part of the keys gets its exact share of the gradient
-    (FlashAttention, arXiv 2205.14135, appendix B.2).
+    `out` and `lse` may be those of a larger attention of which these keys are a part: a score's probability is
+    exp(score - lse) and its gradient needs sum(grad * out) besides, nothing else, so a part of the keys gets its exact
+    share of the gradient (FlashAttention, arXiv 2205.14135, appendix B.2).
     """
     if q.is_cuda and q.dtype in _CUDA_TYPES:
         rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # there is no dropout to replay
         unused = torch.empty(0, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q, k, v, out, lse, q_runs.cumulative, k_runs.cumulative, q_runs.longest, k_runs.longest, 0.0, causal,
-            rng_state, unused,
+            grad.contiguous(), q, k, v, out, lse, q_runs.cumulative, k_runs.cumulative, q_runs.longest, k_runs.longest,
+            0.0, causal, rng_state, unused,
         )  # fmt: skip
         return dq, dk, dv
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -115,7 +117,9 @@ def attend_backward(
             lse[:, queries].reshape(q.shape[1], count, -1).transpose(0, 1),
             causal,
         )
-        dq[queries], dk[keys], dv[keys] = (_summed(piece, like) for piece, like in zip(pieces, (q[queries], k[keys], v[keys]), strict=True))
+        dq[queries], dk[keys], dv[keys] = (
+            _summed(piece, like) for piece, like in zip(pieces, (q[queries], k[keys], v[keys]), strict=True)
+        )
     return dq, dk, dv
 
 
@@ -163,7 +167,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Ten
     return out, lse
 
 
-def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     if q.device.type == "cpu" and _CPU_BACKWARD is not None:
         dq, dk, dv = _CPU_BACKWARD(grad, q, k, v, out, lse, 0.0, causal)
         return dq, dk, dv
@@ -177,10 +183,14 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, scores, lse) from whole score matrices: where there is no flash kernel (fp32 on CUDA), and the tests' oracle."""
+    """(out, scores, lse) from whole score matrices: where there is no flash kernel (fp32 on CUDA), and the tests'
+    oracle.
+    """
     scores = (q.float() @ k.float().transpose(2, 3)) * q.shape[-1] ** -0.5
     if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1), float("-inf"))
+        scores = scores.masked_fill(
+            torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1), float("-inf")
+        )
     lse = scores.logsumexp(dim=-1)
     return ((scores - lse.unsqueeze(-1)).exp() @ v.float()).to(q.dtype), scores, lse
 
@@ -232,9 +242,19 @@ class GroupAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, groups: Runs, prompts: Runs, completions: Runs
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prompt_k: Tensor,
+        prompt_v: Tensor,
+        groups: Runs,
+        prompts: Runs,
+        completions: Runs,
     ) -> Tensor:
-        """q [T, heads, D], k and v [T, key heads, D] of completion tokens; prompt_k and prompt_v [prompt tokens, key heads, D]."""
+        """q [T, heads, D], k and v [T, key heads, D] of completion tokens; prompt_k and prompt_v [prompt tokens, key
+        heads, D].
+        """
         out_1, lse_1 = attend(q, prompt_k, prompt_v, groups, prompts, causal=False)
         out_2, lse_2 = attend(q, k, v, completions, completions, causal=True)
         lse = torch.logaddexp(lse_1, lse_2)
@@ -247,13 +267,17 @@ class GroupAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, prompt_k, prompt_v, out, lse = ctx.saved_tensors
         groups, prompts, completions = ctx.runs
-        dq_1, d_prompt_k, d_prompt_v = attend_backward(grad, q, prompt_k, prompt_v, out, lse, groups, prompts, causal=False)
+        dq_1, d_prompt_k, d_prompt_v = attend_backward(
+            grad, q, prompt_k, prompt_v, out, lse, groups, prompts, causal=False
+        )
         dq_2, dk, dv = attend_backward(grad, q, k, v, out, lse, completions, completions, causal=True)
         return dq_1.add_(dq_2), dk, dv, d_prompt_k, d_prompt_v, None, None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotary embedding of [T, heads, D] by [T, 1, D / 2] float32: pairs (i, i + D / 2). The inverse is the same with -sin."""
+    """Rotary embedding of [T, heads, D] by [T, 1, D / 2] float32: pairs (i, i + D / 2). The inverse is the same with
+    -sin.
+    """
     first, second = x.chunk(2, dim=-1)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     out_first, out_second = out.chunk(2, dim=-1)

@@ -1,6 +1,8 @@
-"""The weights of a checkpoint directory as files: what lies where, and the same layout written anew with some tensors changed.
+"""The weights of a checkpoint directory as files: what lies where, and the same layout written anew with some tensors
+changed.
 
-Tensors pass one at a time, so that a checkpoint of any size is copied in the memory of its largest tensor. No model is built.
+Tensors pass one at a time, so that a checkpoint of any size is copied in the memory of its largest tensor. No model is
+built.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from torch import Tensor
 SHARD_BYTES = 5 * 10**9  # a single file larger than this is written in parts; a checkpoint in parts keeps its own
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _COPY_BYTES = 64 * 1024**2
-# What stands beside the weights: configs, tokenizer, processor, chat templates, licences. Python files and pickles stay behind, and so does
-# the README, which describes other weights.
+# What stands beside the weights: configs, tokenizer, processor, chat templates, licences. Python files and pickles stay
+# behind, and so does the README, which describes other weights.
 _BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "LICEN[CS]E*", "NOTICE*", "additional_chat_templates/*.jinja")
 
 
@@ -41,7 +43,9 @@ class StoredTensor:
 
     @property
     def module_name(self) -> str:
-        """The name of this parameter in transformers' module, as transformers renames what published checkpoints store."""
+        """The name of this parameter in transformers' module, as transformers renames what published
+        checkpoints store.
+        """
         name = re.sub(r"^visual\.", "model.visual.", self.name)
         return re.sub(r"^model\.(?!language_model\.|visual\.)", "model.language_model.", name)
 
@@ -53,21 +57,26 @@ class StoredTensor:
 
 
 Placed = tuple[str, StoredTensor]  # the file that a tensor is written to
-Progress = Callable[[Iterable[Placed], str, int], Iterable[Placed]]  # a bar around what is iterated over: the items, a title, their number
+Progress = Callable[
+    [Iterable[Placed], str, int], Iterable[Placed]
+]  # a bar around what is iterated over: the items, a title, their number
 
 
 def read_layout(directory: Path) -> dict[str, list[StoredTensor]]:
-    """The tensors of each weight file, in the order in which they lie there: model.safetensors, or the files that the index names.
+    """The tensors of each weight file, in the order in which they lie there: model.safetensors, or the files that the
+    index names.
 
     Raises:
-        ValueError: no safetensors weights (a pickle is not loaded), a file that the index names is missing, damaged or short of a tensor.
+        ValueError: no safetensors weights (a pickle is not loaded), a file that the index names is missing, damaged or
+            short of a tensor.
     """
     if (directory / _WEIGHTS).is_file():
         return {_WEIGHTS: _read_header(directory / _WEIGHTS)}
     index = directory / _INDEX
     if not index.is_file():
         raise ValueError(
-            f"{directory}: neither {_WEIGHTS} nor {_INDEX} there; weights in another format (*.bin is a pickle) are not loaded"
+            f"{directory}: neither {_WEIGHTS} nor {_INDEX} there; weights in another format (*.bin is a pickle) "
+            "are not loaded"
         )
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -77,7 +86,9 @@ def read_layout(directory: Path) -> dict[str, list[StoredTensor]]:
     held = {(tensor.name, name) for name, tensors in layout.items() for tensor in tensors}
     lost = sorted(set(weight_map.items()) - held)
     if lost:
-        raise ValueError(f"{directory / lost[0][1]}: {lost[0][0]} is not in it, though {_INDEX} says so; fetch the checkpoint again")
+        raise ValueError(
+            f"{directory / lost[0][1]}: {lost[0][0]} is not in it, though {_INDEX} says so; fetch the checkpoint again"
+        )
     return layout
 
 
@@ -166,11 +177,17 @@ def _in_parts(layout: Mapping[str, Sequence[StoredTensor]]) -> Mapping[str, Sequ
 
 
 def _header(tensors: Sequence[StoredTensor]) -> bytes:
-    """What a safetensors file begins with: the header's length, then the header, padded so that the data starts at a multiple of 8."""
+    """What a safetensors file begins with: the header's length, then the header, padded so that the data starts at a
+    multiple of 8.
+    """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for tensor in tensors:
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, begin + tensor.size]}
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [begin, begin + tensor.size],
+        }
         begin += tensor.size
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

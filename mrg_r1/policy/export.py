@@ -1,7 +1,9 @@
-"""What a run has learned, for use without this project: a merged checkpoint that plain transformers loads, or an adapter for plain PEFT.
+"""What a run has learned, for use without this project: a merged checkpoint that plain transformers loads, or an
+adapter for plain PEFT.
 
-A run's policy is its checkpoint, plus the cold-start adapter of its recipe where there is one, plus RUN/adapter. Everything is read from
-safetensors and JSON, tensor by tensor; no model is built, and no weights of 7B size are ever held.
+A run's policy is its checkpoint, plus the cold-start adapter of its recipe where there is one, plus RUN/adapter.
+Everything is read from safetensors and JSON, tensor by tensor; no model is built, and no weights of 7B size are ever
+held.
 """
 
 from __future__ import annotations
@@ -46,7 +48,13 @@ _OTHER_THAN_LORA = (
     "use_qalora",
     "velora_config",
 )
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others (pissa, olora, corda, …) change the base weights as well
+_PLAIN_STARTS = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+)  # others (pissa, olora, corda, …) change the base weights as well
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,9 @@ class Low:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter directory in PEFT's layout: its configuration, and its matrices by the name of the module in transformers."""
+    """An adapter directory in PEFT's layout: its configuration, and its matrices by the name of the module in
+    transformers.
+    """
 
     directory: Path
     config: dict[str, Any]
@@ -88,7 +98,8 @@ def export(
     adapter: Path | None,
     progress: Progress,
 ) -> None:
-    """Write what `run` has learned as a whole checkpoint, as an adapter, or as both. Each output is there whole or not at all.
+    """Write what `run` has learned as a whole checkpoint, as an adapter, or as both. Each output is there whole or not
+    at all.
 
     Args:
         run: output_dir of a GRPO run, or of an SFT run of LoRA.
@@ -100,7 +111,8 @@ def export(
 
     Raises:
         FileExistsError: an output, or its temporary folder, is there already.
-        ValueError: no adapter in the run, files that do not fit one another, or a disk that is too small; before anything is written.
+        ValueError: no adapter in the run, files that do not fit one another, or a disk that is too small; before
+            anything is written.
     """
     outputs = [path for path in (merged, adapter) if path is not None]
     for path in outputs:
@@ -115,7 +127,8 @@ def export(
     for one in adapters:
         _require_fit(one, stored, policy)
     _require_space(
-        ([(merged, checkpoint_bytes(policy, layout))] if merged else []) + ([(adapter, _adapter_bytes(adapters))] if adapter else [])
+        ([(merged, checkpoint_bytes(policy, layout))] if merged else [])
+        + ([(adapter, _adapter_bytes(adapters))] if adapter else [])
     )
     record = _record(run, policy, cold_start, adapters)
     if adapter is not None:
@@ -136,7 +149,9 @@ def read_adapter(directory: Path) -> Adapter:
     """
     for name in (_CONFIG, _WEIGHTS):
         if not (directory / name).is_file():
-            raise ValueError(f"{directory}: no {name} there; give an adapter folder as a run leaves it (a pickle is not loaded)")
+            raise ValueError(
+                f"{directory}: no {name} there; give an adapter folder as a run leaves it (a pickle is not loaded)"
+            )
     try:
         config: dict[str, Any] = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -151,7 +166,9 @@ def read_adapter(directory: Path) -> Adapter:
     unknown += ["init_lora_weights"] if config.get("init_lora_weights", True) not in _PLAIN_STARTS else []
     if unknown:
         named = ", ".join(f"{name} {config[name]!r}" for name in unknown)
-        raise ValueError(f"{directory / _CONFIG}: {named}: more than a product added to linear layers, which is all that is exported")
+        raise ValueError(
+            f"{directory / _CONFIG}: {named}: more than a product added to linear layers, which is all that is exported"
+        )
     try:
         tensors = load_file(directory / _WEIGHTS)
     except SafetensorError as error:
@@ -171,7 +188,10 @@ def _pair(tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) 
             raise ValueError(f"{file}: {module} has only lora_{'A' if 'A' in pair else 'B'}; its other half is missing")
         rank = pair["A"].shape[0]
         if pair["B"].shape[1] != rank:
-            raise ValueError(f"{file}: {module} has lora_A {list(pair['A'].shape)} and lora_B {list(pair['B'].shape)}; their ranks differ")
+            raise ValueError(
+                f"{file}: {module} has lora_A {list(pair['A'].shape)} and lora_B {list(pair['B'].shape)}; their "
+                "ranks differ"
+            )
         alpha = _alpha(module, config)
         yield module, Low(pair["A"], pair["B"], alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
@@ -179,33 +199,44 @@ def _pair(tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) 
 def _alpha(module: str, config: Mapping[str, Any]) -> float:
     """A module's alpha: that of the first pattern which its name ends in, as PEFT looks it up, or the adapter's."""
     patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    return next((alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config["lora_alpha"])
+    return next(
+        (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config["lora_alpha"]
+    )
 
 
 def _require_adapter(run: Path) -> None:
     if (run / "adapter" / _CONFIG).is_file():
         return
     if (run / "policy" / "config.json").is_file():
-        raise ValueError(f"{run}: this run trained all parameters; {run / 'policy'} already is the checkpoint, there is nothing to merge")
+        raise ValueError(
+            f"{run}: this run trained all parameters; {run / 'policy'} already is the checkpoint, there is nothing "
+            "to merge"
+        )
     raise ValueError(f"{run}: no adapter/ in it; a run leaves one when it validates for the first time, or at its end")
 
 
 def _require_fit(adapter: Adapter, stored: Mapping[str, StoredTensor], policy: Path) -> None:
-    """Every matrix of the adapter has a weight of its shape in the checkpoint, under the name by which the trainer's PEFT finds it."""
+    """Every matrix of the adapter has a weight of its shape in the checkpoint, under the name by which the trainer's
+    PEFT finds it.
+    """
     for module, low in adapter.modules.items():
         weight = stored.get(f"{module}.weight")
         if weight is None:
             raise ValueError(
-                f"{adapter.directory / _WEIGHTS}: LoRA of {module}, which {policy} does not have; was the run trained on another one?"
+                f"{adapter.directory / _WEIGHTS}: LoRA of {module}, which {policy} does not have; was the run "
+                "trained on another one?"
             )
         shape = (low.b.shape[0], low.a.shape[1])
         if weight.shape != shape:
             raise ValueError(
-                f"{adapter.directory / _WEIGHTS}: LoRA of {module} is for a weight {list(shape)}, in {policy} it is {list(weight.shape)}; "
-                "was the run trained on another one?"
+                f"{adapter.directory / _WEIGHTS}: LoRA of {module} is for a weight {list(shape)}, in {policy} it "
+                f"is {list(weight.shape)}; was the run trained on another one?"
             )
         if weight.dtype not in _MERGEABLE:
-            raise ValueError(f"{weight.file}: {weight.name} is stored as {weight.dtype}; LoRA is added to {', '.join(_MERGEABLE)} only")
+            raise ValueError(
+                f"{weight.file}: {weight.name} is stored as {weight.dtype}; LoRA is added to "
+                f"{', '.join(_MERGEABLE)} only"
+            )
 
 
 def _merging(adapters: Sequence[Adapter]) -> Callable[[StoredTensor], Tensor | None]:
@@ -220,7 +251,9 @@ def _merging(adapters: Sequence[Adapter]) -> Callable[[StoredTensor], Tensor | N
             merged = torch.addmm(merged, low.b.float(), low.a.float(), alpha=low.scale)
         merged = merged.to(weight.dtype)  # the only rounding
         if not merged.isfinite().all():
-            raise ValueError(f"{tensor.file}: {tensor.name} is not finite with the adapters added; one of them is damaged")
+            raise ValueError(
+                f"{tensor.file}: {tensor.name} is not finite with the adapters added; one of them is damaged"
+            )
         return merged
 
     return change
@@ -260,7 +293,9 @@ def _write_adapter(folder: Path, adapters: Sequence[Adapter], policy: Path) -> N
 
 
 def _combined(adapters: Sequence[Adapter]) -> dict[str, Low]:
-    """One adapter that adds what all of them add: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2]; float32, for the products with s."""
+    """One adapter that adds what all of them add: s1 B1 A1 + s2 B2 A2 = [s1 B1, s2 B2] [A1; A2]; float32, for the
+    products with s.
+    """
     combined = {}
     for name in sorted({name for adapter in adapters for name in adapter.modules}):
         lows = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
@@ -287,7 +322,8 @@ def _require_space(needed: Sequence[tuple[Path, int]]) -> None:
         free, margin = shutil.disk_usage(there).free, 16 * 1024**2  # headers, records, the file system's own
         if free < size + margin:
             raise ValueError(
-                f"{there}: {free / 1e9:.2f} GB free on that disk, {(size + margin) / 1e9:.2f} GB needed; free some or write elsewhere"
+                f"{there}: {free / 1e9:.2f} GB free on that disk, {(size + margin) / 1e9:.2f} GB needed; free some "
+                "or write elsewhere"
             )
 
 
@@ -300,7 +336,8 @@ def _record(run: Path, policy: Path, cold_start: Path | None, adapters: Sequence
         "policy": str(policy),
         "cold_start": None if cold_start is None else adapters[0].describe(),
         "adapter": adapters[-1].describe(),
-        "versions": {"mrg-r1": __version__} | {name: metadata.version(name) for name in ("torch", "safetensors", "transformers", "peft")},
+        "versions": {"mrg-r1": __version__}
+        | {name: metadata.version(name) for name in ("torch", "safetensors", "transformers", "peft")},
     }
 
 

@@ -1,8 +1,9 @@
 """The language model of Qwen2.5-VL as raw tensors: what rollout and scoring run instead of the checkpoint's modules.
 
-The weights stay where they are; this is a reading of them. Projections that share an input are one matrix, LoRA has a gradient of
-its own that never forms a full weight's, and the layers take packed tokens, so that a prompt is computed once for its group.
-Source of the architecture: Qwen2.5-VL (arXiv 2502.13923); that it equals transformers' modules is tested, not assumed.
+The weights stay where they are; this is a reading of them. Projections that share an input are one matrix, LoRA has a
+gradient of its own that never forms a full weight's, and the layers take packed tokens, so that a prompt is computed
+once for its group. Source of the architecture: Qwen2.5-VL (arXiv 2502.13923); that it equals transformers' modules is
+tested, not assumed.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Projection:
         return Projection(weight, self.bias)
 
     def for_few_tokens(self, tokens: int) -> Projection:
-        """The same, faster for about so many tokens a call where oneDNN can lay the weight out for it: float32 on a CPU.
+        """The same, faster for about so many tokens a call where oneDNN can lay the weight out for it: float32 on a
+        CPU.
 
         Its own product packs a weight anew at each call, which for few tokens costs as much as the product.
         """
@@ -79,7 +81,8 @@ class _LoraLinear(torch.autograd.Function):
         y = F.linear(x, projection.weight, projection.bias)
         for adapter, b, part in zip(projection.adapters, pairs[1::2], _ranks(inner, pairs), strict=True):
             y[:, adapter.rows].addmm_(part, b.t(), alpha=adapter.scale)
-        # the weight among what is saved and not beside it: with recomputation it is then forgotten until the backward pass comes
+        # the weight among what is saved and not beside it: with recomputation it is then forgotten until the backward
+        # pass comes
         ctx.save_for_backward(x, inner, projection.weight, *pairs)
         ctx.adapters = projection.adapters
         return y
@@ -88,7 +91,9 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, weight, *pairs = ctx.saved_tensors
         d_inner, d_b = torch.empty_like(inner), []
-        for adapter, b, part, d_part in zip(ctx.adapters, pairs[1::2], _ranks(inner, pairs), _ranks(d_inner, pairs), strict=True):
+        for adapter, b, part, d_part in zip(
+            ctx.adapters, pairs[1::2], _ranks(inner, pairs), _ranks(d_inner, pairs), strict=True
+        ):
             share = grad[:, adapter.rows]
             d_part.copy_(share @ b).mul_(adapter.scale)
             d_b.append((share.t() @ part).mul_(adapter.scale))
@@ -156,12 +161,16 @@ class Layer:
         return self._map(lambda projection: projection.merged())
 
     def _map(self, change: Callable[[Projection], Projection]) -> Layer:
-        return replace(self, qkv=change(self.qkv), out=change(self.out), gate_up=change(self.gate_up), down=change(self.down))
+        return replace(
+            self, qkv=change(self.qkv), out=change(self.out), gate_up=change(self.gate_up), down=change(self.down)
+        )
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """The decoder's weights as they are now: read it anew after an update of adapters or a change between policy and reference."""
+    """The decoder's weights as they are now: read it anew after an update of adapters or a change between policy and
+    reference.
+    """
 
     layers: tuple[Layer, ...]
     norm: Tensor  # [H]
@@ -175,8 +184,8 @@ class LanguageModel:
     def read(cls, policy: Any) -> LanguageModel:
         """The language model of a policy; its adapters as they stand, on or off.
 
-        Frozen projections that share an input are moved behind one another in memory once, and the modules' weights become views of
-        that: nothing is held twice.
+        Frozen projections that share an input are moved behind one another in memory once, and the modules' weights
+        become views of that: nothing is held twice.
         """
         model = policy.language_model
         layers = tuple(read_layer(layer) for layer in model.layers)
@@ -218,7 +227,9 @@ class LanguageModel:
         return replace(self, layers=tuple(layers))
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """[3, T] multimodal positions -> cos and sin [T, 1, D / 2] float32 (Qwen2-VL, arXiv 2409.12191, section 2.1)."""
+        """[3, T] multimodal positions -> cos and sin [T, 1, D / 2] float32 (Qwen2-VL, arXiv 2409.12191, section
+        2.1).
+        """
         angles = positions[self.axis_of_frequency].t().float() * self.inverse_frequencies
         return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
@@ -249,7 +260,9 @@ class LanguageModel:
             layers.append((k, v))
         return PromptStates(tuple(layers), self.rms_norm(x, self.norm), prompts.runs)
 
-    def completion_pass(self, completions: Packed, groups: Runs, states: PromptStates, *, recompute: bool = False) -> Tensor:
+    def completion_pass(
+        self, completions: Packed, groups: Runs, states: PromptStates, *, recompute: bool = False
+    ) -> Tensor:
         """Run completions after their prompts.
 
         Args:
@@ -260,7 +273,9 @@ class LanguageModel:
         """
         x = completions.embeddings
         for number in range(self.depth):
-            x = self._run(recompute, self._completion_layer, number, x, completions, groups, states.runs, *states.layers[number])
+            x = self._run(
+                recompute, self._completion_layer, number, x, completions, groups, states.runs, *states.layers[number]
+            )
         return self.rms_norm(x, self.norm)
 
     def _run(self, recompute: bool, layer: Callable[..., Any], *arguments: Any) -> Any:
@@ -280,7 +295,14 @@ class LanguageModel:
             return self.mlp(layer, layer.out(attended.flatten(1)).add_(x)), k, v
 
     def _completion_layer(
-        self, number: int, x: Tensor, completions: Packed, groups: Runs, prompts: Runs, prompt_k: Tensor, prompt_v: Tensor
+        self,
+        number: int,
+        x: Tensor,
+        completions: Packed,
+        groups: Runs,
+        prompts: Runs,
+        prompt_k: Tensor,
+        prompt_v: Tensor,
     ) -> Tensor:
         with self.layer(number) as layer:
             q, k, v = self._queries_keys_values(layer, x, completions)
@@ -305,7 +327,9 @@ class Packed:
 
 @dataclass(frozen=True)
 class PromptStates:
-    """What completions need to know of their prompts: computed once, shared by a group, and by a rollout and the update after it."""
+    """What completions need to know of their prompts: computed once, shared by a group, and by a rollout and the update
+    after it.
+    """
 
     layers: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer, each [T, key heads, D]
     last: Tensor  # [B, H] normalised hidden states of the last tokens, which predict the first of each completion
@@ -324,7 +348,9 @@ class PromptStates:
         return PromptStates(tuple((chosen(k), chosen(v)) for k, v in self.layers), self.last[list(studies)], runs)
 
     def leaves(self) -> PromptStates:
-        """The same values cut off from their graph, collecting gradients: several backward passes can start from them."""
+        """The same values cut off from their graph, collecting gradients: several backward passes can start
+        from them.
+        """
 
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_()
@@ -361,7 +387,9 @@ def _projection(modules: Sequence[Any]) -> Projection:
     for module, linear in zip(modules, linears, strict=True):
         ends.append(start + linear.weight.shape[0])
         adapters += [
-            Adapter(module.lora_A[name].weight, module.lora_B[name].weight, slice(start, ends[-1]), module.scaling[name])
+            Adapter(
+                module.lora_A[name].weight, module.lora_B[name].weight, slice(start, ends[-1]), module.scaling[name]
+            )
             for name in _active(module)
         ]
         start = ends[-1]

@@ -1,7 +1,7 @@
 """A Qwen2.5-VL checkpoint directory as a policy, its tokenizer and its image processor.
 
-No network, no remote code, no pickle: safetensors from a local directory. The image processor is the PIL one, which needs
-no torchvision and gives the same pixels on every machine.
+No network, no remote code, no pickle: safetensors from a local directory. The image processor is the PIL one, which
+needs no torchvision and gives the same pixels on every machine.
 """
 
 from __future__ import annotations
@@ -35,12 +35,17 @@ _VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|visio
 class Policy(nn.Module):
     """The language model that writes reports, with the ids that matter to sampling and scoring.
 
-    `forward` is the scoring pass, so that DeepSpeed's engine wraps what is trained. `model` is a transformers module, with
-    or without PEFT around it; with PEFT, the reference is the same module with its adapters off.
+    `forward` is the scoring pass, so that DeepSpeed's engine wraps what is trained. `model` is a transformers module,
+    with or without PEFT around it; with PEFT, the reference is the same module with its adapters off.
     """
 
     def __init__(
-        self, model: nn.Module, *, tokenizer: PreTrainedTokenizerBase, temperature: float = 1.0, partition: Partition | None = None
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        temperature: float = 1.0,
+        partition: Partition | None = None,
     ) -> None:
         super().__init__()
         self.partition = partition  # None: every weight is whole on every rank
@@ -82,14 +87,17 @@ class Policy(nn.Module):
         return self
 
     def whole(self, *modules: nn.Module, written: bool = False) -> AbstractContextManager[None]:
-        """Inside, the modules' weights can be read: under a partition all ranks bring them together here, in the same order.
+        """Inside, the modules' weights can be read: under a partition all ranks bring them together here, in the same
+        order.
 
         Args:
             written: the block changes them, alike on all ranks.
         """
         if self.partition is None:
             return nullcontext()
-        return self.partition.gathered([weight for module in modules for weight in module.parameters()], written=written)
+        return self.partition.gathered(
+            [weight for module in modules for weight in module.parameters()], written=written
+        )
 
     def read_language(self) -> LanguageModel:
         """The decoder's weights as they are now."""
@@ -97,10 +105,11 @@ class Policy(nn.Module):
 
     @contextmanager
     def held(self, *, images: bool = False) -> Iterator[None]:
-        """Inside, a rank samples, and with `images` encodes them, as often and as long as it likes, without the others (trap 18).
+        """Inside, a rank samples, and with `images` encodes them, as often and as long as it likes, without the others
+        (trap 18).
 
-        Under a partition, entering brings together what that takes: a whole decoder with LoRA merged in, the embeddings, the head. The
-        policy must not change inside. Without a partition it does nothing.
+        Under a partition, entering brings together what that takes: a whole decoder with LoRA merged in, the
+        embeddings, the head. The policy must not change inside. Without a partition it does nothing.
         """
         if self.partition is None or self._sampler is not None:
             yield
@@ -163,7 +172,9 @@ class Policy(nn.Module):
         self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def load_policy(path: Path, *, dtype: torch.dtype, temperature: float = 1.0, partition: Partition | None = None) -> Policy:
+def load_policy(
+    path: Path, *, dtype: torch.dtype, temperature: float = 1.0, partition: Partition | None = None
+) -> Policy:
     """Load a checkpoint directory in evaluation mode, every parameter frozen.
 
     Args:
@@ -193,14 +204,18 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if tokenizer.chat_template is None:  # older checkpoints keep it with the processor
         file = path / "chat_template.json"
         if not file.is_file():
-            raise ValueError(f"{path}: no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)")
+            raise ValueError(
+                f"{path}: no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
+            )
         tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
     return tokenizer
 
 
 def load_image_processor(path: Path, *, min_pixels: int, max_pixels: int) -> Qwen2VLImageProcessorPil:
     """The checkpoint's image processor with the recipe's limits on the image area in pixels."""
-    return Qwen2VLImageProcessorPil.from_pretrained(path, min_pixels=min_pixels, max_pixels=max_pixels, local_files_only=True)
+    return Qwen2VLImageProcessorPil.from_pretrained(
+        path, min_pixels=min_pixels, max_pixels=max_pixels, local_files_only=True
+    )
 
 
 def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -214,7 +229,9 @@ def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if source is not None:
             found.update([source] if isinstance(source, int) else source)
     if not found:
-        raise ValueError("the checkpoint names no eos_token_id (generation_config.json, tokenizer_config.json or config.json)")
+        raise ValueError(
+            "the checkpoint names no eos_token_id (generation_config.json, tokenizer_config.json or config.json)"
+        )
     return sorted(found)
 
 
@@ -223,11 +240,15 @@ def banned_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     config = model.config
     named = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
     vocabulary = tokenizer.get_vocab()
-    return {token for token in named if token is not None} | {vocabulary[token] for token in _VISION_TOKENS if token in vocabulary}
+    return {token for token in named if token is not None} | {
+        vocabulary[token] for token in _VISION_TOKENS if token in vocabulary
+    }
 
 
 def save_policy(policy: Policy, directory: Path, *, source: Path) -> None:
-    """Write the policy as a checkpoint directory of the layout that `load_policy` reads; tokenizer and processor come from `source`."""
+    """Write the policy as a checkpoint directory of the layout that `load_policy` reads; tokenizer and processor come
+    from `source`.
+    """
     policy.base.save_pretrained(directory, safe_serialization=True)
     policy.tokenizer.save_pretrained(directory)
     shutil.copy(source / "preprocessor_config.json", directory)

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def pack_prompts(
-    policy: Policy, language: LanguageModel, prompts: Prompts, vision: VisionFeatures, studies: Sequence[int] | None = None
+    policy: Policy,
+    language: LanguageModel,
+    prompts: Prompts,
+    vision: VisionFeatures,
+    studies: Sequence[int] | None = None,
 ) -> Packed:
     """Prompts of the `studies` (None: of all) behind one another, without their padding, images put in."""
     chosen = range(len(prompts)) if studies is None else studies
@@ -36,7 +40,8 @@ def pack_completions(
     """Completion tokens behind one another; their positions go on where their prompt ended.
 
     Args:
-        completions: study -> id tensors, each [length - 1]: the last token predicts nothing that is scored, so it is never an input.
+        completions: study -> id tensors, each [length - 1]: the last token predicts nothing that is scored, so it is
+            never an input.
 
     Returns:
         The packed tokens, a run a completion, and the same axis with a run a study.
@@ -44,19 +49,29 @@ def pack_completions(
     own = [ids for group in completions.values() for ids in group]
     device = prompts.input_ids.device
     steps = torch.arange(max(len(ids) for ids in own), device=device)
-    positions = torch.cat([prompts.next_position[b] + steps[: len(ids)] for b, group in completions.items() for ids in group])
+    positions = torch.cat(
+        [prompts.next_position[b] + steps[: len(ids)] for b, group in completions.items() for ids in group]
+    )
     groups = Runs(tuple(sum(len(ids) for ids in group) for group in completions.values()), device)
     embeddings = policy.language_model.embed_tokens(torch.cat(own))
-    return Packed(embeddings, *language.rotation(positions.expand(3, -1)), Runs(tuple(len(ids) for ids in own), device)), groups
+    return Packed(
+        embeddings, *language.rotation(positions.expand(3, -1)), Runs(tuple(len(ids) for ids in own), device)
+    ), groups
 
 
 def plan_micro_batches(
-    prompt_lengths: Sequence[int], lengths: Sequence[int], study_of_row: Sequence[int], *, token_budget: int, at_least: int = 1
+    prompt_lengths: Sequence[int],
+    lengths: Sequence[int],
+    study_of_row: Sequence[int],
+    *,
+    token_budget: int,
+    at_least: int = 1,
 ) -> list[list[int]]:
-    """Cut completions into forward passes of at most `token_budget` tokens, longest first, a study's completions together.
+    """Cut completions into forward passes of at most `token_budget` tokens, longest first, a study's completions
+    together.
 
-    A prompt counts once in each pass that needs it, so a study is only cut where it does not fit by itself. Longest first: what does
-    not fit into memory shows in the first pass and not hours later.
+    A prompt counts once in each pass that needs it, so a study is only cut where it does not fit by itself. Longest
+    first: what does not fit into memory shows in the first pass and not hours later.
 
     Args:
         prompt_lengths: tokens of each study's prompt.
@@ -69,7 +84,9 @@ def plan_micro_batches(
     """
 
     def tokens_of(rows: Sequence[int]) -> int:
-        return sum(prompt_lengths[study] for study in {study_of_row[row] for row in rows}) + sum(lengths[row] for row in rows)
+        return sum(prompt_lengths[study] for study in {study_of_row[row] for row in rows}) + sum(
+            lengths[row] for row in rows
+        )
 
     groups: dict[int, list[int]] = {}
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):

@@ -1,7 +1,8 @@
 """A policy of whose weights each rank holds a part: loading it, and running its decoder a layer at a time.
 
-Who cuts the weights and brings them together is the engine's business; here stands what a policy asks of it (`Partition`), and
-where in a pass it asks. All passes of the ranks must be alike: bringing weights together is something that they do together.
+Who cuts the weights and brings them together is the engine's business; here stands what a policy asks of it
+(`Partition`), and where in a pass it asks. All passes of the ranks must be alike: bringing weights together is
+something that they do together.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ class Partition(Protocol):
 
 @dataclass(frozen=True)
 class PartitionedLanguageModel(LanguageModel):
-    """The decoder of a policy under a `Partition`: a layer's weights are whole while it runs, and again while its gradient is taken.
+    """The decoder of a policy under a `Partition`: a layer's weights are whole while it runs, and again while its
+    gradient is taken.
 
-    Layers are always computed again in the backward pass: it is then that their weights are brought together the second time, and what
-    autograd has saved of them is gone with the layer.
+    Layers are always computed again in the backward pass: it is then that their weights are brought together the second
+    time, and what autograd has saved of them is gone with the layer.
     """
 
     policy: Any = None
@@ -90,11 +92,21 @@ def load_parts(path: Path, *, dtype: torch.dtype, partition: Partition) -> Qwen2
     _compute_buffers(model, partition.device)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    names = {parameter: name for name, parameter in model.named_parameters()}  # a tied parameter once, by its first name
+    names = {
+        parameter: name for name, parameter in model.named_parameters()
+    }  # a tied parameter once, by its first name
     files = _files(path)
     read: dict[nn.Parameter, nn.Parameter] = {}
     visual, language = model.model.visual, model.model.language_model
-    parts = [visual.patch_embed, *visual.blocks, visual.merger, language.embed_tokens, *language.layers, language.norm, model.lm_head]
+    parts = [
+        visual.patch_embed,
+        *visual.blocks,
+        visual.merger,
+        language.embed_tokens,
+        *language.layers,
+        language.norm,
+        model.lm_head,
+    ]
     for part in parts:
         for module in part.modules():
             for key, parameter in list(module.named_parameters(recurse=False)):
@@ -133,7 +145,9 @@ def _module_name(key: str) -> str:
 
 def _read(path: Path, files: dict[str, tuple[Path, str]], name: str, like: Tensor) -> Tensor:
     if name not in files:
-        raise ValueError(f"{path}: no tensor {name} in its safetensors; the download is incomplete, or it is another model")
+        raise ValueError(
+            f"{path}: no tensor {name} in its safetensors; the download is incomplete, or it is another model"
+        )
     file, key = files[name]
     with safe_open(file, framework="pt") as content:
         tensor: Tensor = content.get_tensor(key)

@@ -1,7 +1,8 @@
 """Multimodal rotary positions, computed once a batch and handed to every pass (trap 9).
 
-The model can work them out by itself, but then it keeps the last batch's offset as hidden state, and silently falls back to
-one-dimensional positions when a field is missing. Here they are data: the loader makes them, all passes read them.
+The model can work them out by itself, but then it keeps the last batch's offset as hidden state, and silently falls
+back to one-dimensional positions when a field is missing. Here they are data: the loader makes them, all passes read
+them.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 class RotaryPositions:
     """Positions of prompts of text and still images.
 
-    Source: Qwen2-VL (arXiv 2409.12191), section 2.1: text advances all three axes together; an image's merged patches take
-    (time, row, column) from where the text stopped; text goes on after the largest position that the image used.
+    Source: Qwen2-VL (arXiv 2409.12191), section 2.1: text advances all three axes together; an image's merged patches
+    take (time, row, column) from where the text stopped; text goes on after the largest position that the image used.
     """
 
     image_token_id: int
@@ -49,11 +50,16 @@ class RotaryPositions:
                     continue
                 grid = next(grids, None)
                 if grid is None:
-                    raise ValueError(f"prompt {row}: more runs of image tokens than the {len(image_grid_thw)} images of the batch")
+                    raise ValueError(
+                        f"prompt {row}: more runs of image tokens than the {len(image_grid_thw)} images of the batch"
+                    )
                 time, height, width = grid[0], grid[1] // self.merge_size, grid[2] // self.merge_size
                 count = time * height * width
                 if tokens[index : index + count] != [self.image_token_id] * count:
-                    raise ValueError(f"prompt {row}: an image of grid {grid} needs {count} image tokens; the prompt was cut inside them")
+                    raise ValueError(
+                        f"prompt {row}: an image of grid {grid} needs {count} image tokens; the prompt was cut "
+                        "inside them"
+                    )
                 axes = torch.meshgrid(torch.arange(time), torch.arange(height), torch.arange(width), indexing="ij")
                 pieces.append(torch.stack([axis.reshape(-1) for axis in axes]) + position)
                 position, index = position + max(height, width), index + count

@@ -1,7 +1,8 @@
 """Log-probs of completions under the policy: the teacher-forced pass behind old, reference and training log-probs.
 
-A study's prompt is computed once for all of its completions that are in the pass (`attention.GroupAttention`); `plain.py`
-is the same by the checkpoint's own modules with the prompt once a completion, and what this is tested against.
+A study's prompt is computed once for all of its completions that are in the pass (`attention.GroupAttention`);
+`plain.py` is the same by the checkpoint's own modules with the prompt once a completion, and what this is tested
+against.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def score_completions(
         token_ids: [R, C] int64 completions, padded on the right.
         mask: [R, C] bool, True on real tokens (EOS included): a prefix of each row, which may be empty.
         study_of_row: [R] int64, the study in 0..B-1 that each completion belongs to.
-        states: the prompts' states under these very weights, where they are at hand; None computes those that are needed.
+        states: the prompts' states under these very weights, where they are at hand; None computes those that are
+            needed.
 
     Returns:
         logp [R, C] float32 and entropy [R, C] float32 (nats, detached), both 0 where masked, of the distribution that
@@ -47,13 +49,19 @@ def score_completions(
         ValueError: no token at all, under a partition.
     """
     lengths, study_list = mask.sum(dim=1).tolist(), study_of_row.tolist()
-    rows = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: (study_list[row], lengths[row]))
+    rows = sorted(
+        (row for row, length in enumerate(lengths) if length), key=lambda row: (study_list[row], lengths[row])
+    )
     if not rows:
         if policy.partition is not None:
-            raise ValueError("a pass without a token, over partitioned weights: the other ranks would wait for this one in each layer")
+            raise ValueError(
+                "a pass without a token, over partitioned weights: the other ranks would wait for this one in "
+                "each layer"
+            )
         return torch.zeros(mask.shape, device=mask.device), torch.zeros(mask.shape, device=mask.device)
     studies = sorted({study_list[row] for row in rows})
-    # under a partition the ranks run the same layers, also one whose completions end with their first token: it runs that token in vain
+    # under a partition the ranks run the same layers, also one whose completions end with their first token: it runs
+    # that token in vain
     in_vain = max(lengths) == 1 and policy.partition is not None
     language = policy.read_language()
     with policy.whole(policy.language_model.embed_tokens):
@@ -61,7 +69,8 @@ def score_completions(
         completion_tokens = None
         if max(lengths) > 1 or in_vain:
             inputs = {
-                study: [token_ids[row, : max(lengths[row] - 1, in_vain)] for row in rows if study_list[row] == study] for study in studies
+                study: [token_ids[row, : max(lengths[row] - 1, in_vain)] for row in rows if study_list[row] == study]
+                for study in studies
             }
             completion_tokens = pack_completions(policy, language, prompts, inputs)
     if prompt_tokens is not None:
@@ -70,15 +79,17 @@ def score_completions(
         assert states is not None
         states = states.select(studies)
 
-    # A first token is predicted by the prompt's last. A product with a 0/1 matrix copies a study's state to each of its completions,
-    # and its gradient adds them up in a fixed order, which indexing does not do on a GPU.
+    # A first token is predicted by the prompt's last. A product with a 0/1 matrix copies a study's state to each of its
+    # completions, and its gradient adds them up in a fixed order, which indexing does not do on a GPU.
     slots = torch.tensor([studies.index(study_list[row]) for row in rows], device=mask.device)
     hidden = torch.nn.functional.one_hot(slots, len(studies)).to(states.last.dtype) @ states.last
     if completion_tokens is not None:
         own = language.completion_pass(*completion_tokens, states, recompute=policy.recompute)
         hidden = hidden + 0.0 * own.sum() if in_vain else torch.cat([hidden, own])
     columns = token_ids.shape[1]
-    places = [torch.tensor([row * columns for row in rows])] + [torch.arange(1, lengths[row]) + row * columns for row in rows]
+    places = [torch.tensor([row * columns for row in rows])] + [
+        torch.arange(1, lengths[row]) + row * columns for row in rows
+    ]
     index = torch.cat(places).to(hidden.device)  # of each prediction in [R * C]
     logp, entropy = token_logp(policy, hidden, token_ids.flatten()[index])
     empty = torch.zeros(mask.numel(), device=hidden.device)
@@ -86,7 +97,9 @@ def score_completions(
 
 
 def token_logp(policy: Policy, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, H] hidden states and [T] ids -> [T] log-probs (with gradient) and [T] entropies (without), a chunk of tokens at a time."""
+    """[T, H] hidden states and [T] ids -> [T] log-probs (with gradient) and [T] entropies (without), a chunk of tokens
+    at a time.
+    """
     with policy.whole(policy.base.lm_head):
         logp, entropy = _TokenLogp.apply(hidden, ids, policy, torch.is_grad_enabled() and hidden.requires_grad)
     return logp, entropy
@@ -95,8 +108,9 @@ def token_logp(policy: Policy, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Ten
 class _TokenLogp(torch.autograd.Function):
     """Log-softmax through a frozen head that never holds more than a chunk of tokens times the vocabulary.
 
-    The gradient of a log-prob with respect to its hidden state, (W[id] - sum_v p_v W[v]) / temperature, does not depend on what the
-    loss will make of it: it is taken while the chunk's probabilities are there, so that the head is not run again.
+    The gradient of a log-prob with respect to its hidden state, (W[id] - sum_v p_v W[v]) / temperature, does not depend
+    on what the loss will make of it: it is taken while the chunk's probabilities are there, so that the head is not run
+    again.
     """
 
     @staticmethod
@@ -125,21 +139,29 @@ class _TokenLogp(torch.autograd.Function):
 
 
 @torch.no_grad()
-def score_group(policy: Policy, prompts: Prompts, vision: VisionFeatures, completions: Completions, *, token_budget: int) -> Tensor:
-    """[B, G, C] float32 log-probs without gradient, in passes of at most `token_budget` tokens; for the reference and the old policy."""
+def score_group(
+    policy: Policy, prompts: Prompts, vision: VisionFeatures, completions: Completions, *, token_budget: int
+) -> Tensor:
+    """[B, G, C] float32 log-probs without gradient, in passes of at most `token_budget` tokens; for the reference and
+    the old policy.
+    """
     studies, group, length = completions.token_ids.shape
     ids, mask = completions.token_ids.view(-1, length), completions.mask.view(-1, length)
     study_of_row = torch.arange(studies, device=ids.device).repeat_interleave(group)
     logp = torch.zeros(mask.shape, device=ids.device)
     plan = micro_batches(prompts, mask, study_of_row, token_budget=token_budget)
     if policy.partition is not None:  # ranks meet in each pass
-        plan = micro_batches(prompts, mask, study_of_row, token_budget=token_budget, at_least=policy.partition.most(len(plan)))
+        plan = micro_batches(
+            prompts, mask, study_of_row, token_budget=token_budget, at_least=policy.partition.most(len(plan))
+        )
     for rows in plan:
         logp[rows] = score_completions(policy, prompts, vision, ids[rows], mask[rows], study_of_row[rows])[0]
     return logp.view(studies, group, length)
 
 
-def micro_batches(prompts: Prompts, mask: Tensor, study_of_row: Tensor, *, token_budget: int, at_least: int = 1) -> list[Tensor]:
+def micro_batches(
+    prompts: Prompts, mask: Tensor, study_of_row: Tensor, *, token_budget: int, at_least: int = 1
+) -> list[Tensor]:
     """Rows of [R, C] `mask` cut into passes by `plan_micro_batches`; each [rows of the pass] int64."""
     plan = plan_micro_batches(
         prompts.attention_mask.sum(dim=1).tolist(),

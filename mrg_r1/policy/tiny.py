@@ -60,11 +60,17 @@ def create_tiny_policy(
     if not texts:
         raise ValueError("create_tiny_policy: no texts to learn the tokenizer from")
     if hidden % 32:
-        raise ValueError(f"create_tiny_policy: hidden {hidden}; it must be a multiple of 32 (4 heads, rotary halves in three sections)")
+        raise ValueError(
+            f"create_tiny_policy: hidden {hidden}; it must be a multiple of 32 (4 heads, rotary halves in three "
+            "sections)"
+        )
     tokenizer = _learn_tokenizer(texts, vocabulary)
     model = _random_model(tokenizer, hidden=hidden, layers=layers, seed=seed)
-    # What published checkpoints carry: a near-greedy generation config. A trainer that listens to it samples G equal reports (trap 1).
-    model.generation_config.update(do_sample=True, temperature=1e-6, top_k=1, repetition_penalty=1.05, eos_token_id=[2, 0], pad_token_id=0)
+    # What published checkpoints carry: a near-greedy generation config. A trainer that listens to it samples G equal
+    # reports (trap 1).
+    model.generation_config.update(
+        do_sample=True, temperature=1e-6, top_k=1, repetition_penalty=1.05, eos_token_id=[2, 0], pad_token_id=0
+    )
     output.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output, safe_serialization=True)
     tokenizer.save_pretrained(output)
@@ -93,9 +99,13 @@ def _learn_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokeniz
     )
 
 
-def _random_model(tokenizer: PreTrainedTokenizerFast, *, hidden: int, layers: int, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def _random_model(
+    tokenizer: PreTrainedTokenizerFast, *, hidden: int, layers: int, seed: int
+) -> Qwen2_5_VLForConditionalGeneration:
     heads = 4
-    rotary = hidden // heads // 2  # frequencies of a head, shared by time, height and width as in the published 16:24:24
+    rotary = (
+        hidden // heads // 2
+    )  # frequencies of a head, shared by time, height and width as in the published 16:24:24
     height = rotary * 3 // 8
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in _SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(
@@ -107,7 +117,11 @@ def _random_model(tokenizer: PreTrainedTokenizerFast, *, hidden: int, layers: in
             "num_attention_heads": heads,
             "num_key_value_heads": heads // 2,
             "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [rotary - 2 * height, height, height]},
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [rotary - 2 * height, height, height],
+            },
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],

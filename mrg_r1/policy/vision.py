@@ -1,7 +1,7 @@
 """The vision tower, once an image a step, and its features sorted by study.
 
-A frozen tower runs here with each kind of window as one batch; transformers' own forward loops over the windows (36 for a 672x672
-image, in most layers). That both give the same features is tested.
+A frozen tower runs here with each kind of window as one batch; transformers' own forward loops over the windows (36 for
+a 672x672 image, in most layers). That both give the same features is tested.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _ROTARY_BASE = 10_000.0  # of the published towers; transformers keeps it as a c
 def encode_images(policy: Policy, prompts: Prompts) -> VisionFeatures:
     """Features of every image, grouped by study.
 
-    Gradients flow only where the tower's parameters want them (SFT of all parameters); under LoRA it runs without a graph.
+    Gradients flow only where the tower's parameters want them (SFT of all parameters); under LoRA it runs without a
+    graph.
 
     Returns:
         Per study [image tokens, H], images in prompt order.
@@ -37,7 +38,9 @@ def encode_images(policy: Policy, prompts: Prompts) -> VisionFeatures:
     """
     visual = policy.base.model.visual
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in visual.parameters()):
-        features = policy.base.get_image_features(prompts.pixel_values, prompts.image_grid_thw, return_dict=True).pooler_output
+        features = policy.base.get_image_features(
+            prompts.pixel_values, prompts.image_grid_thw, return_dict=True
+        ).pooler_output
     else:
         features = run_tower(visual, prompts.pixel_values, prompts.image_grid_thw, whole=policy.whole)
     per_study, start = [], 0
@@ -46,7 +49,8 @@ def encode_images(policy: Policy, prompts: Prompts) -> VisionFeatures:
         tokens = int((prompts.input_ids[study] == policy.image_token_id).sum())
         if tokens != len(joined):
             raise ValueError(
-                f"study {prompts.study_ids[study]}: {tokens} image tokens in the prompt, {len(joined)} features from its {count} image(s)"
+                f"study {prompts.study_ids[study]}: {tokens} image tokens in the prompt, {len(joined)} features "
+                f"from its {count} image(s)"
             )
         per_study.append(joined)
         start += count
@@ -81,7 +85,9 @@ def run_tower(
     starts = [0]
     for image in images:
         starts.append(starts[-1] + len(image.order))
-    order = torch.cat([image.order + start for image, start in zip(images, starts[:-1], strict=True)]).to(device)  # of merged patches
+    order = torch.cat([image.order + start for image, start in zip(images, starts[:-1], strict=True)]).to(
+        device
+    )  # of merged patches
     x = x.view(len(order), merge**2, -1)[order].flatten(0, 1)
     size = x.shape[1] // heads
     frequencies = _ROTARY_BASE ** (-torch.arange(0, size // 2, 2, device=device).float() / (size // 2))  # [size / 4]
@@ -106,7 +112,9 @@ def run_tower(
 
 @dataclass(frozen=True)
 class _Windows:
-    """One image's merged patches in the order of its windows; equal windows lie side by side, so that they are one batch."""
+    """One image's merged patches in the order of its windows; equal windows lie side by side, so that they are one
+    batch.
+    """
 
     order: Tensor  # [merged patches] int64: where each comes from
     places: Tensor  # [patches, 2] int64: row and column, in the processor's order
@@ -119,7 +127,9 @@ class _Windows:
         rows, columns = height // merge, width // merge
         index = torch.arange(time * rows * columns).view(time, rows, columns)
         padded = F.pad(index, (0, -columns % cells, 0, -rows % cells), value=-1)
-        windows = padded.unfold(1, cells, cells).unfold(2, cells, cells).flatten(0, 2).flatten(1)  # [windows, cells * cells]
+        windows = (
+            padded.unfold(1, cells, cells).unfold(2, cells, cells).flatten(0, 2).flatten(1)
+        )  # [windows, cells * cells]
         windows = windows[(windows >= 0).sum(dim=1).argsort(stable=True)]
         # the processor's order: merged patches row by row, the merge x merge patches of each together
         grid_rows, grid_columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

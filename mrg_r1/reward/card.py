@@ -1,7 +1,7 @@
 """The reward card: what a policy can earn without looking at a radiograph (spec section 2).
 
-Classes of the reference reports enter, what constant and random answers earn at every margin leaves. Pure numbers: tables are in
-`card_tables`, the picture in `card_picture`.
+Classes of the reference reports enter, what constant and random answers earn at every margin leaves. Pure numbers:
+tables are in `card_tables`, the picture in `card_picture`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from mrg_r1.reward.terms import ccs, mccs
 
 MARGINS: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(20))
 SUGGESTION = (
-    "the smallest multiple of 0.05 at which a random report (another study's reference) earns zero for at least half of the pairs: "
-    "a policy that does not look samples such reports, and on average half of each of its groups is then told from the other half"
+    "the smallest multiple of 0.05 at which a random report (another study's reference) earns zero for at least "
+    "half of the pairs: a policy that does not look samples such reports, and on average half of each of its "
+    "groups is then told from the other half"
 )
 _STATES = ("blank", "positive", "negative", "uncertain")  # by class
 # arXiv 2512.16145's weights; a constant report always keeps the format
@@ -61,7 +62,8 @@ class RewardCard:
         silent: share of the references whose signed vector is zero.
         both_silent: share of the pairs of different studies in which both are; None where there is one study only.
         random_ccs: mean CCS over those pairs, or None.
-        suggested_margin: by `SUGGESTION`; None where no margin reaches it (more than half of the pairs agree nearly or altogether).
+        suggested_margin: by `SUGGESTION`; None where no margin reaches it (more than half of the pairs agree nearly or
+            altogether).
         margins: in rising order.
         prevalence: observation -> counts of positive, negative, uncertain and blank.
     """
@@ -83,7 +85,9 @@ class RewardCard:
         raise ValueError(f"margin {margin}: not on this card, which has {[row.margin for row in self.margins]}")
 
 
-def reward_card(classes: NDArray[np.int64], ids: Sequence[str], texts: Sequence[str], margins: Sequence[float] = ()) -> RewardCard:
+def reward_card(
+    classes: NDArray[np.int64], ids: Sequence[str], texts: Sequence[str], margins: Sequence[float] = ()
+) -> RewardCard:
     """What constant and random reports earn against these references, exactly.
 
     Args:
@@ -125,7 +129,9 @@ def reward_card(classes: NDArray[np.int64], ids: Sequence[str], texts: Sequence[
         silent=silent / n,
         both_silent=silent * (silent - 1) / (n * (n - 1)) if n > 1 else None,
         random_ccs=_of_another(earned.ccs, counts, itself=1.0),
-        suggested_margin=next((row.margin for row in rows if row.margin in MARGINS and (row.random_zeros or 0) >= 0.5), None),
+        suggested_margin=next(
+            (row.margin for row in rows if row.margin in MARGINS and (row.random_zeros or 0) >= 0.5), None
+        ),
         margins=tuple(rows),
         prevalence=_prevalence(classes),
     )
@@ -139,7 +145,8 @@ def best_constant(vectors: NDArray[np.int8], margin: float) -> tuple[NDArray[np.
         margin: 0 <= m < 1.
 
     Returns:
-        [13] int8, the best of all 3^13, and its mean MCCS. Of equals the one that names the fewest observations. About 2 s.
+        [13] int8, the best of all 3^13, and its mean MCCS. Of equals the one that names the fewest observations. About
+        2 s.
 
     Raises:
         ValueError: no vectors, another shape, values outside -1, 0, 1, or a margin outside [0, 1).
@@ -157,8 +164,9 @@ def best_real_constant(classes: NDArray[np.int64], texts: Sequence[str], margin:
         margin: 0 <= m < 1.
 
     Returns:
-        The study it belongs to, 0 to N - 1, and its mean MCCS (its own study included). Of the studies with the best vector, the one with
-        the most frequent text, then the shortest, then the first. A few seconds for 200,000 studies.
+        The study it belongs to, 0 to N - 1, and its mean MCCS (its own study included). Of the studies with the best
+        vector, the one with the most frequent text, then the shortest, then the first. A few seconds for 200,000
+        studies.
 
     Raises:
         ValueError: no studies, wrong shapes or classes, unequal numbers, or a margin outside [0, 1).
@@ -211,11 +219,15 @@ def _study_to_show(row: int, references: Distinct, texts: Sequence[str]) -> int:
 
 
 def _of_another(mean: NDArray[np.float64], counts: NDArray[np.int64], *, itself: float) -> float | None:
-    """Means over all N references [D] -> the mean over ordered pairs of different studies: each study's pair with itself taken out."""
+    """Means over all N references [D] -> the mean over ordered pairs of different studies: each study's pair with
+    itself taken out.
+    """
     n = int(counts.sum())
     if n == 1:
         return None
-    return round((float(mean @ counts) - itself) / (n - 1), 12) + 0.0  # the rounding turns what is zero but for its last bit into 0
+    return (
+        round((float(mean @ counts) - itself) / (n - 1), 12) + 0.0
+    )  # the rounding turns what is zero but for its last bit into 0
 
 
 def _prevalence(classes: NDArray[np.int64]) -> dict[str, dict[str, int]]:

@@ -47,14 +47,26 @@ def write_picture(path: Path, card: RewardCard, source: Source, margin: float) -
 def _draw_earned(axes: Axes, card: RewardCard, margin: float) -> None:
     """Mean MCCS (solid) of the three ways of not looking by margin, and how often two of them earn zero (dashed)."""
     at = [row.margin for row in card.margins]
-    handles = axes.plot(at, [row.constant.mean for row in card.margins], color=_CONSTANT, marker="o", markersize=5, linewidth=2.2)
+    handles = axes.plot(
+        at, [row.constant.mean for row in card.margins], color=_CONSTANT, marker="o", markersize=5, linewidth=2.2
+    )
     axes.plot(at, [row.constant.zeros for row in card.margins], color=_CONSTANT, linestyle=_DASHES, linewidth=1.5)
     # often the best constant itself, so its markers are open and no second line of zeros lies on the first
     handles += axes.plot(
-        at, [row.real.mean for row in card.margins], color=_REAL, marker="s", markersize=8, markerfacecolor="none", linewidth=0.9
+        at,
+        [row.real.mean for row in card.margins],
+        color=_REAL,
+        marker="s",
+        markersize=8,
+        markerfacecolor="none",
+        linewidth=0.9,
     )
     names = ["best constant", "best real report"]
-    pairs = [(row.random_mean, row.random_zeros) for row in card.margins if row.random_mean is not None and row.random_zeros is not None]
+    pairs = [
+        (row.random_mean, row.random_zeros)
+        for row in card.margins
+        if row.random_mean is not None and row.random_zeros is not None
+    ]
     if pairs:
         means, zeros = zip(*pairs, strict=True)
         handles += axes.plot(at, means, color=_RANDOM, marker="^", markersize=5, linewidth=1.6)
@@ -66,7 +78,15 @@ def _draw_earned(axes: Axes, card: RewardCard, margin: float) -> None:
 
     constant = card.at(margin).constant
     axes.axvline(margin, color="#999999", linewidth=1, zorder=0)
-    axes.plot([margin], [constant.mean], marker="o", markersize=14, markerfacecolor="none", markeredgecolor="black", linestyle="")
+    axes.plot(
+        [margin],
+        [constant.mean],
+        marker="o",
+        markersize=14,
+        markerfacecolor="none",
+        markeredgecolor="black",
+        linestyle="",
+    )
     axes.set_title(
         f"At m = {margin:g} one constant report earns {constant.mean:.3f} without looking,\n"
         f"and zero on {constant.zeros:.0%} of the references",

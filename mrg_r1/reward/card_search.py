@@ -1,9 +1,11 @@
-"""What every constant report earns: all 3^13 signed vectors against all references, exactly, in seconds for any number of references.
+"""What every constant report earns: all 3^13 signed vectors against all references, exactly, in seconds for any number
+of references.
 
-Distinct reference vectors with their counts enter, mean MCCS and zeros leave. numpy only. How: MCCS depends on the dot product d
-and on the two squared norms alone, so that a report's rewards are a histogram of the references over (d, norm) times a table.
-The histograms of many reports at once come from one pass over the observations, as a fast Fourier transform's do: naming
-observation j moves the references that name it too by +1 or -1 along d and leaves the others where they are.
+Distinct reference vectors with their counts enter, mean MCCS and zeros leave. numpy only. How: MCCS depends on the dot
+product d and on the two squared norms alone, so that a report's rewards are a histogram of the references over (d,
+norm) times a table. The histograms of many reports at once come from one pass over the observations, as a fast Fourier
+transform's do: naming observation j moves the references that name it too by +1 or -1 along d and leaves the others
+where they are.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class Earned:
     """What constant reports earn at M margins.
 
     Attributes:
-        best: [M, 13] int8, the report with the highest mean MCCS of all 3^13; of equals the one that names the fewest observations.
+        best: [M, 13] int8, the report with the highest mean MCCS of all 3^13; of equals the one that names the fewest
+            observations.
         mean: [D, M] mean MCCS of each distinct reference vector, had it been the answer to every study.
         zeros: [D, M] the share of the references for which that answer earns zero.
         ccs: [D] its mean CCS.
@@ -73,7 +76,9 @@ def distinct(vectors: Signs) -> Distinct:
         raise ValueError(f"signed vectors of shape {vectors.shape}; expected [N, {NO_FINDING}] with N at least 1")
     if vectors.min() < -1 or vectors.max() > 1:
         raise ValueError("signed vectors hold values outside -1, 0, 1; make them with signed_vector(classes)")
-    _, first, row_of_study, counts = np.unique(_codes(vectors), return_index=True, return_inverse=True, return_counts=True)
+    _, first, row_of_study, counts = np.unique(
+        _codes(vectors), return_index=True, return_inverse=True, return_counts=True
+    )
     return Distinct(vectors[first].astype(np.int8), counts, row_of_study)
 
 
@@ -90,7 +95,8 @@ def earned_by_constants(references: Distinct, margins: Sequence[float]) -> Earne
     Raises:
         ValueError: no margins, or one outside [0, 1).
 
-    Time and memory do not depend on how many studies there are (about 2 s and 50 MB where all 13 observations are named).
+    Time and memory do not depend on how many studies there are (about 2 s and 50 MB where all 13 observations are
+    named).
     """
     if not margins:
         raise ValueError("no margins; give at least one")
@@ -98,10 +104,14 @@ def earned_by_constants(references: Distinct, margins: Sequence[float]) -> Earne
     active = np.flatnonzero(references.vectors.any(axis=0))
     vectors = references.vectors[:, active].astype(np.int64)  # [D, K]
     head = max(len(active) - _TOGETHER, 0)
-    tails = np.array(list(itertools.product(_DIGITS, repeat=len(active) - head)), dtype=np.int64)  # [3^T, T], the last T <= 6 observations
+    tails = np.array(
+        list(itertools.product(_DIGITS, repeat=len(active) - head)), dtype=np.int64
+    )  # [3^T, T], the last T <= 6 observations
     rows_naming = [np.flatnonzero(np.abs(tails).sum(axis=1) == named) for named in range(tails.shape[1] + 1)]
     named = np.abs(vectors).sum(axis=1)
-    cell = _codes(vectors[:, head:]) * _BINS + named * named + named  # [D], where a reference of dot product 0 is counted
+    cell = (
+        _codes(vectors[:, head:]) * _BINS + named * named + named
+    )  # [D], where a reference of dot product 0 is counted
     codes = _codes(vectors)
     table = _table(margins) / references.counts.sum()  # [14, 196, 2 M + 1]
     rewards = np.ascontiguousarray(table[..., : len(margins)])
@@ -117,7 +127,9 @@ def earned_by_constants(references: Distinct, margins: Sequence[float]) -> Earne
             named_in_all = int(np.abs(start).sum()) + named_in_tail
             means = histograms[rows].astype(np.float64) @ rewards[named_in_all]  # [R, M]
             top = means.max(axis=0)
-            for m in np.flatnonzero((top > best_mean + _TIE) | ((top > best_mean - _TIE) & (named_in_all < best_named))):
+            for m in np.flatnonzero(
+                (top > best_mean + _TIE) | ((top > best_mean - _TIE) & (named_in_all < best_named))
+            ):
                 row = rows[np.argmax(means[:, m] > top[m] - _TIE)]
                 best[m] = 0
                 best[m, active] = (*digits, *tails[row])
@@ -128,7 +140,9 @@ def earned_by_constants(references: Distinct, margins: Sequence[float]) -> Earne
 
 
 def _histograms(counted: NDArray[np.int32], observations: int) -> NDArray[np.int32]:
-    """[3^T * 196] references by their own signs of T observations and by bin -> [3^T, 196] references of every report by bin."""
+    """[3^T * 196] references by their own signs of T observations and by bin -> [3^T, 196] references of every report
+    by bin.
+    """
     for j in range(observations):
         old = counted.reshape(3**j, 3, -1, _BINS)
         silent, positive, negative = old[:, 0], old[:, 1], old[:, 2]  # the references' sign
@@ -146,7 +160,9 @@ def _histograms(counted: NDArray[np.int32], observations: int) -> NDArray[np.int
 
 
 def _table(margins: Sequence[float]) -> Floats:
-    """[14, 196, 2 M + 1]: by what the report names and by bin, MCCS at each margin, whether it is zero, and CCS, as `terms` has them."""
+    """[14, 196, 2 M + 1]: by what the report names and by bin, MCCS at each margin, whether it is zero, and CCS, as
+    `terms` has them.
+    """
     norms = np.sqrt((np.arange(NO_FINDING + 1)[:, None] * _NAMED).astype(np.float64))  # [14, 196]
     ccs = _DOT / np.where(norms == 0, 1.0, norms)
     ccs[0, 0] = 1.0  # neither names anything

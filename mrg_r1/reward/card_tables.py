@@ -15,7 +15,8 @@ from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
 from mrg_r1.reward.card import SUGGESTION, AtMargin, RewardCard
 
 RULES = {
-    "signed_vector": "positive +1, negative -1, uncertain +1, blank 0 over the first 13 observations; No Finding is left out",
+    "signed_vector": "positive +1, negative -1, uncertain +1, blank 0 over the first 13 observations; No Finding is "
+    "left out",
     "ccs": "cos(v_generated, v_reference); both vectors zero: 1; one zero: 0",
     "mccs": "max((CCS - m) / (1 - m), 0)",
     "total": "0.75 MCCS + 0.25 format; a constant report always keeps the format",
@@ -54,7 +55,11 @@ class Source:
 def title(card: RewardCard, source: Source) -> str:
     """Whose card it is, in one line; says where images are phantoms."""
     split = "" if source.split is None else f", split {source.split}"
-    phantoms = "" if not source.rendered else f"; {'all' if source.rendered == card.n else f'{source.rendered:,}'} rendered phantoms"
+    phantoms = (
+        ""
+        if not source.rendered
+        else f"; {'all' if source.rendered == card.n else f'{source.rendered:,}'} rendered phantoms"
+    )
     return f"Reward card of {source.manifest}{split}: {card.n:,} studies{phantoms}"
 
 
@@ -65,9 +70,10 @@ def summary(card: RewardCard, margin: float) -> str:
     said = f"one constant report ({', '.join(constant.says)})" if constant.says else "a report that says nothing"
     random = "" if row.random_mean is None else f" A random report earns {row.random_mean:.3f}."
     return (
-        f"Margin {margin:g}: {said} earns a mean MCCS of {constant.mean:.3f} without looking, and zero on {constant.zeros:.1%} of the "
-        f"references; with the format kept its mean total reward is {constant.total:.3f}.{random} "
-        f"A run whose reward/mccs does not rise above {constant.mean:.3f} has learned nothing from the images."
+        f"Margin {margin:g}: {said} earns a mean MCCS of {constant.mean:.3f} without looking, and zero on "
+        f"{constant.zeros:.1%} of the references; with the format kept its mean total reward is "
+        f"{constant.total:.3f}.{random} A run whose reward/mccs does not rise above {constant.mean:.3f} has "
+        "learned nothing from the images."
     )
 
 
@@ -81,12 +87,17 @@ def labels_in_words(source: Source) -> str:
 def suggestion(card: RewardCard) -> str:
     """The suggested margin and its rule."""
     if card.suggested_margin is None:
-        return f"No margin is suggested: no multiple of 0.05 meets the rule ({SUGGESTION}). These references hardly differ."
+        return (
+            f"No margin is suggested: no multiple of 0.05 meets the rule ({SUGGESTION}). These references hardly "
+            "differ."
+        )
     return f"Suggested margin {card.suggested_margin:g}: {SUGGESTION}."
 
 
 def card_json(card: RewardCard, source: Source, margin: float) -> dict[str, Any]:
-    """The card with where it is from, the rules it was made by, and the words of `summary`; `margin` is the one asked for."""
+    """The card with where it is from, the rules it was made by, and the words of `summary`; `margin` is the one asked
+    for.
+    """
     content = asdict(card)
     content["prevalence"] = {
         name: {state: {"count": count, "share": count / card.n} for state, count in states.items()}
@@ -112,11 +123,14 @@ def print_card(card: RewardCard, source: Source, margin: float) -> None:
     console.print(_margins(card, source, margin))
     console.print(_prevalence(card))
     pairs = (
-        "" if card.random_ccs is None else f"; a random report's CCS is {card.random_ccs:.3f}, both say nothing in {card.both_silent:.2%}"
+        ""
+        if card.random_ccs is None
+        else f"; a random report's CCS is {card.random_ccs:.3f}, both say nothing in {card.both_silent:.2%}"
     )
     lines = [
         f"labels: {labels_in_words(source)}",
-        f"{card.distinct:,} different signed vectors; {card.silent:.2%} of the references say nothing (zero vectors){pairs}",
+        f"{card.distinct:,} different signed vectors; {card.silent:.2%} of the references say nothing (zero "
+        f"vectors){pairs}",
         suggestion(card),
         *(summary(card, shown) for shown in dict.fromkeys((margin, card.suggested_margin)) if shown is not None),
     ]
@@ -128,7 +142,8 @@ def _margins(card: RewardCard, source: Source, asked: float) -> Table:
     table = Table(
         title=escape(title(card, source)),
         box=box.SIMPLE,
-        caption="constant: the best of all, real: the best of the references; total: 0.75 MCCS + 0.25 format; ″: as above",
+        caption="constant: the best of all, real: the best of the references; total: 0.75 MCCS + 0.25 format; ″: as "
+        "above",
     )
     for column in ("margin", "constant", "zeros", "total", "real", "random", "zeros"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -1,8 +1,8 @@
 """A rank's side of the reward service: a `RewardService` over the node's socket.
 
-Nothing is lost with the service: what is not answered is kept here and handed to the next process, and the same texts earn the same
-rewards. A service that no longer answers is killed, for its supervisor to start another; when that gives up, `RewardServiceError`
-says why.
+Nothing is lost with the service: what is not answered is kept here and handed to the next process, and the same texts
+earn the same rewards. A service that no longer answers is killed, for its supervisor to start another; when that gives
+up, `RewardServiceError` says why.
 """
 
 from __future__ import annotations
@@ -178,7 +178,9 @@ class ServiceRewards:
     def _hear(self, pong: wire.Message) -> None:
         """Hand in again what the service does not know: its answer would have come before this pong, so it was lost."""
         if pong["working"] > self.timeout:
-            self._kill(f"it was at work on one batch for {pong['working']:.0f} s, reward.timeout is {self.timeout:.0f} s")
+            self._kill(
+                f"it was at work on one batch for {pong['working']:.0f} s, reward.timeout is {self.timeout:.0f} s"
+            )
             return
         for id, data in self._unanswered.items():
             if id not in pong["pong"]:
@@ -186,7 +188,9 @@ class ServiceRewards:
 
     def _kill(self, reason: str) -> None:
         """End a process that is of no use any more, and leave word for the supervisor."""
-        (self.directory / f"{self._state.generation}.killed").write_text(f"it was ended because {reason}", encoding="utf-8")
+        (self.directory / f"{self._state.generation}.killed").write_text(
+            f"it was ended because {reason}", encoding="utf-8"
+        )
         try:
             os.kill(self._state.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -210,7 +214,9 @@ class ServiceRewards:
         self._asked_at = None
         while True:
             if not (self.directory / "state.json").is_file() or not _alive(self.keeper):
-                raise RewardServiceError(f"the rank that keeps this node's {self.name} (process {self.keeper}) has ended")
+                raise RewardServiceError(
+                    f"the rank that keeps this node's {self.name} (process {self.keeper}) has ended"
+                )
             state = ServiceState.read(self.directory)
             if state.status == "failed":
                 raise RewardServiceError(str(state.cause))

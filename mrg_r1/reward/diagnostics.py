@@ -1,4 +1,5 @@
-"""What a step's groups look like: rewards by term, signal, variety, agreement by observation, and what a constant report earns.
+"""What a step's groups look like: rewards by term, signal, variety, agreement by observation, and what a constant
+report earns.
 
 All as (sum, count) pairs, so that ranks with unequal counts reduce to one mean (trap 20).
 """
@@ -21,14 +22,14 @@ _SQUARE = "_square"  # the mean of squares, from which a standard deviation is m
 def group_metrics(completions: Completions, judged: Rewards) -> Metrics:
     """This rank's groups, as (sum, count) over completions, groups or studies.
 
-    - `reward/TERM` before weights, `reward/total`, with the mean of squares beside each (`with_stds` makes `_std` of it);
-      `reward/std`: of the total inside the groups.
+    - `reward/TERM` before weights, `reward/total`, with the mean of squares beside each (`with_stds` makes `_std` of
+      it); `reward/std`: of the total inside the groups.
     - `reward/constant`, `reward/constant_TERM`: what the best constant training report earns on the same studies.
     - `groups/zero_signal`: groups of equal totals; `groups/all_zero_mccs`: groups in which no report earns any MCCS.
     - `groups/distinct`: distinct reports over members; `groups/distinct_in_batch`: over all reports of a rank.
     - `groups/malformed`, `truncated`, `length` in tokens, `no_finding`.
-    - `agreement/OBSERVATION`: of the reports in which the report or its reference says something of it, the share in which both say the
-      same (uncertain counts as positive). Malformed reports say nothing.
+    - `agreement/OBSERVATION`: of the reports in which the report or its reference says something of it, the share in
+      which both say the same (uncertain counts as positive). Malformed reports say nothing.
     """
     reports = [[text for text in group if text is not None] for group in judged.report_texts]
     groups, members = judged.total.shape

@@ -1,4 +1,5 @@
-"""A second labeler that is never rewarded: it reads what an evaluation reads, so that a policy which fools the first one is seen (trap 26).
+"""A second labeler that is never rewarded: it reads what an evaluation reads, so that a policy which fools the first
+one is seen (trap 26).
 
 Rank 0 of the whole run has one; its process and its client are those of the rewarded labeler, started once more.
 """
@@ -33,7 +34,9 @@ class Judge:
     references: Mapping[str, Sequence[int]]
     supervisor: Supervisor | None = None
 
-    def read(self, reports: Sequence[str | None], shown: Callable[[Sequence[int]], Iterable[int]] = iter) -> NDArray[np.int64]:
+    def read(
+        self, reports: Sequence[str | None], shown: Callable[[Sequence[int]], Iterable[int]] = iter
+    ) -> NDArray[np.int64]:
         """[N, 14] classes of N reports; a malformed one (None) says nothing and is blank, as for the rewarded labeler.
 
         Args:

@@ -1,7 +1,7 @@
 """The labeler behind a memory: every text is read once, as long as it is remembered.
 
-Members of a group repeat one another, groups repeat the usual normal report, references come back every epoch, and texts that were
-handed in early (`RewardService.hint`) come again with their batch.
+Members of a group repeat one another, groups repeat the usual normal report, references come back every epoch, and
+texts that were handed in early (`RewardService.hint`) come again with their batch.
 """
 
 from __future__ import annotations
@@ -95,5 +95,8 @@ def problem_of(classes: NDArray[np.int64], expected: int) -> str | None:
     outside = np.argwhere((classes < 0) | (classes >= _CLASS_COUNTS))
     if len(outside):
         row, column = outside[0]
-        return f"class {classes[row, column]} for {OBSERVATIONS[column]} (text {row}), which has classes 0 to {_CLASS_COUNTS[column] - 1}"
+        return (
+            f"class {classes[row, column]} for {OBSERVATIONS[column]} (text {row}), which has classes 0 to "
+            f"{_CLASS_COUNTS[column] - 1}"
+        )
     return None

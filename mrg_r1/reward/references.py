@@ -1,7 +1,7 @@
 """The references' labels: read once by a labeler from a manifest, and kept beside it.
 
-The file is `id` and the 14 observations, as every label file of this project; its name carries a digest of the manifest's content and
-of the labeler, so that neither can change unnoticed.
+The file is `id` and the 14 observations, as every label file of this project; its name carries a digest of the
+manifest's content and of the labeler, so that neither can change unnoticed.
 """
 
 from __future__ import annotations

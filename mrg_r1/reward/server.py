@@ -1,8 +1,8 @@
 """The reward service's process: `python -m mrg_r1.reward.server`, started by `reward.supervisor`, one a node.
 
-It loads the labeler on its own device, then serves the node's ranks. A thread a connection reads requests, another writes answers, and
-the main thread works: it takes whatever has come in from all ranks, labels the texts of it in one batch, and answers in order. It ends
-with its parent, and when a rank dies.
+It loads the labeler on its own device, then serves the node's ranks. A thread a connection reads requests, another
+writes answers, and the main thread works: it takes whatever has come in from all ranks, labels the texts of it in one
+batch, and answers in order. It ends with its parent, and when a rank dies.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class Server:
             with self.changed:
                 self.changed.wait_for(lambda: self.jobs or self.hints)
                 self.working, self.jobs = self.jobs, []
-                hinted = [] if self.working else [self.hints.popleft() for _ in range(min(HINTS_AT_ONCE, len(self.hints)))]
+                hinted = (
+                    [] if self.working else [self.hints.popleft() for _ in range(min(HINTS_AT_ONCE, len(self.hints)))]
+                )
                 self.working_since = time.monotonic()
             if hinted:
                 self._read_ahead(hinted)
@@ -106,7 +108,8 @@ class Server:
             answer["computed"] = self.stage.reader.computed - self.computed
             answer["notes"] = self.notes
             job.peer.hint_seconds, self.computed, self.notes = 0.0, self.stage.reader.computed, []
-            # the answer is queued before the job is forgotten: whoever hears that it is unknown has been sent the answer before
+            # the answer is queued before the job is forgotten: whoever hears that it is unknown has been sent the
+            # answer before
             with self.changed:
                 job.peer.answers.put(answer)
                 self.working.remove(job)
@@ -195,10 +198,17 @@ class Server:
 
 
 def main() -> None:
-    """Read the settings from the first line of stdin, say on stdout that the labeler is ready (or why not), and serve."""
+    """Read the settings from the first line of stdin, say on stdout that the labeler is ready (or why not), and
+    serve.
+    """
     settings: dict[str, Any] = json.loads(sys.stdin.readline())
-    threading.Thread(target=_leave_with, args=(settings["parent"], Path(settings["address"]).parent), daemon=True).start()
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # for the ranks, which finish a step that needs rewards; this process leaves with them
+    threading.Thread(
+        target=_leave_with, args=(settings["parent"], Path(settings["address"]).parent), daemon=True
+    ).start()
+    for number in (
+        signal.SIGTERM,
+        signal.SIGUSR1,
+    ):  # for the ranks, which finish a step that needs rewards; this process leaves with them
         signal.signal(number, signal.SIG_IGN)
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a user's own term prints goes to the log
@@ -218,7 +228,8 @@ def _load(settings: dict[str, Any]) -> tuple[Labeler, RewardStage]:
     """The labeler on its device, having read one text, and the stage around it.
 
     Raises:
-        ValueError, OSError, RuntimeError: a labeler or a term that cannot be loaded, or a GPU that is not there; never the CPU instead.
+        ValueError, OSError, RuntimeError: a labeler or a term that cannot be loaded, or a GPU that is not there; never
+            the CPU instead.
     """
     device = "cpu"
     if settings["device"] != "cpu":
@@ -226,16 +237,20 @@ def _load(settings: dict[str, Any]) -> tuple[Labeler, RewardStage]:
         if not torch.cuda.is_available() or torch.cuda.device_count() != 1:
             raise ValueError(
                 f"{settings['device_field']} {settings['device']}: this node has no such GPU "
-                f"(CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} shows {torch.cuda.device_count()}); `nvidia-smi -L` lists "
-                f"numbers and UUIDs, {settings['device_field']}=cpu needs none"
+                f"(CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} shows {torch.cuda.device_count()}); "
+                f"`nvidia-smi -L` lists numbers and UUIDs, {settings['device_field']}=cpu needs none"
             )
-    labeler = Labeler.load(settings["labeler"], tokenizer=settings["tokenizer"], device=device, dtype=_DTYPES[settings["dtype"]])
+    labeler = Labeler.load(
+        settings["labeler"], tokenizer=settings["tokenizer"], device=device, dtype=_DTYPES[settings["dtype"]]
+    )
     labeler.label(["No acute cardiopulmonary abnormality."])  # kernels and memory, before a run depends on them
     return labeler, RewardStage(labeler, **settings["stage"])
 
 
 def _leave_with(parent: int, directory: Path) -> None:
-    """End this process when the one that started it has ended, however it ended, and remove what it can no longer remove."""
+    """End this process when the one that started it has ended, however it ended, and remove what it can no longer
+    remove.
+    """
     while os.getppid() == parent:
         time.sleep(_PARENT_CHECKED_EVERY)
     shutil.rmtree(directory, ignore_errors=True)

@@ -1,8 +1,8 @@
 """Rewards as tickets: texts are handed in, work goes on elsewhere, rewards are fetched (architecture.md).
 
-The trainer submits the completions, scores the reference model meanwhile, and then redeems the ticket. `RewardService` is that
-interface. `reward.client.ServiceRewards` keeps it with a process of its own on the labeler's device; `InProcessRewards` keeps it
-without one, for tests and for tools.
+The trainer submits the completions, scores the reference model meanwhile, and then redeems the ticket. `RewardService`
+is that interface. `reward.client.ServiceRewards` keeps it with a process of its own on the labeler's device;
+`InProcessRewards` keeps it without one, for tests and for tools.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class RewardService(Protocol):
     """What every reward service keeps.
 
     - `submit` checks nothing and returns at once where the work is done elsewhere; the trainer may go on.
-    - `hint` hands in completions whose batch will follow, so that their labels are known by then; nothing depends on it.
+    - `hint` hands in completions whose batch will follow, so that their labels are known by then; nothing depends on
+      it.
     - `result` waits for that batch. Whatever went wrong with it, at any time, is raised there and nowhere else, so that
       the fault surfaces at the same line for every service.
     - Tickets may be redeemed in any order, each once; a ticket that is unknown or spent is a ValueError.

@@ -1,7 +1,8 @@
 """From texts to rewards, one batch: grammar, labels, terms, total (spec section 2).
 
-Completions and references enter as texts, `Rewards` leave. One call of the labeler a batch, over texts that it has not read yet.
-Whatever goes wrong raises `RewardError` with the studies' names: a reward that fails must stop the run, never become a zero (trap 22).
+Completions and references enter as texts, `Rewards` leave. One call of the labeler a batch, over texts that it has not
+read yet. Whatever goes wrong raises `RewardError` with the studies' names: a reward that fails must stop the run, never
+become a zero (trap 22).
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ Normalise = Literal["total", "per_term"]
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {"mccs": 0.75, "format": 0.25}  # arXiv 2512.16145
 DEFAULT_MARGIN = 0.5  # ours: spec section 2, the reward card
-TERM_NAMES: tuple[str, ...] = ("mccs", "ccs", "ce_f1", "bleu4", "rouge_l", "length", "format")  # and any `module:function`
+TERM_NAMES: tuple[str, ...] = (
+    "mccs",
+    "ccs",
+    "ce_f1",
+    "bleu4",
+    "rouge_l",
+    "length",
+    "format",
+)  # and any `module:function`
 
 
 class RewardError(RuntimeError):
@@ -45,7 +54,8 @@ class Judging:
         reference_labels: [B, 14] classes of the references where they are known; None lets the labeler read them.
         margin: m of `mccs` at this step; None takes the stage's.
         ccs_weights: [13, 2] of `terms.ccs`, for `ccs` and `mccs`; None: equal.
-        constant: a report that is given to every study beside the completions, to see what can be earned without looking.
+        constant: a report that is given to every study beside the completions, to see what can be earned without
+            looking.
     """
 
     reference_labels: NDArray[np.int64] | None = None
@@ -59,17 +69,17 @@ class RewardStage:
 
     Args:
         labeler: reads the 14 classes out of texts.
-        weights: term -> weight. Names from TERM_NAMES or `module:function` (`terms.load_callable`). A term of weight 0 is
-            computed and logged but does not count.
+        weights: term -> weight. Names from TERM_NAMES or `module:function` (`terms.load_callable`). A term of weight 0
+            is computed and logged but does not count.
         margin: m of `mccs`, 0 <= m < 1.
         format_style: of the `format` term, `binary` or `graded`.
         mode: what the prompt asks for, `think` or `plain`.
-        normalise: `total`, the weighted sum is normalised in its group; `per_term`, each term is, then they are summed. `total`
-            of `score` is the weighted sum either way; the trainer reads this when it makes the advantages.
+        normalise: `total`, the weighted sum is normalised in its group; `per_term`, each term is, then they are summed.
+            `total` of `score` is the weighted sum either way; the trainer reads this when it makes the advantages.
 
     Raises:
-        ValueError: no terms, an unknown term, a weight that is not finite, weights that are all 0, or another argument out of
-            its range.
+        ValueError: no terms, an unknown term, a weight that is not finite, weights that are all 0, or another argument
+            out of its range.
     """
 
     def __init__(
@@ -117,8 +127,8 @@ class RewardStage:
     ) -> Rewards:
         """Rewards of B groups of G completions.
 
-        A completion without a well-formed report is not labelled and earns 0 in every clinical and lexical term; `format` and
-        the user's own terms judge it themselves.
+        A completion without a well-formed report is not labelled and earns 0 in every clinical and lexical term;
+        `format` and the user's own terms judge it themselves.
 
         Args:
             texts: B groups of G decoded completions.
@@ -131,7 +141,8 @@ class RewardStage:
             `Rewards` on the CPU; `labels` -1 in rows that were not labelled.
 
         Raises:
-            RewardError: the labeler or a term fails or answers with something that is not finite; names it and the studies.
+            RewardError: the labeler or a term fails or answers with something that is not finite; names it and the
+                studies.
             ValueError: shapes that disagree, or a margin outside [0, 1).
         """
         groups, members = _checked_shape(texts, ended, references, judging.reference_labels, study_ids)
@@ -140,14 +151,18 @@ class RewardStage:
 
         parsed = [parse(text, self.mode) for group in texts for text in group]  # N = B * G, row-major
         reports = [one.report for one in parsed]
-        labels, per_study, constant_labels = self._label(reports, list(references), constants, judging.reference_labels, ids)
+        labels, per_study, constant_labels = self._label(
+            reports, list(references), constants, judging.reference_labels, ids
+        )
         ends = ended.flatten().tolist()
         formats = [format_score(one, self.format_style, ended=end) for one, end in zip(parsed, ends, strict=True)]
         total, scored = self._score(reports, labels, formats, list(references), per_study, judging, ids, members)
         constant: dict[str, Tensor] = {}
         if constants:
             rows = np.repeat(constant_labels, groups, axis=0)
-            its_total, its_terms = self._score(constants * groups, rows, [1.0] * groups, list(references), per_study, judging, ids, 1)
+            its_total, its_terms = self._score(
+                constants * groups, rows, [1.0] * groups, list(references), per_study, judging, ids, 1
+            )
             constant = {name: values.squeeze(1) for name, values in {"total": its_total, **its_terms}.items()}
         return Rewards(
             total=total,
@@ -171,7 +186,9 @@ class RewardStage:
         reference_labels: NDArray[np.int64] | None,
         ids: list[str],
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Classes of the reports [N, 14] (-1 where None), of the references [B, 14] and of the constant ones, by one call."""
+        """Classes of the reports [N, 14] (-1 where None), of the references [B, 14] and of the constant ones, by one
+        call.
+        """
         rows = [row for row, report in enumerate(reports) if report is not None]
         written = [report for report in reports if report is not None]
         unknown = references if reference_labels is None else []
@@ -181,7 +198,11 @@ class RewardStage:
             raise RewardError(f"the reports of studies {_shortened(ids)}: {error}") from error
         labels = np.full((len(reports), len(OBSERVATIONS)), -1, dtype=np.int64)
         labels[rows] = classes[: len(rows)]
-        known = classes[len(rows) : len(rows) + len(unknown)] if reference_labels is None else np.array(reference_labels, dtype=np.int64)
+        known = (
+            classes[len(rows) : len(rows) + len(unknown)]
+            if reference_labels is None
+            else np.array(reference_labels, dtype=np.int64)
+        )
         return labels, known, classes[len(rows) + len(unknown) :]
 
     def _score(
@@ -207,10 +228,17 @@ class RewardStage:
                 else:
                     values = self._term(name, reports, row_references, labels, row_labels, judging)
             except Exception as error:
-                raise RewardError(f"reward term {name!r} failed on studies {_shortened(ids)}: {type(error).__name__}: {error}") from error
+                raise RewardError(
+                    f"reward term {name!r} failed on studies {_shortened(ids)}: {type(error).__name__}: {error}"
+                ) from error
             if not np.isfinite(values).all():
-                at = [f"{ids[row // members]} (member {row % members}: {values[row]})" for row in np.flatnonzero(~np.isfinite(values))]
-                raise NotFiniteError(f"reward term {name!r} is not finite for studies {_shortened(at)}; a term must be a finite number")
+                at = [
+                    f"{ids[row // members]} (member {row % members}: {values[row]})"
+                    for row in np.flatnonzero(~np.isfinite(values))
+                ]
+                raise NotFiniteError(
+                    f"reward term {name!r} is not finite for studies {_shortened(at)}; a term must be a finite number"
+                )
             scored[name] = torch.from_numpy(values).reshape(len(ids), members)
             total += weight * scored[name].double()
         return total.float(), scored
@@ -261,7 +289,9 @@ def _checked_shape(
     groups = len(texts)
     sizes = {len(group) for group in texts}
     if len(sizes) != 1:
-        raise ValueError(f"groups of {sorted(sizes)} completions; every study needs the same number, and at least one study")
+        raise ValueError(
+            f"groups of {sorted(sizes)} completions; every study needs the same number, and at least one study"
+        )
     members = sizes.pop()
     if tuple(ended.shape) != (groups, members):
         raise ValueError(f"ended of shape {tuple(ended.shape)}; expected {(groups, members)} as the texts")

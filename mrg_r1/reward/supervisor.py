@@ -1,7 +1,8 @@
-"""Keeps the reward service of a node alive: starts its process, starts it again when it dies, and says so when it cannot.
+"""Keeps the reward service of a node alive: starts its process, starts it again when it dies, and says so when it
+cannot.
 
-The first rank of a node has one `Supervisor`. Everything that the node's ranks must know stands in a folder that only this user can
-read: the key of the socket, and `state.json`, replaced whole at every change.
+The first rank of a node has one `Supervisor`. Everything that the node's ranks must know stands in a folder that only
+this user can read: the key of the socket, and `state.json`, replaced whole at every change.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class ServiceState:
 
 
 def socket_of(directory: Path, generation: int) -> str:
-    """The address of one process of the service; each has its own, so that nobody speaks to a dead one's successor unawares."""
+    """The address of one process of the service; each has its own, so that nobody speaks to a dead one's successor
+    unawares.
+    """
     return str(directory / f"{generation}.sock")
 
 
@@ -84,10 +87,11 @@ def visible_device(device: str) -> dict[str, str]:
 
 
 def _short_folder() -> tuple[Path, IO[bytes]]:
-    """A fresh folder that this user alone can read, in TMPDIR unless that makes a socket's path too long for the system (108 bytes).
+    """A fresh folder that this user alone can read, in TMPDIR unless that makes a socket's path too long for the system
+    (108 bytes).
 
-    Folders that other runs of this user have left because they and their service were killed are removed. A run that lives holds the lock
-    in its folder, which the system gives back however the run ends.
+    Folders that other runs of this user have left because they and their service were killed are removed. A run that
+    lives holds the lock in its folder, which the system gives back however the run ends.
 
     Returns:
         The folder, and its lock: open as long as the folder is in use.
@@ -208,12 +212,21 @@ class Supervisor:
                 if self._closing:
                     return
                 cause = said["error"] if "error" in said else self._cause(code, ready="ready" in said)
-                # a labeler that cannot be loaded at first is bad input; later it could be, so that another start may help
+                # a labeler that cannot be loaded at first is bad input; later it could be, so that another start may
+                # help
                 if ("ready" not in said and self._generation == 1) or code == RANK_DIED or self._generation > RESTARTS:
-                    again = f"the {self.settings.name} has died {self._generation} times; the last time: " if self._generation > 1 else ""
+                    again = (
+                        f"the {self.settings.name} has died {self._generation} times; the last time: "
+                        if self._generation > 1
+                        else ""
+                    )
                     self._write("failed", process.pid, cause=again + cause)
                     return
-                print(f"the {self.settings.name} is started again ({self._generation} of {RESTARTS}): {cause}", file=sys.stderr, flush=True)
+                print(
+                    f"the {self.settings.name} is started again ({self._generation} of {RESTARTS}): {cause}",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 self._process = self._start()
 
     def _cause(self, code: int, *, ready: bool) -> str:
@@ -226,7 +239,11 @@ class Supervisor:
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            how += " (the kernel does that when memory runs out: `dmesg` says so)" if ready else f", or not ready in {START_SECONDS} s"
+            how += (
+                " (the kernel does that when memory runs out: `dmesg` says so)"
+                if ready
+                else f", or not ready in {START_SECONDS} s"
+            )
         return f"its process {how}; see {self.log}"
 
     def _write(self, status: Literal["starting", "ready", "failed"], pid: int, **more: Any) -> None:

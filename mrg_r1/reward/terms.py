@@ -1,7 +1,7 @@
 """Reward terms: labels and texts in, one float32 a report out (spec section 2). No torch, no labeler, no policy.
 
-Each function is pure and scores N reports against N references, row by row. A report that is missing (malformed) never gets
-here: the stage gives it 0. Negative findings count: see `ccs`.
+Each function is pure and scores N reports against N references, row by row. A report that is missing (malformed) never
+gets here: the stage gives it 0. Negative findings count: see `ccs`.
 """
 
 from __future__ import annotations
@@ -29,25 +29,34 @@ def ccs(generated: NDArray[np.int8], reference: NDArray[np.int8], weights: NDArr
     Args:
         generated: [N, 13] int8 in {-1, 0, 1}, from `mrg_r1.labels.observations.signed_vector`.
         reference: [N, 13] int8, likewise.
-        weights: [13, 2] positive, of each observation's +1 and -1, as from `inverse_prevalence`; None: all 1, the paper's. An
-            entry of weight w stands in its vector as its sign times the root of w; the cosine is of those vectors.
+        weights: [13, 2] positive, of each observation's +1 and -1, as from `inverse_prevalence`; None: all 1, the
+            paper's. An entry of weight w stands in its vector as its sign times the root of w; the cosine is of those
+            vectors.
 
     Returns:
-        [N] float32 in [-1, 1]: the cosine. Both vectors zero gives 1 (the reports agree that there is nothing to say), one
-        zero gives 0.
+        [N] float32 in [-1, 1]: the cosine. Both vectors zero gives 1 (the reports agree that there is nothing to say),
+        one zero gives 0.
 
     Raises:
-        ValueError: shapes that are not equal [N, 13], a value outside -1, 0, 1, or weights that are not positive numbers [13, 2].
+        ValueError: shapes that are not equal [N, 13], a value outside -1, 0, 1, or weights that are not positive
+            numbers [13, 2].
 
     Source: arXiv 2512.16145; the two cases of zero vectors and the weights are ours.
     """
     if generated.shape != reference.shape or generated.ndim != 2 or generated.shape[1] != NO_FINDING:
-        raise ValueError(f"signed vectors of shape {generated.shape} and {reference.shape}; expected the same [N, {NO_FINDING}]")
+        raise ValueError(
+            f"signed vectors of shape {generated.shape} and {reference.shape}; expected the same [N, {NO_FINDING}]"
+        )
     for name, vectors in (("generated", generated), ("reference", reference)):
         if vectors.size and (vectors.min() < -1 or vectors.max() > 1):
-            raise ValueError(f"{name}: signed vectors hold values outside -1, 0, 1; make them with signed_vector(classes)")
+            raise ValueError(
+                f"{name}: signed vectors hold values outside -1, 0, 1; make them with signed_vector(classes)"
+            )
     # small integers are exact in float64, so that without weights the answer is exactly symmetric
-    a, b = (vectors.astype(np.float64) if weights is None else _scaled(vectors, weights) for vectors in (generated, reference))
+    a, b = (
+        vectors.astype(np.float64) if weights is None else _scaled(vectors, weights)
+        for vectors in (generated, reference)
+    )
     dot, squares_a, squares_b = (a * b).sum(axis=1), (a * a).sum(axis=1), (b * b).sum(axis=1)
     # One square root of one product: exactly 1 for equal vectors.
     norms = np.sqrt(squares_a * squares_b)
@@ -58,8 +67,8 @@ def ccs(generated: NDArray[np.int8], reference: NDArray[np.int8], weights: NDArr
 def inverse_prevalence(classes: NDArray[np.int64]) -> NDArray[np.float64]:
     """Weights for `ccs` by which a rare finding counts more than a common negative (ours, for ablation).
 
-    The weight of an observation's sign is 1 over the share of reports that say it, (count + 1) / (N + 2) so that what nobody says
-    has a finite one.
+    The weight of an observation's sign is 1 over the share of reports that say it, (count + 1) / (N + 2) so that what
+    nobody says has a finite one.
 
     Args:
         classes: [N, 14] classes of the training references, N >= 1.
@@ -115,7 +124,9 @@ def ce_f1(classes_generated: NDArray[np.int64], classes_reference: NDArray[np.in
     """
     shape = classes_generated.shape
     if shape != classes_reference.shape or len(shape) != 2 or shape[1] != len(OBSERVATIONS):
-        raise ValueError(f"classes of shape {shape} and {classes_reference.shape}; expected the same [N, {len(OBSERVATIONS)}]")
+        raise ValueError(
+            f"classes of shape {shape} and {classes_reference.shape}; expected the same [N, {len(OBSERVATIONS)}]"
+        )
     a, b = classes_generated[:, :NO_FINDING] == POSITIVE, classes_reference[:, :NO_FINDING] == POSITIVE
     found, said = (a & b).sum(axis=1), a.sum(axis=1) + b.sum(axis=1)  # TP, 2 TP + FP + FN
     return np.where(said == 0, 1.0, 2 * found / np.maximum(said, 1)).astype(np.float32)
@@ -124,7 +135,8 @@ def ce_f1(classes_generated: NDArray[np.int64], classes_reference: NDArray[np.in
 def bleu4(generated: Sequence[str], references: Sequence[str]) -> Floats:
     """Sentence BLEU of up to four-grams with exponential smoothing, 13a tokens, case kept.
 
-    A report of fewer than four tokens is scored on the orders it has (sacrebleu's effective order, its sentence-level default).
+    A report of fewer than four tokens is scored on the orders it has (sacrebleu's effective order, its sentence-level
+    default).
 
     Args:
         generated: N texts.
@@ -140,7 +152,10 @@ def bleu4(generated: Sequence[str], references: Sequence[str]) -> Floats:
     """
     bleu = BLEU(smooth_method="exp", effective_order=True)
     # a perfect match comes out as 100.00000000000004
-    scores = [min(bleu.sentence_score(text, [reference]).score / 100, 1.0) for text, reference in zip(generated, references, strict=True)]
+    scores = [
+        min(bleu.sentence_score(text, [reference]).score / 100, 1.0)
+        for text, reference in zip(generated, references, strict=True)
+    ]
     return np.array(scores, dtype=np.float32)
 
 
@@ -185,17 +200,19 @@ def length(generated: Sequence[str], references: Sequence[str]) -> Floats:
     Raises:
         ValueError: unequal numbers of texts.
     """
-    counts = [(len(text.split()), len(reference.split())) for text, reference in zip(generated, references, strict=True)]
+    counts = [
+        (len(text.split()), len(reference.split())) for text, reference in zip(generated, references, strict=True)
+    ]
     return np.array([min(pair) / max(pair) if max(pair) else 1.0 for pair in counts], dtype=np.float32)
 
 
 def load_callable(name: str) -> CustomTerm:
     """A user's own term, named `module:function`.
 
-    The function is called once a batch as `function(generated, references, labels, reference_labels)`: N report texts (None
-    where malformed; what such a report earns is the function's decision), N reference texts, int64 [N, 14] classes of each
-    (-1 throughout a row whose report is malformed), and returns N finite numbers. The module is imported from Python's
-    path; importing it runs its code.
+    The function is called once a batch as `function(generated, references, labels, reference_labels)`: N report texts
+    (None where malformed; what such a report earns is the function's decision), N reference texts, int64 [N, 14]
+    classes of each (-1 throughout a row whose report is malformed), and returns N finite numbers. The module is
+    imported from Python's path; importing it runs its code.
 
     Args:
         name: `package.module:function`.
@@ -204,8 +221,8 @@ def load_callable(name: str) -> CustomTerm:
         The function with its answer checked: [N] float32, else a ValueError that names the term.
 
     Raises:
-        ValueError: a name that is not `module:function`, a module that cannot be found, or a function that is not in it or not
-            callable. An exception inside the module's own code is passed on as it is.
+        ValueError: a name that is not `module:function`, a module that cannot be found, or a function that is not in it
+            or not callable. An exception inside the module's own code is passed on as it is.
     """
     module_name, separator, function_name = name.partition(":")
     if not (separator and module_name and function_name.isidentifier()):
@@ -215,13 +232,18 @@ def load_callable(name: str) -> CustomTerm:
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the module was found, something that it imports was not
-        raise ValueError(f"reward term {name!r}: no module {error.name!r} on Python's path; install it or set PYTHONPATH") from error
+        raise ValueError(
+            f"reward term {name!r}: no module {error.name!r} on Python's path; install it or set PYTHONPATH"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"reward term {name!r}: {module_name} has no function {function_name!r}")
 
     def checked(
-        generated: list[str | None], references: list[str], labels: NDArray[np.int64], reference_labels: NDArray[np.int64]
+        generated: list[str | None],
+        references: list[str],
+        labels: NDArray[np.int64],
+        reference_labels: NDArray[np.int64],
     ) -> Floats:
         return _as_floats(name, function(generated, references, labels, reference_labels), len(generated))
 
@@ -229,11 +251,17 @@ def load_callable(name: str) -> CustomTerm:
 
 
 def _as_floats(name: str, answer: ArrayLike, expected: int) -> Floats:
-    """A user's answer as [expected] float32. Whether the numbers are finite is for the stage, which knows the studies."""
+    """A user's answer as [expected] float32. Whether the numbers are finite is for the stage, which knows the
+    studies.
+    """
     try:
         values = np.asarray(answer, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"reward term {name!r} returned {type(answer).__name__}, which is not a sequence of numbers: {error}") from error
+        raise ValueError(
+            f"reward term {name!r} returned {type(answer).__name__}, which is not a sequence of numbers: {error}"
+        ) from error
     if values.shape != (expected,):
-        raise ValueError(f"reward term {name!r} returned shape {values.shape}; expected ({expected},), one number a report")
+        raise ValueError(
+            f"reward term {name!r} returned shape {values.shape}; expected ({expected},), one number a report"
+        )
     return values.astype(np.float32)

@@ -1,9 +1,9 @@
 """What the reward service and its ranks say to each other: JSON over a Unix socket. No pickle, and any string survives.
 
 Requests of a rank, each answered on the same connection, answers in the order of the requests:
-    {"kind": "score", "id", "texts", "ended", "study_ids", "references", "judging"} -> {"id", "rewards", "busy", "asked", "computed"}
-    {"kind": "label", "id", "texts"} -> {"id", "classes", "busy", "asked", "computed"}
-    either -> {"id", "error", "not_finite", ...} where it failed; every answer has "notes", warnings to print
+    {"kind": "score", "id", "texts", "ended", "study_ids", "references", "judging"} -> {"id", "rewards", "busy",
+    "asked", "computed"} {"kind": "label", "id", "texts"} -> {"id", "classes", "busy", "asked", "computed"} either ->
+    {"id", "error", "not_finite", ...} where it failed; every answer has "notes", warnings to print
 and, answered at once by another thread or not at all:
     {"kind": "ping"} -> {"pong": ids that are queued or at work, "working": seconds}
     {"kind": "hint", "texts"}, {"kind": "bye"}
@@ -36,7 +36,12 @@ def unpack(data: bytes) -> Message:
 
 
 def score_request(
-    id: str, texts: Sequence[Sequence[str]], ended: Tensor, study_ids: Sequence[str], references: Sequence[str], judging: Judging
+    id: str,
+    texts: Sequence[Sequence[str]],
+    ended: Tensor,
+    study_ids: Sequence[str],
+    references: Sequence[str],
+    judging: Judging,
 ) -> Message:
     """A batch as a request."""
     labels, weights = judging.reference_labels, judging.ccs_weights

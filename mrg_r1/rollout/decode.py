@@ -1,7 +1,7 @@
 """Rollout: one prefill a study, its keys and values shared by the group, tokens sampled by hand.
 
-The checkpoint's generation config is never consulted (trap 1): what is sampled is `Policy.next_token_logits`, which is also
-what is scored.
+The checkpoint's generation config is never consulted (trap 1): what is sampled is `Policy.next_token_logits`, which is
+also what is scored.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ def rollout(
     """Sample `group_size` reports a study.
 
     Args:
-        cache_tokens: tokens whose keys and values are held at a time, prompts once a study and completions at full length; more are
-            sampled in parts, the largest first, which changes nothing, since sampling is keyed. None: all studies together.
+        cache_tokens: tokens whose keys and values are held at a time, prompts once a study and completions at full
+            length; more are sampled in parts, the largest first, which changes nothing, since sampling is keyed. None:
+            all studies together.
         states: the prompts' states, where a prefill was made already.
-        on_ended: is given texts of completions that have ended while others go on, so that their labels can be read meanwhile.
+        on_ended: is given texts of completions that have ended while others go on, so that their labels can be read
+            meanwhile.
 
     Returns:
         Completions [B, G, C] with C at most `max_new_tokens`.
@@ -60,11 +62,22 @@ def rollout(
                 on_ended([text for group in parts[next(reversed(parts))].texts for text in group])
             some = prompts if len(rows) == len(prompts) else prompts.select(rows)
             uniforms = keyed_uniforms(
-                seed=seed, step=step, study_ids=some.study_ids, group_size=group_size, length=max_new_tokens, attempt=attempt
+                seed=seed,
+                step=step,
+                study_ids=some.study_ids,
+                group_size=group_size,
+                length=max_new_tokens,
+                attempt=attempt,
             ).to(policy.device)
             known = None if states is None else states.select(rows)
-            parts[turn] = _decode(policy, language, some, vision.select(rows), group_size, max_new_tokens, uniforms, known, on_ended)
-    return parts[0] if len(parts) == 1 else Completions.join([parts[part] for part in range(len(cut))], pad_id=policy.pad_id)
+            parts[turn] = _decode(
+                policy, language, some, vision.select(rows), group_size, max_new_tokens, uniforms, known, on_ended
+            )
+    return (
+        parts[0]
+        if len(parts) == 1
+        else Completions.join([parts[part] for part in range(len(cut))], pad_id=policy.pad_id)
+    )
 
 
 @torch.no_grad()

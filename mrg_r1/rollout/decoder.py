@@ -1,7 +1,7 @@
 """The decode step: one token for every row, over a prompt cache that a group shares and a static cache of its own.
 
-Rows stand in a rectangle [S studies, M members]; places without a row carry a dummy. Everything that a step reads and writes is a
-tensor of fixed shape, so that on a GPU a step is one CUDA graph, replayed.
+Rows stand in a rectangle [S studies, M members]; places without a row carry a dummy. Everything that a step reads and
+writes is a tensor of fixed shape, so that on a GPU a step is one CUDA graph, replayed.
 """
 
 from __future__ import annotations
@@ -73,13 +73,20 @@ class Decoder:
         pad_id: int,
         answers: Answers,
     ) -> None:
-        self.language, self.embeddings, self.logits, self.eos = language.for_few_tokens(rows.numel()), embeddings, logits, eos
+        self.language, self.embeddings, self.logits, self.eos = (
+            language.for_few_tokens(rows.numel()),
+            embeddings,
+            logits,
+            eos,
+        )
         self.uniforms, self.answers, self.pad_id = uniforms, answers, pad_id
         self.length = answers.token_ids.shape[1]
         # [S * key heads, D, P] and [S * key heads, P, D]: the layouts that the two products read
         self.prompt_keys = [keys.transpose(2, 3).flatten(0, 1).contiguous() for keys, _ in prompt_cache]
         self.prompt_values = [values.flatten(0, 1).contiguous() for _, values in prompt_cache]
-        self.prompt_bias = None if prompt_mask.all() else torch.where(prompt_mask, 0.0, float("-inf")).to(embeddings.dtype)
+        self.prompt_bias = (
+            None if prompt_mask.all() else torch.where(prompt_mask, 0.0, float("-inf")).to(embeddings.dtype)
+        )
         self.rows = rows
         self.next_position = next_position
         places, device = rows.numel(), rows.device
@@ -105,7 +112,9 @@ class Decoder:
             self.graph.replay()
             return
         self._advance(width)
-        if self.rows.is_cuda:  # the step just made was the warm-up that capturing needs; capturing itself computes nothing
+        if (
+            self.rows.is_cuda
+        ):  # the step just made was the warm-up that capturing needs; capturing itself computes nothing
             self.graph, self.graph_shape = torch.cuda.CUDAGraph(), (self.rows.numel(), width)
             with torch.cuda.graph(self.graph):
                 self._advance(width)
@@ -133,7 +142,9 @@ class Decoder:
         self.finish()
         members = int(running.sum(dim=1).max())
         studies = running.any(dim=1).nonzero().squeeze(1)
-        order = running[studies].int().argsort(dim=1, descending=True, stable=True)[:, :members]  # running members first
+        order = (
+            running[studies].int().argsort(dim=1, descending=True, stable=True)[:, :members]
+        )  # running members first
         rows = self.rows[studies].gather(1, order)
         dummy = len(self.answers.ended) - 1
         self.rows = torch.where(running[studies].gather(1, order), rows, dummy)
@@ -147,7 +158,9 @@ class Decoder:
             self.next_position = self.next_position[studies]
         slot = studies.unsqueeze(1)  # [S', M'] with `order`: the study and the member that each place takes
         self.own_keys = [keys.transpose(1, 2)[slot, order].transpose(1, 2).contiguous() for keys in self.own_keys]
-        self.own_values = [values.transpose(1, 2)[slot, order].transpose(1, 2).contiguous() for values in self.own_values]
+        self.own_values = [
+            values.transpose(1, 2)[slot, order].transpose(1, 2).contiguous() for values in self.own_values
+        ]
         self.tokens = self.tokens[places]
         self._take_places()
 
@@ -156,13 +169,17 @@ class Decoder:
         language, members = self.language, self.rows.shape[1]
         position = (self.next_position + self.step - 1).repeat_interleave(members)  # of the tokens that are fed
         cos, sin = language.rotation(position.expand(3, -1))
-        own_bias = torch.where(torch.arange(width, device=self.rows.device) < self.step, 0.0, float("-inf")).to(self.embeddings.dtype)
+        own_bias = torch.where(torch.arange(width, device=self.rows.device) < self.step, 0.0, float("-inf")).to(
+            self.embeddings.dtype
+        )
         x = F.embedding(self.tokens, self.embeddings)
         for number, layer in enumerate(language.layers):
             x = self._layer(number, layer, x, cos, sin, own_bias, width)
         self._sample(language.rms_norm(x, language.norm))
 
-    def _layer(self, number: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, own_bias: Tensor, width: int) -> Tensor:
+    def _layer(
+        self, number: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, own_bias: Tensor, width: int
+    ) -> Tensor:
         language, studies = self.language, len(self.rows)
         heads, key_heads, size = language.heads, language.key_heads, language.head_size
         qkv = layer.qkv(language.rms_norm(x, layer.norm_attention)).view(len(x), -1, size)
@@ -173,10 +190,14 @@ class Decoder:
 
         # query heads that share a key head are so many queries of it: [S, K, M, heads / K, D]
         q = self._by_study(qk[:, :heads]).mul_(size**-0.5)
-        to_prompt = torch.bmm(q.view(studies * key_heads, -1, size), self.prompt_keys[number])  # the prompt is read once a study
+        to_prompt = torch.bmm(
+            q.view(studies * key_heads, -1, size), self.prompt_keys[number]
+        )  # the prompt is read once a study
         if self.prompt_bias is not None:
             to_prompt.view(studies, key_heads, -1, to_prompt.shape[2]).add_(self.prompt_bias[:, None, None])
-        to_own = torch.matmul(q, own_keys[:, :, :, :width].transpose(3, 4)).add_(own_bias)  # [S, K, M, heads / K, width]
+        to_own = torch.matmul(q, own_keys[:, :, :, :width].transpose(3, 4)).add_(
+            own_bias
+        )  # [S, K, M, heads / K, width]
         scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:2], width)], dim=2)
         weights = scores.softmax(dim=2, dtype=torch.float32).to(x.dtype)
         seen = to_prompt.shape[2]

@@ -1,7 +1,7 @@
 """Keyed sampling: a completion's random numbers depend on (seed, step, study, member) and on nothing else.
 
-The same study gets the same numbers on any rank, in any batch and any order, so a run can be cut differently, resumed or
-replayed member by member.
+The same study gets the same numbers on any rank, in any batch and any order, so a run can be cut differently, resumed
+or replayed member by member.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 
-def keyed_uniforms(*, seed: int, step: int, study_ids: Sequence[str], group_size: int, length: int, attempt: int = 0) -> Tensor:
+def keyed_uniforms(
+    *, seed: int, step: int, study_ids: Sequence[str], group_size: int, length: int, attempt: int = 0
+) -> Tensor:
     """Uniform numbers of each completion, one a token.
 
     Args:
@@ -44,5 +46,7 @@ def sample_tokens(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = log_probs.double().exp().cumsum(dim=-1)
     total = cumulative[:, -1:]
     # The last ids may be banned: their cumulative equals the total, so u * total must stay strictly below it.
-    target = torch.minimum(uniforms.to(cumulative).unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total)))
+    target = torch.minimum(
+        uniforms.to(cumulative).unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total))
+    )
     return torch.searchsorted(cumulative, target, right=True).squeeze(1)

@@ -1,4 +1,6 @@
-"""The score card: every definition, interval and baseline of one system on one set of studies, and all that makes them comparable."""
+"""The score card: every definition, interval and baseline of one system on one set of studies, and all that makes them
+comparable.
+"""
 
 from __future__ import annotations
 
@@ -50,18 +52,21 @@ def score_files(
         samples, seed: of the bootstrap; the seed also draws the random training reports.
 
     Returns:
-        The card, as docs/scores.md describes it. It depends on the studies and what is said of them alone: neither on the order of rows nor
-        on file names, and it holds no report.
+        The card, as docs/scores.md describes it. It depends on the studies and what is said of them alone: neither on
+        the order of rows nor on file names, and it holds no report.
 
     Raises:
-        ValueError: a study that stands in one file only, reports without a labeler, or a file that cannot be read as any kind.
+        ValueError: a study that stands in one file only, reports without a labeler, or a file that cannot be read as
+            any kind.
         OSError: a file cannot be read.
     """
     labeler = None if load_labeler is None else cache(load_labeler)
     of_predicted = read_side(predicted, "predicted", split=split)
     of_reference = read_side(_with_both_sides(predicted) if reference is None else reference, "reference", split=split)
     if split is not None and not (of_predicted.has_splits or of_reference.has_splits):
-        raise ValueError(f"--split {split}: neither {of_predicted.path} nor {of_reference.path} names splits; leave it out")
+        raise ValueError(
+            f"--split {split}: neither {of_predicted.path} nor {of_reference.path} names splits; leave it out"
+        )
     require_same_studies(of_predicted, of_reference)
     of_train = None if train is None else _labelled(_read_train(train), labeler, labels_by)
     of_predicted, of_reference = (_labelled(side, labeler, labels_by) for side in (of_predicted, of_reference))
@@ -69,7 +74,11 @@ def score_files(
     said, true = (_classes(side, ids) for side in (of_predicted, of_reference))
     train_ids = [] if of_train is None else sorted(of_train.ids)
     of_training = None if of_train is None else _classes(of_train, train_ids)
-    known = [side.labeler for side in (of_predicted, of_reference) if side.labeler is not None and side.labeler["fingerprint"] is not None]
+    known = [
+        side.labeler
+        for side in (of_predicted, of_reference)
+        if side.labeler is not None and side.labeler["fingerprint"] is not None
+    ]
     return {
         "format": FORMAT,
         "version": __version__,
@@ -81,7 +90,12 @@ def score_files(
         "train": None
         if of_train is None or of_training is None
         else {"n": len(train_ids), "labeler": of_train.labeler, "labels_sha256": labels_hash(train_ids, of_training)},
-        "bootstrap": {"samples": samples, "seed": seed, "level": LEVEL, "method": "percentile, studies drawn with replacement"},
+        "bootstrap": {
+            "samples": samples,
+            "seed": seed,
+            "level": LEVEL,
+            "method": "percentile, studies drawn with replacement",
+        },
         **_clinical(said, true, of_training, samples, seed),
         **_lexical(of_predicted, of_reference, ids, cleaning),
         "predictions": {"ids": ids, "predicted": digits(said), "reference": digits(true)},
@@ -97,24 +111,32 @@ def write_card(path: Path, card: Mapping[str, Any]) -> None:
 
 def _with_both_sides(path: Path) -> Path:
     if path.suffix.lower() not in (".json", ".jsonl"):
-        raise ValueError(f"{path}: one file alone must have both sides, and only .json and .jsonl can; name the reference file too")
+        raise ValueError(
+            f"{path}: one file alone must have both sides, and only .json and .jsonl can; name the reference file too"
+        )
     return path
 
 
 def _read_train(path: Path) -> Side:
     if path.suffix.lower() in (".json", ".jsonl"):
-        raise ValueError(f"{path}: training reports or labels are read from a CSV or a .txt, so that no other split is among them")
+        raise ValueError(
+            f"{path}: training reports or labels are read from a CSV or a .txt, so that no other split is among them"
+        )
     return read_side(path, "reference")
 
 
 def _labelled(side: Side, labeler: LoadLabeler | None, labels_by: str | None) -> Side:
-    """The side with classes: read out of its reports by the labeler where one is given, else those that stand in the file."""
+    """The side with classes: read out of its reports by the labeler where one is given, else those that stand in the
+    file.
+    """
     if side.texts is not None and labeler is not None:
         read = labeler()
         classes = dict(zip(side.texts, read.label(list(side.texts.values()), progress=True).tolist(), strict=True))
         return replace(side, classes=classes, labeler={"name": read.name, "fingerprint": read.fingerprint})
     if side.classes is None:
-        raise ValueError(f"{side.path}: holds reports, not labels; give a labeler with --labeler, or a CSV with the 14 observations")
+        raise ValueError(
+            f"{side.path}: holds reports, not labels; give a labeler with --labeler, or a CSV with the 14 observations"
+        )
     if side.labeler is None and labels_by is not None:
         return replace(side, labeler={"name": labels_by, "fingerprint": None})
     return side
@@ -136,7 +158,8 @@ def _clinical(
     intervals = bootstrap_intervals(predicted, reference, samples=samples, seed=seed, shown=shown)
     return {
         "definitions": {
-            name: {**asdict(score), "f1_ci": list(intervals[name])} for name, score in clinical_scores(predicted, reference).items()
+            name: {**asdict(score), "f1_ci": list(intervals[name])}
+            for name, score in clinical_scores(predicted, reference).items()
         },
         "definitions_are": definitions_are(),
         "support": support(reference),
@@ -159,14 +182,21 @@ def _lexical(predicted: Side, reference: Side, ids: Sequence[str], cleaning: str
     if predicted.texts is None or reference.texts is None:
         without = predicted if predicted.texts is None else reference
         which = "predicted" if without is predicted else "reference"
-        return {"lexical": None, "lexical_reason": f"the {which} file has labels and no reports; give reports on both sides"}
+        return {
+            "lexical": None,
+            "lexical_reason": f"the {which} file has labels and no reports; give reports on both sides",
+        }
     from mrg_r1.metrics import lexical
 
     named = next((name for name in lexical.CLEANINGS if name == cleaning), None)
     if named is None:
         raise ValueError(f"cleaning {cleaning!r}; there are {', '.join(lexical.CLEANINGS)}")
-    said, true = ({study: side.texts[study] for study in ids} for side in (predicted, reference) if side.texts is not None)
+    said, true = (
+        {study: side.texts[study] for study in ids} for side in (predicted, reference) if side.texts is not None
+    )
     return {
-        "lexical": lexical.described_scores(said, true, named, shown=lambda names: progress(names, "lexical metrics", len(names))),
+        "lexical": lexical.described_scores(
+            said, true, named, shown=lambda names: progress(names, "lexical metrics", len(names))
+        ),
         "lexical_reason": None,
     }

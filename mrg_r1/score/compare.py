@@ -1,4 +1,6 @@
-"""`mrg-r1 score --compare`: two score cards enter; why they cannot be compared, or every difference with its interval, leaves."""
+"""`mrg-r1 score --compare`: two score cards enter; why they cannot be compared, or every difference with its interval,
+leaves.
+"""
 
 from __future__ import annotations
 
@@ -90,13 +92,20 @@ def read_card(path: Path) -> Read:
         what = f"field `{field}`: {first['msg']}" if field else first["msg"]
         raise ValueError(f"{path}: not a score card ({what}); {HOW_TO_MAKE}") from error
     if card.format != FORMAT:
-        raise ValueError(f"{path}, field `format`: {card.format!r}, written by mrg-r1 {card.version}; this is {FORMAT!r}: score again")
+        raise ValueError(
+            f"{path}, field `format`: {card.format!r}, written by mrg-r1 {card.version}; this is {FORMAT!r}: score "
+            "again"
+        )
     ours = definitions_are()
-    if changed := [name for name in sorted(ours.keys() | card.definitions_are.keys()) if ours.get(name) != card.definitions_are.get(name)]:
+    if changed := [
+        name
+        for name in sorted(ours.keys() | card.definitions_are.keys())
+        if ours.get(name) != card.definitions_are.get(name)
+    ]:
         name = changed[0]
         raise ValueError(
-            f"{path}, field `definitions_are.{name}`: {card.definitions_are.get(name)}, written by mrg-r1 {card.version}; here it is "
-            f"{ours.get(name)}: score again"
+            f"{path}, field `definitions_are.{name}`: {card.definitions_are.get(name)}, written by mrg-r1 "
+            f"{card.version}; here it is {ours.get(name)}: score again"
         )
     ids = card.predictions.ids
     arrays = {}
@@ -113,10 +122,14 @@ def read_card(path: Path) -> Read:
         ("studies.ids_sha256", ids_hash(ids), card.studies.ids_sha256),
     ):
         if found != said:
-            raise ValueError(f"{path}, field `{name}`: {found} in the card, which says {said}; it was changed: score again")
+            raise ValueError(
+                f"{path}, field `{name}`: {found} in the card, which says {said}; it was changed: score again"
+            )
     for name, stated in (("predicted", card.predicted.labels_sha256), ("reference", card.reference.labels_sha256)):
         if (held := labels_hash(ids, arrays[name])) != stated:
-            raise ValueError(f"{path}, field `predictions.{name}`: its hash is {held}, not {stated}; it was changed: score again")
+            raise ValueError(
+                f"{path}, field `predictions.{name}`: its hash is {held}, not {stated}; it was changed: score again"
+            )
     return Read(path, card, arrays["predicted"], arrays["reference"])
 
 
@@ -138,7 +151,12 @@ def why_not(first: Read, second: Read) -> list[str]:
         remedy = "score both with the same --labeler, or name who read label files with --labels-by"
         same(f"labeler of the {side} labels", of_a, of_b, remedy)
     if a.lexical is not None and b.lexical is not None:
-        same("cleaning of the lexical metrics", a.lexical.cleaning, b.lexical.cleaning, "score both with the same --cleaning")
+        same(
+            "cleaning of the lexical metrics",
+            a.lexical.cleaning,
+            b.lexical.cleaning,
+            "score both with the same --cleaning",
+        )
         same("scorer of the lexical metrics", a.lexical.package, b.lexical.package, "score both in one environment")
         if a.lexical.cleaning == b.lexical.cleaning:
             hashes = f"hash {a.lexical.references_sha256}", f"hash {b.lexical.references_sha256}"
@@ -147,11 +165,13 @@ def why_not(first: Read, second: Read) -> list[str]:
 
 
 def compare_cards(first: Path, second: Path, *, samples: int = SAMPLES, seed: int = 0) -> dict[str, Any]:
-    """The difference (second - first) of the F1 of every definition, on the same studies and the same resamples of them.
+    """The difference (second - first) of the F1 of every definition, on the same studies and the same resamples of
+    them.
 
     Returns:
-        `n`, `studies`, `bootstrap`, `definitions.NAME.{first, second, difference, ci, excludes_zero, p}`, `definitions_are`, and
-        `lexical.NAME.{first, second, difference}` with `cleaning`, or null where a card has none.
+        `n`, `studies`, `bootstrap`, `definitions.NAME.{first, second, difference, ci, excludes_zero, p}`,
+        `definitions_are`, and `lexical.NAME.{first, second, difference}` with `cleaning`, or null where a card has
+        none.
 
     Raises:
         ValueError: a file that is no card, or cards that cannot be compared, with every reason.
@@ -174,7 +194,10 @@ def compare_cards(first: Path, second: Path, *, samples: int = SAMPLES, seed: in
     return {
         "format": "mrg-r1 comparison 1",
         "version": __version__,
-        "cards": {"first": {"file": str(first), "version": a.version}, "second": {"file": str(second), "version": b.version}},
+        "cards": {
+            "first": {"file": str(first), "version": a.version},
+            "second": {"file": str(second), "version": b.version},
+        },
         "n": a.n,
         "studies": a.studies.model_dump(),
         "predicted": {"labeler": None if a.predicted.labeler is None else a.predicted.labeler.model_dump()},
@@ -184,7 +207,8 @@ def compare_cards(first: Path, second: Path, *, samples: int = SAMPLES, seed: in
             "seed": seed,
             "level": LEVEL,
             "method": "percentile, paired: both systems on the same studies drawn with replacement",
-            "p": "two-sided, min(1, 2 min(1 + #{d <= 0}, 1 + #{d >= 0}) / (samples + 1)), without a correction for ten definitions",
+            "p": "two-sided, min(1, 2 min(1 + #{d <= 0}, 1 + #{d >= 0}) / (samples + 1)), without a correction "
+            "for ten definitions",
         },
         "definitions": {
             name: {
@@ -216,7 +240,11 @@ def _lexical(first: _Lexical | None, second: _Lexical | None) -> dict[str, Any] 
         "cleaning": first.cleaning,
         "package": first.package,
         "scores": {
-            name: {"first": first.scores[name], "second": second.scores[name], "difference": second.scores[name] - first.scores[name]}
+            name: {
+                "first": first.scores[name],
+                "second": second.scores[name],
+                "difference": second.scores[name] - first.scores[name],
+            }
             for name in both
         },
     }

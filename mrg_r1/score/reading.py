@@ -7,8 +7,10 @@
 | CSV, `id,report` | a report | `id` |
 | CSV of one column without a header (the R2Gen family's res.csv and gts.csv) | a report | the row's number |
 | .txt | a report a line | the line's number |
-| .json, `{id: report}`, a list of objects, or `{split: [objects]}` (R2Gen's annotation.json) | a report | `id`, `image_id`, `study_id` |
-| .jsonl, an object a line: RUN/evaluation/SPLIT_predictions.jsonl, manifest.jsonl | a report, perhaps its labels | the same |
+| .json, `{id: report}`, a list of objects, or `{split: [objects]}` (R2Gen's annotation.json) | a report | `id`,
+`image_id`, `study_id` |
+| .jsonl, an object a line: RUN/evaluation/SPLIT_predictions.jsonl, manifest.jsonl | a report, perhaps its labels | the
+same |
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ TEXT_FIELDS: dict[Role, tuple[str, ...]] = {
 LABEL_FIELDS: dict[Role, str] = {"predicted": "labels", "reference": "reference_labels"}
 REPORT_COLUMNS = ("Report Impression", "Reports")  # what CheXbert's and CheXpert's own outputs have beside the labels
 _PREDICTIONS = "_predictions.jsonl"
-_FIELD_LIMIT = 2**24  # characters of a CSV's field: a report is longer than csv's 131,072 only where a quote is left open
+_FIELD_LIMIT = (
+    2**24
+)  # characters of a CSV's field: a report is longer than csv's 131,072 only where a quote is left open
 
 Content = TypeVar("Content")
 
@@ -58,7 +62,8 @@ class Side:
 
 
 def read_side(path: Path, role: Role, *, split: str | None = None) -> Side:
-    """Read one file of the table above; its kind is told by its name's ending, any other than .txt, .json and .jsonl is a CSV.
+    """Read one file of the table above; its kind is told by its name's ending, any other than .txt, .json and .jsonl is
+    a CSV.
 
     Args:
         role: which of an object's fields is meant, where it has both sides' (`TEXT_FIELDS`).
@@ -84,14 +89,20 @@ def read_side(path: Path, role: Role, *, split: str | None = None) -> Side:
 
 
 def require_same_studies(predicted: Side, reference: Side) -> None:
-    """Raise ValueError unless both sides have the same studies, naming those that stand in one alone, and the remedy."""
+    """Raise ValueError unless both sides have the same studies, naming those that stand in one alone, and the
+    remedy.
+    """
     if predicted.by_line != reference.by_line:
         without, other = (predicted, reference) if predicted.by_line else (reference, predicted)
-        raise ValueError(f"{without.path}: has no ids, {other.path} has; add a column `id`, or give both files without, in the same order")
+        raise ValueError(
+            f"{without.path}: has no ids, {other.path} has; add a column `id`, or give both files without, in the "
+            "same order"
+        )
     if predicted.by_line and len(predicted.ids) != len(reference.ids):
         raise ValueError(
-            f"{predicted.path}: {len(predicted.ids):,} rows, {reference.path}: {len(reference.ids):,}; without ids they are aligned row by "
-            "row: give both the same studies in the same order (an empty line is an empty report)"
+            f"{predicted.path}: {len(predicted.ids):,} rows, {reference.path}: {len(reference.ids):,}; without ids "
+            "they are aligned row by row: give both the same studies in the same order (an empty line is an empty "
+            "report)"
         )
     problems = []
     for side, other in ((predicted, reference), (reference, predicted)):
@@ -129,18 +140,22 @@ def _read_csv(path: Path) -> Side:
 
         return Side(path, read_reports_csv(path), None)
     except csv.Error as error:
-        raise ValueError(f"{path}: broken CSV ({error}); a quote is open, or stands undoubled inside a field") from error
+        raise ValueError(
+            f"{path}: broken CSV ({error}); a quote is open, or stands undoubled inside a field"
+        ) from error
     finally:
         csv.field_size_limit(limit)
 
 
 def _require_known(path: Path, columns: Sequence[str]) -> None:
     """A misspelt observation, and a study's name that would be passed over and rows be numbered, are refused."""
-    unknown = [name for name in columns if name not in OBSERVATIONS and name not in REPORT_COLUMNS and name.lower() != "id"]
+    unknown = [
+        name for name in columns if name not in OBSERVATIONS and name not in REPORT_COLUMNS and name.lower() != "id"
+    ]
     if unknown:
         raise ValueError(
-            f"{path}, line 1: columns {unknown} are none of the observations {list(OBSERVATIONS)}; mend their names, call the study's "
-            "name `id`, and take other columns out"
+            f"{path}, line 1: columns {unknown} are none of the observations {list(OBSERVATIONS)}; mend their "
+            "names, call the study's name `id`, and take other columns out"
         )
 
 
@@ -150,11 +165,15 @@ def _read_column(path: Path) -> list[str]:
         reader = csv.reader(file, strict=True)
         for row in reader:
             if len(row) > 1:
-                remedy = "a report with a comma stands in quotes; with ids the first line names the columns, `id,report`"
+                remedy = (
+                    "a report with a comma stands in quotes; with ids the first line names the columns, `id,report`"
+                )
                 raise ValueError(f"{path}, line {reader.line_num}: {len(row)} fields in a file of one column; {remedy}")
             texts.append(row[0] if row else "")
     if texts[0].strip().lower() in ("report", "reports", "findings"):
-        raise ValueError(f"{path}, line 1: a column {texts[0].strip()!r} without ids; add a column `id`, or take the header away")
+        raise ValueError(
+            f"{path}, line 1: a column {texts[0].strip()!r} without ids; add a column `id`, or take the header away"
+        )
     return texts
 
 
@@ -171,9 +190,13 @@ def _numbered(texts: Iterable[str]) -> dict[str, str]:
 def _json_records(path: Path, split: str | None) -> list[tuple[str, Any]]:
     """(where, object) of every study."""
     try:
-        whole = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=lambda pairs: _without_repeats(path, pairs))
+        whole = json.loads(
+            path.read_text(encoding="utf-8-sig"), object_pairs_hook=lambda pairs: _without_repeats(path, pairs)
+        )
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON ({error.msg}); save it again") from error
+        raise ValueError(
+            f"{path}, line {error.lineno}, column {error.colno}: broken JSON ({error.msg}); save it again"
+        ) from error
     if isinstance(whole, dict) and whole and all(isinstance(part, list) and _objects(part) for part in whole.values()):
         filled = [name for name, part in whole.items() if part]
         if split is None and len(filled) > 1:
@@ -189,7 +212,9 @@ def _json_records(path: Path, split: str | None) -> list[tuple[str, Any]]:
         return [(f"{path}, key {name!r}", {"id": name, "report": text}) for name, text in single.items()]
     if isinstance(whole, list):
         return [(f"{path}, [{number}]", record) for number, record in enumerate(whole)]
-    raise ValueError(f"{path}: {_shown(whole)} is neither a list of objects nor an object; see `docs/scores.md` for what is read")
+    raise ValueError(
+        f"{path}: {_shown(whole)} is neither a list of objects nor an object; see `docs/scores.md` for what is read"
+    )
 
 
 def _jsonl_records(path: Path) -> list[tuple[str, Any]]:
@@ -200,7 +225,9 @@ def _jsonl_records(path: Path) -> list[tuple[str, Any]]:
                 records.append((f"{path}, line {number}", json.loads(line)))
             except json.JSONDecodeError as error:
                 remedy = "mend or remove the line"
-                raise ValueError(f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno}); {remedy}") from error
+                raise ValueError(
+                    f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno}); {remedy}"
+                ) from error
     return records
 
 
@@ -244,12 +271,17 @@ def _id(where: str, record: Mapping[str, Any]) -> str:
 def _text(where: str, study: str, record: Mapping[str, Any], role: Role) -> str:
     field = next((name for name in TEXT_FIELDS[role] if name in record), None)
     if field is None:
-        raise ValueError(f"{where}, id {study!r}: no {role} report; name it in one of the fields {', '.join(TEXT_FIELDS[role])}")
+        raise ValueError(
+            f"{where}, id {study!r}: no {role} report; name it in one of the fields {', '.join(TEXT_FIELDS[role])}"
+        )
     text = record[field]
     if text is None and field == "report" and role == "predicted":
         return ""  # a completion without a well-formed report says nothing
     if not isinstance(text, str):
-        raise ValueError(f"{where}, id {study!r}, field `{field}`: {_shown(text)} is not a text; write the report, empty quotes for none")
+        raise ValueError(
+            f"{where}, id {study!r}, field `{field}`: {_shown(text)} is not a text; write the report, empty quotes "
+            "for none"
+        )
     return text
 
 

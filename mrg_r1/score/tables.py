@@ -25,7 +25,9 @@ UNCERTAIN = "uncertain counts as positive in chexbert_*, as not positive in all 
 
 
 def print_card(card: Mapping[str, Any]) -> None:
-    """A card of `score_files`: clinical efficacy by definition, by observation, lexical metrics, and what they are of."""
+    """A card of `score_files`: clinical efficacy by definition, by observation, lexical metrics, and what they
+    are of.
+    """
     console = _console()
     table = _table("definition")
     for column in ("P", "R", "F1", "95 % of F1", *_COMPARED.values()):
@@ -84,15 +86,20 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
         lexical = comparison["lexical"]
         table = _table("metric", "first", "second", "difference")
         for name, found in lexical["scores"].items():
-            table.add_row(_TITLES[name], f"{found['first']:.4f}", f"{found['second']:.4f}", f"{found['difference']:+.4f}")
-        _print_table(console, f"Lexical metrics, cleaning {lexical['cleaning']}, {lexical['package']}; without intervals", table)
+            table.add_row(
+                _TITLES[name], f"{found['first']:.4f}", f"{found['second']:.4f}", f"{found['difference']:+.4f}"
+            )
+        _print_table(
+            console, f"Lexical metrics, cleaning {lexical['cleaning']}, {lexical['package']}; without intervals", table
+        )
     bootstrap = comparison["bootstrap"]
     lines = [
         *(f"{which}: {card['file']}, mrg-r1 {card['version']}" for which, card in cards.items()),
         UNCERTAIN,
         f"{bootstrap['samples']:,} resamples, seed {bootstrap['seed']}, {bootstrap['method']}",
         f"p: {bootstrap['p']}",
-        f"labelers: predicted {_labeler(comparison['predicted']['labeler'])}, reference {_labeler(comparison['reference']['labeler'])}",
+        f"labelers: predicted {_labeler(comparison['predicted']['labeler'])}, reference "
+        f"{_labeler(comparison['reference']['labeler'])}",
     ]
     _print_lines(console, lines)
 
@@ -102,7 +109,9 @@ def _observations(card: Mapping[str, Any]) -> Table:
     for column in ("P", "R", "F1", "support"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, score in card["observations"].items():
-        table.add_row(name, *(f"{score[part]:.3f}" for part in ("precision", "recall", "f1")), f"{card['support'][name]:,}")
+        table.add_row(
+            name, *(f"{score[part]:.3f}" for part in ("precision", "recall", "f1")), f"{card['support'][name]:,}"
+        )
     return table
 
 
@@ -111,11 +120,15 @@ def _origin(card: Mapping[str, Any]) -> list[str]:
     bootstrap, studies = card["bootstrap"], card["studies"]
     lines = [
         f"labelers: predicted {_labeler(predicted)}, reference {_labeler(reference)}",
-        f"studies: {card['n']:,} by {studies['identified_by']}, hash {studies['ids_sha256'][:_HASH]}; intervals: {bootstrap['samples']:,} "
-        f"resamples, seed {bootstrap['seed']}, {bootstrap['method']}; mrg-r1 {card['version']}",
+        f"studies: {card['n']:,} by {studies['identified_by']}, hash {studies['ids_sha256'][:_HASH]}; intervals: "
+        f"{bootstrap['samples']:,} resamples, seed {bootstrap['seed']}, {bootstrap['method']}; mrg-r1 "
+        f"{card['version']}",
     ]
     if predicted != reference:
-        lines.append("warning: predicted and reference labels are not known to be by one labeler; their differences count as errors")
+        lines.append(
+            "warning: predicted and reference labels are not known to be by one labeler; their differences count "
+            "as errors"
+        )
     return lines
 
 
@@ -127,7 +140,9 @@ def _labeler(labeler: Mapping[str, str | None] | None) -> str:
 
 
 def _print_table(console: Console, title: str, table: Table) -> None:
-    console.print(f"\n{title}", style="bold", highlight=False, markup=False, soft_wrap=True)  # a table's own title wraps at its width
+    console.print(
+        f"\n{title}", style="bold", highlight=False, markup=False, soft_wrap=True
+    )  # a table's own title wraps at its width
     console.print(table)
 
 

@@ -1,7 +1,8 @@
-"""From what the rows' runs left to the numbers of a table: mean and spread over seeds, and differences from the reference row.
+"""From what the rows' runs left to the numbers of a table: mean and spread over seeds, and differences from the
+reference row.
 
-Everything clinical and lexical is computed here from RUN/evaluation/*_predictions.jsonl, so that all rows are measured alike,
-whatever their recipes logged.
+Everything clinical and lexical is computed here from RUN/evaluation/*_predictions.jsonl, so that all rows are measured
+alike, whatever their recipes logged.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Gain:
     mean: float
     interval: tuple[float, float] | None  # 95 % t interval of the mean over seeds
     studies_difference: float | None  # of the F1 over all seeds' studies together
-    studies_interval: tuple[float, float] | None  # 95 % paired bootstrap over those studies: of these very policies, not of the method
+    studies_interval: (
+        tuple[float, float] | None
+    )  # 95 % paired bootstrap over those studies: of these very policies, not of the method
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,21 @@ class _Read:
 def check_columns(columns: Sequence[str]) -> None:
     """Raise TableError for a column that is none.
 
-    A column is KIND:NAME. `truth`, `labeler` and `judge`: F1 of a definition, or of one observation (class 1 as positive), against the
-    drawn truth, the rewarded labeler's reading or the judge's. `lexical`: of the raw texts. `evaluation`: a number of the evaluation
-    file. `step`: a metric's mean over all training steps.
+    A column is KIND:NAME. `truth`, `labeler` and `judge`: F1 of a definition, or of one observation (class 1 as
+    positive), against the drawn truth, the rewarded labeler's reading or the judge's. `lexical`: of the raw texts.
+    `evaluation`: a number of the evaluation file. `step`: a metric's mean over all training steps.
     """
     for column in columns:
         kind, _, name = column.partition(":")
         if kind not in (*_CLINICAL, "lexical", "evaluation", "step") or not name:
-            raise TableError(f"column {column!r}: write KIND:NAME with truth, labeler, judge, lexical, evaluation or step for KIND")
+            raise TableError(
+                f"column {column!r}: write KIND:NAME with truth, labeler, judge, lexical, evaluation or step for KIND"
+            )
         if kind in _CLINICAL and name not in (*DEFINITIONS, *OBSERVATIONS):
-            raise TableError(f"column {column!r}: no definition and no observation; there are {', '.join((*DEFINITIONS, *OBSERVATIONS))}")
+            raise TableError(
+                f"column {column!r}: no definition and no observation; there are "
+                f"{', '.join((*DEFINITIONS, *OBSERVATIONS))}"
+            )
         if kind == "lexical" and name not in NAMES:
             raise TableError(f"column {column!r}: no lexical metric; there are {', '.join(NAMES)}")
 
@@ -134,14 +142,20 @@ def build_table(plan: Plan, *, samples: int = 1000) -> BuiltTable:
         gains = {}
         if row.name != spec.reference:
             compared = {
-                column: [seed for seed in done if None not in (values[row.name, column][seed], values[spec.reference, column].get(seed))]
+                column: [
+                    seed
+                    for seed in done
+                    if None not in (values[row.name, column][seed], values[spec.reference, column].get(seed))
+                ]
                 for column in spec.columns
             }
             kinds = {column.partition(":")[0] for column in spec.columns if compared[column] and _is_definition(column)}
             pooled = {kind: _pooled(kind, spec.reference, row.name, done, read, samples) for kind in sorted(kinds)}
             for column, shared in compared.items():
                 if shared:
-                    gains[column] = _gain(column, values[spec.reference, column], values[row.name, column], shared, pooled)
+                    gains[column] = _gain(
+                        column, values[spec.reference, column], values[row.name, column], shared, pooled
+                    )
         rows.append(BuiltRow(row.name, done, cells, gains))
     return BuiltTable(
         title=spec.title,
@@ -166,15 +180,19 @@ def _read(run: RowRun, name: str) -> _Read:
     folder = run.folder / "evaluation"
     try:
         evaluation = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        predictions = [json.loads(line) for line in (folder / f"{name}_predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+        predictions = [
+            json.loads(line) for line in (folder / f"{name}_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         log = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise TableError(
-            f"{error.filename}: not there, though the run of row {run.row!r}, seed {run.seed} is complete; does its recipe evaluate "
-            "(evaluation.test, and evaluation.before for a row that is `before` another)?"
+            f"{error.filename}: not there, though the run of row {run.row!r}, seed {run.seed} is complete; does "
+            "its recipe evaluate (evaluation.test, and evaluation.before for a row that is `before` another)?"
         ) from error
     except json.JSONDecodeError as error:
-        raise TableError(f"{folder}: {name}: not whole JSON ({error}); remove {run.folder} to run the row again") from error
+        raise TableError(
+            f"{folder}: {name}: not whole JSON ({error}); remove {run.folder} to run the row again"
+        ) from error
     predicted = _classes(predictions, "labels")
     classes = {"labeler": (predicted, _classes(predictions, "reference_labels"))}
     if all(row["drawn"] is not None for row in predictions):
@@ -273,7 +291,9 @@ def _pooled(
         if (reference, seed) in read:
             of_reference, of_row = read[reference, seed].classes[kind], read[row, seed].classes[kind]
             if not np.array_equal(of_reference[1], of_row[1]):
-                raise TableError(f"{row!r} and {reference!r}, seed {seed}: other studies or references; they cannot be compared")
+                raise TableError(
+                    f"{row!r} and {reference!r}, seed {seed}: other studies or references; they cannot be compared"
+                )
             pairs.append((of_reference[0], of_row[0], of_row[1]))
     first, second, truth = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     return paired_differences(first, second, truth, samples=samples)

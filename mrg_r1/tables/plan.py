@@ -1,7 +1,7 @@
 """A table's file: its rows are recipes over seeds. What it holds, what is wrong with it, and the runs that it asks for.
 
-A row's run has a folder of its own, named after a hash of the recipe that it resolves to: a finished run is kept, is shared by all tables
-that ask for the same one, and is no longer the same when a value of its recipe changes.
+A row's run has a folder of its own, named after a hash of the recipe that it resolves to: a finished run is kept, is
+shared by all tables that ask for the same one, and is no longer the same when a value of its recipe changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from mrg_r1.config import Recipe, RecipeError, load_recipe
 Task = Literal["grpo", "sft"]
 SCRIPTS: dict[Task, str] = {"grpo": "launch/train.py", "sft": "launch/sft.py"}
 _RUN_OF = re.compile(r"\{run:([^{}]+)\}")
-# What changes nothing of what a run learns or of the reports that it leaves; lexical metrics are computed by the table itself
+# What changes nothing of what a run learns or of the reports that it leaves; lexical metrics are computed by the table
+# itself
 _BESIDE: Any = {"output_dir": True, "tracking": True, "resume": True, "evaluation": {"lexical"}}
 _NAME = re.compile(r"\{([a-z_]+)\}")
 
@@ -64,7 +65,8 @@ class TableSpec(_Part):
     question: str
     recipes: dict[str, Path]  # grpo, sft, …: files beside the table's
     seeds: dict[int, dict[str, str]] = Field(min_length=1)  # seed -> names and what they stand for at that seed
-    # recipe key -> value, for every row. In a text {name} stands for what `seeds` says, {run:ROW} for the folder of that row's run
+    # recipe key -> value, for every row. In a text {name} stands for what `seeds` says, {run:ROW} for the folder of
+    # that row's run
     set: dict[str, Any] = {}
     rows: list[RowSpec] = Field(min_length=1)
     reference: str  # the row that the others are compared with
@@ -90,9 +92,14 @@ class TableSpec(_Part):
                 if row.before not in [other.name for other in self.rows if other.before is None]:
                     raise ValueError(f"row {row.name!r}: before {row.before!r} is no row with a run")
                 if row.set or row.cpu_seconds_of or row.recipe:
-                    raise ValueError(f"row {row.name!r}: `before` takes another row's evaluation, so it has no run to set anything of")
+                    raise ValueError(
+                        f"row {row.name!r}: `before` takes another row's evaluation, so it has no run to set "
+                        "anything of"
+                    )
             elif (row.recipe or row.task) not in self.recipes:
-                raise ValueError(f"row {row.name!r}: recipes has no {row.recipe or row.task!r}; it has {', '.join(self.recipes)}")
+                raise ValueError(
+                    f"row {row.name!r}: recipes has no {row.recipe or row.task!r}; it has {', '.join(self.recipes)}"
+                )
             used = _NAME.findall(json.dumps({**self.set, **row.set}))
             unknown = sorted(name for name in used if any(name not in names for names in self.seeds.values()))
             if unknown:
@@ -140,7 +147,8 @@ def read_table(path: Path) -> TableSpec:
     """Read and check a table's file.
 
     Raises:
-        TableError: unreadable, not YAML, an unknown field, a row that names another which is not there, an unknown column.
+        TableError: unreadable, not YAML, an unknown field, a row that names another which is not there, an unknown
+            column.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -151,7 +159,10 @@ def read_table(path: Path) -> TableSpec:
     try:
         spec = TableSpec.model_validate(content)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, p['loc'])) or 'table'}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors()]
+        lines = [
+            f"  {'.'.join(map(str, p['loc'])) or 'table'}: {p['msg'].removeprefix('Value error, ')}"
+            for p in error.errors()
+        ]
         raise TableError(f"{path}: {error.error_count()} problem(s)\n" + "\n".join(lines)) from None
     for number in spec.published:
         if number.column not in spec.columns:
@@ -179,7 +190,9 @@ def plan_table(path: Path, *, rows_folder: Path, overrides: Sequence[str] = (), 
     for seed in seeds or spec.seeds:
         for row in spec.rows:
             if row.before is None:
-                runs[row.name, seed] = _row_run(path, spec, row, seed, runs=runs, rows_folder=rows_folder, overrides=overrides)
+                runs[row.name, seed] = _row_run(
+                    path, spec, row, seed, runs=runs, rows_folder=rows_folder, overrides=overrides
+                )
     return Plan(spec, dict(sorted(runs.items(), key=lambda item: [row.name for row in spec.rows].index(item[0][0]))))
 
 
@@ -212,7 +225,11 @@ def _row_run(
     timed = runs[row.cpu_seconds_of, seed].folder if row.cpu_seconds_of else None
     folder = rows_folder / f"{row.task}-seed{seed}-{_fingerprint(recipe, row.task, timed)}"
     _check_made_with(folder, recipe)
-    given = (("data.manifest", recipe.data.manifest), ("policy.path", recipe.policy.path), ("reward.labeler", recipe.reward.labeler))
+    given = (
+        ("data.manifest", recipe.data.manifest),
+        ("policy.path", recipe.policy.path),
+        ("reward.labeler", recipe.reward.labeler),
+    )
     return RowRun(
         row=row.name,
         seed=seed,
@@ -232,10 +249,14 @@ def check_inputs(plan: Plan) -> None:
     Raises:
         TableError: names every missing path once, the key that it is the value of, and the remedy.
     """
-    missing = {(key, path) for run in plan.runs.values() if not run.finished for key, path in run.inputs if not path.exists()}
+    missing = {
+        (key, path) for run in plan.runs.values() if not run.finished for key, path in run.inputs if not path.exists()
+    }
     if missing:
         lines = [f"  {key} {path}: no such file or folder" for key, path in sorted(missing)]
-        raise TableError("the table's rows lack what they read; give yours as key=value after the table's file\n" + "\n".join(lines))
+        raise TableError(
+            "the table's rows lack what they read; give yours as key=value after the table's file\n" + "\n".join(lines)
+        )
 
 
 def _check_made_with(folder: Path, recipe: Recipe) -> None:
@@ -247,15 +268,19 @@ def _check_made_with(folder: Path, recipe: Recipe) -> None:
     for key, value in ours.items():
         if theirs.get(key) != value and key != "sft.max_cpu_seconds":  # which the scheduler adds
             raise TableError(
-                f"{folder}: was run with {key} {theirs.get(key)!r}, the row has {value!r} today; remove the folder to run it again, or set "
-                f"{key} in the table's file"
+                f"{folder}: was run with {key} {theirs.get(key)!r}, the row has {value!r} today; remove the folder "
+                f"to run it again, or set {key} in the table's file"
             )
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and key != "weights" else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and key != "weights"
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 

@@ -50,7 +50,11 @@ def table_as_markdown(table: BuiltTable) -> str:
     if any(row.gains for row in table.rows):
         parts += [f"## Differences from {table.reference}", _gains(table, "github"), _GAIN_NOTE]
     if table.published:
-        parts += ["## Published", _published(table, "github"), "Not run here; numbers of different definitions cannot be compared."]
+        parts += [
+            "## Published",
+            _published(table, "github"),
+            "Not run here; numbers of different definitions cannot be compared.",
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -74,7 +78,15 @@ def table_as_csv(table: BuiltTable) -> str:
     seeds = sorted(table.studies)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    head = ["row", "column", "title", "made_on", "source", "definition_of_published", *(f"seed_{seed}" for seed in seeds)]
+    head = [
+        "row",
+        "column",
+        "title",
+        "made_on",
+        "source",
+        "definition_of_published",
+        *(f"seed_{seed}" for seed in seeds),
+    ]
     head += ["mean", "std", "least", "most", "low", "high"]
     head += ["difference", "difference_low", "difference_high", "studies_low", "studies_high"]
     writer.writerow(head)
@@ -83,11 +95,30 @@ def table_as_csv(table: BuiltTable) -> str:
             cell, gain = row.cells[column], row.gains.get(column)
             numbers = [cell.mean, cell.std, cell.least, cell.most, *(cell.interval or (None, None))]
             nothing = (None, None)
-            against = [None] * 5 if gain is None else [gain.mean, *(gain.interval or nothing), *(gain.studies_interval or nothing)]
-            line = [row.name, column, column_title(column), table.made_on, "run here", None, *(cell.values.get(seed) for seed in seeds)]
+            against = (
+                [None] * 5
+                if gain is None
+                else [gain.mean, *(gain.interval or nothing), *(gain.studies_interval or nothing)]
+            )
+            line = [
+                row.name,
+                column,
+                column_title(column),
+                table.made_on,
+                "run here",
+                None,
+                *(cell.values.get(seed) for seed in seeds),
+            ]
             writer.writerow([*line, *numbers, *against])
     for number in table.published:
-        named = [number["system"], number["column"], column_title(number["column"]), None, number["source"], number["definition"]]
+        named = [
+            number["system"],
+            number["column"],
+            column_title(number["column"]),
+            None,
+            number["source"],
+            number["definition"],
+        ]
         writer.writerow([*named, *(None for _ in seeds), number["value"], *[None] * 10])
     return out.getvalue()
 
@@ -95,7 +126,13 @@ def table_as_csv(table: BuiltTable) -> str:
 def plan_as_table(plan: Plan) -> str:
     """The runs that a table asks for, and how far they are."""
     rows = [
-        (run.row, run.seed, run.task, "finished" if run.finished else "begun" if run.folder.is_dir() else "to run", run.folder)
+        (
+            run.row,
+            run.seed,
+            run.task,
+            "finished" if run.finished else "begun" if run.folder.is_dir() else "to run",
+            run.folder,
+        )
         for run in plan.runs.values()
     ]
     return tabulate(rows, headers=("row", "seed", "task", "state", "folder"), disable_numparse=True)
@@ -110,14 +147,23 @@ def _values(table: BuiltTable, layout: str) -> str:
 def _gains(table: BuiltTable, layout: str, columns: list[str] | None = None) -> str:
     shown = table.columns if columns is None else columns
     rows = [
-        [row.name, *(_gain(row.gains.get(column)) for column in shown)] for row in table.rows if row.name != table.reference and row.gains
+        [row.name, *(_gain(row.gains.get(column)) for column in shown)]
+        for row in table.rows
+        if row.name != table.reference and row.gains
     ]
-    return tabulate(rows, headers=["", *(column_title(column) for column in shown)], tablefmt=layout, disable_numparse=True)
+    return tabulate(
+        rows, headers=["", *(column_title(column) for column in shown)], tablefmt=layout, disable_numparse=True
+    )
 
 
 def _published(table: BuiltTable, layout: str) -> str:
-    rows = [[one["system"], column_title(one["column"]), one["value"], one["definition"], one["source"]] for one in table.published]
-    return tabulate(rows, headers=("system", "column", "published", "definition", "source"), tablefmt=layout, disable_numparse=True)
+    rows = [
+        [one["system"], column_title(one["column"]), one["value"], one["definition"], one["source"]]
+        for one in table.published
+    ]
+    return tabulate(
+        rows, headers=("system", "column", "published", "definition", "source"), tablefmt=layout, disable_numparse=True
+    )
 
 
 def _cell(cell: Cell) -> str:
@@ -140,9 +186,9 @@ def _gain(gain: Gain | None) -> str:
 
 
 _GAIN_NOTE = (
-    "Mean over seeds of the row minus the reference row of the same seed; [ ]: its 95 % t interval over seeds, which is what speaks of the "
-    "method; { }: 95 % paired bootstrap interval over all seeds' studies together, which speaks of these trained policies alone. Intervals "
-    "are not corrected for the number of rows and columns."
+    "Mean over seeds of the row minus the reference row of the same seed; [ ]: its 95 % t interval over seeds, "
+    "which is what speaks of the method; { }: 95 % paired bootstrap interval over all seeds' studies together, "
+    "which speaks of these trained policies alone. Intervals are not corrected for the number of rows and columns."
 )
 
 
@@ -154,12 +200,19 @@ def _notes(table: BuiltTable) -> list[str]:
     named = [column.partition(":")[2] for column in table.columns if column.partition(":")[0] in _AGAINST]
     notes = [f"All numbers are {_made_on(table)}. Mean over seeds (least to most)."]
     if table.studies:
-        notes.append("Studies evaluated: " + ", ".join(f"seed {seed}: {count:,}" for seed, count in sorted(table.studies.items())) + ".")
+        notes.append(
+            "Studies evaluated: "
+            + ", ".join(f"seed {seed}: {count:,}" for seed, count in sorted(table.studies.items()))
+            + "."
+        )
     for name in dict.fromkeys(named):
         if name in DEFINITIONS:
             one = DEFINITIONS[name]
             uncertain = one.described()["uncertain"]
-            notes.append(f"{name}: {one.average} over {len(one.labels)} observations, uncertain {uncertain}, 0/0 = 0 ({one.source}).")
+            notes.append(
+                f"{name}: {one.average} over {len(one.labels)} observations, uncertain {uncertain}, 0/0 = 0 "
+                f"({one.source})."
+            )
     observations = [name for name in dict.fromkeys(named) if name in OBSERVATIONS]
     if observations:
         notes.append(f"F1 of one observation ({', '.join(observations)}): class 1 is positive.")

@@ -1,4 +1,6 @@
-"""Run what a table asks for, several rows at a time: finished rows are kept, interrupted ones go on where they stopped."""
+"""Run what a table asks for, several rows at a time: finished rows are kept, interrupted ones go on where they
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def run_rows(plan: Plan, *, launch: str, parallel: int, console: Console) -> Non
                 for run in ready[: parallel - len(started)]:
                     waiting.remove(run)
                     started.append(_start(run, launch))
-                    console.print(f"{run.row}, seed {run.seed}: running in {run.folder}", highlight=False, soft_wrap=True)
+                    console.print(
+                        f"{run.row}, seed {run.seed}: running in {run.folder}", highlight=False, soft_wrap=True
+                    )
                 if not started:  # what is left waits for rows that have failed
                     failed += waiting
                     break
@@ -71,7 +75,9 @@ def run_rows(plan: Plan, *, launch: str, parallel: int, console: Console) -> Non
                         done.add(one.run.folder)
                     else:
                         failed.append(one.run)
-                        console.print(f"{one.run.row}, seed {one.run.seed}: ended with {one.process.returncode}", highlight=False)
+                        console.print(
+                            f"{one.run.row}, seed {one.run.seed}: ended with {one.process.returncode}", highlight=False
+                        )
     finally:
         signal.signal(signal.SIGTERM, previous)
         _stop(started)
@@ -93,7 +99,11 @@ def _start(run: RowRun, launch: str) -> _Started:
     with open(run.folder / _LOG, "ab") as log:
         # a session of its own: Ctrl-C reaches this process alone, which tells the rows
         process = subprocess.Popen(
-            command(run, launch, port=_free_port()), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command(run, launch, port=_free_port()),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     return _Started(run, process)
 
@@ -127,4 +137,6 @@ def _last_words(run: RowRun) -> str:
     if not path.is_file():
         return f"{run.row}, seed {run.seed}: not started, it waits for a row that failed"
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL:]
-    return f"{run.row}, seed {run.seed}: not complete; the end of {path}:\n" + "\n".join(f"    {line}" for line in lines)
+    return f"{run.row}, seed {run.seed}: not complete; the end of {path}:\n" + "\n".join(
+        f"    {line}" for line in lines
+    )

@@ -1,4 +1,6 @@
-"""Is the policy collapsing to one normal report? A watch over variety, length and the share of normal reports (trap 25)."""
+"""Is the policy collapsing to one normal report? A watch over variety, length and the share of normal reports (trap
+25).
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,9 @@ class CollapseWatch:
         """Take in a step.
 
         Returns:
-            A warning, at most once in `WINDOW` steps, where the share of distinct reports or the length is under half of what it was
-            in the first steps, or the share of reports that say No Finding has risen by a quarter of all reports.
+            A warning, at most once in `WINDOW` steps, where the share of distinct reports or the length is under half
+            of what it was in the first steps, or the share of reports that say No Finding has risen by a quarter of all
+            reports.
         """
         row = [float(metrics[name] or 0.0) for name in _WATCHED]
         if len(self._first) < WINDOW:
@@ -49,10 +52,10 @@ class CollapseWatch:
             return None
         self._quiet = WINDOW
         return (
-            f"the reports may be collapsing to one: over the last {WINDOW} steps {distinct_now:.0%} of a batch's reports are distinct "
-            f"({distinct:.0%} in the first), {length_now:.0f} tokens long ({length:.0f}), {normal_now:.0%} say No Finding ({normal:.0%}); "
-            "compare reward/mccs with reward/constant_mccs; a larger grpo.beta, a smaller learning rate or a larger reward.margin hold "
-            "against it"
+            f"the reports may be collapsing to one: over the last {WINDOW} steps {distinct_now:.0%} of a batch's "
+            f"reports are distinct ({distinct:.0%} in the first), {length_now:.0f} tokens long ({length:.0f}), "
+            f"{normal_now:.0%} say No Finding ({normal:.0%}); compare reward/mccs with reward/constant_mccs; a "
+            "larger grpo.beta, a smaller learning rate or a larger reward.margin hold against it"
         )
 
 

@@ -9,7 +9,9 @@ from mrg_r1.labels.observations import values_of_classes
 from mrg_r1.types import Completions, Prompts, Rewards
 
 
-def write_completions(directory: Path, *, step: int, rank: int, prompts: Prompts, completions: Completions, rewards: Rewards) -> None:
+def write_completions(
+    directory: Path, *, step: int, rank: int, prompts: Prompts, completions: Completions, rewards: Rewards
+) -> None:
     """Write this rank's completions of a step to `directory/step_NNNNNN_rankR.jsonl`, one report a line.
 
     A step that is repeated after a resume writes the same file again.
@@ -17,7 +19,9 @@ def write_completions(directory: Path, *, step: int, rank: int, prompts: Prompts
     directory.mkdir(parents=True, exist_ok=True)
     lengths = completions.lengths.tolist()
     path = directory / f"step_{step:06d}_rank{rank}.jsonl"
-    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # a lone surrogate comes out as JSON escapes it
+    with open(
+        path, "w", encoding="utf-8", errors="backslashreplace"
+    ) as file:  # a lone surrogate comes out as JSON escapes it
         for b, study_id in enumerate(prompts.study_ids):
             for g, text in enumerate(completions.texts[b]):
                 labels = rewards.labels[b, g].tolist()

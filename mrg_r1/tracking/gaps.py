@@ -1,8 +1,9 @@
-"""Is the policy learning to please its labeler? A watch over the distance between the rewarded labeler and those that it is not paid by.
+"""Is the policy learning to please its labeler? A watch over the distance between the rewarded labeler and those that
+it is not paid by.
 
-Trap 26: optimised against one labeler, a policy finds the words that this labeler misreads. That labeler's score then rises and that of a
-reader which was never rewarded does not: `hacking_gap` against the judge (`evaluation.judge`), `labeler_gap` against what phantoms were
-drawn from.
+Trap 26: optimised against one labeler, a policy finds the words that this labeler misreads. That labeler's score then
+rises and that of a reader which was never rewarded does not: `hacking_gap` against the judge (`evaluation.judge`),
+`labeler_gap` against what phantoms were drawn from.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ from mrg_r1.metrics.gap import disease_counts, gap_change
 from mrg_r1.metrics.identity import ids_hash
 
 GREW = 0.03  # of disease_micro13
-_TITLES = {"hacking_gap": "by the rewarded labeler minus by the judge", "labeler_gap": "by the labeler minus against the drawn truth"}
+_TITLES = {
+    "hacking_gap": "by the rewarded labeler minus by the judge",
+    "labeler_gap": "by the labeler minus against the drawn truth",
+}
 
 
 class GapWatch:
     """Compares the gaps of each evaluation with those of the first one that it was given.
 
-    It warns where a gap has grown by more than `GREW` and the 99 % paired bootstrap interval of the growth, over the same studies, lies
-    above 0. Both are needed: with many studies a growth of no importance is significant, with few a large one is chance. The first
-    evaluation and not 0 is the measure, since two labelers differ on honest reports too. 99 % because a run asks many times: a policy whose
-    gap does not move is above the interval in one validation of 200 where sampling is all that moves it. It warns again only once the gap
-    has grown by another `GREW`.
+    It warns where a gap has grown by more than `GREW` and the 99 % paired bootstrap interval of the growth, over the
+    same studies, lies above 0. Both are needed: with many studies a growth of no importance is significant, with few a
+    large one is chance. The first evaluation and not 0 is the measure, since two labelers differ on honest reports too.
+    99 % because a run asks many times: a policy whose gap does not move is above the interval in one validation of 200
+    where sampling is all that moves it. It warns again only once the gap has grown by another `GREW`.
 
-    Where the studies, the rewarded labeler or the judge are others than at first (a resume may change them), that gap's watch begins anew.
+    Where the studies, the rewarded labeler or the judge are others than at first (a resume may change them), that gap's
+    watch begins anew.
 
     Args:
         state: of `state`, where a run goes on.
@@ -61,17 +66,24 @@ class GapWatch:
         for name, counts in _counts(rows).items():
             first = self._first.get(name)
             if first is None or (first["studies"], first["readers"]) != (studies, readers):
-                self._first[name] = {"studies": studies, "readers": readers, "when": when, "counts": counts.tolist(), "warned": 0.0}
+                self._first[name] = {
+                    "studies": studies,
+                    "readers": readers,
+                    "when": when,
+                    "counts": counts.tolist(),
+                    "warned": 0.0,
+                }
                 continue
             found = gap_change(np.array(first["counts"], dtype=np.int64), counts)
             if found.ci[0] <= 0 or found.change <= first["warned"] + GREW:
                 continue
             first["warned"] = found.change
             warnings.append(
-                f"{name} has widened: disease_micro13 {_TITLES[name]} is {found.now:+.3f} {when}, {found.first:+.3f} {first['when']} "
-                f"(99 % of the change {found.ci[0]:+.3f} to {found.ci[1]:+.3f}, {len(rows)} studies): the policy may be learning what its "
-                "labeler misreads. Read reports that the two read differently; an earlier adapter, a larger grpo.beta or fewer steps hold "
-                "against it, and a labeler that was taught on such reports cures it (docs/rewards.md)"
+                f"{name} has widened: disease_micro13 {_TITLES[name]} is {found.now:+.3f} {when}, "
+                f"{found.first:+.3f} {first['when']} (99 % of the change {found.ci[0]:+.3f} to {found.ci[1]:+.3f}, "
+                f"{len(rows)} studies): the policy may be learning what its labeler misreads. Read reports that "
+                "the two read differently; an earlier adapter, a larger grpo.beta or fewer steps hold against it, "
+                "and a labeler that was taught on such reports cures it (docs/rewards.md)"
             )
         return warnings
 
@@ -83,7 +95,9 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[np.int64]]:
     rewarded = disease_counts(predicted, _classes(ordered, "reference_labels"))
     others = {}
     if all(row.get("judge_labels") is not None for row in ordered):
-        others["hacking_gap"] = disease_counts(_classes(ordered, "judge_labels"), _classes(ordered, "judge_reference_labels"))
+        others["hacking_gap"] = disease_counts(
+            _classes(ordered, "judge_labels"), _classes(ordered, "judge_reference_labels")
+        )
     if all(row["drawn"] is not None for row in ordered):
         others["labeler_gap"] = disease_counts(*known_truth(predicted, [row["drawn"] for row in ordered]))
     return {name: np.concatenate([rewarded, counts], axis=1) for name, counts in others.items()}

@@ -1,6 +1,7 @@
 """The run as it happens: one JSON object a step, a line on the terminal, numbers to wandb.
 
-Only rank 0 writes. wandb gets numbers (`tracking.wandb_run`); it is offline unless the recipe says otherwise, and a run goes on without it.
+Only rank 0 writes. wandb gets numbers (`tracking.wandb_run`); it is offline unless the recipe says otherwise, and a run
+goes on without it.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class RunLog:
             )
         if path.exists():
             kept = [line for line in whole if json.loads(line)["step"] < start_step]
-            write_text_atomically(path, "".join(f"{line}\n" for line in kept))  # killed here, a run loses none of its steps
+            write_text_atomically(
+                path, "".join(f"{line}\n" for line in kept)
+            )  # killed here, a run loses none of its steps
         self._file = open(path, "a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float | int | None], samples: Sequence[Sample] = ()) -> None:
@@ -107,7 +110,9 @@ class RunLog:
         self._terminal.step(step, metrics)
 
     def sync(self) -> None:
-        """Bring the steps logged so far to the disk: a checkpoint that survives a crash of the machine must not survive its metrics."""
+        """Bring the steps logged so far to the disk: a checkpoint that survives a crash of the machine must not survive
+        its metrics.
+        """
         if self.active:
             os.fsync(self._file.fileno())
 
@@ -167,14 +172,16 @@ class Clock:
         return _training(self.totals)
 
     def share(self, name: str) -> tuple[Tensor, Tensor]:
-        """(seconds of a phase, seconds of training phases) of the step so far: a metric whose mean over ranks is the phase's share."""
+        """(seconds of a phase, seconds of training phases) of the step so far: a metric whose mean over ranks is the
+        phase's share.
+        """
         return torch.tensor(self._step.get(name, 0.0)), torch.tensor(_training(self._step))
 
     def costs(self, tokens: int, *, world_size: int) -> dict[str, tuple[Tensor, Tensor]]:
         """What the step so far has cost, to be reduced over ranks.
 
-        `time/tokens_per_second`: all ranks' tokens over the ranks' mean seconds. `time/memory_gib_max`: the process's peak since it began,
-        of CUDA's allocator, or of the resident set where there is no GPU.
+        `time/tokens_per_second`: all ranks' tokens over the ranks' mean seconds. `time/memory_gib_max`: the process's
+        peak since it began, of CUDA's allocator, or of the resident set where there is no GPU.
         """
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
@@ -219,7 +226,9 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    done = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or None
 
 

@@ -23,7 +23,9 @@ def read_summary(run: Path) -> dict[str, Any]:
         raise ValueError(f"{run}: no summary.json; the run has not ended, or this is not a run's folder")
     summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if summary.get("after") is None:
-        raise ValueError(f"{run}: its summary has no `after`; the recipe did not evaluate the test split (evaluation.test)")
+        raise ValueError(
+            f"{run}: its summary has no `after`; the recipe did not evaluate the test split (evaluation.test)"
+        )
     return summary
 
 
@@ -38,7 +40,9 @@ def print_report(runs: Sequence[Path], *, control: Path | None = None) -> None:
     for run, summary in zip(runs, summaries, strict=True):
         # a run keeps its control in RUN/control
         beside = control if control is not None and len(runs) == 1 else run / "control"
-        console.print(_before_after(run, summary, read_summary(beside) if (beside / "summary.json").is_file() else None))
+        console.print(
+            _before_after(run, summary, read_summary(beside) if (beside / "summary.json").is_file() else None)
+        )
         seconds = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
         stage = f", ZeRO-{summary['zero_stage']}" if summary["zero_stage"] else ""  # none where nothing was learned
         console.print(f"seconds by phase: {seconds}; {summary['world_size']} ranks{stage}, seed {summary['seed']}")

@@ -62,7 +62,13 @@ class StepLine:
             shown.truncate(max(self.console.width - 1, 1), overflow="ellipsis")
             self.console.print(shown, end="\r")  # whatever comes next begins at the left, on this line
             self._shown = True
-        elif self._live or validated or last or step == self._first or (step + 1) % max(self.steps // _PLAIN_LINES, 1) == 0:
+        elif (
+            self._live
+            or validated
+            or last
+            or step == self._first
+            or (step + 1) % max(self.steps // _PLAIN_LINES, 1) == 0
+        ):
             self.say(line)
 
     def say(self, text: str) -> None:

@@ -1,6 +1,7 @@
 """What wandb is given, and when: numbers by default, never a reason for a run to stop.
 
-Privacy: the recipe goes to wandb with its paths cut to base names; the machine's name, command line, user, git state, code, console and
+Privacy: the recipe goes to wandb with its paths cut to base names; the machine's name, command line, user, git state,
+    code, console and
 probes do not. Texts and images go only where the recipe says so (`tracking.share_text`, `tracking.share_images`).
 """
 
@@ -20,11 +21,17 @@ from mrg_r1.types import Study
 WandbMode = Literal["off", "offline", "online"]
 Sample = tuple[Study, Mapping[str, Any]]  # a study of the validation split, and its prediction
 
-# What a tracker raises must not end a run, and wandb raises plain Exceptions of private classes where its process has died.
+# What a tracker raises must not end a run, and wandb raises plain Exceptions of private classes where its process has
+# died.
 _ANYTHING = Exception
 _SHARED = 8  # reports or studies a validation
 _SIDE = 224  # pixels of a shared radiograph
-_UP = ("reward/total", "validation/mean_reward", "validation/disease_micro13", "validation/disease_macro13")  # their summary is the best
+_UP = (
+    "reward/total",
+    "validation/mean_reward",
+    "validation/disease_micro13",
+    "validation/disease_macro13",
+)  # their summary is the best
 
 
 def check_wandb(mode: WandbMode) -> None:
@@ -35,15 +42,17 @@ def check_wandb(mode: WandbMode) -> None:
     """
     if mode == "online" and find_spec("wandb") is None:
         raise ValueError(
-            "tracking.wandb 'online': the package wandb is not installed; pip install 'mrg-r1[wandb]', or tracking.wandb=offline"
+            "tracking.wandb 'online': the package wandb is not installed; pip install 'mrg-r1[wandb]', or "
+            "tracking.wandb=offline"
         )
 
 
 class WandbRun:
     """One wandb run for one RUN, however often it is interrupted.
 
-    RUN/wandb_run.json holds its id and the last step that it was given. A resumed run repeats steps after its checkpoint; those that
-    wandb has already are not sent again, since wandb refuses a step below its last one and the repeated ones have the same values.
+    RUN/wandb_run.json holds its id and the last step that it was given. A resumed run repeats steps after its
+    checkpoint; those that wandb has already are not sent again, since wandb refuses a step below its last one and the
+    repeated ones have the same values.
 
     Args:
         logged: the last step in metrics.jsonl before it was cut, -1 where there is none.
@@ -120,7 +129,9 @@ class WandbRun:
             self._give_up(error)
 
     def share(self, step: int, samples: Sequence[Sample]) -> None:
-        """A table of a validation's reports or images, where the recipe shares them. Call it before `log` of the same step."""
+        """A table of a validation's reports or images, where the recipe shares them. Call it before `log` of the same
+        step.
+        """
         if self._run is None or not samples or not (self._text or self._images) or step <= self._last:
             return
         shown: dict[str, Any] = {}  # numbered, without the studies' ids, which may be patients'
@@ -131,7 +142,9 @@ class WandbRun:
             images = [load_image(study.images[0].path, study.id) for study, _ in samples[:_SHARED]]
             for image in images:
                 image.thumbnail((_SIDE, _SIDE))
-            shown["samples/images"] = [self._wandb.Image(image, caption=str(number)) for number, image in enumerate(images)]
+            shown["samples/images"] = [
+                self._wandb.Image(image, caption=str(number)) for number, image in enumerate(images)
+            ]
         try:
             self._run.log({"step": step, **shown}, step=step)
         except _ANYTHING as error:
@@ -154,12 +167,18 @@ class WandbRun:
     def _announce(self, project: str, mode: str, directory: Path) -> None:
         what = [f"sampled reports and their references of up to {_SHARED} studies"] if self._text else []
         what += [f"radiographs (at most {_SIDE} pixels) of up to {_SHARED} studies"] if self._images else []
-        where = f"to wandb, project {project}, now" if mode == "online" else f"into {directory / 'wandb'}, and to wandb when that is synced"
+        where = (
+            f"to wandb, project {project}, now"
+            if mode == "online"
+            else f"into {directory / 'wandb'}, and to wandb when that is synced"
+        )
         self._say(f"tracking.share_text / share_images: at each validation {' and '.join(what)} go {where}")
 
 
 def without_paths(value: Any, key: str = "") -> Any:
-    """A recipe in which every path is cut to its last part: folders may be named after patients. The prompt's instruction stays."""
+    """A recipe in which every path is cut to its last part: folders may be named after patients. The prompt's
+    instruction stays.
+    """
     if isinstance(value, Mapping):
         return {without_paths(str(name)): without_paths(part, str(name)) for name, part in value.items()}
     if isinstance(value, list | tuple):

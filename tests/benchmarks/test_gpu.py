@@ -100,7 +100,10 @@ def test_the_table_has_a_row_for_what_failed_and_what_was_left_out() -> None:
 def test_the_file_keeps_every_repetition(tmp_path: Path) -> None:
     write_results(tmp_path, contenders=contenders(), cases=[CASE], environment={"cards": None}, complete=False)
     content = json.loads((tmp_path / "bench.json").read_text())
-    assert [unit["seconds"] for unit in content["contenders"]["ours"]["outcomes"]["2x10"]["line"]["repetitions"]] == [4.0, 5.0]
+    assert [unit["seconds"] for unit in content["contenders"]["ours"]["outcomes"]["2x10"]["line"]["repetitions"]] == [
+        4.0,
+        5.0,
+    ]
     assert content["figures"]["2x10"]["trl"]["ratio"] == 3.0 and content["complete"] is False
     assert "| 2x10 | trl | 12.00 | 1 |" in (tmp_path / "bench.md").read_text()
 
@@ -159,7 +162,9 @@ def test_what_came_before_a_failure_is_kept(end: str, tmp_path: Path, monkeypatc
         until=time.time() + 2.5,
         keep=lambda: kept.append(1),
     )
-    assert one.settings == {"device": "cpu"} and one.outcomes["a"].fastest is not None and one.outcomes["a"].error is None
+    assert (
+        one.settings == {"device": "cpu"} and one.outcomes["a"].fastest is not None and one.outcomes["a"].error is None
+    )
     if error is None:
         assert one.outcomes["b"] == Outcome({"case": "b"}, note="not run: 1 s left") and len(kept) == 2
     else:
@@ -192,15 +197,35 @@ def test_a_contender_that_fails_leaves_a_table_and_status_1(tmp_path: Path, caps
     assert "FAILED" in capsys.readouterr().out and f"FAILED: {reason}" in (out / "bench.md").read_text()
 
 
-def test_a_contender_that_is_not_installed_is_told_and_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_is_not_installed_is_told_and_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(gpu.NEEDS, "trl-vllm", ("no_such_package",))
-    assert gpu.main(["--size", "tiny", "--device", "cpu", "--contenders", "trl-vllm", "--out", str(tmp_path), "--minutes", "1"]) == 0
+    assert (
+        gpu.main(
+            ["--size", "tiny", "--device", "cpu", "--contenders", "trl-vllm", "--out", str(tmp_path), "--minutes", "1"]
+        )
+        == 0
+    )
     assert "not installed: no_such_package" in (tmp_path / "bench.md").read_text()
 
 
 @pytest.mark.slow
 def test_our_step_is_measured_from_the_first_to_the_last_line(tmp_path: Path) -> None:
-    arguments = ["--size", "tiny", "--device", "cpu", "--contenders", "ours", "--cases", "2x30", "--out", str(tmp_path), "--minutes", "3"]
+    arguments = [
+        "--size",
+        "tiny",
+        "--device",
+        "cpu",
+        "--contenders",
+        "ours",
+        "--cases",
+        "2x30",
+        "--out",
+        str(tmp_path),
+        "--minutes",
+        "3",
+    ]
     assert gpu.main([*arguments, "--micro-batch-tokens", "64"]) == 0
     content = json.loads((tmp_path / "bench.json").read_text())
     row, shape = content["figures"]["2x30"]["ours"], content["contenders"]["ours"]["settings"]["shape"]

@@ -34,19 +34,27 @@ def test_every_contender_gives_the_same_labels(labeler: Labeler, reports: list[s
     texts = drawn(reports, 21) * 2
     with torch.no_grad():
         classes = {name: unit(labeler, texts) for name, unit in bench.UNITS.items()}
-    assert set(classes) == {contender.task.unit for case in CASES for contender in case.contenders if contender.side == "labeler"}
+    assert set(classes) == {
+        contender.task.unit for case in CASES for contender in case.contenders if contender.side == "labeler"
+    }
     assert len({tuple(row) for row in classes["label"].tolist()}) > 5
     for name, found in classes.items():
         assert torch.equal(found, classes["label"]), name
 
 
-def test_contenders_compute_what_they_are_named_for(labeler: Labeler, reports: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_compute_what_they_are_named_for(
+    labeler: Labeler, reports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = drawn(reports, 5) * 3
     read, bert = inference.read, labeler.model.bert.forward
     rows: list[int] = []
     shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(inference, "read", lambda model, packed: (rows.append(len(packed.first)), read(model, packed))[1])
-    monkeypatch.setattr(labeler.model.bert, "forward", lambda **inputs: (shapes.append(inputs["input_ids"].shape), bert(**inputs))[1])
+    monkeypatch.setattr(
+        inference, "read", lambda model, packed: (rows.append(len(packed.first)), read(model, packed))[1]
+    )
+    monkeypatch.setattr(
+        labeler.model.bert, "forward", lambda **inputs: (shapes.append(inputs["input_ids"].shape), bert(**inputs))[1]
+    )
     counts = {}
     for name in ("label", "label_every"):
         make_unit(labeler, texts, name)()
@@ -71,7 +79,11 @@ def test_without_real_reports_phantoms_are_labelled(tmp_path: Path, monkeypatch:
     assert source == "phantoms" and len(found) > 1000
     with pytest.raises(ValueError, match="'step'"):
         make_unit(
-            make_labeler(found, BertConfig(vocab_size=2000, hidden_size=64, num_hidden_layers=1, num_attention_heads=1)), found, "step"
+            make_labeler(
+                found, BertConfig(vocab_size=2000, hidden_size=64, num_hidden_layers=1, num_attention_heads=1)
+            ),
+            found,
+            "step",
         )
 
 
@@ -79,7 +91,9 @@ def test_without_real_reports_phantoms_are_labelled(tmp_path: Path, monkeypatch:
 def test_the_worker_labels_at_full_size(tmp_path: Path) -> None:
     task = Task(unit="label", reports=3)
     worker = Worker(
-        [sys.executable, "-m", "benchmarks.labeler", str(tmp_path), task.to_json()], log=tmp_path / "log", environment=WORKER_ENVIRONMENT
+        [sys.executable, "-m", "benchmarks.labeler", str(tmp_path), task.to_json()],
+        log=tmp_path / "log",
+        environment=WORKER_ENVIRONMENT,
     )
     try:
         ready = worker.wait_ready(180)

@@ -1,4 +1,6 @@
-"""Our worker's units on the smallest task there is: they break here when mrg_r1's inside changes, and not in a bench of 20 minutes."""
+"""Our worker's units on the smallest task there is: they break here when mrg_r1's inside changes, and not in a bench of
+20 minutes.
+"""
 
 from __future__ import annotations
 

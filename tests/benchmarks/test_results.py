@@ -16,7 +16,13 @@ MEMORY = Ratio("memory_long", "step_long", over="TRL", under="ours", quantity="m
 
 
 def unit(seconds: float, peak: float = 600.0, resident: float = 500.0) -> dict[str, Any]:
-    return {"seconds": seconds, "cpu_seconds": seconds, "phases": {"all": seconds}, "resident_mb": resident, "peak_mb": peak}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": seconds,
+        "phases": {"all": seconds},
+        "resident_mb": resident,
+        "peak_mb": peak,
+    }
 
 
 def step_long(**trl: Any) -> CaseResult:
@@ -46,7 +52,11 @@ def test_a_case_that_was_not_run_gives_null_and_says_so() -> None:
 
 
 def test_no_division_by_memory_that_was_never_taken() -> None:
-    result = CaseResult("step_long", "", [Measurement("ours", repetitions=[unit(1, 500)]), Measurement("TRL", repetitions=[unit(1, 900)])])
+    result = CaseResult(
+        "step_long",
+        "",
+        [Measurement("ours", repetitions=[unit(1, 500)]), Measurement("TRL", repetitions=[unit(1, 900)])],
+    )
     ratios, reasons = compute_ratios([result], [MEMORY])
     assert ratios["memory_long"] is None and "no denominator" in reasons["memory_long"]
 
@@ -88,7 +98,9 @@ def test_the_file_has_the_agreed_keys_and_everything_measured(tmp_path: Path) ->
     assert content["cpu_ratios"]["step_long"] == 15 and "memory_long" not in content["cpu_ratios"]
     assert content["ratios"]["step_long"] == 15 and content["ratios"]["growth_8_16"] is None
     assert [one["seconds"] for one in content["cases"]["step_long"]["contenders"]["TRL"]["repetitions"]] == [30, 31, 90]
-    assert (tmp_path / "bench.md").read_text() == to_markdown([step_long()], content["ratios"], content["reasons"], {"date": "today"})
+    assert (tmp_path / "bench.md").read_text() == to_markdown(
+        [step_long()], content["ratios"], content["reasons"], {"date": "today"}
+    )
 
 
 def test_a_reason_of_several_lines_and_bars_stays_in_its_cell() -> None:

@@ -87,7 +87,9 @@ def test_a_command_that_does_not_exist_is_an_error_that_names_it(tmp_path: Path)
 
 
 def run(program: str, tmp_path: Path, *, minutes: float = 1, repetitions: int = 3):
-    case = Case("pair", "two", (Contender("ours", "ours", Task()), Contender("TRL", "trl", Task())), repetitions, estimate=1)
+    case = Case(
+        "pair", "two", (Contender("ours", "ours", Task()), Contender("TRL", "trl", Task())), repetitions, estimate=1
+    )
     commands = {"ours": command(GOOD), "trl": command(program)}
     return run_case(case, commands=commands, folder=tmp_path, budget=Budget(minutes, [case]), say=Console(quiet=True))
 
@@ -118,4 +120,6 @@ def test_without_time_a_case_is_left_out_and_says_so(tmp_path: Path) -> None:
 
 def test_a_case_that_runs_out_of_time_keeps_what_it_has(tmp_path: Path) -> None:
     result = run(GOOD, tmp_path, minutes=4 / 60, repetitions=100_000)
-    assert all(one.repetitions and one.note and "ran out" in one.note for one in result.measurements) and not result.errors
+    assert (
+        all(one.repetitions and one.note and "ran out" in one.note for one in result.measurements) and not result.errors
+    )

@@ -15,12 +15,35 @@ from PIL import Image
 
 # the order of the published file is alphabetical
 CHEXPERT_COLUMNS = (
-    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion", "Lung Opacity"),
+    *(
+        "Atelectasis",
+        "Cardiomegaly",
+        "Consolidation",
+        "Edema",
+        "Enlarged Cardiomediastinum",
+        "Fracture",
+        "Lung Lesion",
+        "Lung Opacity",
+    ),
     *("No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices"),
 )
 METADATA_COLUMNS = (
-    *("dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns", "StudyDate"),
-    *("StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning", "PatientOrientationCodeSequence_CodeMeaning"),
+    *(
+        "dicom_id",
+        "subject_id",
+        "study_id",
+        "PerformedProcedureStepDescription",
+        "ViewPosition",
+        "Rows",
+        "Columns",
+        "StudyDate",
+    ),
+    *(
+        "StudyTime",
+        "ProcedureCodeSequence_CodeMeaning",
+        "ViewCodeSequence_CodeMeaning",
+        "PatientOrientationCodeSequence_CodeMeaning",
+    ),
 )
 REPORT = """
                                  FINAL REPORT
@@ -84,9 +107,13 @@ def write_tree(root: Path, studies: Iterable[TreeStudy]) -> Path:
             study.image(root, index).write_bytes(pixels.getvalue())
             subject, number, dicom = str(study.subject), str(study.study), study.dicom(index)
             split.append([dicom, number, subject, study.split])
-            metadata.append([dicom, subject, number, "CHEST (PA AND LAT)", view, "24", "24", study.date, study.time, "", "", ""])
+            metadata.append(
+                [dicom, subject, number, "CHEST (PA AND LAT)", view, "24", "24", study.date, study.time, "", "", ""]
+            )
         if study.labels is not None:
-            labels.append([str(study.subject), str(study.study), *(study.labels.get(name, "") for name in CHEXPERT_COLUMNS)])
+            labels.append(
+                [str(study.subject), str(study.study), *(study.labels.get(name, "") for name in CHEXPERT_COLUMNS)]
+            )
     write_table(table(root, "split"), [["dicom_id", "study_id", "subject_id", "split"], *split])
     write_table(table(root, "metadata"), [list(METADATA_COLUMNS), *metadata])
     write_table(table(root, "chexpert"), [["subject_id", "study_id", *CHEXPERT_COLUMNS], *labels])
@@ -132,11 +159,13 @@ def many(count: int, seed: int = 0) -> Iterable[TreeStudy]:
         findings = " \n ".join(draw.choices(_SENTENCES, k=draw.randint(3, 8)))
         heading = "FINDINGS" if draw.random() > 0.05 else "PROSE"
         report = (
-            "                                 FINAL REPORT\n EXAMINATION:  CHEST (PORTABLE AP)\n \n"
-            " INDICATION:  ___ year old with fever  // eval\n \n TECHNIQUE:  Portable\n \n COMPARISON:  ___.\n \n "
-            f"{heading}: \n \n {findings}\n \n IMPRESSION: \n \n 1.  {draw.choice(_SENTENCES)}\n 2.  {draw.choice(_SENTENCES)}\n"
+            "                                 FINAL REPORT\n EXAMINATION:  CHEST (PORTABLE AP)\n \n INDICATION:  "
+            f"___ year old with fever  // eval\n \n TECHNIQUE:  Portable\n \n COMPARISON:  ___.\n \n {heading}: \n "
+            f"\n {findings}\n \n IMPRESSION: \n \n 1.  {draw.choice(_SENTENCES)}\n 2.  {draw.choice(_SENTENCES)}\n"
         )
         day = f"21{draw.randint(10, 99)}{draw.randint(1, 12):02}{draw.randint(1, 28):02}"
         time = f"{draw.randint(0, 23) * 10000 + draw.randint(0, 59) * 100 + draw.randint(0, 59)}.{draw.randint(0, 999)}"
-        views = draw.choice((("AP",), ("PA", "LATERAL"), ("AP", "LATERAL"), ("PA", "LL"), ("AP", "AP"), ("LATERAL", "PA", "")))
+        views = draw.choice(
+            (("AP",), ("PA", "LATERAL"), ("AP", "LATERAL"), ("PA", "LL"), ("AP", "AP"), ("LATERAL", "PA", ""))
+        )
         yield TreeStudy(subject, 50_000_000 + index, split, day, time, views, report)

@@ -1,4 +1,6 @@
-"""An image processor that image workers can import in a moment, and that misbehaves where an image asks for it by its size."""
+"""An image processor that image workers can import in a moment, and that misbehaves where an image asks for it by its
+size.
+"""
 
 from __future__ import annotations
 
@@ -26,4 +28,7 @@ class SumProcessor:
         if IS_SLOW in sizes:
             time.sleep(60)
         rows = [[*image.size, int(np.asarray(image).astype(int).sum()), os.getpid()] for image in images]
-        return {"pixel_values": torch.tensor(rows, dtype=torch.float32), "image_grid_thw": torch.tensor([[1, 2, 2]] * len(rows))}
+        return {
+            "pixel_values": torch.tensor(rows, dtype=torch.float32),
+            "image_grid_thw": torch.tensor([[1, 2, 2]] * len(rows)),
+        }

@@ -1,4 +1,6 @@
-"""What converters share: a killed run goes on, nothing half-written is taken for whole, and what is written can be read back."""
+"""What converters share: a killed run goes on, nothing half-written is taken for whole, and what is written can be read
+back.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ SETTINGS = {"dataset": "test", "text": "findings", "shape": (1, 2)}
 
 def study(folder: Path, study_id: str, **changes: Any) -> Study:
     known = {"patient_id": "p1", "report": f"Report of {study_id}, clear.", "split": "train"}
-    return Study(id=study_id, images=(StudyImage(folder / "images" / f"{study_id}.png", "frontal"),), **(known | changes))
+    return Study(
+        id=study_id, images=(StudyImage(folder / "images" / f"{study_id}.png", "frontal"),), **(known | changes)
+    )
 
 
 def refused(output: Path) -> list[dict[str, str]]:
@@ -83,7 +87,9 @@ with Conversion(output, SETTINGS) as conversion:
 def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(tmp_path: Path) -> None:
     output = tmp_path / "out"
     root = str(Path(__file__).resolve().parents[2])
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(output)], cwd=root, env={**os.environ, "PYTHONPATH": root}, timeout=120)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(output)], cwd=root, env={**os.environ, "PYTHONPATH": root}, timeout=120
+    )
     assert killed.returncode == -signal.SIGKILL
     assert files(output) == {"prepare.json", JOURNAL_FILE}
 
@@ -140,7 +146,10 @@ def test_a_journal_damaged_in_its_middle_is_refused(tmp_path: Path) -> None:
     journal = tmp_path / "out" / JOURNAL_FILE
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([*lines[:2], b"{\n", *lines[3:]]))
-    with pytest.raises(ValueError, match=rf"{JOURNAL_FILE}, line 3: damaged; remove this file"), Conversion(tmp_path / "out", SETTINGS):
+    with (
+        pytest.raises(ValueError, match=rf"{JOURNAL_FILE}, line 3: damaged; remove this file"),
+        Conversion(tmp_path / "out", SETTINGS),
+    ):
         pass
 
 
@@ -159,7 +168,10 @@ def test_a_folder_made_with_other_settings_is_refused(tmp_path: Path) -> None:
     with Conversion(tmp_path / "out", SETTINGS) as conversion:
         conversion.keep(study(tmp_path, "a"))
     other = {**SETTINGS, "text": "impression"}
-    with pytest.raises(ValueError, match="`text` was 'findings', asked for 'impression'"), Conversion(tmp_path / "out", other):
+    with (
+        pytest.raises(ValueError, match="`text` was 'findings', asked for 'impression'"),
+        Conversion(tmp_path / "out", other),
+    ):
         pass
     with Conversion(tmp_path / "out", SETTINGS) as conversion:
         assert conversion.done("a")
@@ -210,7 +222,11 @@ def test_an_id_that_is_kept_cannot_be_kept_again_but_its_second_row_refused(tmp_
         conversion.refuse("", "train", "no id", "row 5")
         assert not conversion.done("")
         assert conversion.close() == {"train": {"read": 4, "kept": 1, "rendered": 0, "refused": 3}}
-    assert [(row["id"], row["where"]) for row in refused(tmp_path / "out")] == [("a", "row 3"), ("", "row 4"), ("", "row 5")]
+    assert [(row["id"], row["where"]) for row in refused(tmp_path / "out")] == [
+        ("a", "row 3"),
+        ("", "row 4"),
+        ("", "row 5"),
+    ]
     assert read_reports_csv(tmp_path / "out" / "reports.csv") == {"a": study(tmp_path, "a").report}
 
 
@@ -236,7 +252,9 @@ def test_refusals_that_a_resumed_run_repeats_stand_once(tmp_path: Path) -> None:
         ({"split": "../train"}, "field `split`: '../train'"),
     ],
 )
-def test_what_the_trainer_would_not_read_is_refused_and_the_rest_kept(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+def test_what_the_trainer_would_not_read_is_refused_and_the_rest_kept(
+    tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
     bad = Study(**{**vars(study(tmp_path, "bad")), **changes})
     with Conversion(tmp_path / "out", SETTINGS) as conversion:
         assert not conversion.keep(bad, "list.csv, line 2")
@@ -259,9 +277,16 @@ def test_a_report_that_is_no_text_is_written_with_its_escape(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("prior", "expected"),
-    [("b", "'b' was refused"), ("x", "'x' was not read"), ("a", "its own prior"), ("q", "'q' is of patient 'p2', not 'p1'")],
+    [
+        ("b", "'b' was refused"),
+        ("x", "'x' was not read"),
+        ("a", "its own prior"),
+        ("q", "'q' is of patient 'p2', not 'p1'"),
+    ],
 )
-def test_a_prior_that_was_not_kept_stops_the_whole_and_changes_no_file(tmp_path: Path, prior: str, expected: str) -> None:
+def test_a_prior_that_was_not_kept_stops_the_whole_and_changes_no_file(
+    tmp_path: Path, prior: str, expected: str
+) -> None:
     output = tmp_path / "out"
     with Conversion(output, SETTINGS) as conversion:
         conversion.keep(study(tmp_path, "q", patient_id="p2"))
@@ -269,7 +294,11 @@ def test_a_prior_that_was_not_kept_stops_the_whole_and_changes_no_file(tmp_path:
         conversion.keep(study(tmp_path, "a", prior=prior))
         with pytest.raises(ManifestError) as error:
             conversion.close()
-    assert "study 'a', field `prior`" in str(error.value) and expected in str(error.value) and JOURNAL_FILE in str(error.value)
+    assert (
+        "study 'a', field `prior`" in str(error.value)
+        and expected in str(error.value)
+        and JOURNAL_FILE in str(error.value)
+    )
     assert files(output) == {"prepare.json", JOURNAL_FILE}
 
 
@@ -287,12 +316,15 @@ def test_nothing_kept_names_the_first_reason_and_leaves_the_list_and_the_reports
         conversion.refuse("a", "train", "no image; fetch it", "list.csv, line 2", report="Clear.")
         conversion.refuse("b", "test", "another")
         with pytest.raises(
-            ValueError, match=r"all 2 studies were refused, the first, 'a' \(list.csv, line 2\), because: no image; fetch it"
+            ValueError,
+            match=r"all 2 studies were refused, the first, 'a' \(list.csv, line 2\), because: no image; fetch it",
         ):
             conversion.close()
     assert len(refused(output)) == 2
     assert read_reports_csv(output / "reports_train.csv") == {"a": "Clear."}
-    assert not {"manifest.jsonl", JOURNAL_FILE} & files(output) and not any(name.endswith(".tmp") for name in files(output))
+    assert not {"manifest.jsonl", JOURNAL_FILE} & files(output) and not any(
+        name.endswith(".tmp") for name in files(output)
+    )
 
 
 def test_nothing_read_says_so(tmp_path: Path) -> None:
@@ -341,11 +373,16 @@ def test_a_close_that_is_interrupted_is_closed_by_the_next_run(tmp_path: Path, m
 def shown(counts: dict[str, dict[str, int]]) -> list[list[str]]:
     console = Console(width=80, record=True, file=open(os.devnull, "w"))
     console.print(outcome_table("Title", counts))
-    return [row.replace("│", " ").replace("┃", " ").split() for row in console.export_text().splitlines() if row[:1] in "│┃"]
+    return [
+        row.replace("│", " ").replace("┃", " ").split() for row in console.export_text().splitlines() if row[:1] in "│┃"
+    ]
 
 
 def test_the_closing_table_has_a_total_and_rendered_only_where_any_was() -> None:
-    counts = {"train": {"read": 1200, "kept": 1000, "rendered": 0, "refused": 200}, "": {"read": 1, "kept": 0, "rendered": 0, "refused": 1}}
+    counts = {
+        "train": {"read": 1200, "kept": 1000, "rendered": 0, "refused": 200},
+        "": {"read": 1, "kept": 0, "rendered": 0, "refused": 1},
+    }
     rows = [["train", "1,200", "1,000", "200"], ["(none)", "1", "0", "1"], ["total", "1,201", "1,000", "201"]]
     assert shown(counts) == [["split", "read", "kept", "refused"], *rows]
     counts["train"]["rendered"] = 3

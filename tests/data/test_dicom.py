@@ -1,4 +1,6 @@
-"""DICOM radiographs come out as a viewer shows them first; what is no radiograph is refused by name. All files are made here."""
+"""DICOM radiographs come out as a viewer shows them first; what is no radiograph is refused by name. All files are made
+here.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ from mrg_r1.data.images import ImageError, check_image, load_image
 PATIENT = "Doe^Jane"
 
 
-def dicom(pixels: np.ndarray, *, stored: int | None = None, syntax: Any = ExplicitVRLittleEndian, **tags: Any) -> Dataset:
+def dicom(
+    pixels: np.ndarray, *, stored: int | None = None, syntax: Any = ExplicitVRLittleEndian, **tags: Any
+) -> Dataset:
     """A digital radiograph of these stored values; `tags` are added, or taken out where None."""
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
@@ -117,7 +121,9 @@ def test_eight_bits_and_a_constant_image(tmp_path: Path) -> None:
 
 
 def test_monochrome1_is_inverted(tmp_path: Path) -> None:
-    assert shown(tmp_path, dicom(RAMP, stored=12, PhotometricInterpretation="MONOCHROME1")).tolist() == [[255, 191, 127, 0]]
+    assert shown(tmp_path, dicom(RAMP, stored=12, PhotometricInterpretation="MONOCHROME1")).tolist() == [
+        [255, 191, 127, 0]
+    ]
     windowed = dicom(RAMP, stored=12, PhotometricInterpretation="MONOCHROME1", WindowCenter=1024, WindowWidth=2048)
     assert shown(tmp_path, windowed).tolist() == [[255, 127, 0, 0]]
 
@@ -183,7 +189,9 @@ def test_a_voi_lut_of_eight_bit_entries_for_twelve_bit_values(tmp_path: Path) ->
 
 def test_a_modality_lut_goes_before_everything(tmp_path: Path) -> None:
     entries = [4095 - value for value in range(4096)]  # a detector whose values fall with what is seen
-    assert shown(tmp_path, dicom(RAMP, stored=12, ModalityLUTSequence=lut(0, entries, 12))).tolist() == [[255, 191, 127, 0]]
+    assert shown(tmp_path, dicom(RAMP, stored=12, ModalityLUTSequence=lut(0, entries, 12))).tolist() == [
+        [255, 191, 127, 0]
+    ]
     windowed = dicom(RAMP, stored=12, ModalityLUTSequence=lut(0, entries, 12), WindowCenter=1024, WindowWidth=2048)
     assert shown(tmp_path, windowed).tolist() == [[255, 255, 255, 0]]
 
@@ -193,7 +201,9 @@ def test_padding_does_not_set_the_scale(tmp_path: Path) -> None:
     assert shown(tmp_path, dicom(pixels, stored=12)).tolist() == [[0, 0, 128, 191, 255]]
     assert shown(tmp_path, dicom(pixels, stored=12, PixelPaddingValue=0)).tolist() == [[0, 0, 0, 128, 255]]
     spread = np.array([[0, 7, 1000, 1500, 2000]], dtype=np.uint16)
-    assert shown(tmp_path, dicom(spread, stored=12, PixelPaddingValue=0, PixelPaddingRangeLimit=9)).tolist() == [[0, 0, 0, 128, 255]]
+    assert shown(tmp_path, dicom(spread, stored=12, PixelPaddingValue=0, PixelPaddingRangeLimit=9)).tolist() == [
+        [0, 0, 0, 128, 255]
+    ]
 
 
 def test_colour_of_eight_bits_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -214,11 +224,16 @@ def compressed(pixels: np.ndarray, syntax: Any, **options: Any) -> Dataset:
 def test_compressed_pixels_that_pillow_and_pydicom_decode(tmp_path: Path) -> None:
     rows, columns = np.mgrid[0:64, 0:96]
     smooth = (rows * 2 + columns).astype(np.uint8)
-    jpeg = shown(tmp_path, compressed(smooth, JPEGBaseline8Bit, format="JPEG", quality=95, tags={"WindowCenter": 128, "WindowWidth": 256}))
+    jpeg = shown(
+        tmp_path,
+        compressed(smooth, JPEGBaseline8Bit, format="JPEG", quality=95, tags={"WindowCenter": 128, "WindowWidth": 256}),
+    )
     assert np.abs(jpeg.astype(int) - smooth).max() <= 4
     deep = (rows * 40 + columns).astype(np.uint16)
     plain = shown(tmp_path, dicom(deep, stored=16))
-    assert np.array_equal(shown(tmp_path, compressed(deep, JPEG2000Lossless, format="JPEG2000", irreversible=False, no_jp2=True)), plain)
+    assert np.array_equal(
+        shown(tmp_path, compressed(deep, JPEG2000Lossless, format="JPEG2000", irreversible=False, no_jp2=True)), plain
+    )
     rle = dicom(deep, stored=16)
     rle.compress(RLELossless)
     assert np.array_equal(shown(tmp_path, rle), plain)
@@ -229,7 +244,12 @@ def test_a_compression_without_a_decoder_is_refused_with_the_package(tmp_path: P
     dataset = compressed(pixels, JPEG2000Lossless, format="JPEG2000")
     dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
     message = refused(tmp_path, dataset)
-    assert "JPEG Lossless" in message and "no decoder is installed" in message and "pylibjpeg" in message and "gdcmconv" in message
+    assert (
+        "JPEG Lossless" in message
+        and "no decoder is installed" in message
+        and "pylibjpeg" in message
+        and "gdcmconv" in message
+    )
     video = compressed(pixels, JPEG2000Lossless, format="JPEG2000")
     video.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.102"  # MPEG-4
     assert "not decoded here" in refused(tmp_path, video)
@@ -272,7 +292,9 @@ def test_a_deflated_bomb_is_refused_before_it_is_inflated(tmp_path: Path) -> Non
     assert dcmread(small).Rows == 4  # pydicom itself would
     meta = data[: data.index(zlib_start(data))]
     compressor = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
-    bomb = b"".join(compressor.compress(bytes(2**24)) for _ in range(8)) + compressor.flush()  # a thousand times its size
+    bomb = (
+        b"".join(compressor.compress(bytes(2**24)) for _ in range(8)) + compressor.flush()
+    )  # a thousand times its size
     path = tmp_path / "bomb"
     path.write_bytes(meta + bomb)
     with pytest.raises(ImageError, match="size is not known until it is inflated"):
@@ -299,7 +321,9 @@ def test_every_truncation_is_refused_and_no_message_names_the_patient(tmp_path: 
 def test_damaged_bytes_are_read_or_refused_and_nothing_else(
     tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = written(tmp_path, dicom(np.arange(64, dtype=np.uint16).reshape(8, 8), stored=12, WindowCenter=30, WindowWidth=60)).read_bytes()
+    whole = written(
+        tmp_path, dicom(np.arange(64, dtype=np.uint16).reshape(8, 8), stored=12, WindowCenter=30, WindowWidth=60)
+    ).read_bytes()
     rng, path, refusals = np.random.default_rng(0), tmp_path / "damaged", 0
     for _ in range(1000):
         data = bytearray(whole)

@@ -105,7 +105,10 @@ def test_truncated_files_are_refused(tmp_path: Path, name: str, share: float) ->
 def test_a_flipped_pixel_is_found_when_training_reads_it_and_a_flipped_checksum_by_the_check(tmp_path: Path) -> None:
     path = saved(tmp_path, noise(64, 64), compress_level=0)
     whole = path.read_bytes()
-    for position, reads in ((len(whole) // 2, (load_image, check_image)), (len(whole) - 13, (check_image,))):  # 12 bytes of IEND are last
+    for position, reads in (
+        (len(whole) // 2, (load_image, check_image)),
+        (len(whole) - 13, (check_image,)),
+    ):  # 12 bytes of IEND are last
         data = bytearray(whole)
         data[position] ^= 1
         path.write_bytes(data)
@@ -151,7 +154,9 @@ def png(width: int, height: int, data: bytes, *, bits: int = 8, colour: int = 0)
 
 
 @pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)])
-def test_sixteen_bits_a_channel_of_colour_are_refused_and_not_read_near_black(tmp_path: Path, colour: int, channels: int) -> None:
+def test_sixteen_bits_a_channel_of_colour_are_refused_and_not_read_near_black(
+    tmp_path: Path, colour: int, channels: int
+) -> None:
     """Pillow keeps the upper eight bits: of twelve-bit data the upper four."""
     path = tmp_path / "image.png"
     row = b"\0" + np.full((4, channels), 4095, dtype=">u2").tobytes()
@@ -195,7 +200,9 @@ def test_every_real_radiograph_loads_at_its_own_size_and_its_first_half_is_refus
 
 
 def check_processed(processor: Any, image: Image.Image, *, largest: int) -> None:
-    """At most `largest` pixels reach the policy, and neither side is off its share by more than the 28 pixels of a token."""
+    """At most `largest` pixels reach the policy, and neither side is off its share by more than the 28 pixels of a
+    token.
+    """
     features = processor(images=[image], return_tensors="pt")
     ((time, rows, columns),) = features["image_grid_thw"].tolist()
     height, width = rows * 14, columns * 14
@@ -206,7 +213,9 @@ def check_processed(processor: Any, image: Image.Image, *, largest: int) -> None
 
 @pytest.mark.parametrize("size", [(3000, 2400), (2048, 2496), (500, 500), (1200, 300), (60, 90), (10, 12)])
 @pytest.mark.parametrize("largest", [56 * 56, 262_144, 401_408])
-def test_the_aspect_is_kept_and_max_pixels_respected(tiny_policy_directory: Path, size: tuple[int, int], largest: int) -> None:
+def test_the_aspect_is_kept_and_max_pixels_respected(
+    tiny_policy_directory: Path, size: tuple[int, int], largest: int
+) -> None:
     processor = load_image_processor(tiny_policy_directory, min_pixels=28 * 28, max_pixels=largest)
     check_processed(processor, Image.new("RGB", size, (90, 90, 90)), largest=largest)
 

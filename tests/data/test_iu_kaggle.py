@@ -31,9 +31,16 @@ def test_texts_are_verbatim_and_images_have_their_views(tmp_path: Path) -> None:
     seven, eight = collection.studies
     assert (seven.id, seven.findings, seven.impression) == ("CXR7", 'Heart, "normal".\nXXXX opacity. ', "Clear.")
     assert (seven.indication, seven.comparison, eight.impression) == ("Cough", None, None)
-    assert [(image.name, image.view) for image in seven.images] == [("7_IM-1-1001.dcm.png", "frontal"), ("7_IM-1-2001.dcm.png", "lateral")]
+    assert [(image.name, image.view) for image in seven.images] == [
+        ("7_IM-1-1001.dcm.png", "frontal"),
+        ("7_IM-1-2001.dcm.png", "lateral"),
+    ]
     assert [image.view for image in eight.images] == ["lateral"]
-    assert collection.refusals == () and seven.where == f"{tmp_path / 'indiana_reports.csv'}, line 2" and eight.where.endswith("line 4")
+    assert (
+        collection.refusals == ()
+        and seven.where == f"{tmp_path / 'indiana_reports.csv'}, line 2"
+        and eight.where.endswith("line 4")
+    )
 
 
 @pytest.mark.parametrize(
@@ -43,15 +50,38 @@ def test_texts_are_verbatim_and_images_have_their_views(tmp_path: Path) -> None:
         ("9,,,,,,Short.\n", "", "{reports}, line 4", "7 fields under 8 columns"),
         ("x9,,,,,,Text.,\n", "", "{reports}, line 4", "column `uid`: 'x9'; a uid is a number"),
         ("", "11,11_IM-1-1.png,Frontal\n", "CXR11", "names its images, {reports} has no report of it"),
-        ("9,,,,,,Text.,\n", "9,9_IM-1-1.png,Oblique\n", "CXR9", "{projections}, line 2, column `projection`: 'Oblique'; write Frontal or"),
-        ("9,,,,,,Text.,\n", "9,10_IM-1-1.png,Frontal\n", "CXR9", "line 2, column `filename`: '10_IM-1-1.png' is of study 10"),
+        (
+            "9,,,,,,Text.,\n",
+            "9,9_IM-1-1.png,Oblique\n",
+            "CXR9",
+            "{projections}, line 2, column `projection`: 'Oblique'; write Frontal or",
+        ),
+        (
+            "9,,,,,,Text.,\n",
+            "9,10_IM-1-1.png,Frontal\n",
+            "CXR9",
+            "line 2, column `filename`: '10_IM-1-1.png' is of study 10",
+        ),
         ("9,,,,,,Text.,\n", "9,,Frontal\n", "CXR9", "line 2, column `filename`: empty"),
-        ("9,,,,,,Text.,\n", "9,9_IM-1.png,Frontal\n9,9_IM-1.png,Lateral\n", "CXR9", "line 3, column `filename`: '9_IM-1.png' stands twice"),
+        (
+            "9,,,,,,Text.,\n",
+            "9,9_IM-1.png,Frontal\n9,9_IM-1.png,Lateral\n",
+            "CXR9",
+            "line 3, column `filename`: '9_IM-1.png' stands twice",
+        ),
         ("", "9_IM-1.png,Frontal\n", "{projections}, line 2", "2 fields under 3 columns"),
     ],
 )
-def test_a_bad_row_costs_one_study_and_says_where(tmp_path: Path, reports: str, projections: str, study: str, expected: str) -> None:
-    paths = dict(zip(("reports", "projections"), files(tmp_path, REPORTS + GOOD + reports, PROJECTIONS + projections), strict=True))
+def test_a_bad_row_costs_one_study_and_says_where(
+    tmp_path: Path, reports: str, projections: str, study: str, expected: str
+) -> None:
+    paths = dict(
+        zip(
+            ("reports", "projections"),
+            files(tmp_path, REPORTS + GOOD + reports, PROJECTIONS + projections),
+            strict=True,
+        )
+    )
     collection = read_kaggle(paths["reports"], paths["projections"])
     assert collection.studies[0].id == "CXR7" and collection.studies[0].impression == "Clear."
     (refusal,) = collection.refusals
@@ -89,11 +119,13 @@ def test_views_from_a_bad_file_are_refused(tmp_path: Path) -> None:
 
 
 def test_one_study_has_one_number_in_every_layout() -> None:
-    assert [study_number(name) for name in ("CXR2384", "2384", "CXR2384_IM-0942", "cxr02384", "CXR1_1_IM-0001")] == ["2384"] * 4 + ["1"]
+    assert [study_number(name) for name in ("CXR2384", "2384", "CXR2384_IM-0942", "cxr02384", "CXR1_1_IM-0001")] == [
+        "2384"
+    ] * 4 + ["1"]
     assert study_number("mine") is None and study_number("IM-0942") is None
-    assert {image_key(name) for name in ("CXR1_1_IM-0001-3001", "1_IM-0001-3001.dcm.png", "a/b/CXR1_IM-0001-3001.PNG")} == {
-        "1_IM-0001-3001"
-    }
+    assert {
+        image_key(name) for name in ("CXR1_1_IM-0001-3001", "1_IM-0001-3001.dcm.png", "a/b/CXR1_IM-0001-3001.PNG")
+    } == {"1_IM-0001-3001"}
     assert image_key("CXR11_IM-0001-3001") != image_key("CXR1_1_IM-0001-3001")
 
 
@@ -105,7 +137,9 @@ def test_the_real_files_agree_with_the_xmls() -> None:
     with open(projections, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     given = {(f"CXR{row['uid']}", row["filename"], row["projection"].lower()) for row in rows}
-    assert {(study.id, image.name, image.view) for study in collection.studies for image in study.images} == given and len(rows) == 7466
+    assert {
+        (study.id, image.name, image.view) for study in collection.studies for image in study.images
+    } == given and len(rows) == 7466
 
     xml = with_views(read_open_i(folder / "NLMCXR_reports.tgz"), read_views(projections), projections)
     views = [image.view for study in xml.studies for image in study.images]

@@ -1,4 +1,6 @@
-"""`prepare iu-xray` over Open-i's and Kaggle's layouts: recognised by content, images found, sections chosen, nothing lost."""
+"""`prepare iu-xray` over Open-i's and Kaggle's layouts: recognised by content, images found, sections chosen, nothing
+lost.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ from tests.shared_data import shared_data
 HEART = "Heart normal."
 NORMAL = [0] * 13 + [1]
 PROJECTIONS = (
-    "uid,filename,projection\n7,7_IM-0001-1001.dcm.png,Frontal\n7,7_IM-0001-2001.dcm.png,Lateral\n8,8_IM-0001-1001.dcm.png,Frontal\n"
+    "uid,filename,projection\n"
+    "7,7_IM-0001-1001.dcm.png,Frontal\n"
+    "7,7_IM-0001-2001.dcm.png,Lateral\n"
+    "8,8_IM-0001-1001.dcm.png,Frontal\n"
 )
 
 
@@ -37,7 +42,9 @@ def xmls(folder: Path) -> Path:
 def kaggle(folder: Path) -> Path:
     (folder / "kaggle").mkdir()
     rows = f"7,n,n,x,Cough,,{HEART},Clear.\n8,n,n,x,Cough,,,Clear.\n"
-    (folder / "kaggle" / "indiana_reports.csv").write_text("uid,MeSH,Problems,image,indication,comparison,findings,impression\n" + rows)
+    (folder / "kaggle" / "indiana_reports.csv").write_text(
+        "uid,MeSH,Problems,image,indication,comparison,findings,impression\n" + rows
+    )
     (folder / "kaggle" / "indiana_projections.csv").write_text(PROJECTIONS)
     return folder / "kaggle" / "indiana_reports.csv"
 
@@ -91,11 +98,15 @@ def test_without_projections_the_views_of_xmls_are_not_guessed(tmp_path: Path) -
     [("findings", {"CXR7": HEART}), ("impression", {"CXR7": "Clear.", "CXR8": "Clear."})],
     ids=["findings", "impression"],
 )
-def test_the_section_asked_for_is_learned_and_a_study_without_it_refused(tmp_path: Path, section: Any, texts: dict[str, str]) -> None:
+def test_the_section_asked_for_is_learned_and_a_study_without_it_refused(
+    tmp_path: Path, section: Any, texts: dict[str, str]
+) -> None:
     images = pictures(tmp_path / "images", "CXR7_IM-0001-1001.png", "CXR7_IM-0001-2001.png", "CXR8_IM-0001-1001.png")
     counts = prepare_iu_xray(xmls(tmp_path), images, tmp_path / "out", report=section)
     assert {study.id: study.report for study in studies(tmp_path / "out").values()} == texts
-    assert sum(count["read"] for count in counts.values()) == 3 and sum(count["kept"] for count in counts.values()) == len(texts)
+    assert sum(count["read"] for count in counts.values()) == 3 and sum(
+        count["kept"] for count in counts.values()
+    ) == len(texts)
     reasons = refused(tmp_path / "out")
     assert set(reasons) == {"CXR7", "CXR8", "CXR9"} - set(texts)
     assert "the collection has no image of it" in reasons["CXR9"]
@@ -112,9 +123,14 @@ def test_missing_ambiguous_and_damaged_images_are_refused_by_name(tmp_path: Path
     prepare_iu_xray(source, images, tmp_path / "out")
     assert set(studies(tmp_path / "out")) == {"CXR1"}
     reasons = refused(tmp_path / "out")
-    assert "no file of image 'CXR2_IM-0001-2001', though 1 of the study's 2 images are there; fetch it" in reasons["CXR2"]
+    assert (
+        "no file of image 'CXR2_IM-0001-2001', though 1 of the study's 2 images are there; fetch it" in reasons["CXR2"]
+    )
     assert "no file of image 'CXR3_IM-0001-1001'; fetch it, or render it" in reasons["CXR3"]
-    assert "are both image 'CXR4_IM-0001-2001'; keep one" in reasons["CXR4"] and "4_IM-0001-2001.dcm.png" in reasons["CXR4"]
+    assert (
+        "are both image 'CXR4_IM-0001-2001'; keep one" in reasons["CXR4"]
+        and "4_IM-0001-2001.dcm.png" in reasons["CXR4"]
+    )
     assert "CXR5_IM-0001-2001.png" in reasons["CXR5"] and "not an image" in reasons["CXR5"]
 
 
@@ -123,18 +139,29 @@ def test_missing_images_of_any_layout_are_rendered_from_labels_of_either_naming(
     counts = prepare_iu_xray(xmls(tmp_path), None, tmp_path / "xml", render_missing=[labels], side=32)
     assert sum(count["rendered"] for count in counts.values()) == 2
     kept = studies(tmp_path / "xml")
-    assert set(kept) == {"CXR7", "CXR9"} and all(study.rendered and study.said == (*[None] * 13, 1) for study in kept.values())
+    assert set(kept) == {"CXR7", "CXR9"} and all(
+        study.rendered and study.said == (*[None] * 13, 1) for study in kept.values()
+    )
     check_images(list(kept.values()))
     prepare_iu_xray(kaggle(tmp_path), None, tmp_path / "csv", render_missing=[labels], side=32)
     again = studies(tmp_path / "csv")["CXR7"]
-    assert again.drawn == kept["CXR7"].drawn and again.images[0].path.read_bytes() == kept["CXR7"].images[0].path.read_bytes()
+    assert (
+        again.drawn == kept["CXR7"].drawn
+        and again.images[0].path.read_bytes() == kept["CXR7"].images[0].path.read_bytes()
+    )
 
 
 def test_labels_of_the_findings_are_not_taken_for_those_of_another_section(tmp_path: Path) -> None:
     source = xmls(tmp_path)
-    with pytest.raises(ValueError, match=r"labels\.csv, id 'CXR7_IM-0001': an id of R2Gen's, whose labels are of the findings"):
+    with pytest.raises(
+        ValueError, match=r"labels\.csv, id 'CXR7_IM-0001': an id of R2Gen's, whose labels are of the findings"
+    ):
         prepare_iu_xray(
-            source, None, tmp_path / "out", report="impression", render_missing=[labels_csv(tmp_path / "labels.csv", "CXR7_IM-0001")]
+            source,
+            None,
+            tmp_path / "out",
+            report="impression",
+            render_missing=[labels_csv(tmp_path / "labels.csv", "CXR7_IM-0001")],
         )
     own = labels_csv(tmp_path / "own.csv", "CXR7", "CXR8")
     counts = prepare_iu_xray(source, None, tmp_path / "out", report="impression", render_missing=[own], side=32)
@@ -142,7 +169,10 @@ def test_labels_of_the_findings_are_not_taken_for_those_of_another_section(tmp_p
 
 
 def test_two_label_ids_of_one_study_must_agree(tmp_path: Path) -> None:
-    paths = [labels_csv(tmp_path / "a.csv", "CXR7_IM-0001"), labels_csv(tmp_path / "b.csv", "CXR7_IM-0002", classes=[1] * 13 + [0])]
+    paths = [
+        labels_csv(tmp_path / "a.csv", "CXR7_IM-0001"),
+        labels_csv(tmp_path / "b.csv", "CXR7_IM-0002", classes=[1] * 13 + [0]),
+    ]
     with pytest.raises(ValueError, match=r"b\.csv, id 'CXR7_IM-0002': another id has other labels for study 'CXR7'"):
         prepare_iu_xray(xmls(tmp_path), None, tmp_path / "out", render_missing=paths)
 
@@ -190,7 +220,9 @@ def test_the_layout_is_recognised_by_content(tmp_path: Path) -> None:
     (tmp_path / "files" / "deep" / "7.xml").write_bytes(report(7))
     assert read_iu_xray(tmp_path / "files").layout == "open-i"
     shutil.copy(archive_path, tmp_path / "files" / "NLMCXR_reports.tgz")
-    with pytest.raises(ManifestError, match=r"several layouts of IU X-Ray \(NLMCXR_reports.tgz, \*\.xml\); give the one to read"):
+    with pytest.raises(
+        ManifestError, match=r"several layouts of IU X-Ray \(NLMCXR_reports.tgz, \*\.xml\); give the one to read"
+    ):
         read_iu_xray(tmp_path / "files")
 
 
@@ -222,7 +254,9 @@ def test_what_is_no_layout_is_refused_with_a_remedy(tmp_path: Path, name: str, c
 def test_an_interrupted_run_goes_on_and_its_result_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = range(1, 201)
     members = [(f"{n}.xml", report(n, findings=f"Report {n}.", images=("IM-0001-1001",))) for n in numbers]
-    source = archive(tmp_path / "reports.tgz", *members, ("again/1.xml", report(1, findings="Other.")), ("300.xml", b"<broken"))
+    source = archive(
+        tmp_path / "reports.tgz", *members, ("again/1.xml", report(1, findings="Other.")), ("300.xml", b"<broken")
+    )
     images = pictures(tmp_path / "images", *(f"CXR{n}_IM-0001-1001.png" for n in numbers))
     prepare_iu_xray(source, images, tmp_path / "whole")
 
@@ -253,10 +287,15 @@ def test_an_interrupted_run_goes_on_and_its_result_is_the_same(tmp_path: Path, m
     assert set(later) == {f"CXR{n}" for n in numbers} - set(checked) and len(later) == 110
     for name in ("manifest.jsonl", "refused.jsonl", "reports.csv", "reports_train.csv"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert studies(tmp_path / "out")["CXR1"].report == "Report 1." and set(refused(tmp_path / "out")) == {"CXR1", "CXR300"}
+    assert studies(tmp_path / "out")["CXR1"].report == "Report 1." and set(refused(tmp_path / "out")) == {
+        "CXR1",
+        "CXR300",
+    }
 
 
-def test_a_source_that_changed_after_an_interruption_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_changed_after_an_interruption_is_not_mixed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed, reports = xmls(tmp_path), kaggle(tmp_path)
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "7.xml").write_bytes(report(7, findings=HEART))
@@ -275,13 +314,17 @@ def test_a_source_that_changed_after_an_interruption_is_not_mixed_in(tmp_path: P
             prepare_iu_xray(source, images, output)
         journal = output / JOURNAL_FILE
         os.utime(changed, (journal.stat().st_mtime + 5,) * 2)
-        with pytest.raises(ValueError, match=rf"{changed.name}: changed after a run that was interrupted.*remove .*conversion\.part"):
+        with pytest.raises(
+            ValueError, match=rf"{changed.name}: changed after a run that was interrupted.*remove .*conversion\.part"
+        ):
             prepare_iu_xray(source, images, output)
         journal.unlink()
         prepare_iu_xray(source, images, output)
 
 
-def test_studies_refused_for_want_of_images_are_looked_at_again_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_studies_refused_for_want_of_images_are_looked_at_again_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, images = archive(tmp_path / "reports.tgz", ("7.xml", report(7))), tmp_path / "images"
     pictures(images, "CXR7_IM-0001-1001.png", "CXR7_IM-0001-2001.png")
     (tmp_path / "wrong").mkdir()
@@ -330,7 +373,9 @@ def test_the_whole_real_collection_is_kept_or_refused_with_a_reason(tmp_path: Pa
             assert [image.path.stem for image in kept[study.id].images] == [image.name for image in study.images]
             assert kept[study.id].report == study.findings and kept[study.id].impression == study.impression
     reports = read_reports_csv(tmp_path / "out" / "reports.csv")
-    assert len(reports) == 3425 and all(reports[study.id] == study.findings for study in collection.studies if study.findings)
+    assert len(reports) == 3425 and all(
+        reports[study.id] == study.findings for study in collection.studies if study.findings
+    )
     published = json.loads((folder / "annotation.json").read_text())
     for entry in (entry for entries in published.values() for entry in entries):
         assert kept[entry["id"].split("_")[0]].report == entry["report"]
@@ -338,7 +383,9 @@ def test_the_whole_real_collection_is_kept_or_refused_with_a_reason(tmp_path: Pa
 
 def test_real_radiographs_and_real_labels_go_through(tmp_path: Path) -> None:
     folder = shared_data() / "iu_xray"
-    prepare_iu_xray(folder / "indiana_reports.csv", folder / "images", tmp_path / "csv", split=str(folder / "r2gen_split_ids.json"))
+    prepare_iu_xray(
+        folder / "indiana_reports.csv", folder / "images", tmp_path / "csv", split=str(folder / "r2gen_split_ids.json")
+    )
     (study,) = studies(tmp_path / "csv").values()
     assert study.id == "CXR1000" and study.split == "train"
     views = {image.path.name: image.view for image in study.images}

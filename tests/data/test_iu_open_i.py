@@ -20,13 +20,20 @@ FINDINGS = "Heart &lt; normal.  XXXX opacity,\n maybe edema. "
 
 
 def report(
-    number: int, *, findings: str = FINDINGS, images: tuple[str, ...] = ("IM-0001-1001", "IM-0001-2001"), uid: str | None = None
+    number: int,
+    *,
+    findings: str = FINDINGS,
+    images: tuple[str, ...] = ("IM-0001-1001", "IM-0001-2001"),
+    uid: str | None = None,
 ) -> bytes:
     texts = {"COMPARISON": "", "INDICATION": "Cough", "FINDINGS": findings, "IMPRESSION": "Clear."}
     sections = "".join(f'<AbstractText Label="{name}">{text}</AbstractText>' for name, text in texts.items())
-    parents = "".join(f'<parentImage id="CXR{number}_{name}"><caption>PA and lateral</caption></parentImage>' for name in images)
+    parents = "".join(
+        f'<parentImage id="CXR{number}_{name}"><caption>PA and lateral</caption></parentImage>' for name in images
+    )
     head = f'<uId id="{uid or f"CXR{number}"}"/><pmcId id="{number}"/>'
-    return f'<?xml version="1.0" encoding="utf-8"?><eCitation>{head}<Abstract>{sections}</Abstract>{parents}</eCitation>'.encode()
+    body = f"<eCitation>{head}<Abstract>{sections}</Abstract>{parents}</eCitation>"
+    return f'<?xml version="1.0" encoding="utf-8"?>{body}'.encode()
 
 
 def archive(path: Path, *members: tuple[str | tarfile.TarInfo, bytes]) -> Path:
@@ -61,7 +68,10 @@ def test_archive_tar_and_folder_give_the_same_studies(tmp_path: Path) -> None:
         assert (seven.id, seven.patient_id, twelve.id) == ("CXR7", "CXR7", "CXR12")
         assert seven.findings == "Heart < normal.  XXXX opacity,\n maybe edema. " and seven.impression == "Clear."
         assert seven.indication == "Cough" and seven.comparison is None
-        assert [(image.name, image.view) for image in seven.images] == [("CXR7_IM-0001-1001", None), ("CXR7_IM-0001-2001", None)]
+        assert [(image.name, image.view) for image in seven.images] == [
+            ("CXR7_IM-0001-1001", None),
+            ("CXR7_IM-0001-2001", None),
+        ]
         assert twelve.images == () and str(source) in seven.where and "7.xml" in seven.where
 
 
@@ -78,7 +88,10 @@ def test_archive_tar_and_folder_give_the_same_studies(tmp_path: Path) -> None:
         (report(9).replace(b"<pmcId", b'<uId id="CXR10"/><pmcId'), "element <uId>: ['CXR9', 'CXR10']"),
         (report(9, uid="nine"), "element <uId>: ['nine']"),
         (report(9, uid="CXR10"), "element <uId>: 'CXR10', but the file is named for 9; two ids for one study"),
-        (report(9).replace(b"CXR9_IM-0001-2001", b"CXR8_IM-0001-2001"), "<parentImage id='CXR8_IM-0001-2001'> is of study 8"),
+        (
+            report(9).replace(b"CXR9_IM-0001-2001", b"CXR8_IM-0001-2001"),
+            "<parentImage id='CXR8_IM-0001-2001'> is of study 8",
+        ),
         (report(9).replace(b'id="CXR9_IM-0001-2001"', b""), "element <parentImage> without an id"),
         (report(9).replace(b"COMPARISON", b"FINDINGS"), "<AbstractText Label='FINDINGS'> stands twice"),
         (b"<eCitation>" + b" " * MAX_XML + b"</eCitation>", "a report has at most 1,000,000"),
@@ -145,7 +158,9 @@ def test_a_second_report_of_a_study_is_refused_and_names_the_first(tmp_path: Pat
 
 
 def test_what_macos_leaves_in_archives_is_passed_over(tmp_path: Path) -> None:
-    source = archive(tmp_path / "reports.tgz", ("e/._9.xml", b"\0\5\26\7"), ("e/9.xml", report(9)), ("e/readme.txt", b"x"))
+    source = archive(
+        tmp_path / "reports.tgz", ("e/._9.xml", b"\0\5\26\7"), ("e/9.xml", report(9)), ("e/readme.txt", b"x")
+    )
     assert reasons(source) == {} and len(read_open_i(source).studies) == 1
 
 
@@ -175,9 +190,13 @@ def test_a_damaged_archive_is_refused_as_a_whole(tmp_path: Path, damage: Callabl
         read_open_i(source)
 
 
-def test_an_archive_that_unpacks_to_far_too_much_is_left_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_that_unpacks_to_far_too_much_is_left_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(iu_open_i, "MAX_ARCHIVE", 2_000_000)
-    source = archive(tmp_path / "reports.tgz", ("e/8.xml", report(8)), ("e/fill", bytes(5_000_000)), ("e/9.xml", report(9)))
+    source = archive(
+        tmp_path / "reports.tgz", ("e/8.xml", report(8)), ("e/fill", bytes(5_000_000)), ("e/9.xml", report(9))
+    )
     with pytest.raises(ManifestError, match=r"reports\.tgz: unpacks to more than 2,000,000 bytes"):
         read_open_i(source)
 
@@ -207,7 +226,13 @@ def test_the_real_collection_comes_through_whole_and_verbatim() -> None:
             text = tar.extractfile(member).read().decode()  # type: ignore[union-attr]
             for label, name in names.items():
                 (found,) = re.findall(rf'<AbstractText Label="{label}"(?:/>|>([^<]*)</AbstractText>)', text)
-                plain = found.replace("&lt;", "<").replace("&gt;", ">").replace("&quot;", '"').replace("&apos;", "'").replace("&amp;", "&")
+                plain = (
+                    found.replace("&lt;", "<")
+                    .replace("&gt;", ">")
+                    .replace("&quot;", '"')
+                    .replace("&apos;", "'")
+                    .replace("&amp;", "&")
+                )
                 assert (getattr(study, name) or "") == plain, (member.name, label)
             assert [image.name for image in study.images] == re.findall(r'<parentImage id="([^"]*)"', text)
             assert f'<uId id="{study.id}"/>' in text

@@ -19,7 +19,9 @@ from tests.shared_data import shared_data
 
 
 def collection(*numbers: int, layout: str = "open-i", refusals: tuple[IuRefusal, ...] = ()) -> IuCollection:
-    studies = tuple(IuStudy(f"CXR{n}", f"{n}.xml", (IuImage(f"CXR{n}_IM-000{n % 10}-1001"),), findings="Clear.") for n in numbers)
+    studies = tuple(
+        IuStudy(f"CXR{n}", f"{n}.xml", (IuImage(f"CXR{n}_IM-000{n % 10}-1001"),), findings="Clear.") for n in numbers
+    )
     return IuCollection(Path("reports.tgz"), layout, "reports", studies, refusals)
 
 
@@ -35,7 +37,12 @@ def published(source: IuCollection, path: Path) -> IuCollection:
 
 def test_published_ids_find_their_studies_and_everything_else_is_refused_by_name(tmp_path: Path) -> None:
     path = split_file(
-        tmp_path, {"train": ["CXR1_IM-0001", "CXR4_IM-0009"], "val": [{"id": "CXR2_IM-0002", "report": "x"}], "test": ["CXR9_IM-0009"]}
+        tmp_path,
+        {
+            "train": ["CXR1_IM-0001", "CXR4_IM-0009"],
+            "val": [{"id": "CXR2_IM-0002", "report": "x"}],
+            "test": ["CXR9_IM-0009"],
+        },
     )
     result = published(collection(1, 2, 3, 4, 11), path)
     assert {study.id: study.split for study in result.studies} == {"CXR1": "train", "CXR2": "val"}
@@ -48,15 +55,22 @@ def test_published_ids_find_their_studies_and_everything_else_is_refused_by_name
 
 def test_a_report_that_could_not_be_read_keeps_its_reason_and_gets_its_split(tmp_path: Path) -> None:
     bad = IuRefusal("CXR5", "5.xml", "broken XML")
-    result = published(collection(1, refusals=(bad,)), split_file(tmp_path, {"train": ["CXR1_IM-0001"], "test": ["CXR5_IM-0005"]}))
-    assert [(refusal.id, refusal.reason, refusal.split) for refusal in result.refusals] == [("CXR5", "broken XML", "test")]
+    result = published(
+        collection(1, refusals=(bad,)), split_file(tmp_path, {"train": ["CXR1_IM-0001"], "test": ["CXR5_IM-0005"]})
+    )
+    assert [(refusal.id, refusal.reason, refusal.split) for refusal in result.refusals] == [
+        ("CXR5", "broken XML", "test")
+    ]
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         ({"train": ["CXR1_IM-0001"], "test": ["CXR1_IM-0001"]}, "test[0]: id 'CXR1_IM-0001' stands in 'train' already"),
-        ({"train": ["CXR1_IM-0001"], "test": ["CXR1_IM-0002"]}, "'CXR1_IM-0001' and 'CXR1_IM-0002' are one study, number 1"),
+        (
+            {"train": ["CXR1_IM-0001"], "test": ["CXR1_IM-0002"]},
+            "'CXR1_IM-0001' and 'CXR1_IM-0002' are one study, number 1",
+        ),
         ({"train": [3]}, "train[0]: 3 is no id"),
         ({"train": [{"report": "x"}]}, "is no id; write ids, or studies with an `id`"),
         ({"train": []}, "no ids in it"),

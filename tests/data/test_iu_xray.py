@@ -1,4 +1,6 @@
-"""`prepare iu-xray`: reports verbatim, missing radiographs rendered from labels and marked, everything else refused with a reason."""
+"""`prepare iu-xray`: reports verbatim, missing radiographs rendered from labels and marked, everything else refused
+with a reason.
+"""
 
 from __future__ import annotations
 
@@ -61,14 +63,21 @@ def test_real_images_are_kept_and_the_text_is_verbatim(tmp_path: Path) -> None:
     study = by_id(tmp_path / "out")["CXR1_IM-2"]
     assert study.report == study.findings == REPORT
     assert study.patient_id == "CXR1" and not study.rendered and study.drawn is None and study.said is None
-    assert [image.path for image in study.images] == [tmp_path / "images" / "CXR1_IM-2" / name for name in ("0.png", "1.png")]
+    assert [image.path for image in study.images] == [
+        tmp_path / "images" / "CXR1_IM-2" / name for name in ("0.png", "1.png")
+    ]
     assert [image.view for image in study.images] == [None, None]
 
 
 def test_a_missing_radiograph_is_rendered_from_its_labels_and_marked(tmp_path: Path) -> None:
     classes = [0, 1, 2, 3, *[0] * 10]
-    paths = [labels_csv(tmp_path / "one.csv", {"a": classes}), labels_csv(tmp_path / "two.csv", {"b": NORMAL, "a": classes})]
-    counts = prepare_iu_xray(annotation(tmp_path, entry("a"), entry("b", "val")), None, tmp_path / "out", render_missing=paths, side=32)
+    paths = [
+        labels_csv(tmp_path / "one.csv", {"a": classes}),
+        labels_csv(tmp_path / "two.csv", {"b": NORMAL, "a": classes}),
+    ]
+    counts = prepare_iu_xray(
+        annotation(tmp_path, entry("a"), entry("b", "val")), None, tmp_path / "out", render_missing=paths, side=32
+    )
     assert counts["train"]["rendered"] == counts["val"]["rendered"] == 1
     studies = by_id(tmp_path / "out")
     a, b = studies["a"], studies["b"]
@@ -87,7 +96,9 @@ def test_an_uncertain_finding_is_drawn_for_about_half_of_the_studies_by_seed_and
     path = labels_csv(tmp_path / "labels.csv", {study_id: [UNCERTAIN] * 13 + [0] for study_id in ids})
 
     def coins(name: str, order: list[str], seed: int) -> dict[str, tuple[int | None, ...]]:
-        prepare_iu_xray(annotation(tmp_path, *map(entry, order)), None, tmp_path / name, render_missing=[path], side=32, seed=seed)
+        prepare_iu_xray(
+            annotation(tmp_path, *map(entry, order)), None, tmp_path / name, render_missing=[path], side=32, seed=seed
+        )
         return {study_id: study.drawn or () for study_id, study in by_id(tmp_path / name).items()}
 
     drawn = coins("one", ids, 0)
@@ -99,7 +110,13 @@ def test_an_uncertain_finding_is_drawn_for_about_half_of_the_studies_by_seed_and
 def test_a_real_image_goes_before_a_rendered_one(tmp_path: Path) -> None:
     write_images(tmp_path / "images", "a")
     path = labels_csv(tmp_path / "labels.csv", {"a": NORMAL, "b": NORMAL})
-    prepare_iu_xray(annotation(tmp_path, entry("a"), entry("b")), tmp_path / "images", tmp_path / "out", render_missing=[path], side=32)
+    prepare_iu_xray(
+        annotation(tmp_path, entry("a"), entry("b")),
+        tmp_path / "images",
+        tmp_path / "out",
+        render_missing=[path],
+        side=32,
+    )
     studies = by_id(tmp_path / "out")
     assert not studies["a"].rendered and studies["a"].said is not None and studies["a"].drawn is None
     assert studies["b"].rendered
@@ -140,9 +157,17 @@ def test_without_images_or_labels_all_are_refused_but_the_reports_can_be_labelle
 
 def test_other_labels_are_not_mixed_into_a_folder(tmp_path: Path) -> None:
     path = annotation(tmp_path, entry("a"))
-    prepare_iu_xray(path, None, tmp_path / "out", render_missing=[labels_csv(tmp_path / "one.csv", {"a": NORMAL})], side=32)
+    prepare_iu_xray(
+        path, None, tmp_path / "out", render_missing=[labels_csv(tmp_path / "one.csv", {"a": NORMAL})], side=32
+    )
     with pytest.raises(ValueError, match="other settings"):
-        prepare_iu_xray(path, None, tmp_path / "out", render_missing=[labels_csv(tmp_path / "two.csv", {"a": [1] * 13 + [0]})], side=32)
+        prepare_iu_xray(
+            path,
+            None,
+            tmp_path / "out",
+            render_missing=[labels_csv(tmp_path / "two.csv", {"a": [1] * 13 + [0]})],
+            side=32,
+        )
 
 
 def test_label_files_that_disagree_are_refused(tmp_path: Path) -> None:
@@ -163,10 +188,15 @@ def test_label_files_that_disagree_are_refused(tmp_path: Path) -> None:
         (json.dumps({"train": [entry("a", report=None)]}), "study 'a', field `report`: None"),
         (json.dumps({"train": [entry("a", image_path=[])]}), "study 'a', field `image_path`: []"),
         (json.dumps({"train": [entry("a", split="test")]}), "study 'a', field `split`: 'test'"),
-        (json.dumps({"train": [entry("a")], "test": [entry("a", "test")]}), "test[0]: id 'a' stands in 'train' already"),
+        (
+            json.dumps({"train": [entry("a")], "test": [entry("a", "test")]}),
+            "test[0]: id 'a' stands in 'train' already",
+        ),
     ],
 )
-def test_what_is_not_an_annotation_is_refused_before_anything_is_written(tmp_path: Path, content: str, expected: str) -> None:
+def test_what_is_not_an_annotation_is_refused_before_anything_is_written(
+    tmp_path: Path, content: str, expected: str
+) -> None:
     path = tmp_path / "annotation.json"
     path.write_text(content)
     with pytest.raises(ManifestError) as error:

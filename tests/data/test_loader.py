@@ -1,4 +1,6 @@
-"""The prompts made of studies, and the loader that has a step's batch ready: whatever ranks, batches and interruptions."""
+"""The prompts made of studies, and the loader that has a step's batch ready: whatever ranks, batches and
+interruptions.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,22 @@ def test_a_loader_started_at_a_later_step_goes_on_where_the_first_would_have(pol
 
 @pytest.mark.parametrize("weights", [None, [1.0, 3.0, 1.0] * 4 + [7.0]])
 def test_no_study_is_repeated_or_passed_over_when_batch_and_ranks_change_at_a_resume(weights):
-    """The stream is the same read in batches of 8 on 2 ranks, then of 4 on 4, then of 3 on 1, each from where the last had come."""
+    """The stream is the same read in batches of 8 on 2 ranks, then of 4 on 4, then of 3 on 1, each from where the last
+    had come.
+    """
     studies, seen, step, position = named(13), [], 0, 5
     for batch_size, world_size, steps in ((8, 2, 3), (4, 4, 2), (3, 1, 5)):
         loaders = [
-            loader_of(studies, None, batch_size=batch_size, rank=rank, world_size=world_size, weights=weights, step=step, position=position)
+            loader_of(
+                studies,
+                None,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+                weights=weights,
+                step=step,
+                position=position,
+            )
             for rank in range(world_size)
         ]
         for now in range(step, step + steps):
@@ -62,7 +75,9 @@ def opened(tmp_path, record, *, batch_size=4, sampling="uniform", skip=0, allow=
         resume=SimpleNamespace(allow_changes=allow),
     )
     rewards = SimpleNamespace(classes=lambda split: classes)
-    run = SimpleNamespace(recipe=recipe, studies={"train": named(count)}, build=None, ranks=OneRank(), rewards=rewards, directory=tmp_path)
+    run = SimpleNamespace(
+        recipe=recipe, studies={"train": named(count)}, build=None, ranks=OneRank(), rewards=rewards, directory=tmp_path
+    )
     return open_loader(run, record, batch_size=batch_size)
 
 
@@ -73,13 +88,18 @@ def test_a_run_goes_on_at_the_position_of_its_checkpoint_and_not_at_its_step(tmp
     later = opened(tmp_path, record, batch_size=2, skip=2)
     assert later.position(5) == 22 and later.position(6) == 24
     assert [s.id for s in later.studies_of(5) + later.studies_of(6)] == [s.id for s in first.studies_of(5)]
-    assert opened(tmp_path, {"step": 5}, skip=2).position(5) == 22  # a checkpoint that kept no position, of the same batches
+    assert (
+        opened(tmp_path, {"step": 5}, skip=2).position(5) == 22
+    )  # a checkpoint that kept no position, of the same batches
 
 
 def test_other_studies_or_weights_than_the_checkpoints_are_refused(tmp_path):
     rare = np.zeros((60, 14), dtype=np.int64)
     rare[2, 8] = 1
-    kept = {name: opened(tmp_path, {"step": 0}, sampling=name, classes=rare).fingerprint for name in ("uniform", "rare_findings")}
+    kept = {
+        name: opened(tmp_path, {"step": 0}, sampling=name, classes=rare).fingerprint
+        for name in ("uniform", "rare_findings")
+    }
     assert kept["uniform"] != kept["rare_findings"]
     record = {"step": 5, "position": 20, "studies": kept["rare_findings"]}
     assert opened(tmp_path, record, sampling="rare_findings", classes=rare).position(5) == 20
@@ -108,7 +128,10 @@ def test_prompt_holds_view_context_and_instruction_in_order(policy, studies, bui
     study = Study(**{**study.__dict__, "indication": "cough", "comparison": "none"})
     builder = build(policy, context=("indication",), instruction="Write.")
     text = policy.tokenizer.decode(builder([study]).input_ids[0])
-    order = [text.index(part) for part in ("Frontal view: ", "<|image_pad|>", "Lateral view: ", "Indication: cough", "Write.")]
+    order = [
+        text.index(part)
+        for part in ("Frontal view: ", "<|image_pad|>", "Lateral view: ", "Indication: cough", "Write.")
+    ]
     assert order == sorted(order)
     assert "none" not in text  # comparison was not asked for
     assert text.count("<|image_pad|>") == 18
@@ -119,7 +142,8 @@ def test_prompt_holds_view_context_and_instruction_in_order(policy, studies, bui
 def test_a_prompt_that_is_too_long_is_refused_with_the_study_and_what_to_switch_off(policy, studies, build):
     """Trap 12: it is never cut, since that could cut an image."""
     with pytest.raises(
-        ValueError, match=r"study a: prompt of \d+ tokens, prompt.max_tokens is 12 \(9 of images\); lower data.max_pixels or"
+        ValueError,
+        match=r"study a: prompt of \d+ tokens, prompt.max_tokens is 12 \(9 of images\); lower data.max_pixels or",
     ):
         build(policy, max_tokens=12)(studies[:1])
     study = replace(studies[0], indication="cough", prior_report="The heart is enlarged. " * 40)
@@ -151,7 +175,9 @@ def test_each_part_of_the_context_has_its_line_and_can_be_switched_off(policy, s
     for left_out in lines:
         kept = tuple(name for name in lines if name != left_out)
         assert lines[left_out] not in text(kept) and all(lines[name] in text(kept) for name in kept)
-        assert text(kept) == text(tuple(lines), replace(study, **{left_out: None}))  # nothing is invented for what is not there
+        assert text(kept) == text(
+            tuple(lines), replace(study, **{left_out: None})
+        )  # nothing is invented for what is not there
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>"])

@@ -1,4 +1,6 @@
-"""`prepare mimic-cxr` on a generated tree: official split, views, priors by time, and every bad input named while the good is kept."""
+"""`prepare mimic-cxr` on a generated tree: official split, views, priors by time, and every bad input named while the
+good is kept.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def test_a_study_is_read_from_the_tree_as_it_was_downloaded(tmp_path: Path) -> N
     assert one.prior is None and one.said is None and one.drawn is None and not one.rendered
     assert [(image.path, image.view) for image in one.images] == [(ONE.image(root, 0), "frontal")]
     check_images(list(studies.values()))
-    assert read_reports_csv(tmp_path / "out" / "reports_val.csv") == {"s57375967": "The lungs are clear. The heart of s57375967 is normal."}
+    assert read_reports_csv(tmp_path / "out" / "reports_val.csv") == {
+        "s57375967": "The lungs are clear. The heart of s57375967 is normal."
+    }
 
 
 def test_the_section_that_is_asked_for_is_learned_and_the_others_keep_their_fields(tmp_path: Path) -> None:
@@ -98,7 +102,9 @@ def test_reports_without_the_section_are_refused_and_say_what_would_take_them(tm
         5: "COMPARISON: None.",
         6: "FINDINGS: Clear.\nIMPRESSION: Normal.",
     }
-    write_tree(tmp_path / "mimic", [TreeStudy(10000000 + number, number, report=text) for number, text in texts.items()])
+    write_tree(
+        tmp_path / "mimic", [TreeStudy(10000000 + number, number, report=text) for number, text in texts.items()]
+    )
 
     def outcome(output: str, **choices: Any) -> tuple[dict[str, str], dict[str, str]]:
         prepared(tmp_path, output=output, **choices)
@@ -109,7 +115,11 @@ def test_reports_without_the_section_are_refused_and_say_what_would_take_them(tm
 
     told, why = outcome("findings")
     assert told == {"s1": "Clear.", "s3": "Clear and normal.", "s6": "Clear."}
-    assert "no FINDINGS; --report impression" in why["s2"] and "--no-headings last-paragraph" in why["s4"] and "nothing can be" in why["s5"]
+    assert (
+        "no FINDINGS; --report impression" in why["s2"]
+        and "--no-headings last-paragraph" in why["s4"]
+        and "nothing can be" in why["s5"]
+    )
     told, why = outcome("impression", report="impression")
     assert told == {"s2": "Normal.", "s6": "Normal."}
     assert "--report findings" in why["s1"] and "--report both" in why["s3"]
@@ -135,7 +145,9 @@ def test_reports_without_the_section_are_refused_and_say_what_would_take_them(tm
         (("", "PA LLD"), {}, None),
     ],
 )
-def test_views_are_chosen_and_ordered(tmp_path: Path, views: tuple[str, ...], choices: dict[str, Any], expected: list[str] | None) -> None:
+def test_views_are_chosen_and_ordered(
+    tmp_path: Path, views: tuple[str, ...], choices: dict[str, Any], expected: list[str] | None
+) -> None:
     study = TreeStudy(10000032, 50414267, views=views)
     root = write_tree(tmp_path / "mimic", [study, TWO])
     prepared(tmp_path, **choices)
@@ -189,11 +201,16 @@ def test_chexpert_labels_are_mapped_by_name(tmp_path: Path) -> None:
     assert studies["s60"].said is None
     reasons = refused(tmp_path)
     assert set(reasons) == {"s70", "s80", ""}
-    assert reasons["s70"][0].startswith("column Edema: '2.0'") and reasons["s70"][1] == "mimic-cxr-2.0.0-chexpert.csv.gz, line 3"
+    assert (
+        reasons["s70"][0].startswith("column Edema: '2.0'")
+        and reasons["s70"][1] == "mimic-cxr-2.0.0-chexpert.csv.gz, line 3"
+    )
     assert "stands on line 4 too" in reasons["s80"][0] and reasons["s80"][1].endswith("line 5")
     assert "column study_id: 'none'" in reasons[""][0]
     prepared(tmp_path, output="without")
-    assert all(study.said is None for study in kept(tmp_path, "without").values()) and len(kept(tmp_path, "without")) == 4
+    assert (
+        all(study.said is None for study in kept(tmp_path, "without").values()) and len(kept(tmp_path, "without")) == 4
+    )
 
 
 @pytest.mark.parametrize("name", ["reports", "archive", "mimic"])
@@ -213,7 +230,9 @@ def test_reports_are_read_from_a_folder_of_their_own_or_the_archive(tmp_path: Pa
     prepared(tmp_path, reports=where)
     assert list(kept(tmp_path)) == [ONE.name]
     reason, place = refused(tmp_path)[TWO.name]
-    assert {"reports": "no such report", "archive": "not in the archive", "mimic": "empty"}[name] in reason and str(where) in reason
+    assert {"reports": "no such report", "archive": "not in the archive", "mimic": "empty"}[name] in reason and str(
+        where
+    ) in reason
     assert place == "mimic-cxr-2.0.0-split.csv.gz, line 4"
 
 
@@ -236,7 +255,10 @@ def test_bytes_of_windows_are_read_and_told_and_what_is_no_text_is_refused(tmp_p
     ]
     write_tree(tmp_path / "mimic", studies)
     assert prepared(tmp_path).not_utf8 == ["files/p10/p10000032/s2.txt"]
-    assert {name: study.report for name, study in kept(tmp_path).items()} == {"s1": "30° rotated.", "s2": "30° rotated, the patient’s."}
+    assert {name: study.report for name, study in kept(tmp_path).items()} == {
+        "s1": "30° rotated.",
+        "s2": "30° rotated, the patient’s.",
+    }
     assert "byte 0x81 at 10" in refused(tmp_path)["s3"][0] and "s3.txt" in refused(tmp_path)["s3"][0]
 
 
@@ -248,7 +270,12 @@ def test_bytes_of_windows_are_read_and_told_and_what_is_no_text_is_refused(tmp_p
         ("split", "dicom_id", "../../etc", "column dicom_id: '../../etc'"),
         ("split", "dicom_id", TWO.dicom(0), f"{TWO.dicom(0)}' stands on line"),
         ("split", "dicom_id", None, "no row of this image in mimic-cxr-2.0.0-split.csv.gz"),
-        ("split", "subject_id", "10000999", "column subject_id: 10000999, but 10000032 in mimic-cxr-2.0.0-metadata.csv.gz, line 2"),
+        (
+            "split",
+            "subject_id",
+            "10000999",
+            "column subject_id: 10000999, but 10000032 in mimic-cxr-2.0.0-metadata.csv.gz, line 2",
+        ),
         ("metadata", "dicom_id", None, "no row of this image in mimic-cxr-2.0.0-metadata.csv.gz"),
         ("metadata", "dicom_id", TWO.dicom(0), f"{TWO.dicom(0)}' stands on line"),
         ("metadata", "study_id", "5", "column study_id: 50414267, but 5 in"),
@@ -397,7 +424,10 @@ def test_a_run_that_is_killed_goes_on_and_ends_as_one_that_was_not(tmp_path: Pat
     write_tree(tmp_path / "mimic", many(600))
     project = str(Path(__file__).resolve().parents[2])
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    assert subprocess.run(command, cwd=project, env={**os.environ, "PYTHONPATH": project}, timeout=120).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run(command, cwd=project, env={**os.environ, "PYTHONPATH": project}, timeout=120).returncode
+        == -signal.SIGKILL
+    )
     resumed, whole = prepared(tmp_path), prepared(tmp_path, output="whole")
     assert resumed.found == 200 and whole.found == 0
     assert resumed.counts == whole.counts and sum(count["read"] for count in whole.counts.values()) == 600
@@ -407,7 +437,9 @@ def test_a_run_that_is_killed_goes_on_and_ends_as_one_that_was_not(tmp_path: Pat
         prepared(tmp_path, views="all")
 
 
-def test_a_table_that_changed_after_an_interruption_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_changed_after_an_interruption_is_not_mixed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tree(tmp_path / "mimic", [ONE, TWO])
 
     def kill(*_: object) -> None:
@@ -418,7 +450,9 @@ def test_a_table_that_changed_after_an_interruption_is_not_mixed_in(tmp_path: Pa
         prepared(tmp_path)
     journal, metadata = tmp_path / "out" / conversion.JOURNAL_FILE, table(tmp_path / "mimic", "metadata")
     os.utime(metadata, (journal.stat().st_mtime + 5,) * 2)
-    with pytest.raises(ValueError, match=rf"{metadata.name}: changed after a run that was interrupted.*remove .*conversion\.part"):
+    with pytest.raises(
+        ValueError, match=rf"{metadata.name}: changed after a run that was interrupted.*remove .*conversion\.part"
+    ):
         prepared(tmp_path)
     journal.unlink()
     assert prepared(tmp_path).found == 0 and kept(tmp_path).keys() == {ONE.name, TWO.name}
@@ -450,13 +484,29 @@ def test_the_command_tells_what_it_did(tmp_path: Path, capsys: pytest.CaptureFix
     write_tree(tmp_path / "mimic", [ONE, TWO, TreeStudy(10000033, 60, report=b"IMPRESSION: \xb0")])
     arguments = ["prepare", "mimic-cxr", str(tmp_path / "mimic"), "-o", str(tmp_path / "out")]
     assert (
-        main([*arguments, "--check-images", "--report", "impression", "--max-images", "1", "--labels", "chexpert", "--views", "all"]) == 0
+        main(
+            [
+                *arguments,
+                "--check-images",
+                "--report",
+                "impression",
+                "--max-images",
+                "1",
+                "--labels",
+                "chexpert",
+                "--views",
+                "all",
+            ]
+        )
+        == 0
     )
     told = capsys.readouterr().out
     assert "MIMIC-CXR, studies" in told and re.search(r"total\D+3\D+3\D+0", told) and "refused.jsonl" not in told
     assert "not UTF-8 and were read as Windows-1252: 1, the first" in told and "s60.txt" in told
     settings = json.loads((tmp_path / "out" / "prepare.json").read_text())
-    assert settings["check_images"] == "open" and settings["report"] == "impression" and settings["labels"] == "chexpert"
+    assert (
+        settings["check_images"] == "open" and settings["report"] == "impression" and settings["labels"] == "chexpert"
+    )
     assert main([*arguments[:-1], str(tmp_path / "other"), "--reports", str(tmp_path / "nowhere")]) == 2
     assert "no such folder of reports" in capsys.readouterr().err
     assert main([*arguments, "--max-images", "3"]) == 2

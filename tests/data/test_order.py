@@ -26,7 +26,9 @@ def test_the_uniform_order_is_the_one_that_earlier_runs_had():
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 9.0] + [1.0] * 10])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_share_the_global_batch_whatever_their_number(world_size, weights):
-    """Trap 7: a study, and so its whole group, is on one rank; the batch is the same on 1, 2 and 4 ranks and after a resume."""
+    """Trap 7: a study, and so its whole group, is on one rank; the batch is the same on 1, 2 and 4 ranks and after a
+    resume.
+    """
     for step in (0, 3, 7):
         together = []
         for rank in range(world_size):
@@ -36,7 +38,11 @@ def test_ranks_share_the_global_batch_whatever_their_number(world_size, weights)
 
 
 @settings(max_examples=60, deadline=None)
-@given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=40), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 5))
+@given(
+    weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=40),
+    seed=st.integers(0, 2**32 - 1),
+    epoch=st.integers(0, 5),
+)
 def test_a_study_comes_as_often_as_its_weight_says_rounded_down_or_up(weights, seed, epoch):
     count = len(weights)
     drawn = np.bincount(StudyOrder(count, seed=seed, weights=weights).take(epoch * count, count), minlength=count)

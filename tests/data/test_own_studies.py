@@ -71,10 +71,15 @@ def test_every_row_is_kept_or_refused_with_its_line(tmp_path: Path) -> None:
     kept = studies(tmp_path / "out")
     assert {study.id: study.report for study in kept.values()} == {"a": "Report a.", "e": "Report e."}
     assert kept["a"].images[0].path == tmp_path / "one.png"
-    found = {(study_id, where.removeprefix(f"{path}, ")): reason for study_id, where, reason in refused(tmp_path / "out")}
+    found = {
+        (study_id, where.removeprefix(f"{path}, ")): reason for study_id, where, reason in refused(tmp_path / "out")
+    }
     assert set(found) == {("b", "line 3"), ("c", "line 4"), ("d", "line 5"), ("", "line 6"), ("a", "line 7")}
     assert "gone.png: no such file" in found["b", "line 3"] and "text.png: not an image" in found["c", "line 4"]
-    assert "'training'; the splits are train, val, test" in found["d", "line 5"] and "field `id`: empty" in found["", "line 6"]
+    assert (
+        "'training'; the splits are train, val, test" in found["d", "line 5"]
+        and "field `id`: empty" in found["", "line 6"]
+    )
     assert f"field `id`: 'a' stands in {path}, line 2 already" in found["a", "line 7"]
     reports = read_reports_csv(tmp_path / "out" / "reports.csv")
     assert reports["a"] == "Report a." and reports["b"] == "Report b."
@@ -107,29 +112,47 @@ def test_a_prior_is_found_wherever_it_stands_and_one_that_was_not_kept_takes_the
         row("y", prior="x", patient_id="s"),
     ]
     prepare_manifest(table(tmp_path, *rows), None, tmp_path / "out")
-    assert {study.id: study.prior for study in studies(tmp_path / "out").values()} == {"late": "early", "early": None, "third": "late"}
+    assert {study.id: study.prior for study in studies(tmp_path / "out").values()} == {
+        "late": "early",
+        "early": None,
+        "third": "late",
+    }
     found = {study_id: reason for study_id, _, reason in refused(tmp_path / "out")}
     assert set(found) == {"orphan", "child", "bad", "after", "stray", "other", "self", "x", "y"}
     assert (
-        all("field `prior`: 'bad' was refused" in found[name] for name in ("orphan", "after")) and "'orphan' was refused" in found["child"]
+        all("field `prior`: 'bad' was refused" in found[name] for name in ("orphan", "after"))
+        and "'orphan' was refused" in found["child"]
     )
     assert "no study 'nobody' in this file" in found["stray"] and "'early' is of patient 'p', not 'r'" in found["other"]
-    assert "its own prior" in found["self"] and "'y' leads in a circle" in found["x"] and "'x' leads in a circle" in found["y"]
+    assert (
+        "its own prior" in found["self"]
+        and "'y' leads in a circle" in found["x"]
+        and "'x' leads in a circle" in found["y"]
+    )
 
 
 def test_other_split_names_are_taken_where_they_are_asked_for(tmp_path: Path) -> None:
     path = table(tmp_path, row("a"), row("b", "external"))
-    assert set(prepare_manifest(path, None, tmp_path / "out", splits=("train", "external")).counts) == {"train", "external"}
+    assert set(prepare_manifest(path, None, tmp_path / "out", splits=("train", "external")).counts) == {
+        "train",
+        "external",
+    }
 
 
 def test_columns_without_a_place_and_patients_in_two_splits_are_told(tmp_path: Path) -> None:
-    rows = [row("a", patient_id="p", age="60"), row("b", "test", patient_id="p", age="61"), row("c", patient_id="q", age="")]
+    rows = [
+        row("a", patient_id="p", age="60"),
+        row("b", "test", patient_id="p", age="61"),
+        row("c", patient_id="q", age=""),
+    ]
     prepared = prepare_manifest(table(tmp_path, *rows), None, tmp_path / "out")
     assert prepared.left_out == ["age"] and prepared.shared_patients == {"p": ["train", "test"]}
 
 
 def test_a_manifest_comes_through_unchanged(tmp_path: Path) -> None:
-    prepare_manifest(table(tmp_path, row("a", patient_id="p"), row("b", "val", patient_id="p", prior="a")), None, tmp_path / "out")
+    prepare_manifest(
+        table(tmp_path, row("a", patient_id="p"), row("b", "val", patient_id="p", prior="a")), None, tmp_path / "out"
+    )
     prepare_manifest(tmp_path / "out" / "manifest.jsonl", None, tmp_path / "again")
     assert studies(tmp_path / "again") == studies(tmp_path / "out")
 
@@ -143,7 +166,9 @@ def test_a_bad_file_is_refused_before_anything_is_written(tmp_path: Path) -> Non
 
 
 def test_without_one_good_study_the_first_reason_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"all 2 studies were refused, the first, 'a' \(.*line 2\), because: .*gone\.png: no such file"):
+    with pytest.raises(
+        ValueError, match=r"all 2 studies were refused, the first, 'a' \(.*line 2\), because: .*gone\.png: no such file"
+    ):
         prepare_manifest(table(tmp_path, row("a", images="gone.png"), row("b", "x")), None, tmp_path / "out")
 
 
@@ -154,11 +179,21 @@ def test_a_mended_table_can_be_prepared_into_the_same_folder(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("killed_at", [0, 1, 30, 63, 90, 149])
-def test_an_interrupted_run_goes_on_and_its_result_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int) -> None:
+def test_an_interrupted_run_goes_on_and_its_result_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
     rows = []
     for n in range(150):
         changes = {"images": "gone.png"} if n % 11 == 5 else {}
-        prior = f"s{n + 7}" if n % 5 == 1 and n < 140 else f"s{n - 2}" if n % 5 == 3 else f"s{n - 64}" if n % 5 == 4 and n >= 64 else ""
+        prior = (
+            f"s{n + 7}"
+            if n % 5 == 1 and n < 140
+            else f"s{n - 2}"
+            if n % 5 == 3
+            else f"s{n - 64}"
+            if n % 5 == 4 and n >= 64
+            else ""
+        )
         rows.append(row(f"s{n}", prior=prior, patient_id="p", **changes))
     rows.insert(1, row("s0", report="Second row."))
     rows.append(row("s0", report="Third row."))
@@ -198,7 +233,9 @@ def test_an_interrupted_run_goes_on_and_its_result_is_the_same(tmp_path: Path, m
     assert sorted(refused(tmp_path / "out")) == sorted(refused(tmp_path / "whole"))
 
 
-def test_studies_that_wait_for_a_prior_far_behind_them_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_studies_that_wait_for_a_prior_far_behind_them_are_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [*(row(f"late{n}", prior="early", patient_id="p") for n in range(100)), row("early", patient_id="p")]
     path = table(tmp_path, *rows)
     keep = own_studies.Conversion.keep

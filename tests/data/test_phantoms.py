@@ -45,7 +45,11 @@ def studies(dataset: Path) -> list[Study]:
 
 def test_every_split_has_its_studies_and_no_two_share_one(studies: list[Study]) -> None:
     assert {split: sum(study.split == split for study in studies) for split in SPLITS} == SPLITS
-    for values in ([study.id for study in studies], [study.patient_id for study in studies], [study.images for study in studies]):
+    for values in (
+        [study.id for study in studies],
+        [study.patient_id for study in studies],
+        [study.images for study in studies],
+    ):
         assert len(set(values)) == len(studies)
 
 
@@ -66,7 +70,9 @@ def test_drawn_and_said_are_both_kept_and_differ_where_a_report_is_silent(studie
     assert any(study.drawn != study.said for study in studies)
 
 
-def test_the_csvs_for_the_labeler_belong_to_no_split_and_hold_enough_uncertain_statements(dataset: Path, studies: list[Study]) -> None:
+def test_the_csvs_for_the_labeler_belong_to_no_split_and_hold_enough_uncertain_statements(
+    dataset: Path, studies: list[Study]
+) -> None:
     reports, labels = read_reports_csv(dataset / "reports.csv"), read_labels_csv(dataset / "labels.csv")
     assert reports.keys() == labels.keys() and len(reports) == phantoms.LABELER_TEXTS
     assert not reports.keys() & {study.id for study in studies}
@@ -106,7 +112,9 @@ def test_a_finished_dataset_is_not_made_again(dataset: Path, monkeypatch: pytest
     assert tree(dataset) == before
 
 
-def test_an_interrupted_dataset_is_completed_to_the_same_bytes(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_dataset_is_completed_to_the_same_bytes(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[Path] = []
     whole = phantoms.render_files
 
@@ -149,7 +157,9 @@ def test_a_folder_made_with_other_settings_is_refused(dataset: Path) -> None:
         ({"seed": -1}, "seed"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_is_written(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_bad_settings_are_refused_before_anything_is_written(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "new", **change)
     assert not (tmp_path / "new").exists()
@@ -160,7 +170,9 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phantoms, "LABELER_TEXTS", 20)
         patch.setattr(phantoms, "HELD_OUT_TEXTS", 10)
-        return write(tmp_path_factory.mktemp("phantoms") / "full", preset="full", splits={"train": 31, "val": 9, "test": 10}).parent
+        return write(
+            tmp_path_factory.mktemp("phantoms") / "full", preset="full", splits={"train": 31, "val": 9, "test": 10}
+        ).parent
 
 
 def test_full_shows_both_views_of_what_the_manifest_says(full: Path) -> None:

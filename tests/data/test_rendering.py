@@ -1,4 +1,6 @@
-"""Rendered images: each file whole or absent, the same bytes whoever renders them, and one folder one set of settings."""
+"""Rendered images: each file whole or absent, the same bytes whoever renders them, and one folder one set of
+settings.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def test_a_view_of_full_is_rendered_for_its_patient(tmp_path: Path) -> None:
     assert render_files(work, seed=5, side=48, workers=1) == 2
     for rendering_ in work:
         with Image.open(rendering_.path) as image:
-            assert np.array_equal(np.asarray(image), render_view(DRAWN, str(rendering_.view), seed=5, index=5, patient=4, side=48))
+            assert np.array_equal(
+                np.asarray(image), render_view(DRAWN, str(rendering_.view), seed=5, index=5, patient=4, side=48)
+            )
 
 
 def test_several_processes_write_the_bytes_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +122,9 @@ def claim(output: Path, **changes: Any) -> None:
 def test_the_same_settings_may_come_back_and_others_are_refused(tmp_path: Path) -> None:
     claim(tmp_path / "new" / "folder")
     claim(tmp_path / "new" / "folder")
-    with pytest.raises(ValueError, match=r"folder: made with other settings \(`seed` was 0, asked for 1\); choose another output"):
+    with pytest.raises(
+        ValueError, match=r"folder: made with other settings \(`seed` was 0, asked for 1\); choose another output"
+    ):
         claim(tmp_path / "new" / "folder", seed=1)
 
 
@@ -129,7 +135,9 @@ def test_a_setting_that_nothing_depended_on_yet_may_be_settled_once(tmp_path: Pa
         claim(tmp_path, labels="def")
 
 
-def test_images_of_another_version_of_the_renderer_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_another_version_of_the_renderer_are_not_mixed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     claim(tmp_path)
     monkeypatch.setattr(rendering, "__version__", "99.0")
     with pytest.raises(ValueError, match="`mrg_r1` was .* asked for '99.0'"):
@@ -149,7 +157,9 @@ def test_a_broken_settings_file_is_refused(tmp_path: Path) -> None:
         claim(tmp_path)
 
 
-def test_settings_that_cannot_be_written_leave_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_cannot_be_written_leave_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 

@@ -41,20 +41,38 @@ CASES: dict[str, tuple[str, dict[str, str | None]]] = {
             "last_paragraph": None,
         },
     ),
-    "text on the heading's line": (f"FINDINGS: {LUNGS}\nIMPRESSION: {NORMAL}", {"findings": LUNGS, "impression": NORMAL}),
-    "wrapped and indented": (
-        "    FINDINGS:  The lungs\n        are   clear. No\n\teffusion.\n\n    IMPRESSION:\n      No acute\n      process.",
+    "text on the heading's line": (
+        f"FINDINGS: {LUNGS}\nIMPRESSION: {NORMAL}",
         {"findings": LUNGS, "impression": NORMAL},
     ),
-    "windows line ends": (f"FINDINGS:\r\n{LUNGS}\r\n\r\nIMPRESSION:\r\n{NORMAL}\r\n", {"findings": LUNGS, "impression": NORMAL}),
+    "wrapped and indented": (
+        "    FINDINGS:  The lungs\n        are   clear. No\n\teffusion.\n\n    IMPRESSION:\n      No acute\n      "
+        "process.",
+        {"findings": LUNGS, "impression": NORMAL},
+    ),
+    "windows line ends": (
+        f"FINDINGS:\r\n{LUNGS}\r\n\r\nIMPRESSION:\r\n{NORMAL}\r\n",
+        {"findings": LUNGS, "impression": NORMAL},
+    ),
     "mixed case": (f"Findings: {LUNGS}\nImpression: {NORMAL}", {"findings": LUNGS, "impression": NORMAL}),
-    "alone on their lines without a colon": (f"FINDINGS\n{LUNGS}\n\nImpression\n{NORMAL}", {"findings": LUNGS, "impression": NORMAL}),
-    "capitals without a colon before text": (f"FINDINGS {LUNGS}\nIMPRESSION  {NORMAL}", {"findings": LUNGS, "impression": NORMAL}),
-    "a blank before the colon": (f"FINDINGS : {LUNGS}\nIMPRESSION :\n{NORMAL}", {"findings": LUNGS, "impression": NORMAL}),
+    "alone on their lines without a colon": (
+        f"FINDINGS\n{LUNGS}\n\nImpression\n{NORMAL}",
+        {"findings": LUNGS, "impression": NORMAL},
+    ),
+    "capitals without a colon before text": (
+        f"FINDINGS {LUNGS}\nIMPRESSION  {NORMAL}",
+        {"findings": LUNGS, "impression": NORMAL},
+    ),
+    "a blank before the colon": (
+        f"FINDINGS : {LUNGS}\nIMPRESSION :\n{NORMAL}",
+        {"findings": LUNGS, "impression": NORMAL},
+    ),
     "a word of running text is no heading": (
-        "FINDINGS: Two new\nfindings: a nodule and\nimpression on the trachea. History of\nhistory is unchanged.\nImpression A says so.",
+        "FINDINGS: Two new\nfindings: a nodule and\nimpression on the trachea. History of\nhistory is "
+        "unchanged.\nImpression A says so.",
         {
-            "findings": "Two new findings: a nodule and impression on the trachea. History of history is unchanged. Impression A says so.",
+            "findings": "Two new findings: a nodule and impression on the trachea. History of history is unchanged. "
+            "Impression A says so.",
             "impression": None,
             "indication": None,
         },
@@ -67,22 +85,43 @@ CASES: dict[str, tuple[str, dict[str, str | None]]] = {
         f"HISTORY: Cough. COMPARISON: None. FINDINGS: {LUNGS} IMPRESSION: {NORMAL}",
         {"indication": "Cough.", "comparison": "None.", "findings": LUNGS, "impression": NORMAL},
     ),
-    "a heading behind two blanks": (f"FINDINGS: {LUNGS[:-1]}  IMPRESSION: {NORMAL}", {"findings": LUNGS[:-1], "impression": NORMAL}),
+    "a heading behind two blanks": (
+        f"FINDINGS: {LUNGS[:-1]}  IMPRESSION: {NORMAL}",
+        {"findings": LUNGS[:-1], "impression": NORMAL},
+    ),
     "findings and impression as one": (
         f"FINDINGS AND IMPRESSION: {LUNGS}",
         {"findings": LUNGS, "impression": None, "combined": True},
     ),
-    "findings/impression as one": (f"FINDINGS/IMPRESSION:\n\n{LUNGS}", {"findings": LUNGS, "impression": None, "combined": True}),
-    "impression & findings as one": (f"IMPRESSION & FINDINGS\n{LUNGS}", {"findings": LUNGS, "impression": None, "combined": True}),
-    "comparison and findings as one": (f"COMPARISON AND FINDINGS: {LUNGS}", {"findings": LUNGS, "comparison": None, "combined": False}),
+    "findings/impression as one": (
+        f"FINDINGS/IMPRESSION:\n\n{LUNGS}",
+        {"findings": LUNGS, "impression": None, "combined": True},
+    ),
+    "impression & findings as one": (
+        f"IMPRESSION & FINDINGS\n{LUNGS}",
+        {"findings": LUNGS, "impression": None, "combined": True},
+    ),
+    "comparison and findings as one": (
+        f"COMPARISON AND FINDINGS: {LUNGS}",
+        {"findings": LUNGS, "comparison": None, "combined": False},
+    ),
     "only an impression": (
         f"REASON FOR EXAM: Fever.\n\nIMPRESSION: {NORMAL}",
         {"findings": None, "impression": NORMAL, "indication": "Fever."},
     ),
     "only findings": (f"FINDINGS: {LUNGS}", {"findings": LUNGS, "impression": None}),
-    "one finding": (f"FINDING: {LUNGS}\nIMPRESSION: {NORMAL}", {"findings": LUNGS, "impression": NORMAL, "combined": False}),
-    "letters that only look like a heading's": ("F\u0130ND\u0130NG\u017f: Clear.", {"findings": None, "impression": None}),
-    "an addendum alone": ("FINAL ADDENDUM\nThe side was given wrong in what was dictated.", {"findings": None, "last_paragraph": None}),
+    "one finding": (
+        f"FINDING: {LUNGS}\nIMPRESSION: {NORMAL}",
+        {"findings": LUNGS, "impression": NORMAL, "combined": False},
+    ),
+    "letters that only look like a heading's": (
+        "F\u0130ND\u0130NG\u017f: Clear.",
+        {"findings": None, "impression": None},
+    ),
+    "an addendum alone": (
+        "FINAL ADDENDUM\nThe side was given wrong in what was dictated.",
+        {"findings": None, "last_paragraph": None},
+    ),
     "a conclusion": (f"FINDINGS: {LUNGS}\nCONCLUSION: {NORMAL}", {"impression": NORMAL}),
     "an empty findings section": (f"FINDINGS:\n\nIMPRESSION: {NORMAL}", {"findings": None, "impression": NORMAL}),
     "findings in paragraphs": (
@@ -129,7 +168,8 @@ CASES: dict[str, tuple[str, dict[str, str | None]]] = {
     ),
     "a wet read without a final report": (f"WET READ: Clear.\nFINDINGS: {LUNGS}", {"findings": LUNGS}),
     "an addendum before": (
-        f"          FINAL ADDENDUM\n The side was given wrong.\n\n          FINAL REPORT\n FINDINGS: {LUNGS}\n IMPRESSION: {NORMAL}",
+        f"          FINAL ADDENDUM\n The side was given wrong.\n\n          FINAL REPORT\n FINDINGS: {LUNGS}\n "
+        f"IMPRESSION: {NORMAL}",
         {"findings": LUNGS, "impression": NORMAL, "last_paragraph": None},
     ),
     "numbered addenda behind": (
@@ -148,12 +188,18 @@ CASES: dict[str, tuple[str, dict[str, str | None]]] = {
         f"HISTORY: Cough\nand fever.\n\n{LUNGS}\n\nIMPRESSION: {NORMAL}",
         {"indication": "Cough and fever.", "findings": None, "impression": NORMAL, "last_paragraph": None},
     ),
-    "no headings": (f"CHEST X-RAY\n\nA title that is long enough here.\n\n{LUNGS}\n\nDr. ___", {"findings": None, "last_paragraph": LUNGS}),
+    "no headings": (
+        f"CHEST X-RAY\n\nA title that is long enough here.\n\n{LUNGS}\n\nDr. ___",
+        {"findings": None, "last_paragraph": LUNGS},
+    ),
     "history and no other heading": (
         f"HISTORY: Cough.\n\n{LUNGS}",
         {"indication": "Cough.", "findings": None, "impression": None, "last_paragraph": LUNGS},
     ),
-    "nothing": ("  \n \n", {"findings": None, "impression": None, "indication": None, "comparison": None, "last_paragraph": None}),
+    "nothing": (
+        "  \n \n",
+        {"findings": None, "impression": None, "indication": None, "comparison": None, "last_paragraph": None},
+    ),
     "only a banner": ("FINAL REPORT", {"findings": None, "last_paragraph": None}),
 }
 
@@ -207,7 +253,9 @@ PIECES = [
 ]
 
 
-@given(st.one_of(st.text(), st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=30).map("".join)))
+@given(
+    st.one_of(st.text(), st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=30).map("".join))
+)
 def test_any_text_is_cut_without_losing_or_moving_a_letter(text: str) -> None:
     sections = split_sections(text)
     assert "".join(squeezed(section.heading + section.text) for section in sections) == squeezed(text)
@@ -231,7 +279,10 @@ def test_no_sentence_of_the_findings_is_lost_and_none_is_added(
     findings: list[str], impression: list[str], history: list[str], data: st.DataObject
 ) -> None:
     def told(sentences: list[str]) -> str:
-        return "".join(re.sub(" ", lambda _: data.draw(st.sampled_from([" ", "\n "])), text) + data.draw(BREAKS) for text in sentences)
+        return "".join(
+            re.sub(" ", lambda _: data.draw(st.sampled_from([" ", "\n "])), text) + data.draw(BREAKS)
+            for text in sentences
+        )
 
     mark = data.draw(st.sampled_from([":", ": ", ":\n", ":\n\n", " :  ", "\n"]))
     text = f"HISTORY{mark}{' '.join(history)}\n\nFINDINGS{mark}{told(findings)}\nIMPRESSION{mark}{told(impression)}"

@@ -37,7 +37,10 @@ def record(study_id: str = "a", **changes: Any) -> dict[str, Any]:
 
 def manifest(folder: Path, *lines: dict[str, Any] | str | bytes) -> Path:
     path = folder / "manifest.jsonl"
-    encoded = [line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode() for line in lines]
+    encoded = [
+        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        for line in lines
+    ]
     path.write_bytes(b"\n".join(encoded) + b"\n")
     return path
 
@@ -111,7 +114,11 @@ def test_a_file_without_studies_is_refused(tmp_path: Path) -> None:
         ({"labels": {"said": None}}, "`labels`", "said"),
         ({"labels": {"said": BLANK[:13], "drawn": None}}, "`labels.said`", "13 values"),
         ({"labels": {"said": None, "drawn": {}}}, "`labels.drawn`", "{}"),
-        ({"labels": {"said": [2, *BLANK[1:]], "drawn": None}}, "`labels.said`", "Enlarged Cardiomediastinum: label value 2"),
+        (
+            {"labels": {"said": [2, *BLANK[1:]], "drawn": None}},
+            "`labels.said`",
+            "Enlarged Cardiomediastinum: label value 2",
+        ),
         ({"labels": {"said": [True, *BLANK[1:]], "drawn": None}}, "`labels.said`", "true"),
         ({"labels": {"said": [1.0, *BLANK[1:]], "drawn": None}}, "`labels.said`", "1.0"),
         ({"labels": {"said": [*BLANK[:13], -1], "drawn": None}}, "`labels.said`", "No Finding"),
@@ -120,7 +127,9 @@ def test_a_file_without_studies_is_refused(tmp_path: Path) -> None:
         ({"prior": "other"}, "`prior`", "'q'"),
     ],
 )
-def test_a_bad_value_is_refused_with_line_study_field_and_value(tmp_path: Path, change: dict[str, Any], field: str, value: str) -> None:
+def test_a_bad_value_is_refused_with_line_study_field_and_value(
+    tmp_path: Path, change: dict[str, Any], field: str, value: str
+) -> None:
     path = manifest(tmp_path, record("other", patient_id="q"), record(**change))
     message = refusal(path)
     assert len(message.splitlines()) == 1
@@ -132,7 +141,11 @@ def test_unknown_and_missing_keys_are_named(tmp_path: Path) -> None:
     line = record("a", veiw="frontal")
     del line["prior"], line["labels"]
     message = refusal(manifest(tmp_path, line))
-    assert "line 1, study 'a'" in message and "unknown keys ['veiw']" in message and "missing keys ['labels', 'prior']" in message
+    assert (
+        "line 1, study 'a'" in message
+        and "unknown keys ['veiw']" in message
+        and "missing keys ['labels', 'prior']" in message
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +213,9 @@ studies = st.builds(
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(studies, min_size=1, max_size=4, unique_by=lambda study: study.id))
-def test_writing_and_reading_gives_the_same_studies(tmp_path_factory: pytest.TempPathFactory, written: list[Study]) -> None:
+def test_writing_and_reading_gives_the_same_studies(
+    tmp_path_factory: pytest.TempPathFactory, written: list[Study]
+) -> None:
     path = tmp_path_factory.mktemp("round") / "manifest.jsonl"
     write_manifest(path, written)
     assert read_manifest(path) == written
@@ -211,10 +226,15 @@ def test_a_dataset_can_be_moved(tmp_path: Path) -> None:
     image = tmp_path / "here" / "images" / "a.png"
     write_manifest(tmp_path / "here" / "manifest.jsonl", [Study("a", "p", (StudyImage(image),), "Clear.", "train")])
     (tmp_path / "here").rename(tmp_path / "there")
-    assert read_manifest(tmp_path / "there" / "manifest.jsonl")[0].images[0].path == tmp_path / "there" / "images" / "a.png"
+    assert (
+        read_manifest(tmp_path / "there" / "manifest.jsonl")[0].images[0].path
+        == tmp_path / "there" / "images" / "a.png"
+    )
 
 
-def test_a_write_that_fails_leaves_the_old_manifest_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_manifest_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "manifest.jsonl"
     write_manifest(path, [Study("a", "p", (StudyImage(tmp_path / "a.png"),), "Clear.", "train")])
     before = path.read_bytes()

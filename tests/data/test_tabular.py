@@ -1,4 +1,6 @@
-"""Rows of a CSV or JSONL as studies: every field of the manifest, and for every fault the line, the field, the value and the remedy."""
+"""Rows of a CSV or JSONL as studies: every field of the manifest, and for every fault the line, the field, the value
+and the remedy.
+"""
 
 from __future__ import annotations
 
@@ -63,23 +65,35 @@ def test_every_field_of_a_csv_is_taken_verbatim(tmp_path: Path, bom: bool) -> No
     assert (found.id, found.patient_id, found.split, found.prior, found.rendered) == ("a", "p", "train", "b", False)
     assert found.report == 'Heart, "normal".\nXXXX é. '
     assert (found.findings, found.impression, found.indication, found.comparison) == ("Heart.", None, "Cough", None)
-    assert [(str(image.path), image.view) for image in found.images] == [("/images/1.png", "frontal"), ("/images/2.png", "lateral")]
+    assert [(str(image.path), image.view) for image in found.images] == [
+        ("/images/1.png", "frontal"),
+        ("/images/2.png", "lateral"),
+    ]
     assert found.said == (1, 0, -1, *[None] * 11) and found.drawn is None
 
 
 def test_what_is_not_there_is_not_made_up(tmp_path: Path) -> None:
     for path in (table(tmp_path / "s.csv", PLAIN), lines(tmp_path / "s.jsonl", PLAIN)):
         found = study(path)
-        assert found.patient_id == "a" and found.prior is found.findings is found.said is found.drawn is found.images[0].view is None
+        assert (
+            found.patient_id == "a"
+            and found.prior is found.findings is found.said is found.drawn is found.images[0].view is None
+        )
 
 
 def test_a_jsonl_line_may_be_a_line_of_a_manifest(tmp_path: Path) -> None:
     labels = {"said": [1, *[None] * 13], "drawn": [0] * 13 + [None]}
     images = [{"path": "a;b.png", "view": "lateral"}, {"path": "/abs/c.png"}]
     found = study(
-        lines(tmp_path / "s.jsonl", {**PLAIN, "images": images, "labels": labels, "rendered": True, "prior": None, "findings": None})
+        lines(
+            tmp_path / "s.jsonl",
+            {**PLAIN, "images": images, "labels": labels, "rendered": True, "prior": None, "findings": None},
+        )
     )
-    assert [(str(image.path), image.view) for image in found.images] == [("/images/a;b.png", "lateral"), ("/abs/c.png", None)]
+    assert [(str(image.path), image.view) for image in found.images] == [
+        ("/images/a;b.png", "lateral"),
+        ("/abs/c.png", None),
+    ]
     assert found.rendered and found.said == (1, *[None] * 13) and found.drawn == (*[0] * 13, None)
 
 
@@ -104,7 +118,9 @@ def test_images_of_a_cell(tmp_path: Path, cell: str, view: str, expected: list[t
 
 
 def test_images_of_a_jsonl_list_may_have_any_name(tmp_path: Path) -> None:
-    found = study(lines(tmp_path / "s.jsonl", {**PLAIN, "images": ["a;b|c.png", "lateral:2.png"], "view": ["frontal", None]}))
+    found = study(
+        lines(tmp_path / "s.jsonl", {**PLAIN, "images": ["a;b|c.png", "lateral:2.png"], "view": ["frontal", None]})
+    )
     assert [(image.path.name, image.view) for image in found.images] == [("a;b|c.png", "frontal"), ("2.png", "lateral")]
 
 
@@ -114,7 +130,9 @@ def test_a_column_for_each_observation(tmp_path: Path) -> None:
     assert found.said == (1, 0, -1, None, 1, 0, -1, *[None] * 7)
     assert study(table(tmp_path / "s.csv", {**PLAIN, **dict.fromkeys(OBSERVATIONS, "")})).said is None
     wrong = {**PLAIN, **dict.fromkeys(OBSERVATIONS, ""), "Edema": "2"}
-    assert "field `Edema`: '2'; write 1 (positive), 0 (negative), -1 (uncertain) or nothing" in fault(table(tmp_path / "s.csv", wrong))
+    assert "field `Edema`: '2'; write 1 (positive), 0 (negative), -1 (uncertain) or nothing" in fault(
+        table(tmp_path / "s.csv", wrong)
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +143,8 @@ def test_a_column_for_each_observation(tmp_path: Path) -> None:
         ({"report": " "}, "field `report`: empty (' '); write the text to learn or take the study out"),
         (
             {"split": "valid"},
-            "field `split`: 'valid'; the splits are train, val, test: rename it, or allow it with --splits train,val,test,valid",
+            "field `split`: 'valid'; the splits are train, val, test: rename it, or allow it with --splits "
+            "train,val,test,valid",
         ),
         ({"split": ""}, "field `split`: empty"),
         ({"images": ""}, "field `images`: empty; name the study's radiographs"),
@@ -133,10 +152,16 @@ def test_a_column_for_each_observation(tmp_path: Path) -> None:
         ({"images": "frontal:"}, 'field `images[0].path`: ""; write the file\'s path'),
         ({"view": "oblique"}, "field `view`: 'oblique'; write frontal, lateral or nothing"),
         ({"view": "frontal;lateral"}, "field `view`: 2 views for 1 images"),
-        ({"images": "lateral:1.png", "view": "frontal"}, "field `view`: 'frontal' for image 1, whose field `images` says 'lateral'"),
+        (
+            {"images": "lateral:1.png", "view": "frontal"},
+            "field `view`: 'frontal' for image 1, whose field `images` says 'lateral'",
+        ),
         ({"labels": "[1, 0]"}, "field `labels.said`: 2 values; write 14"),
         ({"labels": "positive"}, 'field `labels`: "positive" is not JSON'),
-        ({"labels": json.dumps([2, *[0] * 13])}, "label value 2; allowed are 1 (positive), 0 (negative), -1 (uncertain) and empty"),
+        (
+            {"labels": json.dumps([2, *[0] * 13])},
+            "label value 2; allowed are 1 (positive), 0 (negative), -1 (uncertain) and empty",
+        ),
         ({"labels": json.dumps({"said": None})}, 'field `labels`: {"said": null}; write {"said": ..., "drawn": ...}'),
         ({"rendered": "perhaps"}, "field `rendered`: 'perhaps'; write true for a phantom"),
     ],
@@ -158,7 +183,10 @@ def test_a_bad_cell_names_field_value_and_remedy(tmp_path: Path, changes: dict[s
         ({**PLAIN, "rendered": 1}, "field `rendered`: 1; write true"),
         ({**PLAIN, "labels": {"said": [True] * 14, "drawn": None}}, "field `labels.said`: true is no label value"),
         ({**PLAIN, "findings": 3}, "field `findings`: 3 is not a string"),
-        ({name: PLAIN[name] for name in ("id", "split")}, "no field `images`, `report`; a study needs id, images, report, split"),
+        (
+            {name: PLAIN[name] for name in ("id", "split")},
+            "no field `images`, `report`; a study needs id, images, report, split",
+        ),
         ([1], "[1] is not a JSON object; every line is one study"),
     ],
 )
@@ -191,7 +219,9 @@ def test_a_broken_line_costs_one_study(tmp_path: Path, line: bytes, expected: st
 
 def test_a_row_of_a_csv_that_is_short_costs_one_study(tmp_path: Path) -> None:
     path = tmp_path / "s.csv"
-    path.write_text('id,images,report,split\na,1.png,"two\nlines",train\n\nb,1.png,a, comma,train\nc,1.png,Clear.,val\n')
+    path.write_text(
+        'id,images,report,split\na,1.png,"two\nlines",train\n\nb,1.png,a, comma,train\nc,1.png,Clear.,val\n'
+    )
     first, bad, last = read_records(path)
     assert (first.where, bad.where, last.where) == (f"{path}, line 2", f"{path}, line 5", f"{path}, line 6")
     assert bad.fault == "5 fields under 4 columns; a text with a comma stands in quotes"
@@ -205,7 +235,10 @@ def test_a_row_of_a_csv_that_is_short_costs_one_study(tmp_path: Path) -> None:
         (b"id;images;report;split\n", "separated by ';'? Save it with commas"),
         (b"id,images,report,split,ID\n", "line 1: columns ['id'] stand twice"),
         (b"id,images,report,split,Edema\n", "line 1: missing observation columns ['Enlarged Cardiomediastinum'"),
-        (("id,images,report,split,labels," + ",".join(OBSERVATIONS)).encode(), "a column `labels` and the observations' columns"),
+        (
+            ("id,images,report,split,labels," + ",".join(OBSERVATIONS)).encode(),
+            "a column `labels` and the observations' columns",
+        ),
         (b"", "no header"),
         (b"id,images,report,split\na,1.png,Herz gr\xf6\xdfer,train\n", "line 2: byte 0xf6 at column 16 is not UTF-8"),
         (b'id,images,report,split\na,1.png,"open,train\nb,1.png,x,train\n', "line 2: broken CSV"),
@@ -222,7 +255,14 @@ def test_a_bad_file_is_refused_as_a_whole(tmp_path: Path, content: bytes, expect
 
 
 def test_columns_are_found_in_any_case_and_others_are_named(tmp_path: Path) -> None:
-    rows = {"ID": "a", " Images": "1.png", "Report": "Clear.", "SPLIT": "val", "Age": "60", **dict.fromkeys(OBSERVATIONS, "")}
+    rows = {
+        "ID": "a",
+        " Images": "1.png",
+        "Report": "Clear.",
+        "SPLIT": "val",
+        "Age": "60",
+        **dict.fromkeys(OBSERVATIONS, ""),
+    }
     (record,) = read_records(table(tmp_path / "s.csv", rows))
     assert study_of_row(record, tmp_path, SPLITS).split == "val" and record.left_out() == ["age"]
     (record,) = read_records(lines(tmp_path / "s.jsonl", {**PLAIN, "age": 60, "view": "lateral"}))

@@ -56,7 +56,10 @@ def reader() -> Iterator[ImageReader]:
 
 def test_answers_come_in_order_from_several_processes(reader, tmp_path):
     """More studies than are in flight, of one to three images each."""
-    studies = [make_study(tmp_path, f"s{number}", [(28 + number, 30 + view) for view in range(1 + number % 3)]) for number in range(23)]
+    studies = [
+        make_study(tmp_path, f"s{number}", [(28 + number, 30 + view) for view in range(1 + number % 3)])
+        for number in range(23)
+    ]
     answers = reader.read(studies)
     plain = ImageReader(SumProcessor()).read(studies)
     assert [pixels[:, :3].tolist() for pixels, _ in answers] == [pixels[:, :3].tolist() for pixels, _ in plain]
@@ -68,7 +71,10 @@ def test_answers_come_in_order_from_several_processes(reader, tmp_path):
 
 def test_threads_that_read_at_once_get_their_own(reader, tmp_path):
     """Validation in the main thread, the next step's batch in the loader's."""
-    batches = [[make_study(tmp_path, f"b{batch}-{number}", [(20 + batch, 20 + number)]) for number in range(7)] for batch in range(4)]
+    batches = [
+        [make_study(tmp_path, f"b{batch}-{number}", [(20 + batch, 20 + number)]) for number in range(7)]
+        for batch in range(4)
+    ]
     answers: dict[int, list[list[float]]] = {}
 
     def read(batch: int) -> None:
@@ -88,10 +94,17 @@ def test_a_workers_error_is_raised_here_with_study_and_file_and_the_next_batch_i
     bad.images[0].path.write_bytes(b"not an image")
     with pytest.raises(ImageError, match=f"study 'bad': {bad.images[0].path}: not an image"):
         reader.read([good[0], bad, *good[1:]])
-    assert [pixels[0, 0].item() for pixels, _ in reader.read(good)] == [20, 21, 22, 23, 24]  # none of the last batch's answers
+    assert [pixels[0, 0].item() for pixels, _ in reader.read(good)] == [
+        20,
+        21,
+        22,
+        23,
+        24,
+    ]  # none of the last batch's answers
     failing = sized(tmp_path, (40, 40), FAILS, (41, 40))
     with pytest.raises(
-        WorkerError, match=rf"(?s)study 's1': image worker 1 \(process \d+\) failed on {failing[1].images[0].path}.*a fault of"
+        WorkerError,
+        match=rf"(?s)study 's1': image worker 1 \(process \d+\) failed on {failing[1].images[0].path}.*a fault of",
     ):
         reader.read(failing)
 
@@ -99,7 +112,8 @@ def test_a_workers_error_is_raised_here_with_study_and_file_and_the_next_batch_i
 def test_a_worker_that_is_killed_is_named_with_what_it_was_at(reader, tmp_path):
     studies = sized(tmp_path, (20, 20), (21, 20), (22, 20), DIES, (23, 20))
     with pytest.raises(
-        WorkerError, match=r"study 's3': image worker 1 \(process \d+\) was killed by SIGKILL at .*s3-0.png; .*lower data.workers"
+        WorkerError,
+        match=r"study 's3': image worker 1 \(process \d+\) was killed by SIGKILL at .*s3-0.png; .*lower data.workers",
     ):
         reader.read(studies)
     first = reader.read(studies[:2])
@@ -162,23 +176,34 @@ def test_no_worker_outlives_its_rank(tmp_path, ending):
 
 def builder_of(policy, image_processor, words, workers: int) -> PromptBuilder:
     return PromptBuilder(
-        tokenizer=policy.tokenizer, image_processor=image_processor, positions=policy.positions, words=words, workers=workers
+        tokenizer=policy.tokenizer,
+        image_processor=image_processor,
+        positions=policy.positions,
+        words=words,
+        workers=workers,
     )
 
 
 def equal(one: Prompts, other: Prompts) -> bool:
     tensors = ("input_ids", "attention_mask", "position_ids", "next_position", "pixel_values", "image_grid_thw")
     same = all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors)
-    return same and all(getattr(one, name) == getattr(other, name) for name in ("study_ids", "references", "images_per_study"))
+    return same and all(
+        getattr(one, name) == getattr(other, name) for name in ("study_ids", "references", "images_per_study")
+    )
 
 
 def test_prompts_are_the_same_to_the_last_bit_with_and_without_workers(policy, studies, build):
-    """The checkpoint's own processor, several views, real radiographs where there are some, through a loader, in the same order."""
+    """The checkpoint's own processor, several views, real radiographs where there are some, through a loader, in the
+    same order.
+    """
     try:
         paths = sorted(path for path in (shared_data() / "radiographs").iterdir() if path.suffix != ".csv")[:12]
     except pytest.skip.Exception:
         paths = []
-    real = [Study(f"r{n}", "p", tuple(map(StudyImage, paths[3 * n : 3 * n + 1 + n % 3])), "r", "train") for n in range(len(paths) // 3)]
+    real = [
+        Study(f"r{n}", "p", tuple(map(StudyImage, paths[3 * n : 3 * n + 1 + n % 3])), "r", "train")
+        for n in range(len(paths) // 3)
+    ]
     plain = build(policy)
     working = builder_of(policy, plain.image_processor, plain.words, 2)
     loaders = [StudyLoader(studies + real, one, seed=0, batch_size=3, rank=0, world_size=1) for one in (plain, working)]

@@ -1,6 +1,8 @@
-"""Peaks of real steps on a CPU beside the formula's: `python -m tests.doctor.measured CASE FOLDER` prints both, by phase, as JSON.
+"""Peaks of real steps on a CPU beside the formula's: `python -m tests.doctor.measured CASE FOLDER` prints both, by
+phase, as JSON.
 
-The step is the project's own, under DeepSpeed, as `benchmarks.ours` makes it; the kernel's high-water mark is set back at each phase.
+The step is the project's own, under DeepSpeed, as `benchmarks.ours` makes it; the kernel's high-water mark is set back
+at each phase.
 """
 
 from __future__ import annotations
@@ -25,8 +27,14 @@ from mrg_r1.tracking.log import Clock
 
 # Long rollouts with little kept for the update, and the other way round.
 CASES = {
-    "rollout": (Task(side=112, studies=4, group=16, new_tokens=256, micro_batch=2048), {"hidden": 512, "recompute": True, "reuse": False}),
-    "update": (Task(side=448, studies=4, group=8, new_tokens=256, micro_batch=10_000), {"hidden": 256, "recompute": False, "reuse": True}),
+    "rollout": (
+        Task(side=112, studies=4, group=16, new_tokens=256, micro_batch=2048),
+        {"hidden": 512, "recompute": True, "reuse": False},
+    ),
+    "update": (
+        Task(side=448, studies=4, group=8, new_tokens=256, micro_batch=10_000),
+        {"hidden": 256, "recompute": False, "reuse": True},
+    ),
 }
 MB = 1024 * 1024
 
@@ -49,7 +57,9 @@ class PeakClock(Clock):
 def _warm_up(folder: Path) -> None:
     """A step of next to nothing, for everything that is loaded once: DeepSpeed, kernels, the image processor."""
     task = Task(side=56, studies=1, group=2, new_tokens=4)
-    create_tiny_policy(folder / "policy", [REFERENCE, INSTRUCTION] * 20, vocabulary=400, image_side=task.side, hidden=32, layers=1)
+    create_tiny_policy(
+        folder / "policy", [REFERENCE, INSTRUCTION] * 20, vocabulary=400, image_side=task.side, hidden=32, layers=1
+    )
     _write_images(folder / f"images-{task.side}", task.side)
     step_unit(make_run(make_recipe(folder, task), folder, task), task)()
     gc.collect()
@@ -60,7 +70,9 @@ def compare(case: str, folder: Path) -> dict[str, dict[str, float]]:
     import benchmarks.ours as ours
 
     task, options = CASES[case]
-    create_tiny_policy(folder / "policy", [REFERENCE, INSTRUCTION] * 20, vocabulary=512, image_side=task.side, hidden=options["hidden"])
+    create_tiny_policy(
+        folder / "policy", [REFERENCE, INSTRUCTION] * 20, vocabulary=512, image_side=task.side, hidden=options["hidden"]
+    )
     _write_images(folder / f"images-{task.side}", task.side)
     start_ranks(0)
     recipe = make_recipe(folder, task)

@@ -37,7 +37,9 @@ def broken(world: World, tmp_path: Path) -> World:
     return World(tmp_path / "world")
 
 
-def examine(world: World, output: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, dict[str, Any]]]:
+def examine(
+    world: World, output: Path, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, dict[str, dict[str, Any]]]:
     """The exit code and the findings by name."""
     code = cli.main(["doctor", str(world.recipe(output)), *arguments, "--json"])
     said = json.loads(capsys.readouterr().out)
@@ -56,17 +58,23 @@ def files(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-def test_a_good_setup_is_well_and_nothing_is_left(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_good_setup_is_well_and_nothing_is_left(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     world.recipe(tmp_path / "run")
     before = files(tmp_path) | files(world.folder)
     code, findings = examine(world, tmp_path / "run", capsys)
     assert code == 0 and {finding["state"] for finding in findings.values()} == {"ok"}, findings
     assert "16 studies in 'train', 8 studies in 'val', 8 studies in 'test'" in findings["data"]["text"]
     assert files(tmp_path) | files(world.folder) == before
-    assert {"packages", "attention", "java", "policy", "tokenizer", "labeler", "memory of the host", "disk"} <= set(findings)
+    assert {"packages", "attention", "java", "policy", "tokenizer", "labeler", "memory of the host", "disk"} <= set(
+        findings
+    )
 
 
-def test_piped_text_is_a_line_a_finding_and_shows_no_report(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_piped_text_is_a_line_a_finding_and_shows_no_report(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["doctor", str(world.recipe(tmp_path / "run"))]) == 0
     said = capsys.readouterr().out
     assert all(line.startswith(("ok ", "warning ", "failure ")) for line in said.splitlines())
@@ -84,7 +92,9 @@ def test_a_bad_recipe_is_exit_code_2(world: World, tmp_path: Path, capsys: pytes
     assert "did you mean grpo.group_size" in capsys.readouterr().err
 
 
-def test_a_package_outside_of_its_range_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_outside_of_its_range_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     version = machine.metadata.version
     monkeypatch.setattr(machine.metadata, "version", lambda name: "4.57.0" if name == "transformers" else version(name))
     assert cli.main(["doctor"]) == 1
@@ -99,7 +109,9 @@ def test_missing_java_is_a_warning(capsys: pytest.CaptureFixture[str], monkeypat
 
 
 def test_a_missing_labeler(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "reward.labeler /nowhere: no such file" in failure(world, tmp_path, capsys, "labeler", "reward.labeler=/nowhere")
+    assert "reward.labeler /nowhere: no such file" in failure(
+        world, tmp_path, capsys, "labeler", "reward.labeler=/nowhere"
+    )
 
 
 def test_a_labeler_with_other_tensors(broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +124,9 @@ def test_a_labeler_with_other_tensors(broken: World, tmp_path: Path, capsys: pyt
     assert f"missing {name}" in said and "unexpected stranger" in said and str(path.parent) in said
 
 
-def test_a_labeler_with_a_tensor_of_another_shape(broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_labeler_with_a_tensor_of_another_shape(
+    broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = broken.folder / "labeler/model.safetensors"
     state = load_file(path)
     name = next(name for name in state if name.startswith("linear_heads.3.") and name.endswith("weight"))
@@ -144,13 +158,17 @@ def test_an_output_dir_below_a_file(world: World, tmp_path: Path, capsys: pytest
     assert f"{tmp_path / 'taken'} is a file" in said and "another output_dir" in said
 
 
-def test_a_shard_that_the_index_names_and_nobody_has(broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_that_the_index_names_and_nobody_has(
+    broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = broken.folder / "policy"
     whole = load_file(folder / "model.safetensors")
     names = sorted(whole)
     weight_map = {name: f"model-0000{1 + (place % 2)}-of-00002.safetensors" for place, name in enumerate(names)}
     for file in set(weight_map.values()):
-        save_file({name: whole[name] for name in names if weight_map[name] == file}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: whole[name] for name in names if weight_map[name] == file}, folder / file, metadata={"format": "pt"}
+        )
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert examine(broken, tmp_path / "run", capsys)[0] == 0
@@ -172,7 +190,9 @@ def test_a_checkpoint_without_a_tokenizer(broken: World, tmp_path: Path, capsys:
 
 
 def test_ranks_that_do_not_share_a_batch(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "does not divide over 3 ranks; take 3 or 6" in failure(world, tmp_path, capsys, "recipe", "--world-size", "3")
+    assert "does not divide over 3 ranks; take 3 or 6" in failure(
+        world, tmp_path, capsys, "recipe", "--world-size", "3"
+    )
 
 
 def test_a_disk_that_is_too_small(
@@ -242,11 +262,19 @@ def test_a_launch_stops_before_the_policy_is_loaded_and_names_every_failure(
     with pytest.raises(RecipeError) as caught:
         open_run(load_recipe(broken.recipe(tmp_path / "run")), OneRank(), task="grpo")
     said = str(caught.value)
-    assert "labeler/model.safetensors: no such file" in said and "no tokenizer and image processor" in said and "mrg-r1 doctor" in said
+    assert (
+        "labeler/model.safetensors: no such file" in said
+        and "no tokenizer and image processor" in said
+        and "mrg-r1 doctor" in said
+    )
 
 
 def test_a_launch_says_warnings_once(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], inline_rewards: None
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    inline_rewards: None,
 ) -> None:
     monkeypatch.setattr(fitting, "_TIGHT", 0.0)
     open_run(load_recipe(world.recipe(tmp_path / "run")), OneRank(), task="grpo")

@@ -26,7 +26,13 @@ SEVEN_B: dict[str, Any] = {
     "intermediate_size": 18944,
     "vocab_size": 152064,
     "tie_word_embeddings": False,
-    "vision_config": {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "num_heads": 16},
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "out_hidden_size": 3584,
+        "num_heads": 16,
+    },
 }
 STEP = Workload(
     task="grpo",
@@ -53,10 +59,14 @@ def total(work: Workload, phase: str) -> int:
 
 
 def test_the_published_7b_has_the_bytes_of_its_index() -> None:
-    assert 2 * PolicyShape.of_config(SEVEN_B).parameters == 16_584_333_312  # total_size of its model.safetensors.index.json
+    assert (
+        2 * PolicyShape.of_config(SEVEN_B).parameters == 16_584_333_312
+    )  # total_size of its model.safetensors.index.json
 
 
-def test_a_policy_and_its_lora_are_counted_as_their_modules_have_them(policy: Policy, tiny_policy_directory: Path) -> None:
+def test_a_policy_and_its_lora_are_counted_as_their_modules_have_them(
+    policy: Policy, tiny_policy_directory: Path
+) -> None:
     shape = PolicyShape.of_directory(tiny_policy_directory)
     assert shape.parameters == sum(parameter.numel() for parameter in policy.parameters())
     assert shape.vision.parameters == sum(parameter.numel() for parameter in policy.base.model.visual.parameters())
@@ -75,7 +85,10 @@ def test_a_rollout_by_hand() -> None:
     parts = predict(PolicyShape.of_config(SEVEN_B), STEP).phases["rollout"]
     matrices = 28 * (3584 * (28 + 2 * 4) * 128 + 3584 * 3584 + 3 * 3584 * 18944)
     assert parts["merged decoder"] == 2 * matrices  # once beside the policy's own, in bfloat16
-    assert parts["prompts' keys and values"] == 8 * 800 * 57_344 and parts["completions' keys and values"] == 64 * 512 * 57_344
+    assert (
+        parts["prompts' keys and values"] == 8 * 800 * 57_344
+        and parts["completions' keys and values"] == 64 * 512 * 57_344
+    )
     few = predict(PolicyShape.of_config(SEVEN_B), replace(STEP, cache_tokens=2 * (800 + 8 * 512))).phases["rollout"]
     assert few["completions' keys and values"] == 2 * 8 * 512 * 57_344  # two studies at a time
     on_cpu = predict(PolicyShape.of_config(SEVEN_B), replace(STEP, bytes=4, device="cpu")).phases["rollout"]
@@ -84,8 +97,12 @@ def test_a_rollout_by_hand() -> None:
 
 def test_an_update_by_hand() -> None:
     parts = predict(PolicyShape.of_config(SEVEN_B), STEP).phases["update"]
-    token = 28 * (2 * (4 * 3584 + 36 * 128 + 28 * 128 + 3 * 18944 + 7 * 32) + 8)  # a token's kept numbers, and two scales a layer
-    assert parts["completions' activations"] == 8 * 512 * token  # a study and its group fit into 8,192 tokens, a second study does not
+    token = 28 * (
+        2 * (4 * 3584 + 36 * 128 + 28 * 128 + 3 * 18944 + 7 * 32) + 8
+    )  # a token's kept numbers, and two scales a layer
+    assert (
+        parts["completions' activations"] == 8 * 512 * token
+    )  # a study and its group fit into 8,192 tokens, a second study does not
     again = predict(PolicyShape.of_config(SEVEN_B), replace(STEP, recompute=True)).phases["update"]
     assert again["completions' activations"] == 8 * 512 * 28 * 3584 * 2  # each layer's input alone
 
@@ -134,7 +151,9 @@ def test_zero_cuts_what_its_stage_says() -> None:
         return resting_parts(shape, replace(STEP, world_size=4, bucket=0, **change))
 
     assert parts(stage=1)["gradients"] == 2 * trained and parts(stage=2)["gradients"] == 2 * (trained // 4)
-    assert parts(stage=2)["Adam's moments"] == 8 * trained // 4 and "Adam's moments" not in parts(stage=2, offload_optimizer=True)
+    assert parts(stage=2)["Adam's moments"] == 8 * trained // 4 and "Adam's moments" not in parts(
+        stage=2, offload_optimizer=True
+    )
     assert parts(stage=2)["language model"] == 2 * shape.language_parameters
     assert parts(stage=3)["language model"] == 2 * shape.language_parameters // 4
     assert parts(stage=3, offload_parameters=True)["language model"] == 0
@@ -144,7 +163,11 @@ def test_zero_cuts_what_its_stage_says() -> None:
 @pytest.mark.parametrize("case", ["rollout", "update"])
 def test_the_formula_lies_near_the_peak_of_a_real_step(case: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.doctor.measured", case, str(tmp_path)], capture_output=True, text=True, timeout=1200, check=False
+        [sys.executable, "-m", "tests.doctor.measured", case, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))

@@ -1,4 +1,6 @@
-"""The recipes that come along: they load, divide over the ranks that they name, and those for a 7B policy fit one card of 80 GB."""
+"""The recipes that come along: they load, divide over the ranks that they name, and those for a 7B policy fit one card
+of 80 GB.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,11 @@ def ranks_of(gpus: str) -> int:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_loads_and_divides_over_one_rank(path: Path, tmp_path: Path) -> None:
-    paths = [f"output_dir={tmp_path / 'run'}", f"policy.path={tmp_path}", f"data.manifest={tmp_path / 'manifest.jsonl'}"]
+    paths = [
+        f"output_dir={tmp_path / 'run'}",
+        f"policy.path={tmp_path}",
+        f"data.manifest={tmp_path / 'manifest.jsonl'}",
+    ]
     recipe = load_recipe(path, paths)
     assert task_of(recipe) == ("grpo" if "sft" not in path.stem and "control" not in path.stem else "sft")
     check_numbers(recipe, world_size=1, task=task_of(recipe))
@@ -67,7 +73,9 @@ def test_a_7b_recipe_fits_a_card_of_80_gb(path: Path, ranks: int, tmp_path: Path
     recipe = load_recipe(path, [f"policy.path={tmp_path}"])
     beside = BERT_BASE if ranks == 1 else 0  # seven and one: the labeler has a card of its own
     images = 1 if "mimic" in path.stem else 2
-    work = workload_of(recipe, task=task_of(recipe), world_size=ranks, device="cuda", images=images, labeler_bytes=beside)
+    work = workload_of(
+        recipe, task=task_of(recipe), world_size=ranks, device="cuda", images=images, labeler_bytes=beside
+    )
     prediction = predict(PolicyShape.of_directory(recipe.policy.path), work)
     assert 20 * 10**9 < prediction.peak < CARD, prediction.phases[prediction.peak_phase]
 

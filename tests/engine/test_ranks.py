@@ -19,7 +19,9 @@ def test_ranks_are_cut_into_nodes_by_what_each_says_of_its_own():
     assert Ranks(0, 3, CPU, nodes_of([("a", 3)] * 3)).name([2, 1]) == "ranks 1, 2"
 
 
-@pytest.mark.parametrize("described", [[("a", 2), ("b", 2), ("a", 2), ("b", 2)], [("a", 1), ("a", 2), ("a", 2), ("b", 2)], [("a", 2)]])
+@pytest.mark.parametrize(
+    "described", [[("a", 2), ("b", 2), ("a", 2), ("b", 2)], [("a", 1), ("a", 2), ("a", 2), ("b", 2)], [("a", 2)]]
+)
 def test_ranks_that_are_not_numbered_node_by_node_are_refused(described):
     with pytest.raises(ValueError, match="numbered one after another.*rank 0 on a.*--distribution=block"):
         nodes_of(described)

@@ -1,4 +1,6 @@
-"""Which ranks are missed when they or their node are gone, who speaks, and with which code all leave. Ranks are threads here."""
+"""Which ranks are missed when they or their node are gone, who speaks, and with which code all leave. Ranks are threads
+here.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from mrg_r1.engine import faults
 from mrg_r1.engine.faults import REQUEUE, Signals, Watch
 from mrg_r1.engine.ranks import Node, Ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # threads leave by SystemExit here
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # threads leave by SystemExit here
 CPU = torch.device("cpu")
 TWO = (Node(0, "a", 0, 2), Node(1, "b", 2, 2))
 
@@ -37,7 +41,13 @@ def left(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(faults.os, "_exit", leave)
     monkeypatch.setattr(faults, "_leaving", threading.Event())
-    for name, value in {"_LOOK_EVERY": 0.05, "_PULSES_EVERY": 4, "_HEARD_WITHIN": 0.3, "_LEFT_WITHIN": 0.5, "_BROKEN_FOR": 3.0}.items():
+    for name, value in {
+        "_LOOK_EVERY": 0.05,
+        "_PULSES_EVERY": 4,
+        "_HEARD_WITHIN": 0.3,
+        "_LEFT_WITHIN": 0.5,
+        "_BROKEN_FOR": 3.0,
+    }.items():
         monkeypatch.setattr(faults, name, value)
     yield codes
     for watch in WATCHES:
@@ -76,7 +86,10 @@ def test_a_node_whose_ranks_look_no_more_is_gone_and_the_others_ask_for_a_requeu
     wait(lambda: len(left) == 2)
     assert left == [REQUEUE, REQUEUE]
     said = capfd.readouterr().err
-    assert said.count("error: ranks 2, 3 (all of node 1 (b)) are gone (nothing was heard for ") == 1 and said.count("error:") == 1
+    assert (
+        said.count("error: ranks 2, 3 (all of node 1 (b)) are gone (nothing was heard for ") == 1
+        and said.count("error:") == 1
+    )
 
 
 def test_ranks_that_wait_for_one_another_for_long_are_not_gone(left, capfd):
@@ -93,12 +106,18 @@ def test_a_broken_connection_names_the_rank_that_is_gone(left, capfd):
     everyone[3].stop()
     # what it wrote last was on its way to the store when the connection broke
     threading.Timer(0.5, lambda: everyone[1]._store.set("pulse 3", str(everyone[3]._looks + 1))).start()
-    broken = RuntimeError("[/x/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.1]:1: Connection reset by peer. This is typically caused")
+    broken = RuntimeError(
+        "[/x/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.1]:1: Connection reset by peer. This is typically "
+        "caused"
+    )
     in_thread(lambda: everyone[1].fail_unexpectedly(broken, "Traceback of rank 1"))
     wait(lambda: len(left) >= 3)
     said = capfd.readouterr().err
     assert set(left) == {REQUEUE} and "Traceback" not in said
-    assert "error: rank 3 (node 1 (b)) is gone (Read error [10.0.0.1]:1: Connection reset by peer, then nothing for 3 s)" in said
+    assert (
+        "error: rank 3 (node 1 (b)) is gone (Read error [10.0.0.1]:1: Connection reset by peer, then nothing for 3 s)"
+        in said
+    )
 
 
 @pytest.mark.parametrize("text", ["[/x/gloo/transport/tcp/pair.cc:537] Connection closed by peer", "shapes differ"])
@@ -108,7 +127,9 @@ def test_an_error_while_all_ranks_live_keeps_its_traceback(left, capfd, text):
     wait(lambda: len(left) == 4)
     said = capfd.readouterr().err
     assert left == [1] * 4 and f"Traceback of rank 2\nerror on rank 2 (node 1 (b)): RuntimeError: {text}\n" in said
-    assert said.endswith(f"node 0 (a) ends with rank 2 (node 1 (b)): error on rank 2 (node 1 (b)): RuntimeError: {text}\n")
+    assert said.endswith(
+        f"node 0 (a) ends with rank 2 (node 1 (b)): error on rank 2 (node 1 (b)): RuntimeError: {text}\n"
+    )
 
 
 def test_the_first_rank_that_fails_speaks_and_all_leave_with_its_code(left, capfd):
@@ -122,7 +143,9 @@ def test_the_first_rank_that_fails_speaks_and_all_leave_with_its_code(left, capf
     assert capfd.readouterr().err == "error: the first\nnode 1 (b) ends with rank 1 (node 0 (a)): error: the first\n"
     before = Signals()
     try:
-        before._receive(signal.SIGTERM, None)  # the launcher's, because a rank of its node has left: no other exit code for that
+        before._receive(
+            signal.SIGTERM, None
+        )  # the launcher's, because a rank of its node has left: no other exit code for that
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)

@@ -24,7 +24,9 @@ def lora_on(directory, device, dtype):
 
 
 @pytest.mark.parametrize("heads,key_heads,size", [(4, 4, 64), (28, 4, 128), (16, 16, 80)])
-@pytest.mark.parametrize("q_lengths,k_lengths,causal", [((5, 0, 70, 9), (5, 3, 70, 9), False), ((5, 70, 9), (5, 70, 9), True)])
+@pytest.mark.parametrize(
+    "q_lengths,k_lengths,causal", [((5, 0, 70, 9), (5, 3, 70, 9), False), ((5, 70, 9), (5, 70, 9), True)]
+)
 def test_flash_kernels_agree_with_whole_score_matrices(heads, key_heads, size, q_lengths, k_lengths, causal):
     """Forward, log-sum-exp and the three gradients in bf16, against fp32 by `_plain`."""
     device = torch.device("cuda")
@@ -67,7 +69,9 @@ def test_a_replayed_graph_is_the_step_itself(tiny_policy_directory, studies, bui
     vision = policy.encode_images(prompts)
     options = {"group_size": 4, "max_new_tokens": 150, "seed": 0, "step": 0}
     by_graph = rollout(policy, prompts, vision, **options)
-    monkeypatch.setattr(Decoder, "advance", lambda decoder, written: decoder._advance(min(decoder.length, -(-written // 128) * 128)))
+    monkeypatch.setattr(
+        Decoder, "advance", lambda decoder, written: decoder._advance(min(decoder.length, -(-written // 128) * 128))
+    )
     eager = rollout(policy, prompts, vision, **options)
     assert torch.equal(by_graph.token_ids, eager.token_ids) and torch.equal(by_graph.mask, eager.mask)
     torch.testing.assert_close(by_graph.logp, eager.logp, atol=1e-5, rtol=0)
@@ -81,7 +85,9 @@ def test_sampled_logp_is_near_the_scored_one_in_bf16(tiny_policy_directory, stud
     length = done.token_ids.shape[2]
     rows = torch.arange(4, device="cuda").repeat_interleave(4)
     with torch.no_grad():
-        scored, _ = score_completions(policy, prompts, vision, done.token_ids.view(-1, length), done.mask.view(-1, length), rows)
+        scored, _ = score_completions(
+            policy, prompts, vision, done.token_ids.view(-1, length), done.mask.view(-1, length), rows
+        )
     gap = (scored - done.logp.view(-1, length)).abs()[done.mask.view(-1, length)]
     assert gap.mean() < 0.05
 

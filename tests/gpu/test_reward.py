@@ -14,7 +14,8 @@ from mrg_r1.reward.supervisor import ServiceSettings, Supervisor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TEXTS = [
-    f"No pleural effusion. The heart is enlarged{', and a pacemaker is seen' * (number % 3)}." + " Clear." * number for number in range(60)
+    f"No pleural effusion. The heart is enlarged{', and a pacemaker is seen' * (number % 3)}." + " Clear." * number
+    for number in range(60)
 ]
 
 

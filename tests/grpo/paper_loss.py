@@ -1,4 +1,6 @@
-"""The loss once more, written from the papers with loops over plain floats: no tensors, nothing shared with the package."""
+"""The loss once more, written from the papers with loops over plain floats: no tensors, nothing shared with the
+package.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,9 @@ def test_metrics_by_hand() -> None:
     _, metrics = grpo_loss(**batch, aggregation="grpo", denominator=3)
     assert mean(metrics, "ratio") == pytest.approx((1.25 + 0.5 + 1.5 + 1.5 + 1) / 5)
     assert metrics["ratio_max"][0].item() == pytest.approx(1.5)
-    assert mean(metrics, "clip_high") == pytest.approx(1 / 5)  # the third 1.5 pushes with its advantage, the second against it
+    assert mean(metrics, "clip_high") == pytest.approx(
+        1 / 5
+    )  # the third 1.5 pushes with its advantage, the second against it
     assert mean(metrics, "clip_low") == 0.0
     assert mean(metrics, "logp_gap") == pytest.approx(0.5 / 5, rel=1e-4)
     assert metrics["logp_gap_max"][0].item() == pytest.approx(0.3, rel=1e-4)
@@ -93,7 +95,12 @@ def test_truncated_importance_weights_by_hand() -> None:
     # old / sampled = 4 (capped at 2), 0.5, 1; ratio 1 everywhere, A 1
     old = torch.tensor([[0.4, 0.2, 0.3]]).log()
     logp = old.clone().requires_grad_()
-    batch = by_hand() | {"logp": logp, "old_logp": old, "advantages": torch.ones(1), "mask": torch.ones(1, 3, dtype=torch.bool)}
+    batch = by_hand() | {
+        "logp": logp,
+        "old_logp": old,
+        "advantages": torch.ones(1),
+        "mask": torch.ones(1, 3, dtype=torch.bool),
+    }
     batch |= {"sampled_logp": torch.tensor([[0.1, 0.4, 0.3]]).log(), "correction": "tis"}
     loss, metrics = grpo_loss(**batch, aggregation="dapo", denominator=3)
     loss.backward()
@@ -106,19 +113,29 @@ def test_truncated_importance_weights_by_hand() -> None:
 def test_importance_weights_leave_the_kl_term_alone() -> None:
     old = torch.tensor([[0.4]]).log()
     batch = by_hand() | {"logp": old, "old_logp": old, "reference_logp": torch.tensor([[0.8]]).log(), "beta": 1.0}
-    batch |= {"advantages": torch.zeros(1), "mask": torch.ones(1, 1, dtype=torch.bool), "sampled_logp": torch.tensor([[0.2]]).log()}
+    batch |= {
+        "advantages": torch.zeros(1),
+        "mask": torch.ones(1, 1, dtype=torch.bool),
+        "sampled_logp": torch.tensor([[0.2]]).log(),
+    }
     loss, _ = grpo_loss(**batch, correction="tis", aggregation="dapo", denominator=1)
     assert loss.item() == pytest.approx(1 - math.log(2), rel=1e-5)
 
 
 def test_sequence_ratio_by_hand() -> None:
     batch = by_hand()
-    loss, metrics = grpo_loss(**batch | {"clip_low": 0.3, "clip_high": 0.3}, ratio="sequence", aggregation="grpo", denominator=3)
+    loss, metrics = grpo_loss(
+        **batch | {"clip_low": 0.3, "clip_high": 0.3}, ratio="sequence", aggregation="grpo", denominator=3
+    )
     loss.backward()
     # geometric means: sqrt(1.25 * 0.5), 1.5, sqrt(1.5 * 1) = 1.2247 (inside 1.3)
     first, third = math.sqrt(0.625), math.sqrt(1.5)
     assert loss.item() == pytest.approx((-first + 3 - third) / 3, rel=1e-5)
-    expected = [[-first / 6, -first / 6], [1.0, 0.0], [-third / 6, -third / 6]]  # -A s / (tokens * sequences) on every token
+    expected = [
+        [-first / 6, -first / 6],
+        [1.0, 0.0],
+        [-third / 6, -third / 6],
+    ]  # -A s / (tokens * sequences) on every token
     torch.testing.assert_close(batch["logp"].grad, torch.tensor(expected))
     assert metrics["ratio"][1].item() == 3
     assert mean(metrics, "ratio") == pytest.approx((first + 1.5 + third) / 3)
@@ -149,7 +166,9 @@ def random_batch(seed: int, rows: int = 6, length: int = 5) -> dict[str, Any]:
     correction=st.sampled_from(["none", "tis"]),
     beta=st.sampled_from([0.0, 0.04]),
 )
-def test_loss_and_gradient_equal_the_papers_formula_in_loops(seed: int, aggregation: Any, ratio: Any, correction: Any, beta: float) -> None:
+def test_loss_and_gradient_equal_the_papers_formula_in_loops(
+    seed: int, aggregation: Any, ratio: Any, correction: Any, beta: float
+) -> None:
     batch = random_batch(seed)
     logp = batch["logp"].clone().requires_grad_()
     loss, _ = grpo_loss(
@@ -194,7 +213,14 @@ def test_only_the_policys_own_log_probs_get_a_gradient() -> None:
     batch = random_batch(1)
     leaves: dict[str, Any] = {name: tensor.clone().requires_grad_() for name, tensor in batch.items() if name != "mask"}
     loss, _ = grpo_loss(
-        **leaves, mask=batch["mask"], aggregation="dapo", denominator=1.0, max_length=5, beta=0.04, correction="tis", **CLIP
+        **leaves,
+        mask=batch["mask"],
+        aggregation="dapo",
+        denominator=1.0,
+        max_length=5,
+        beta=0.04,
+        correction="tis",
+        **CLIP,
     )
     loss.backward()
     assert {name for name, leaf in leaves.items() if leaf.grad is not None} == {"logp"}
@@ -212,7 +238,9 @@ def test_k3_stays_finite_far_from_the_reference(difference: float) -> None:
     assert logp.grad is not None
     assert torch.isfinite(value).all() and value.item() > 0
     assert torch.isfinite(logp.grad).all()
-    assert logp.grad.item() * difference < 0  # descending moves the policy to the reference; never 0, or it would be let go
+    assert (
+        logp.grad.item() * difference < 0
+    )  # descending moves the policy to the reference; never 0, or it would be let go
 
 
 def test_k3_beyond_the_clamp_is_its_tangent() -> None:
@@ -245,7 +273,11 @@ def test_k3_is_never_negative_and_grows_away_from_zero(a: float, b: float) -> No
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_loss_stays_finite_when_policy_and_old_are_far_apart(difference: float, advantage: float, ratio: Any) -> None:
     logp = torch.tensor([[difference - 101.0, -101.0]], requires_grad=True)
-    batch = by_hand() | {"logp": logp, "old_logp": torch.full((1, 2), -101.0), "reference_logp": torch.full((1, 2), -1.0)}
+    batch = by_hand() | {
+        "logp": logp,
+        "old_logp": torch.full((1, 2), -101.0),
+        "reference_logp": torch.full((1, 2), -1.0),
+    }
     batch |= {"advantages": torch.tensor([advantage]), "mask": torch.ones(1, 2, dtype=torch.bool), "beta": 0.04}
     loss, metrics = grpo_loss(**batch, ratio=ratio, aggregation="dapo", denominator=2)
     loss.backward()

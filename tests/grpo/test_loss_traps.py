@@ -1,4 +1,6 @@
-"""The ways in which the loss goes silently wrong: dead gradients, cuts that matter, a moving denominator, means of means."""
+"""The ways in which the loss goes silently wrong: dead gradients, cuts that matter, a moving denominator, means of
+means.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def test_at_ratio_one_the_gradient_is_reinforce(aggregation: Any, ratio: Any, ol
     assert mean(metrics, "ratio") == 1.0 and metrics["kl"][0] == 0.0
 
 
-def cut(policy: LinearPolicy, parts: list[Tensor], *, aggregation: Any, ratio: Any, padding: int = 0) -> tuple[float, Tensor, Metrics]:
+def cut(
+    policy: LinearPolicy, parts: list[Tensor], *, aggregation: Any, ratio: Any, padding: int = 0
+) -> tuple[float, Tensor, Metrics]:
     """Loss and gradient accumulated over micro-batches of these rows."""
     weight = (policy.weight + 0.1).requires_grad_()
     old = policy.logp(policy.weight)
@@ -116,7 +120,9 @@ def test_the_same_batch_cut_six_ways_gives_one_loss_and_gradient(aggregation: An
         ([every], 3),
     ]
     for parts, padding in ways:
-        other_loss, other_gradient, other_metrics = cut(policy, parts, aggregation=aggregation, ratio=ratio, padding=padding)
+        other_loss, other_gradient, other_metrics = cut(
+            policy, parts, aggregation=aggregation, ratio=ratio, padding=padding
+        )
         assert other_loss == pytest.approx(loss, rel=1e-5, abs=1e-7)
         torch.testing.assert_close(other_gradient, gradient, rtol=1e-4, atol=1e-7)
         assert other_metrics.keys() == metrics.keys()
@@ -140,7 +146,9 @@ def test_an_all_masked_row_is_harmless(aggregation: Any, ratio: Any) -> None:
     torch.testing.assert_close(masked_gradient, gradient, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(alone_gradient, gradient, rtol=1e-4, atol=1e-7)
     for name in metrics:
-        assert [value.item() for value in masked_metrics[name]] == pytest.approx([value.item() for value in metrics[name]], rel=1e-5)
+        assert [value.item() for value in masked_metrics[name]] == pytest.approx(
+            [value.item() for value in metrics[name]], rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -175,7 +183,9 @@ def test_with_three_inner_iterations_the_denominator_stays_the_rollouts() -> Non
     weight = policy.weight.clone().requires_grad_()
     maxima = []
     for _ in range(3):
-        probabilities = torch.softmax(policy.features @ weight.detach(), dim=-1).gather(-1, policy.tokens[..., None])[..., 0]
+        probabilities = torch.softmax(policy.features @ weight.detach(), dim=-1).gather(-1, policy.tokens[..., None])[
+            ..., 0
+        ]
         before = torch.softmax(policy.features @ policy.weight, dim=-1).gather(-1, policy.tokens[..., None])[..., 0]
         expected = (probabilities / before)[policy.mask]
         loss, metrics = grpo_loss(
@@ -203,7 +213,11 @@ def test_two_ranks_with_unequal_counts_reduce_to_the_mean_of_all_tokens() -> Non
     parts = []
     for ratios in ([2.0], [1.0, 1.0, 1.0]):
         logp = torch.tensor([ratios]).log()
-        batch = by_hand() | {"logp": logp, "old_logp": torch.zeros_like(logp), "mask": torch.ones_like(logp, dtype=torch.bool)}
+        batch = by_hand() | {
+            "logp": logp,
+            "old_logp": torch.zeros_like(logp),
+            "mask": torch.ones_like(logp, dtype=torch.bool),
+        }
         parts.append(grpo_loss(**batch | {"advantages": torch.ones(1)}, aggregation="dapo", denominator=4)[1])
     merged = merge_metrics(parts)
     assert mean(merged, "ratio") == pytest.approx(1.25)

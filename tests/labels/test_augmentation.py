@@ -73,7 +73,9 @@ def test_joined_reports_carry_both_texts_and_their_united_labels() -> None:
     classes = classes_of(7)
     examples = drawn(Augmentation(joined=1.0, shuffled=1.0, masked=0.0, spread=0.0), 7)
     assert sorted(example.reports for example in examples) == [1, 2, 2, 2]
-    assert sorted(token for example in examples for token in example.ids[1:-1]) == sorted([*range(100, 107), *range(1000, 1007)])
+    assert sorted(token for example in examples for token in example.ids[1:-1]) == sorted(
+        [*range(100, 107), *range(1000, 1007)]
+    )
     for example in examples:
         rows = sorted({token % 100 for token in example.ids[1:-1]})
         assert len(rows) == example.reports

@@ -1,4 +1,6 @@
-"""CheXbert: one product for all heads, texts that are labelled one report at a time (trap 23), and odd texts and little memory."""
+"""CheXbert: one product for all heads, texts that are labelled one report at a time (trap 23), and odd texts and little
+memory.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def test_a_long_report_is_cut_at_512_with_sep_last(labeler: Labeler) -> None:
     (exact,) = labeler.encode([" ".join(["edema"] * 510)])
     assert exact == [CLS, *[of["edema"]] * 510, SEP]
     text = " ".join(["edema"] * 600)
-    assert labeler.label([text, "lungs are clear"])[0].tolist() == labeler.label([" ".join(["edema"] * 510)])[0].tolist()
+    assert (
+        labeler.label([text, "lungs are clear"])[0].tolist() == labeler.label([" ".join(["edema"] * 510)])[0].tolist()
+    )
 
 
 def test_a_model_of_fewer_positions_cuts_at_its_own(tmp_path: Path) -> None:
@@ -171,7 +175,9 @@ def test_fingerprint_is_the_weights_sha256(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("slack", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize(("onednn", "activation"), [(True, "gelu"), (False, "gelu"), (True, "relu")])
-def test_inference_gives_the_modules_logits(slack: float, onednn: bool, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inference_gives_the_modules_logits(
+    slack: float, onednn: bool, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model(num_attention_heads=2, num_hidden_layers=3, hidden_act=activation)
     if not onednn:
         monkeypatch.setattr(inference, "_ONEDNN", None)
@@ -215,7 +221,12 @@ def test_half_precision_labels_on_a_cpu(labeler: Labeler, tmp_path: Path, dtype:
 # Odd texts
 
 
-@given(st.lists(st.text(st.characters(), max_size=60) | st.text(" \t\n\x00\x1f\u2028\ud800\udc00\ufffdeé漢ع😀.", max_size=60), max_size=6))
+@given(
+    st.lists(
+        st.text(st.characters(), max_size=60) | st.text(" \t\n\x00\x1f\u2028\ud800\udc00\ufffdeé漢ع😀.", max_size=60),
+        max_size=6,
+    )
+)
 @settings(max_examples=100, deadline=None)
 def test_any_text_is_labelled(labeler: Labeler, texts: list[str]) -> None:
     classes = labeler.label(texts)
@@ -223,7 +234,19 @@ def test_any_text_is_labelled(labeler: Labeler, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", " \n\t ", "\x00\x00", "\ud83d", "\x01\x02\x7f", "心影增大。", "صدر", "\u0301" * 50, "[CLS] [SEP] [PAD]", "\ufeff\u200b"]
+    "text",
+    [
+        "",
+        " \n\t ",
+        "\x00\x00",
+        "\ud83d",
+        "\x01\x02\x7f",
+        "心影增大。",
+        "صدر",
+        "\u0301" * 50,
+        "[CLS] [SEP] [PAD]",
+        "\ufeff\u200b",
+    ],
 )
 def test_an_odd_text_leaves_the_others_alone(labeler: Labeler, text: str) -> None:
     others = ["no pleural effusion", "the heart is enlarged"]
@@ -256,10 +279,13 @@ def test_a_long_text_has_the_ids_of_the_whole_and_costs_little(name: str, labele
 
 def test_where_pieces_may_cross_white_space_a_long_text_is_read_whole() -> None:
     word = "e" * 31
-    words = bert_tokenizer(models.WordPiece({entry: index for index, entry in enumerate([*VOCABULARY, word])}, unk_token="[UNK]"))
+    words = bert_tokenizer(
+        models.WordPiece({entry: index for index, entry in enumerate([*VOCABULARY, word])}, unk_token="[UNK]")
+    )
     words.pre_tokenizer = pre_tokenizers.Punctuation()  # what stands between two points is one word, spaces and all
     labeler = Labeler(tiny_model(vocab_size=len(VOCABULARY) + 1), words, name="other")
-    # 509 pieces, and as the last one a word whose first space is where a long text would be cut: up to there it is a known one
+    # 509 pieces, and as the last one a word whose first space is where a long text would be cut: up to there it is a
+    # known one
     (row,) = labeler.encode([("q" * 31 + ".") * 254 + "." + word + " no"])
     assert len(row) == 512 and row[510] == UNK
 
@@ -286,12 +312,18 @@ def only(most: int, error: type[Exception], message: str, monkeypatch: pytest.Mo
     ("error", "message"),
     [
         (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB"),
-        (RuntimeError, "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        (
+            RuntimeError,
+            "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 9 bytes.",
+        ),
         (RuntimeError, "DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
         (MemoryError, "std::bad_alloc"),
     ],
 )
-def test_batches_shrink_when_memory_runs_out_and_stay_small(error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_shrink_when_memory_runs_out_and_stay_small(
+    error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     labeler = Labeler(tiny_model(), tiny_tokenizer(), name="tiny")
     texts = [" ".join([WORDS[index % 19]] * (3 + index % 8)) for index in range(60)]
     expected = labeler.logits(texts)

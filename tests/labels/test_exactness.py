@@ -1,8 +1,10 @@
-"""The published checkpoint's layout and size over real reports: our labels are those of the plainest implementation there is.
+"""The published checkpoint's layout and size over real reports: our labels are those of the plainest implementation
+there is.
 
-The published weights themselves may not be passed on, so these are random ones with fitted heads. Heads drawn at random would not do:
-either a constant offset decides every class, whatever the report, or classes are ties within the rounding of bfloat16, as a trained
-labeler's are not. So the heads are fitted (ridge) to words of the reports: logits spread over 10, and labels differ between reports.
+The published weights themselves may not be passed on, so these are random ones with fitted heads. Heads drawn at random
+would not do: either a constant offset decides every class, whatever the report, or classes are ties within the rounding
+of bfloat16, as a trained labeler's are not. So the heads are fitted (ridge) to words of the reports: logits spread over
+10, and labels differ between reports.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from tests.shared_data import shared_data
 
 SIZE, HIDDEN = 30522, 768  # bert-base-uncased's
 GAP = 1e-4  # logits nearer than this may fall either way
-WORDS = "heart enlarged opacity granuloma mediastinal focal disease atelectasis pneumothorax effusion calcified spine size normal".split()
+WORDS = (
+    "heart enlarged opacity granuloma mediastinal focal disease atelectasis pneumothorax effusion calcified spine "
+    "size normal"
+).split()
 
 
 @dataclass(frozen=True)
@@ -49,17 +54,25 @@ class Published:
 
 
 def real_reports(count: int) -> list[str]:
-    """Reports of every length: so many, evenly drawn from all of IU X-Ray's in order of length, the longest among them."""
+    """Reports of every length: so many, evenly drawn from all of IU X-Ray's in order of length, the longest
+    among them.
+    """
     splits = json.loads((shared_data() / "iu_xray" / "annotation.json").read_text(encoding="utf-8"))
-    reports = sorted({study["report"] for studies in splits.values() for study in studies}, key=lambda text: (len(text), text))
+    reports = sorted(
+        {study["report"] for studies in splits.values() for study in studies}, key=lambda text: (len(text), text)
+    )
     return [reports[round(place)] for place in np.linspace(0, len(reports) - 1, count)]
 
 
 def write_vocabulary(folder: Path, texts: list[str]) -> None:
     """As many entries as bert-base-uncased, special tokens where it has them."""
     words = sorted({word for text in texts for word in re.findall(r"[a-z0-9]+|[^\w\s]", text.lower())})
-    known = words[::8] + [piece for letter in "abcdefghijklmnopqrstuvwxyz0123456789" for piece in (letter, f"##{letter}")]
-    rare = [word for word in words if word not in set(known)]  # seven words of eight: whole where they are frequent, else spelled
+    known = words[::8] + [
+        piece for letter in "abcdefghijklmnopqrstuvwxyz0123456789" for piece in (letter, f"##{letter}")
+    ]
+    rare = [
+        word for word in words if word not in set(known)
+    ]  # seven words of eight: whole where they are frequent, else spelled
     entries = ["[PAD]", *(f"[unused{index}]" for index in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     entries += dict.fromkeys(known + [word for word in rare if sum(word in text.lower() for text in texts) > 1])
     entries += [f"filler{index}" for index in range(SIZE - len(entries))]
@@ -89,14 +102,24 @@ def fitted_head(cls: Tensor, classes: list[int], width: int) -> nn.Linear:
 
 @torch.no_grad()
 def publish(folder: Path, count: int) -> Published:
-    """Write a checkpoint in the published layout, and label `count` reports plainly: one at a time, 14 heads, no batch, no padding."""
+    """Write a checkpoint in the published layout, and label `count` reports plainly: one at a time, 14 heads, no batch,
+    no padding.
+    """
     texts = ["", *real_reports(count - 1)]
     write_vocabulary(folder / "words", texts)
     words = BertTokenizer.from_pretrained(str(folder / "words"))
     torch.manual_seed(0)
     bert = BertModel(BertConfig(vocab_size=SIZE)).eval()
-    cls = torch.cat([bert(**words(text, truncation=True, max_length=512, return_tensors="pt")).last_hidden_state[:, 0] for text in texts])
-    heads = [fitted_head(cls, [word_class(text, index) for text in texts], width) for index, width in enumerate(CLASSES_PER_OBSERVATION)]
+    cls = torch.cat(
+        [
+            bert(**words(text, truncation=True, max_length=512, return_tensors="pt")).last_hidden_state[:, 0]
+            for text in texts
+        ]
+    )
+    heads = [
+        fitted_head(cls, [word_class(text, index) for text in texts], width)
+        for index, width in enumerate(CLASSES_PER_OBSERVATION)
+    ]
     state = {f"module.bert.{name}": tensor for name, tensor in bert.state_dict().items()}
     for index, head in enumerate(heads):
         state |= {f"module.linear_heads.{index}.{name}": tensor for name, tensor in head.state_dict().items()}

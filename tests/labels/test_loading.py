@@ -28,7 +28,9 @@ def test_a_published_checkpoint_loads_and_labels(labeler: Labeler, tmp_path: Pat
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_safetensors_copy_loads_and_labels(labeler: Labeler, tmp_path: Path, tokenizer_directory: Path, prefix: str) -> None:
+def test_a_safetensors_copy_loads_and_labels(
+    labeler: Labeler, tmp_path: Path, tokenizer_directory: Path, prefix: str
+) -> None:
     state = {name.replace("module.", prefix): tensor for name, tensor in published_state(labeler.model).items()}
     save_file(state, tmp_path / "chexbert.safetensors")
     loaded = Labeler.load(tmp_path / "chexbert.safetensors", tokenizer=str(tokenizer_directory))
@@ -55,17 +57,33 @@ def replaced(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tenso
     ("change", "message"),
     [
         (without("module.linear_heads.4.bias"), r"missing linear_heads\.4\.bias"),
-        (without("module.bert.encoder.layer.0.output.dense.weight"), r"missing bert\.encoder\.layer\.0\.output\.dense\.weight"),
-        (without("module.bert.embeddings.word_embeddings.weight"), r"missing bert\.embeddings\.word_embeddings\.weight"),
+        (
+            without("module.bert.encoder.layer.0.output.dense.weight"),
+            r"missing bert\.encoder\.layer\.0\.output\.dense\.weight",
+        ),
+        (
+            without("module.bert.embeddings.word_embeddings.weight"),
+            r"missing bert\.embeddings\.word_embeddings\.weight",
+        ),
         (replaced("module.linear_heads.14.bias", torch.zeros(4)), r"unexpected linear_heads\.14\.bias"),
         (replaced("module.classifier.weight", torch.zeros(4)), r"unexpected classifier\.weight"),
-        (replaced("module.linear_heads.13.weight", torch.zeros(4, 64)), r"linear_heads\.13\.weight has shape \(4, 64\), expected \(2,"),
-        (replaced("module.linear_heads.0.weight", torch.zeros(3, 64)), r"linear_heads\.0\.weight has shape \(3, 64\), expected \(4, 64\)"),
+        (
+            replaced("module.linear_heads.13.weight", torch.zeros(4, 64)),
+            r"linear_heads\.13\.weight has shape \(4, 64\), expected \(2,",
+        ),
+        (
+            replaced("module.linear_heads.0.weight", torch.zeros(3, 64)),
+            r"linear_heads\.0\.weight has shape \(3, 64\), expected \(4, 64\)",
+        ),
         (replaced("bert.embeddings.word_embeddings.weight", torch.zeros(4, 64)), r"stands twice"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
-    labeler: Labeler, tmp_path: Path, tokenizer_directory: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+    labeler: Labeler,
+    tmp_path: Path,
+    tokenizer_directory: Path,
+    change: Callable[[dict[str, torch.Tensor]], object],
+    message: str,
 ) -> None:
     state = published_state(labeler.model)
     change(state)
@@ -78,7 +96,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
         return  # in a directory of ours no key has the prefix, so there it is unexpected
     labeler.save(tmp_path / "mine")
     save_file(
-        {name.removeprefix("module."): tensor for name, tensor in state.items() if "pool" not in name and "position_ids" not in name},
+        {
+            name.removeprefix("module."): tensor
+            for name, tensor in state.items()
+            if "pool" not in name and "position_ids" not in name
+        },
         tmp_path / "mine" / "model.safetensors",
     )
     with pytest.raises(ValueError, match=rf"mine: .*{message}"):
@@ -142,7 +164,10 @@ def test_our_directory_is_read_as_strictly(labeler: Labeler, tmp_path: Path) -> 
     folder = tmp_path / "mine"
     labeler.save(folder)
     weights = load_file(folder / "model.safetensors")
-    save_file({name: tensor for name, tensor in weights.items() if name != "linear_heads.7.weight"}, folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in weights.items() if name != "linear_heads.7.weight"},
+        folder / "model.safetensors",
+    )
     with pytest.raises(ValueError, match=r"missing linear_heads\.7\.weight"):
         Labeler.load(folder)
     (folder / "model.safetensors").write_bytes(b"nothing")
@@ -166,7 +191,9 @@ def test_our_directory_is_read_as_strictly(labeler: Labeler, tmp_path: Path) -> 
         ([*VOCABULARY[:2], "word1", *VOCABULARY[3:]], r"no \[CLS\]"),
     ],
 )
-def test_a_tokenizer_that_is_not_the_models_is_refused(labeler: Labeler, tmp_path: Path, vocabulary: list[str], message: str) -> None:
+def test_a_tokenizer_that_is_not_the_models_is_refused(
+    labeler: Labeler, tmp_path: Path, vocabulary: list[str], message: str
+) -> None:
     folder = tmp_path / "words"
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
@@ -199,7 +226,9 @@ def test_offline_a_published_checkpoint_asks_for_a_tokenizer_directory(
 ) -> None:
     path = published_file(tmp_path, published_state(labeler.model))
     monkeypatch.setattr(tokenizer, "Tokenizer", Offline)
-    with pytest.raises(FileNotFoundError, match=r"'bert-base-uncased' .* offline, give a directory with tokenizer\.json or vocab\.txt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"'bert-base-uncased' .* offline, give a directory with tokenizer\.json or vocab\.txt"
+    ):
         Labeler.load(path)
     with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json nor vocab\.txt"):
         Labeler.load(path, tokenizer=str(tmp_path))
@@ -208,7 +237,9 @@ def test_offline_a_published_checkpoint_asks_for_a_tokenizer_directory(
 # Converting
 
 
-def test_a_checkpoint_becomes_a_directory_of_the_same_labels(labeler: Labeler, tmp_path: Path, tokenizer_directory: Path) -> None:
+def test_a_checkpoint_becomes_a_directory_of_the_same_labels(
+    labeler: Labeler, tmp_path: Path, tokenizer_directory: Path
+) -> None:
     path = published_file(tmp_path, published_state(labeler.model))
     said = convert(path, tmp_path / "new" / "mine", tokenizer=str(tokenizer_directory))
     loaded = Labeler.load(tmp_path / "new" / "mine")
@@ -218,15 +249,23 @@ def test_a_checkpoint_becomes_a_directory_of_the_same_labels(labeler: Labeler, t
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["mine"]
 
 
-def test_a_checkpoint_becomes_one_file_without_a_tokenizer(labeler: Labeler, tmp_path: Path, tokenizer_directory: Path) -> None:
-    state = {name: tensor.half() if "heads" in name else tensor for name, tensor in published_state(labeler.model).items()}
+def test_a_checkpoint_becomes_one_file_without_a_tokenizer(
+    labeler: Labeler, tmp_path: Path, tokenizer_directory: Path
+) -> None:
+    state = {
+        name: tensor.half() if "heads" in name else tensor for name, tensor in published_state(labeler.model).items()
+    }
     path = published_file(tmp_path, state)
     said = convert(path, tmp_path / "copy.safetensors")
     stored = load_file(tmp_path / "copy.safetensors")
-    assert set(stored) == set(labeler.model.state_dict()) and {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert set(stored) == set(labeler.model.state_dict()) and {tensor.dtype for tensor in stored.values()} == {
+        torch.float32
+    }
     assert said == Labeler.load(path, tokenizer=str(tokenizer_directory)).fingerprint
     assert said == Labeler.load(tmp_path / "copy.safetensors", tokenizer=str(tokenizer_directory)).fingerprint
-    convert(tmp_path / "copy.safetensors", tmp_path / "mine", tokenizer=str(tokenizer_directory))  # and the copy a directory
+    convert(
+        tmp_path / "copy.safetensors", tmp_path / "mine", tokenizer=str(tokenizer_directory)
+    )  # and the copy a directory
     assert Labeler.load(tmp_path / "mine").fingerprint == said
 
 

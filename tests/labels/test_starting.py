@@ -1,4 +1,6 @@
-"""Starting points: random weights that look at neighbours, a BERT as transformers writes it, ours, and the published file."""
+"""Starting points: random weights that look at neighbours, a BERT as transformers writes it, ours, and the published
+file.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +54,15 @@ def test_pretraining_heads_prefix_old_names_and_old_buffers_are_taken_off(tmp_pa
     whole = BertForPreTraining(tiny_config())
     whole.bert.load_state_dict(bert.state_dict())
     # as bert-base-uncased is stored: a pickle, TensorFlow's names for the layer norms, and a buffer
-    state = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor.clone()
-             for name, tensor in whole.state_dict().items()}  # fmt: skip
+    stored = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    state = {}
+    for name, tensor in whole.state_dict().items():
+        end = name[name.find("LayerNorm") :] if "LayerNorm" in name else ""
+        state[name.removesuffix(end) + stored[end] if end in stored else name] = tensor.clone()
     (tmp_path / "bert" / "model.safetensors").unlink()
-    torch.save({**state, "bert.embeddings.position_ids": torch.arange(512)[None]}, tmp_path / "bert" / "pytorch_model.bin")
+    torch.save(
+        {**state, "bert.embeddings.position_ids": torch.arange(512)[None]}, tmp_path / "bert" / "pytorch_model.bin"
+    )
     assert any(name.startswith("cls.") for name in state) and any("gamma" in name for name in state)
     assert_encoder_of(read_start(tmp_path / "bert")[0], bert)
 
@@ -68,9 +75,18 @@ def test_weights_in_half_precision_are_trained_in_float32(tmp_path: Path, bert: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: {k: v for k, v in state.items() if "layer.1.output.dense.b" not in k}, r"missing bert\.encoder\.layer\.1\.output"),
-        (lambda state: {**state, "encoder.adapter.weight": torch.ones(2)}, r"unexpected bert\.encoder\.adapter\.weight"),
-        (lambda state: {**state, "embeddings.LayerNorm.bias": torch.ones(3)}, r"LayerNorm\.bias has shape \(3,\), expected \(64,\)"),
+        (
+            lambda state: {k: v for k, v in state.items() if "layer.1.output.dense.b" not in k},
+            r"missing bert\.encoder\.layer\.1\.output",
+        ),
+        (
+            lambda state: {**state, "encoder.adapter.weight": torch.ones(2)},
+            r"unexpected bert\.encoder\.adapter\.weight",
+        ),
+        (
+            lambda state: {**state, "embeddings.LayerNorm.bias": torch.ones(3)},
+            r"LayerNorm\.bias has shape \(3,\), expected \(64,\)",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(
@@ -136,9 +152,12 @@ def test_a_plain_bert_is_trained_whole_into_a_labeler_that_loads(tmp_path: Path,
     reports, labels = write_toy(tmp_path, 40)
     train_labeler(reports, labels, tmp_path / "labeler", start=tmp_path / "bert", passes=1)
     trained = Labeler.load(tmp_path / "labeler").model.bert.state_dict()
-    assert not torch.equal(trained["encoder.layer.0.output.dense.weight"], bert.state_dict()["encoder.layer.0.output.dense.weight"])
+    assert not torch.equal(
+        trained["encoder.layer.0.output.dense.weight"], bert.state_dict()["encoder.layer.0.output.dense.weight"]
+    )
     assert (
-        trained["embeddings.position_embeddings.weight"][400:] == bert.state_dict()["embeddings.position_embeddings.weight"][400:]
+        trained["embeddings.position_embeddings.weight"][400:]
+        == bert.state_dict()["embeddings.position_embeddings.weight"][400:]
     ).all()
 
 
@@ -169,7 +188,9 @@ def test_nothing_is_unknown_to_the_vocabulary_which_is_the_same_every_time() -> 
 
 def test_first_layer_starts_at_the_neighbours() -> None:
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=50, hidden_size=128, num_hidden_layers=2, num_attention_heads=8, intermediate_size=64)
+    config = BertConfig(
+        vocab_size=50, hidden_size=128, num_hidden_layers=2, num_attention_heads=8, intermediate_size=64
+    )
     config._attn_implementation = "eager"
     model = CheXbert(config).eval()
     start_local(model)

@@ -52,17 +52,24 @@ def test_the_taught_loss_by_hand() -> None:
     first = -LABELS_SHARE * torch.tensor(0.1).log() - (1 - LABELS_SHARE) * torch.tensor(0.2).log()
     expected = first + 12 * torch.tensor(4.0).log() + torch.tensor(2.0).log()
     assert taught_loss(logits, classes, answer).item() == pytest.approx(expected.item())
-    assert taught_loss(logits.repeat(3, 1, 1), classes.repeat(3, 1), answer.repeat(3, 1, 1)).item() == pytest.approx(expected.item())
+    assert taught_loss(logits.repeat(3, 1, 1), classes.repeat(3, 1), answer.repeat(3, 1, 1)).item() == pytest.approx(
+        expected.item()
+    )
 
 
 def test_where_the_teachers_agree_with_the_labels_it_is_the_plain_loss_with_its_gradient() -> None:
     model = tiny_model()
     classes = torch.tensor([[0, 1, 2, 3] * 3 + [1, 1], [3, 2, 1, 0] * 3 + [0, 0]])
     gradients = []
-    for loss in (training._loss, lambda logits, true: taught_loss(logits, true, torch.nn.functional.one_hot(true, 4).float())):
+    for loss in (
+        training._loss,
+        lambda logits, true: taught_loss(logits, true, torch.nn.functional.one_hot(true, 4).float()),
+    ):
         model.zero_grad()
         loss(model(IDS, MASK), classes).backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
+        gradients.append(
+            torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+        )
     assert gradients[0].isfinite().all() and gradients[0].abs().max() > 0.01
     assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
 
@@ -79,7 +86,9 @@ def test_the_bare_training_has_teachers_and_repeats_itself(tmp_path: Path, quick
     assert Labeler.load(tmp_path / "a").fingerprint == first["fingerprint"]
 
 
-def test_many_reports_and_asked_passes_or_minutes_need_no_teachers(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_reports_and_asked_passes_or_minutes_need_no_teachers(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reports, labels = write_toy(tmp_path, 60)
     assert train_labeler(reports, labels, tmp_path / "a", size="tiny", passes=2)["teachers"] == 0
     assert train_labeler(reports, labels, tmp_path / "b", size="tiny", max_minutes=60)["teachers"] == 0
@@ -88,7 +97,9 @@ def test_many_reports_and_asked_passes_or_minutes_need_no_teachers(tmp_path: Pat
     assert train_labeler(reports, labels, tmp_path / "d", size="tiny")["teachers"] == 0  # 57 are trained on
 
 
-def test_each_teacher_starts_elsewhere_is_trained_and_then_left_alone(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_teacher_starts_elsewhere_is_trained_and_then_left_alone(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     starts, answered = [], []
     random_model = training.random_model
 
@@ -97,8 +108,12 @@ def test_each_teacher_starts_elsewhere_is_trained_and_then_left_alone(tmp_path: 
         starts.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
         return model
 
-    def answer(teachers: Sequence[CheXbert], rows: Sequence[Sequence[int]], *, pad: int, device: torch.device) -> torch.Tensor:
-        answered.append([torch.cat([parameter.detach().flatten() for parameter in teacher.parameters()]) for teacher in teachers])
+    def answer(
+        teachers: Sequence[CheXbert], rows: Sequence[Sequence[int]], *, pad: int, device: torch.device
+    ) -> torch.Tensor:
+        answered.append(
+            [torch.cat([parameter.detach().flatten() for parameter in teacher.parameters()]) for teacher in teachers]
+        )
         return average_answer(teachers, rows, pad=pad, device=device)
 
     monkeypatch.setattr(training, "random_model", started)
@@ -110,7 +125,9 @@ def test_each_teacher_starts_elsewhere_is_trained_and_then_left_alone(tmp_path: 
         assert torch.equal(first, last) and not torch.equal(start, first)
 
 
-def test_a_model_learns_what_only_its_teachers_say(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_learns_what_only_its_teachers_say(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reports, labels = write_toy(tmp_path, 90)
 
     def fracture(teachers: object, rows: Sequence[object], **_: object) -> torch.Tensor:  # in every report

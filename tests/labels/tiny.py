@@ -10,14 +10,25 @@ from transformers import BertConfig
 
 from mrg_r1.labels.chexbert import CheXbert, bert_tokenizer
 
-WORDS = "no evidence of pleural effusion or pneumothorax the heart is enlarged lungs are clear left right mild edema . , ##s ##ion".split()
+WORDS = (
+    "no evidence of pleural effusion or pneumothorax the heart is enlarged lungs are clear left right mild edema "
+    ". , ##s ##ion"
+).split()
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 PAD, UNK, CLS, SEP = range(4)
 
 
 def tiny_config(**changes: int) -> BertConfig:
-    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 96}
-    return BertConfig(**{**sizes, **changes}, initializer_range=0.3)  # large, so that different texts get different classes
+    sizes = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "intermediate_size": 96,
+    }
+    return BertConfig(
+        **{**sizes, **changes}, initializer_range=0.3
+    )  # large, so that different texts get different classes
 
 
 def tiny_tokenizer() -> Tokenizer:

@@ -15,7 +15,9 @@ def test_intervals_equal_those_of_arrays_resampled_one_by_one() -> None:
     predicted, reference = drawn_classes(25, 0), drawn_classes(25, 1)
     predicted[:12] = reference[:12]
     intervals = bootstrap_intervals(predicted, reference, samples=60, seed=7)
-    resampled = [oracle(predicted[rows], reference[rows]) for rows in np.random.default_rng(7).integers(25, size=(60, 25))]
+    resampled = [
+        oracle(predicted[rows], reference[rows]) for rows in np.random.default_rng(7).integers(25, size=(60, 25))
+    ]
     for name in NAMES:
         expected = np.percentile([scores[name][2] for scores in resampled], [2.5, 97.5])
         assert intervals[name] == pytest.approx(tuple(expected), abs=1e-12), name
@@ -45,13 +47,19 @@ def test_a_system_against_itself_differs_by_exactly_nothing() -> None:
 
 
 def test_the_two_systems_share_their_resamples() -> None:
-    """One study more that is right moves every resample one way; unpaired, the interval would be as wide as the F1's own."""
+    """One study more that is right moves every resample one way; unpaired, the interval would be as wide as the F1's
+    own.
+    """
     reference = drawn_classes(300, 1, positive=0.3)
     first = np.where(np.arange(300)[:, None] < 150, reference, drawn_classes(300, 2, positive=0.3))
     second = np.where(np.arange(300)[:, None] < 190, reference, first)
     found = paired_differences(first, second, reference, samples=400, seed=3)["r2gen_micro14"]
     own = bootstrap_intervals(second, reference, samples=400, seed=3)["r2gen_micro14"]
-    assert found.excludes_zero and found.p == pytest.approx(2 / 401) and found.ci[1] - found.ci[0] < 1.2 * (own[1] - own[0])
+    assert (
+        found.excludes_zero
+        and found.p == pytest.approx(2 / 401)
+        and found.ci[1] - found.ci[0] < 1.2 * (own[1] - own[0])
+    )
     turned = paired_differences(second, first, reference, samples=400, seed=3)["r2gen_micro14"]
     assert turned.ci == pytest.approx((-found.ci[1], -found.ci[0])) and turned.p == found.p
 

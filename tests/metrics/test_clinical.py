@@ -41,7 +41,14 @@ def oracle(predicted: NDArray[np.int64], reference: NDArray[np.int64]) -> dict[s
     lenient = [np.isin(classes, (1, 3)).astype(int) for classes in (reference, predicted)]
     five = [classes[:, list(FIVE)] for classes in lenient]
     disease = [classes[:, :13] for classes in strict]
-    cases = [(strict, "macro"), (strict, "micro"), (strict, "samples"), (lenient, "micro"), (lenient, "macro"), (five, "micro")]
+    cases = [
+        (strict, "macro"),
+        (strict, "micro"),
+        (strict, "samples"),
+        (lenient, "micro"),
+        (lenient, "macro"),
+        (five, "micro"),
+    ]
     cases += [(five, "macro"), (lenient, "weighted"), (disease, "micro"), (disease, "macro")]
     return {
         name: precision_recall_fscore_support(*pair, average=mean, zero_division=0)[:3]
@@ -53,7 +60,9 @@ def assert_agrees(predicted: NDArray[np.int64], reference: NDArray[np.int64]) ->
     scores = clinical_scores(predicted, reference)
     assert list(scores) == NAMES
     for name, expected in oracle(predicted, reference).items():
-        assert (scores[name].precision, scores[name].recall, scores[name].f1) == pytest.approx(expected, abs=1e-12), name
+        assert (scores[name].precision, scores[name].recall, scores[name].f1) == pytest.approx(expected, abs=1e-12), (
+            name
+        )
 
 
 @given(studies=st.integers(1, 40), seed=st.integers(0, 2**32 - 1), positive=st.sampled_from([0.0, 0.05, 0.3, 0.9]))
@@ -63,10 +72,11 @@ def test_every_definition_agrees_with_scikit_learn(studies: int, seed: int, posi
 
 
 def test_the_published_case_of_f1chexbert_comes_out() -> None:
-    """The five reports of f1chexbert 0.0.2's own test (tests/f1chexbert_test.py, also RadEval's) and the averages that it expects.
+    """The five reports of f1chexbert 0.0.2's own test (tests/f1chexbert_test.py, also RadEval's) and the averages that
+    it expects.
 
-    The labels follow from the published tables: support, precision and recall of every observation and the reports that are right.
-    Whether a positive is class 1 or 3 is not published, and these definitions do not ask.
+    The labels follow from the published tables: support, precision and recall of every observation and the reports that
+    are right. Whether a positive is class 1 or 3 is not published, and these definitions do not ask.
     """
     said = [["No Finding"], ["No Finding"], ["Edema", "Atelectasis"], ["Consolidation"], []]
     true = [["No Finding"], ["Cardiomegaly"], ["Cardiomegaly"], ["Consolidation"], ["Lung Opacity", "Lung Lesion"]]
@@ -83,7 +93,9 @@ def test_the_published_case_of_f1chexbert_comes_out() -> None:
         "chexbert_micro5": (0.3333333333333333, 0.3333333333333333, 0.3333333333333333),
         "chexbert_macro5": (0.2, 0.2, 0.2),
     }.items():
-        assert (scores[name].precision, scores[name].recall, scores[name].f1) == pytest.approx(expected, rel=1e-15), name
+        assert (scores[name].precision, scores[name].recall, scores[name].f1) == pytest.approx(expected, rel=1e-15), (
+            name
+        )
 
 
 def test_definitions_say_how_they_are_computed() -> None:
@@ -140,7 +152,8 @@ def test_order_of_studies_does_not_matter_and_f1_is_symmetric(studies: int, seed
     predicted, reference = drawn_classes(studies, seed), drawn_classes(studies, seed + 1)
     order = np.random.default_rng(seed).permutation(studies)
     scores, shuffled, swapped = (
-        clinical_scores(*pair) for pair in ((predicted, reference), (predicted[order], reference[order]), (reference, predicted))
+        clinical_scores(*pair)
+        for pair in ((predicted, reference), (predicted[order], reference[order]), (reference, predicted))
     )
     for name in NAMES:
         assert shuffled[name].f1 == pytest.approx(scores[name].f1)
@@ -188,9 +201,15 @@ def test_truth_scores_of_known_truths_are_the_disease_scores() -> None:
         (np.zeros((0, 14), int), np.zeros((0, 14), int), "no study"),
         (np.zeros((2, 14)), np.zeros((2, 14), int), "predicted: dtype float64"),
         (np.full((2, 14), -1), np.zeros((2, 14), int), "predicted: study 0, Enlarged Cardiomediastinum: class -1"),
-        (np.zeros((2, 14), int), np.full((2, 14), 2), "reference: study 0, No Finding: class 2; it has the classes 0 to 1"),
+        (
+            np.zeros((2, 14), int),
+            np.full((2, 14), 2),
+            "reference: study 0, No Finding: class 2; it has the classes 0 to 1",
+        ),
     ],
 )
-def test_arrays_that_are_no_classes_are_refused(predicted: NDArray[np.int64], reference: NDArray[np.int64], message: str) -> None:
+def test_arrays_that_are_no_classes_are_refused(
+    predicted: NDArray[np.int64], reference: NDArray[np.int64], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         clinical_scores(predicted, reference)

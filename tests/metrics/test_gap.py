@@ -11,9 +11,13 @@ from mrg_r1.metrics.gap import disease_counts, gap_change
 
 def test_counts_are_those_of_disease_micro13():
     rng = np.random.default_rng(0)
-    predicted, reference = (np.concatenate([rng.integers(0, 4, (40, 13)), rng.integers(0, 2, (40, 1))], axis=1) for _ in range(2))
+    predicted, reference = (
+        np.concatenate([rng.integers(0, 4, (40, 13)), rng.integers(0, 2, (40, 1))], axis=1) for _ in range(2)
+    )
     hits, invented, missed = disease_counts(predicted, reference).sum(axis=0)
-    assert 2 * hits / (2 * hits + invented + missed) == pytest.approx(clinical_scores(predicted, reference)["disease_micro13"].f1)
+    assert 2 * hits / (2 * hits + invented + missed) == pytest.approx(
+        clinical_scores(predicted, reference)["disease_micro13"].f1
+    )
     only_no_finding = np.zeros((1, 14), dtype=int)
     only_no_finding[0, 13] = 1
     assert disease_counts(only_no_finding, only_no_finding).tolist() == [[0, 0, 0]]  # No Finding is no disease
@@ -28,7 +32,9 @@ def test_the_change_is_a_difference_of_differences():
 
 
 def test_what_both_evaluations_share_is_no_uncertainty_of_the_change():
-    """Paired: studies on which the readers differ at first as now have a wide gap, and no change at all, whichever are drawn."""
+    """Paired: studies on which the readers differ at first as now have a wide gap, and no change at all, whichever are
+    drawn.
+    """
     rng = np.random.default_rng(1)
     counts = rng.integers(0, 3, (60, 6))
     found = gap_change(counts, counts)
@@ -36,7 +42,9 @@ def test_what_both_evaluations_share_is_no_uncertainty_of_the_change():
 
 
 def test_the_interval_is_that_of_the_binomial_where_f1_is_linear():
-    """The second reader loses every hit of a share p of the studies; with 2 hits + misses fixed, F1 is linear in the sum of losses."""
+    """The second reader loses every hit of a share p of the studies; with 2 hits + misses fixed, F1 is linear in the
+    sum of losses.
+    """
     studies, lost = 400, 100
     first = np.tile([1, 0, 1, 1, 0, 1], (studies, 1))  # F1 = 2 / 3 by both
     now = first.copy()
@@ -44,7 +52,9 @@ def test_the_interval_is_that_of_the_binomial_where_f1_is_linear():
     found = gap_change(first, now, samples=5000)
     share, normal = lost / studies, 2.5758
     half = normal * 2 / 3 * np.sqrt(share * (1 - share) / studies)
-    assert found.change == pytest.approx(2 / 3 * share) and found.ci == pytest.approx((found.change - half, found.change + half), abs=0.004)
+    assert found.change == pytest.approx(2 / 3 * share) and found.ci == pytest.approx(
+        (found.change - half, found.change + half), abs=0.004
+    )
 
 
 def test_other_studies_are_refused():

@@ -63,7 +63,9 @@ def test_a_java_that_ends_while_it_scores_costs_meteor_alone(monkeypatch: pytest
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
     result = lexical_scores(["a b", "c"], ["a b", "d"])
-    assert result.left_out["meteor"].startswith("METEOR left out: java ended") and result.scores["rouge_l"] == pytest.approx(0.5)
+    assert result.left_out["meteor"].startswith("METEOR left out: java ended") and result.scores[
+        "rouge_l"
+    ] == pytest.approx(0.5)
 
 
 @pytest.mark.skipif(why_no_meteor() is not None, reason=f"METEOR: {why_no_meteor()}")
@@ -71,7 +73,9 @@ def test_meteor_is_that_of_its_own_program(capfd: pytest.CaptureFixture[str]) ->
     predicted, reference = ["the heart is large", "no effusion", ""], ["the heart is large", "no effusion", "clear"]
     result = lexical_scores(predicted, reference)
     assert not result.left_out and list(result.scores) == list(NAMES)
-    assert result.scores["meteor"] == pytest.approx(0.8247422680412372)  # printed by `java -jar meteor-1.5.jar ... -l en -norm -q`
+    assert result.scores["meteor"] == pytest.approx(
+        0.8247422680412372
+    )  # printed by `java -jar meteor-1.5.jar ... -l en -norm -q`
     assert capfd.readouterr() == ("", "")
 
 

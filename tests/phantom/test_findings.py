@@ -29,14 +29,17 @@ def only(observation: int | None, value: int = 1) -> list[int | None]:
 
 def change(observation: int, index: int, value: int = 1) -> NDArray[np.float64]:
     """[S, S] what the finding does to the picture; the noise of both is the same."""
-    with_it, without = (render(only(which, value), seed=0, index=index, side=SIDE).astype(float) for which in (observation, None))
+    with_it, without = (
+        render(only(which, value), seed=0, index=index, side=SIDE).astype(float) for which in (observation, None)
+    )
     return with_it - without
 
 
 def test_the_same_arguments_give_the_same_bytes_in_another_process() -> None:
     program = (
-        "import hashlib; from mrg_r1.phantom.findings import render;"
-        "print(hashlib.sha256(b''.join(render([1]*13+[None], seed=3, index=i, side=96).tobytes() for i in (4, 5))).hexdigest())"
+        "import hashlib; from mrg_r1.phantom.findings import "
+        "render;print(hashlib.sha256(b''.join(render([1]*13+[None], seed=3, index=i, side=96).tobytes() for i in "
+        "(4, 5))).hexdigest())"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
@@ -76,7 +79,8 @@ def test_every_finding_changes_its_chest_visibly_and_faintly_when_uncertain(obse
         assert not change(observation, index, 0).any()
 
 
-# observation: (top, bottom, left, right) shares of the image that hold nearly all of the change; sides as seen on the image
+# observation: (top, bottom, left, right) shares of the image that hold nearly all of the change; sides as seen on the
+# image
 REGIONS = {
     "Enlarged Cardiomediastinum": (0.0, 0.95, 0.25, 0.75),
     "Cardiomegaly": (0.40, 0.98, 0.15, 0.95),
@@ -127,7 +131,9 @@ def test_a_linear_probe_on_small_images_finds_each_of_the_five() -> None:
     features = images.reshape(len(studies), 56, 2, 56, 2).mean(axis=(2, 4), dtype=np.float32).reshape(len(studies), -1)
     for observation in FIVE_FINDINGS:
         truth = np.array([study.drawn[observation] for study in studies])
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=200)).fit(features[:650], truth[:650])
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=200)).fit(
+            features[:650], truth[:650]
+        )
         assert roc_auc_score(truth[650:], probe.decision_function(features[650:])) > 0.85, OBSERVATIONS[observation]
 
 

@@ -26,9 +26,12 @@ def test_the_studies_of_five_are_the_ones_that_the_demo_was_measured_on() -> Non
 
 
 def test_the_pixels_of_all_thirteen_findings_are_what_they_were() -> None:
-    # sums of rows and columns, not a checksum: float32 functions differ in the last bit between processors, so now and then a grey level
+    # sums of rows and columns, not a checksum: float32 functions differ in the last bit between processors, so now and
+    # then a grey level
     assert len(REFERENCE["images"]) == 18
     for image in REFERENCE["images"]:
-        pixels = render(image["drawn"], seed=REFERENCE["seed"], index=image["index"], side=REFERENCE["side"]).astype(int)
+        pixels = render(image["drawn"], seed=REFERENCE["seed"], index=image["index"], side=REFERENCE["side"]).astype(
+            int
+        )
         assert np.abs(pixels.sum(axis=1) - image["rows"]).max() <= 3
         assert np.abs(pixels.sum(axis=0) - image["columns"]).max() <= 3

@@ -71,7 +71,9 @@ def test_the_splits_of_wording_share_no_frame_and_no_sentence() -> None:
     for texts in (FULL.pair_frames, FULL.triple_frames, FULL.normal, REMARKS):
         assert not set(texts["train"]) & set(texts["heldout"])
     for by_kind in (TECHNIQUE, COMPARED):
-        assert not {text for texts in by_kind["train"].values() for text in texts} & {t for ts in by_kind["heldout"].values() for t in ts}
+        assert not {text for texts in by_kind["train"].values() for text in texts} & {
+            t for ts in by_kind["heldout"].values() for t in ts
+        }
     said = {
         split: {
             sentence.rstrip(".").lower()
@@ -108,7 +110,12 @@ def test_sides_zones_and_severity_in_the_words_are_those_of_the_picture() -> Non
             checked["both"] += both in words
         for zone in ("upper", "mid", "lower"):
             assert zone not in words or trait.zone == zone
-        for size, (low, high) in {"mild": (0, 0.34), "mildly": (0, 0.34), "severe": (0.66, 1), "severely": (0.66, 1)}.items():
+        for size, (low, high) in {
+            "mild": (0, 0.34),
+            "mildly": (0, 0.34),
+            "severe": (0.66, 1),
+            "severely": (0.66, 1),
+        }.items():
             if size in words and observation != 6:
                 assert low <= trait.grade <= high
                 checked[size.removesuffix("ly")] += 1
@@ -128,7 +135,11 @@ def test_some_patients_have_two_studies_whose_findings_go_together() -> None:
     for study in later:
         assert study.prior == study.index - 1 and study.index % 2 == 1
         first = by_index[study.prior]
-        assert first.patient_id == study.patient_id and first.patient == study.patient == first.index and first.prior is None
+        assert (
+            first.patient_id == study.patient_id
+            and first.patient == study.patient == first.index
+            and first.prior is None
+        )
         other = by_index[(study.prior + 10) % len(by_index)]
         for o in range(13):
             if study.said[o] == 1:
@@ -169,7 +180,9 @@ def test_change_is_spoken_of_only_where_it_is_true(wording: str) -> None:
 
 def test_the_lungs_are_not_called_clear_beside_a_finding_in_them() -> None:
     clear = [
-        study for study in (*studies(), *balanced()) if "lungs are clear" in study.report.lower() or "lungs are found clear" in study.report
+        study
+        for study in (*studies(), *balanced())
+        if "lungs are clear" in study.report.lower() or "lungs are found clear" in study.report
     ]
     assert len(clear) > 20
     for study in clear:
@@ -213,16 +226,28 @@ def test_balanced_texts_hold_enough_of_every_value() -> None:
 def test_the_vocabulary_texts_cover_what_is_written() -> None:
     words = {word.strip(".,").lower() for text in vocabulary_texts(FULL) for word in text.split()}
     around = [t for texts in REMARKS.values() for t in texts]
-    around += [t for split in SPLITS for kinds in (TECHNIQUE[split], COMPARED[split]) for texts in kinds.values() for t in texts]
+    around += [
+        t
+        for split in SPLITS
+        for kinds in (TECHNIQUE[split], COMPARED[split])
+        for texts in kinds.values()
+        for t in texts
+    ]
     words |= {word.strip(".,:").lower() for text in around for word in text.split()}
-    written = {word.strip(".,:").lower() for study in (*studies("all", 1500), *balanced("all")) for word in study.report.split()}
+    written = {
+        word.strip(".,:").lower()
+        for study in (*studies("all", 1500), *balanced("all"))
+        for word in study.report.split()
+    }
     assert written <= words
 
 
 def test_no_study_depends_on_the_order_of_asking() -> None:
     backwards = [sample_study("full", SEED, index) for index in reversed(range(50))]
     assert backwards[::-1] == studies()[:50]
-    assert [sample_study("full", SEED + 1, index).report for index in range(50)] != [study.report for study in studies()[:50]]
+    assert [sample_study("full", SEED + 1, index).report for index in range(50)] != [
+        study.report for study in studies()[:50]
+    ]
     with pytest.raises(ValueError, match="wording 'dev'.*heldout"):
         sample_study("full", 0, 0, wording="dev")
     with pytest.raises(ValueError, match="index -1"):

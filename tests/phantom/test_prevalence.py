@@ -1,4 +1,6 @@
-"""Labels of preset `full` against the real labels of IU X-Ray (skipped where those are not there) and against the counts kept of them."""
+"""Labels of preset `full` against the real labels of IU X-Ray (skipped where those are not there) and against the
+counts kept of them.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_the_counts_kept_are_those_of_the_real_labels() -> None:
         assert counts == tuple((labels[:, i] == code(value)).sum() for value in VALUES), OBSERVATIONS[i]
     for pairs, value in ((POSITIVE_PAIRS, 1), (NEGATIVE_PAIRS, 0)):
         for i in range(12):
-            assert pairs[i] == tuple(((labels[:, i] == value) & (labels[:, j] == value)).sum() for j in range(i + 1, 13))
+            assert pairs[i] == tuple(
+                ((labels[:, i] == value) & (labels[:, j] == value)).sum() for j in range(i + 1, 13)
+            )
 
 
 @pytest.mark.parametrize("observation", range(13))
@@ -57,8 +61,14 @@ def test_each_value_is_said_as_often_as_in_the_real_labels(observation: int) -> 
     for value in VALUES:
         share = (labels[:, observation] == code(value)).mean()
         got = (drawn()[:, observation] == code(value)).mean()
-        # four binomial standard errors; a little wider, since patients with two studies make these draws slightly dependent
-        assert abs(got - share) <= 4.5 * sqrt(share * (1 - share) / DRAWS) + 1e-12, (OBSERVATIONS[observation], value, got, share)
+        # four binomial standard errors; a little wider, since patients with two studies make these draws slightly
+        # dependent
+        assert abs(got - share) <= 4.5 * sqrt(share * (1 - share) / DRAWS) + 1e-12, (
+            OBSERVATIONS[observation],
+            value,
+            got,
+            share,
+        )
 
 
 def pair_counts(labels: NDArray[np.int64], value: int) -> NDArray[np.float64]:
@@ -77,7 +87,10 @@ def test_what_is_positive_together_in_real_labels_is_positive_together_here() ->
     got = pair_counts(drawn(), 1)
     enough = expected > 1.0  # below, a lift of 2,365 studies is mostly accident
     assert enough.sum() >= 30
-    lifts = np.log((seen[enough] + 0.5) / (expected[enough] + 0.5)), np.log((got[enough] + 0.5) / (expected[enough] + 0.5))
+    lifts = (
+        np.log((seen[enough] + 0.5) / (expected[enough] + 0.5)),
+        np.log((got[enough] + 0.5) / (expected[enough] + 0.5)),
+    )
     assert np.corrcoef(*lifts)[0, 1] > 0.9
     # as many pairs in all, which independence misses by far
     assert abs(got.sum() - seen.sum()) < 0.08 * seen.sum() < 0.5 * (seen.sum() - expected.sum())
@@ -93,7 +106,10 @@ def test_what_is_denied_together_in_real_labels_is_denied_together_here() -> Non
 
 def test_the_number_of_findings_a_study_is_that_of_real_reports() -> None:
     for value, bins in ((1, 5), (0, 8)):
-        shares = [np.bincount((labels == value).sum(axis=1), minlength=14)[:bins] / len(labels) for labels in (real(), drawn())]
+        shares = [
+            np.bincount((labels == value).sum(axis=1), minlength=14)[:bins] / len(labels)
+            for labels in (real(), drawn())
+        ]
         assert np.abs(shares[0] - shares[1]).max() < (0.03 if value == 1 else 0.10)
 
 

@@ -51,7 +51,9 @@ def test_seeds_and_indices_give_different_studies() -> None:
     assert len({(study.drawn, study.report) for study in studies()}) > 0.9 * len(studies())
     others = [sample_study("five", 8, index) for index in range(200)]
     assert sum(a.report == b.report for a, b in zip(others, studies(), strict=False)) < 5
-    assert len({study.patient_id for study in studies()} | {study.patient_id for study in others}) == len(studies()) + 200
+    assert (
+        len({study.patient_id for study in studies()} | {study.patient_id for study in others}) == len(studies()) + 200
+    )
 
 
 def test_each_finding_is_drawn_in_about_a_third_of_studies() -> None:

@@ -28,7 +28,9 @@ def only(observation: int | None, value: int = 1) -> list[int | None]:
 
 
 def picture(observation: int | None, view: str, patient: int, value: int = 1) -> NDArray[np.float64]:
-    return render_view(only(observation, value), view, seed=0, index=patient, patient=patient, side=SIDE).astype(np.float64)
+    return render_view(only(observation, value), view, seed=0, index=patient, patient=patient, side=SIDE).astype(
+        np.float64
+    )
 
 
 def change(observation: int, view: str, patient: int, value: int = 1) -> NDArray[np.float64]:
@@ -76,7 +78,11 @@ def test_left_right_and_both_are_seen_from_the_front(name: str) -> None:
         side = patient_traits(0, patient)[observation].side
         changed = np.abs(change(observation, FRONTAL, patient))
         on_right = changed[:, SIDE // 2 :].sum() / changed.sum()
-        assert {"left": on_right > 0.8, "right": on_right < 0.2, "both": 0.2 < on_right < 0.8}[side], (patient, side, on_right)
+        assert {"left": on_right > 0.8, "right": on_right < 0.2, "both": 0.2 < on_right < 0.8}[side], (
+            patient,
+            side,
+            on_right,
+        )
         seen.add(side)
     assert seen == {"left", "right"} | ({"both"} if name not in ("Lung Lesion", "Pneumothorax", "Fracture") else set())
 
@@ -116,7 +122,13 @@ def test_a_normal_lateral_chest_has_a_heart_in_front_below_and_dark_spaces_befor
     def at(y: float, x: float) -> float:
         return float(mean[int((y - 0.02) * s) : int((y + 0.02) * s), int((x - 0.02) * s) : int((x + 0.02) * s)].mean())
 
-    heart, behind_sternum, behind_heart, spine, abdomen = at(0.66, 0.38), at(0.38, 0.32), at(0.70, 0.66), at(0.5, 0.74), at(0.93, 0.35)
+    heart, behind_sternum, behind_heart, spine, abdomen = (
+        at(0.66, 0.38),
+        at(0.38, 0.32),
+        at(0.70, 0.66),
+        at(0.5, 0.74),
+        at(0.93, 0.35),
+    )
     assert min(heart, abdomen) > max(behind_sternum, behind_heart) + 50
     assert spine > behind_heart + 20
 
@@ -142,7 +154,9 @@ def test_the_same_arguments_give_the_same_bytes_in_another_process() -> None:
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    both = [render_view([1] * 13 + [None], view, seed=3, index=5, patient=4, side=96).tobytes() for view in reversed(VIEWS)]
+    both = [
+        render_view([1] * 13 + [None], view, seed=3, index=5, patient=4, side=96).tobytes() for view in reversed(VIEWS)
+    ]
     assert run.stdout.strip() == hashlib.sha256(b"".join(reversed(both))).hexdigest()
 
 
@@ -182,7 +196,9 @@ def test_a_linear_probe_finds_each_of_the_thirteen_and_nothing_in_shuffled_label
     """Each finding in a quarter of the studies, independently: what a probe finds is the finding, not its company."""
     rng = np.random.default_rng(8)
     truth = (rng.random((TRAIN + TEST, NO_FINDING)) < 0.25).astype(int)
-    pixels = np.stack([render_view([*row, None], view, seed=2, index=i, patient=i, side=84) for i, row in enumerate(truth.tolist())])
+    pixels = np.stack(
+        [render_view([*row, None], view, seed=2, index=i, patient=i, side=84) for i, row in enumerate(truth.tolist())]
+    )
     features = pixels.reshape(len(pixels), 28, 3, 28, 3).mean(axis=(2, 4), dtype=np.float32).reshape(len(pixels), -1)
     features = (features - features[:TRAIN].mean(axis=0)) / features[:TRAIN].std(axis=0)
 

@@ -31,7 +31,9 @@ def test_heldout_wording_shares_no_frame_and_no_sentence_but_nearly_all_words() 
     for frames in (NOUN_FRAMES, CLAUSE_FRAMES):
         for value in (1, 0, -1):
             assert not set(frames["train"][value]) & set(frames["heldout"][value])
-    assert not set(PAIR_FRAMES["train"]) & set(PAIR_FRAMES["heldout"]) and not set(NORMAL["train"]) & set(NORMAL["heldout"])
+    assert not set(PAIR_FRAMES["train"]) & set(PAIR_FRAMES["heldout"]) and not set(NORMAL["train"]) & set(
+        NORMAL["heldout"]
+    )
     said: dict[str, set[str]] = {}
     words: dict[str, set[str]] = {}
     for split in SPLITS:
@@ -61,7 +63,12 @@ def test_the_vocabulary_covers_every_sentence_that_can_be_sampled() -> None:
     sampled = [sample_study("five", 0, index, wording="all") for index in range(1500)]
     assert {word.strip(".;") for study in sampled for word in study.report.split()} <= words
     assert {word.strip(".;") for study in sampled for word in think_text(study.said, range(13)).split()} <= words
-    singles = [sentence for observation in FIVE_FINDINGS for value in (1, 0, -1) for sentence in sentences(observation, value, "all")]
+    singles = [
+        sentence
+        for observation in FIVE_FINDINGS
+        for value in (1, 0, -1)
+        for sentence in sentences(observation, value, "all")
+    ]
     assert np.mean([sentence in texts for sentence in singles]) > 0.9
 
 
@@ -69,7 +76,9 @@ def test_a_small_bpe_writes_a_report_in_sixty_tokens() -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(vocabulary_texts(), trainers.BpeTrainer(vocab_size=768, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        vocabulary_texts(), trainers.BpeTrainer(vocab_size=768, initial_alphabet=alphabet, show_progress=False)
+    )
     lengths = [len(tokenizer.encode(sample_study("five", 0, index).report).ids) for index in range(3000)]
     assert max(lengths) <= 60 and np.mean(lengths) < 35
 

@@ -34,7 +34,9 @@ def test_a_merged_cold_start_changes_the_weights_it_names_and_the_callers_seeds_
 
 def test_a_cold_start_that_reaches_into_the_vision_tower_is_merged_there_too(tiny_policy_directory, tmp_path):
     policy = load_policy(tiny_policy_directory, dtype=torch.float32)
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=r".*visual.*\.qkv", task_type="CAUSAL_LM", init_lora_weights=False)
+    config = LoraConfig(
+        r=2, lora_alpha=4, target_modules=r".*visual.*\.qkv", task_type="CAUSAL_LM", init_lora_weights=False
+    )
     policy.model = get_peft_model(policy.model, config, autocast_adapter_dtype=False)
     save_adapter(policy, tmp_path / "vision")
     fresh = load_policy(tiny_policy_directory, dtype=torch.float32)

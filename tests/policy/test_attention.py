@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 def plain(q, k, v, q_runs, k_runs, causal):
     """Attention of each run from its definition, differentiable; shares no code with the package."""
     share, outs = q.shape[1] // k.shape[1], []
-    for q_start, q_length, k_start, k_length in zip(q_runs.starts, q_runs.lengths, k_runs.starts, k_runs.lengths, strict=False):
+    for q_start, q_length, k_start, k_length in zip(
+        q_runs.starts, q_runs.lengths, k_runs.starts, k_runs.lengths, strict=False
+    ):
         for t in range(q_length):
             seen = slice(k_start, k_start + (t + 1 if causal else k_length))
             heads = []
@@ -33,13 +35,20 @@ def tensors(queries, keys, *, heads, key_heads, size=8):
     ]
 
 
-RUNS = [((5, 5, 3, 0, 7), (5, 5, 3, 4, 7), False), ((5, 5, 3, 0, 7), (5, 5, 3, 0, 7), True), ((2, 9), (11, 4), False), ((6,), (6,), True)]
+RUNS = [
+    ((5, 5, 3, 0, 7), (5, 5, 3, 4, 7), False),
+    ((5, 5, 3, 0, 7), (5, 5, 3, 0, 7), True),
+    ((2, 9), (11, 4), False),
+    ((6,), (6,), True),
+]
 
 
 @pytest.mark.parametrize("kernel", ["flash", "plain"])
 @pytest.mark.parametrize("heads,key_heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("q_lengths,k_lengths,causal", RUNS)
-def test_attention_of_unequal_runs_and_its_gradients(monkeypatch, kernel, heads, key_heads, q_lengths, k_lengths, causal):
+def test_attention_of_unequal_runs_and_its_gradients(
+    monkeypatch, kernel, heads, key_heads, q_lengths, k_lengths, causal
+):
     if kernel == "plain":  # what runs where torch has no flash kernel
         monkeypatch.setattr(attention, "_CPU_FORWARD", None)
         monkeypatch.setattr(attention, "_CPU_BACKWARD", None)
@@ -57,7 +66,9 @@ def test_attention_of_unequal_runs_and_its_gradients(monkeypatch, kernel, heads,
 
 
 def test_two_parts_of_the_keys_merge_to_one_attention_also_in_the_gradient():
-    """What shared-prefix attention rests on: each part gets the merged output and log-sum-exp, and its exact share of the gradient."""
+    """What shared-prefix attention rests on: each part gets the merged output and log-sum-exp, and its exact share of
+    the gradient.
+    """
     runs = [Runs((length,), CPU) for length in (6, 9, 4, 13)]
     queries, first, second, whole = runs
     q, k, v = tensors(6, 13, heads=4, key_heads=2)
@@ -82,4 +93,6 @@ def test_rotation_turns_back(dtype):
     angles = torch.randn(7, 1, 4, generator=torch.Generator().manual_seed(1))
     there = rotate(x, angles.cos(), angles.sin())
     assert there.dtype == dtype and (there - x).abs().max() > 0.1
-    torch.testing.assert_close(rotate(there, angles.cos(), -angles.sin()), x, atol=1e-6 if dtype == torch.float32 else 3e-2, rtol=1e-2)
+    torch.testing.assert_close(
+        rotate(there, angles.cos(), -angles.sin()), x, atol=1e-6 if dtype == torch.float32 else 3e-2, rtol=1e-2
+    )

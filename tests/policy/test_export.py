@@ -1,4 +1,6 @@
-"""What a run has learned leaves whole: plain transformers and plain PEFT compute what the policy with its adapters computes."""
+"""What a run has learned leaves whole: plain transformers and plain PEFT compute what the policy with its adapters
+computes.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ GATE = "base_model.model.model.language_model.layers.1.mlp.gate_proj"
 
 
 def write_adapter(checkpoint, directory, *, rank, alpha, seed, targets=LORA_TARGETS, dtype=torch.float32, **settings):
-    """An adapter as a run leaves it, but far from zero: PEFT's own start adds nothing, and tests of it would be vacuous."""
+    """An adapter as a run leaves it, but far from zero: PEFT's own start adds nothing, and tests of it would be
+    vacuous.
+    """
     policy = load_policy(checkpoint, dtype=dtype)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", **settings)
     policy.model = get_peft_model(policy.model, config, autocast_adapter_dtype=False)
@@ -89,7 +93,9 @@ COLD_STARTS = {
 
 
 @pytest.mark.parametrize("settings", COLD_STARTS.values(), ids=COLD_STARTS.keys())
-def test_plain_transformers_and_plain_peft_give_the_policys_logits(run, tiny_policy_directory, tmp_path, studies, build, settings):
+def test_plain_transformers_and_plain_peft_give_the_policys_logits(
+    run, tiny_policy_directory, tmp_path, studies, build, settings
+):
     base = tiny_policy_directory
     cold = None if settings is None else cold_start(base, tmp_path, **settings)
     export_run(run, base, cold=cold, merged=tmp_path / "out/merged", adapter=tmp_path / "out/adapter")
@@ -107,22 +113,37 @@ def test_plain_transformers_and_plain_peft_give_the_policys_logits(run, tiny_pol
     torch.testing.assert_close(logits(adapted, prompts), expected, atol=1e-5, rtol=0)
 
 
-def test_the_merged_checkpoint_is_a_policy_with_its_tokenizer_and_processor(run, tiny_policy_directory, tmp_path, studies, build):
+def test_the_merged_checkpoint_is_a_policy_with_its_tokenizer_and_processor(
+    run, tiny_policy_directory, tmp_path, studies, build
+):
     export_run(run, tiny_policy_directory, merged=tmp_path / "merged")
     merged = load_policy(tmp_path / "merged", dtype=torch.float32)
     load_image_processor(tmp_path / "merged", min_pixels=3136, max_pixels=12544)
     text = "The heart is enlarged."
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")(text) == merged.tokenizer(text)
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+    for name in (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+    ):
         assert (tmp_path / "merged" / name).read_bytes() == (tiny_policy_directory / name).read_bytes()
 
 
 def test_only_what_lora_stands_on_changes(run, tiny_policy_directory, tmp_path):
-    """The tied embedding, norms, biases and the vision tower keep their bytes; names and shapes are those of the source."""
+    """The tied embedding, norms, biases and the vision tower keep their bytes; names and shapes are those of the
+    source.
+    """
     export_run(run, tiny_policy_directory, merged=tmp_path / "merged")
-    source, merged = load_file(tiny_policy_directory / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    source, merged = (
+        load_file(tiny_policy_directory / "model.safetensors"),
+        load_file(tmp_path / "merged/model.safetensors"),
+    )
     assert source.keys() == merged.keys() and "lm_head.weight" not in merged
-    changed = {name for name in source if not torch.equal(source[name].view(torch.uint8), merged[name].view(torch.uint8))}
+    changed = {
+        name for name in source if not torch.equal(source[name].view(torch.uint8), merged[name].view(torch.uint8))
+    }
     assert changed == {name for name in source if name.startswith("model.layers") and name.endswith("_proj.weight")}
 
 
@@ -162,7 +183,10 @@ def test_a_checkpoint_in_parts_stays_in_parts(run, sharded, tmp_path, studies, b
     export_run(run, sharded, merged=tmp_path / "merged")
     index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
     source = json.loads((sharded / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == source["weight_map"] and index["metadata"]["total_size"] == source["metadata"]["total_size"]
+    assert (
+        index["weight_map"] == source["weight_map"]
+        and index["metadata"]["total_size"] == source["metadata"]["total_size"]
+    )
     assert len(set(index["weight_map"].values())) > 3
     policy = policy_of_run(run, sharded)
     prompts = one_study(policy, studies, build)
@@ -190,7 +214,9 @@ def bf16(tiny_policy_directory, tmp_path):
 
 
 def test_bf16_weights_are_rounded_once(bf16, tmp_path, studies, build):
-    """The sum in float32, rounded; the policy in bf16 rounds after each adapter and each product, so logits are near, not equal."""
+    """The sum in float32, rounded; the policy in bf16 rounds after each adapter and each product, so logits are near,
+    not equal.
+    """
     write_adapter(bf16, tmp_path / "run/adapter", rank=4, alpha=8, seed=1, dtype=torch.bfloat16)
     cold = cold_start(bf16, tmp_path, dtype=torch.bfloat16)
     export_run(tmp_path / "run", bf16, cold=cold, merged=tmp_path / "merged", adapter=tmp_path / "adapter")
@@ -263,12 +289,22 @@ def change_tensors(directory, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        # what PEFT wrote before transformers 4.52; PEFT itself passes over such names with a warning, so that the policy never had them
-        (lambda t: {name.replace("language_model.", ""): x for name, x in t.items()}, "LoRA of model.layers.0.mlp.down_proj, which"),
-        (lambda t: t | {f"{GATE}.lora_A.weight": torch.ones(4, 65)}, r"gate_proj is for a weight \[192, 65\], in .* it is \[192, 64\]"),
+        # what PEFT wrote before transformers 4.52; PEFT itself passes over such names with a warning, so that the
+        # policy never had them
+        (
+            lambda t: {name.replace("language_model.", ""): x for name, x in t.items()},
+            "LoRA of model.layers.0.mlp.down_proj, which",
+        ),
+        (
+            lambda t: t | {f"{GATE}.lora_A.weight": torch.ones(4, 65)},
+            r"gate_proj is for a weight \[192, 65\], in .* it is \[192, 64\]",
+        ),
         (lambda t: t | {f"{GATE}.lora_A.weight": torch.ones(5, 64)}, "their ranks differ"),
         (lambda t: {name: x for name, x in t.items() if name != f"{GATE}.lora_B.weight"}, "gate_proj has only lora_A"),
-        (lambda t: t | {f"{GATE}.lora_magnitude_vector": torch.ones(192)}, "lora_magnitude_vector .* is not a LoRA matrix"),
+        (
+            lambda t: t | {f"{GATE}.lora_magnitude_vector": torch.ones(192)},
+            "lora_magnitude_vector .* is not a LoRA matrix",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(run, tiny_policy_directory, tmp_path, change, message):

@@ -35,7 +35,9 @@ def test_merged_equals_unmerged_and_adapters_off_is_the_base(lora_policy, tiny_p
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         language = LanguageModel.read(lora_policy)
-        torch.testing.assert_close(language.merged().layers[1].gate_up(x), language.layers[1].gate_up(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            language.merged().layers[1].gate_up(x), language.layers[1].gate_up(x), atol=1e-5, rtol=1e-5
+        )
         with reference(lora_policy):
             off = LanguageModel.read(lora_policy).layers[1].gate_up
         base = LanguageModel.read(load_policy(tiny_policy_directory, dtype=torch.float32)).layers[1].gate_up
@@ -54,7 +56,9 @@ def test_a_rollout_leaves_every_weight_bitwise_as_it_was(lora_policy, studies, b
 def test_frozen_projections_are_held_once_and_the_policy_can_still_be_saved(policy, tiny_policy_directory, tmp_path):
     """One memory for q, k and v; the checkpoint written afterwards is the one that was read."""
     fused = LanguageModel.read(policy).layers[0].qkv.weight
-    assert LanguageModel.read(policy).layers[0].qkv.weight.data_ptr() == fused.data_ptr(), "moved once, not at every reading"
+    assert LanguageModel.read(policy).layers[0].qkv.weight.data_ptr() == fused.data_ptr(), (
+        "moved once, not at every reading"
+    )
     for module in qkv_modules(policy):
         assert module.weight.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
     save_policy(policy, tmp_path / "copy", source=tiny_policy_directory)

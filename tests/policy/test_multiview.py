@@ -23,7 +23,9 @@ VIEWS = (3, 1, 2, 2, 1, 3, 2, 1)  # of eight studies
 
 def generated(folder: Path) -> list[Study]:
     sides = [(84, 56), (112, 112), (56, 140), (140, 84), (112, 56)]
-    return [make_study(folder, f"s{n}", [sides[(n + view) % 5] for view in range(count)]) for n, count in enumerate(VIEWS)]
+    return [
+        make_study(folder, f"s{n}", [sides[(n + view) % 5] for view in range(count)]) for n, count in enumerate(VIEWS)
+    ]
 
 
 def aspect(path: Path) -> float:
@@ -57,7 +59,9 @@ def build(tiny_policy_directory):
 
     def make(policy, **words) -> PromptBuilder:
         said = PromptWords(**{"instruction": "Write the findings of this chest X-ray.", **words})
-        return PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=said)
+        return PromptBuilder(
+            tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=said
+        )
 
     return make
 
@@ -85,10 +89,13 @@ def test_image_tokens_are_a_quarter_of_the_patches_or_nothing_goes_on(policy, st
         cut = prompts.select(range(len(prompts)))
         cut.input_ids[0, place] = 10
         count = len(places)
-        with pytest.raises(ValueError, match=f"study s0: {count - 1} image tokens in the prompt, {count} features from its 3 image"):
+        with pytest.raises(
+            ValueError, match=f"study s0: {count - 1} image tokens in the prompt, {count} features from its 3 image"
+        ):
             policy.encode_images(cut)
         with pytest.raises(
-            ValueError, match="prompt 0: an image of grid .* needs .* image tokens; the prompt was cut inside them|runs of image"
+            ValueError,
+            match="prompt 0: an image of grid .* needs .* image tokens; the prompt was cut inside them|runs of image",
         ):
             policy.positions(cut.input_ids, cut.attention_mask, cut.image_grid_thw)
 
@@ -120,13 +127,16 @@ def test_log_probs_follow_their_study_through_permuting_and_slicing(lora_policy,
     def again(rows: list[int], some: Prompts) -> torch.Tensor:
         ids, mask = done.token_ids[rows].view(-1, length), done.mask[rows].view(-1, length)
         study_of_row = torch.arange(len(rows)).repeat_interleave(2)
-        return score_completions(lora_policy, some, lora_policy.encode_images(some), ids, mask, study_of_row)[0].view(len(rows), 2, length)
+        return score_completions(lora_policy, some, lora_policy.encode_images(some), ids, mask, study_of_row)[0].view(
+            len(rows), 2, length
+        )
 
     for rows in ([5, 2, 7, 0, 3, 6, 1, 4], [0, 5], [2], [7, 6, 0]):
         torch.testing.assert_close(again(rows, prompts.select(rows)), whole[rows], atol=1e-5, rtol=0)
     swapped = Study(**{**studies[0].__dict__, "images": studies[0].images[::-1]})
     assert (
-        again([0], build(lora_policy, show_view=False)([swapped])) - again([0], build(lora_policy, show_view=False)([studies[0]]))
+        again([0], build(lora_policy, show_view=False)([swapped]))
+        - again([0], build(lora_policy, show_view=False)([studies[0]]))
     ).abs().max() > 1e-4
 
 
@@ -134,7 +144,10 @@ def sampled(policy, loader: StudyLoader, step: int) -> dict[str, list[list[int]]
     """Study -> the tokens of its group, in the order of its members."""
     prompts = loader.batch(step)
     done = rollout(policy, prompts, policy.encode_images(prompts), group_size=3, max_new_tokens=6, seed=0, step=step)
-    return {study: [done.token_ids[b, g][done.mask[b, g]].tolist() for g in range(3)] for b, study in enumerate(prompts.study_ids)}
+    return {
+        study: [done.token_ids[b, g][done.mask[b, g]].tolist() for g in range(3)]
+        for b, study in enumerate(prompts.study_ids)
+    }
 
 
 def test_groups_are_whole_and_the_same_on_one_two_and_four_ranks_and_after_a_resume(lora_policy, studies, build):
@@ -143,7 +156,9 @@ def test_groups_are_whole_and_the_same_on_one_two_and_four_ranks_and_after_a_res
 
     def steps(world_size: int, first: int) -> list[list[dict[str, list[list[int]]]]]:
         loaders = [
-            StudyLoader(studies, builder, seed=0, batch_size=4, rank=rank, world_size=world_size, step=first, position=4 * first)
+            StudyLoader(
+                studies, builder, seed=0, batch_size=4, rank=rank, world_size=world_size, step=first, position=4 * first
+            )
             for rank in range(world_size)
         ]
         seen = [[sampled(lora_policy, loader, step) for loader in loaders] for step in range(first, 3)]
@@ -154,7 +169,9 @@ def test_groups_are_whole_and_the_same_on_one_two_and_four_ranks_and_after_a_res
     alone = [ranks[0] for ranks in steps(1, 0)]
     assert sorted([*alone[0], *alone[1]]) == sorted(study.id for study in studies)  # an epoch, shuffled
     assert list(alone[0]) != [study.id for study in studies[:4]]
-    assert all(len({tuple(tokens) for tokens in group}) > 1 for group in alone[0].values())  # members differ: their order can be seen
+    assert all(
+        len({tuple(tokens) for tokens in group}) > 1 for group in alone[0].values()
+    )  # members differ: their order can be seen
     for world_size, first in ((2, 0), (4, 0), (1, 1), (2, 2)):
         for step, ranks in enumerate(steps(world_size, first), start=first):
             assert [len(rank) for rank in ranks] == [4 // world_size] * world_size
@@ -168,14 +185,17 @@ def test_a_prompt_of_three_views_that_is_too_long_is_refused_with_its_study(poli
     longest = max(range(len(studies)), key=lambda row: lengths[row])
     assert VIEWS[longest] > 1
     with pytest.raises(
-        ValueError, match=f"study {studies[longest].id}: prompt of {lengths[longest]} tokens, prompt.max_tokens is .*never cut"
+        ValueError,
+        match=f"study {studies[longest].id}: prompt of {lengths[longest]} tokens, prompt.max_tokens is .*never cut",
     ):
         build(policy, max_tokens=lengths[longest] - 1)([studies[longest]])
     assert build(policy, max_tokens=lengths[longest])(studies).input_ids.shape[1] == lengths[longest]
 
 
 def test_what_needs_most_memory_comes_first_in_a_step(lora_policy, studies, build, monkeypatch):
-    """The tower takes all images at once; prefill and decoding go part by part, scoring and updates pass by pass, largest first."""
+    """The tower takes all images at once; prefill and decoding go part by part, scoring and updates pass by pass,
+    largest first.
+    """
     builder, passes, parts = build(lora_policy), [], []
     prompts = builder(sorted(studies, key=lambda study: len(study.images)))  # the longest last
     tokens = prompts.attention_mask.sum(dim=1).tolist()
@@ -204,5 +224,7 @@ def test_what_needs_most_memory_comes_first_in_a_step(lora_policy, studies, buil
     mask, study_of_row = done.mask.flatten(0, 1), torch.arange(len(prompts)).repeat_interleave(2)
     plan = micro_batches(prompts, mask, study_of_row, token_budget=max(tokens) + 20)
     lengths = mask.sum(dim=1)
-    sizes = [sum(tokens[b] for b in {int(study_of_row[row]) for row in rows}) + int(lengths[rows].sum()) for rows in plan]
+    sizes = [
+        sum(tokens[b] for b in {int(study_of_row[row]) for row in rows}) + int(lengths[rows].sum()) for rows in plan
+    ]
     assert len(sizes) > 3 and sizes == sorted(sizes, reverse=True)

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from mrg_r1.policy.packing import plan_micro_batches
 
-batches = st.lists(st.tuples(st.integers(1, 60), st.lists(st.integers(0, 40), min_size=1, max_size=6)), min_size=1, max_size=6)
+batches = st.lists(
+    st.tuples(st.integers(1, 60), st.lists(st.integers(0, 40), min_size=1, max_size=6)), min_size=1, max_size=6
+)
 
 
 def cost(rows, prompts, lengths, studies):

@@ -1,4 +1,6 @@
-"""A policy whose weights are there only where it says that it reads them; in one process, so that a forgotten place shows at once."""
+"""A policy whose weights are there only where it says that it reads them; in one process, so that a forgotten place
+shows at once.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,10 @@ class Drawer:
 @pytest.fixture
 def pair(tiny_policy_directory):
     """The same policy with LoRA, whole and in the drawer."""
-    return tuple(with_lora(load_policy(tiny_policy_directory, dtype=torch.float32, partition=partition)) for partition in (None, Drawer()))
+    return tuple(
+        with_lora(load_policy(tiny_policy_directory, dtype=torch.float32, partition=partition))
+        for partition in (None, Drawer())
+    )
 
 
 def test_scores_gradients_and_samples_are_those_of_the_whole_policy(pair, studies, build):
@@ -91,7 +96,9 @@ def test_a_held_policy_samples_without_asking_for_weights(pair, studies, build):
 
 def test_an_adapter_is_merged_into_absent_weights(pair, tiny_policy_directory, tmp_path):
     save_adapter(pair[1], tmp_path / "adapter")
-    policies = [load_policy(tiny_policy_directory, dtype=torch.float32, partition=partition) for partition in (None, Drawer())]
+    policies = [
+        load_policy(tiny_policy_directory, dtype=torch.float32, partition=partition) for partition in (None, Drawer())
+    ]
     for policy in policies:
         merge_adapter(policy, tmp_path / "adapter")
     whole, cut = policies
@@ -118,13 +125,17 @@ def test_names_of_published_checkpoints_and_shards_are_read(policy, tiny_policy_
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     found = load_policy(copy, dtype=torch.float32, partition=Drawer())
     with found.whole(found):
-        assert all(torch.equal(value, dict(policy.named_parameters())[name]) for name, value in found.named_parameters())
+        assert all(
+            torch.equal(value, dict(policy.named_parameters())[name]) for name, value in found.named_parameters()
+        )
     assert all(torch.equal(value, dict(policy.named_buffers())[name]) for name, value in found.named_buffers())
     assert found.base.lm_head.weight is found.language_model.embed_tokens.weight
     assert found.eos_ids == policy.eos_ids
 
 
-@pytest.mark.parametrize(("change", "message"), [("drop", "no tensor model.language_model.norm.weight"), ("cut", r"is \[63\], config")])
+@pytest.mark.parametrize(
+    ("change", "message"), [("drop", "no tensor model.language_model.norm.weight"), ("cut", r"is \[63\], config")]
+)
 def test_a_checkpoint_that_lacks_something_is_refused(tiny_policy_directory, tmp_path, change, message):
     copy = tmp_path / "broken"
     copy.mkdir()

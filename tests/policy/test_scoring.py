@@ -21,7 +21,9 @@ def rolled_out(policy, prompts, *, group_size=3, length=12, step=0, seed=0):
 
 
 def plain_forward_logp(policy, prompts, completions, *, banned, temperature):
-    """[B, G, C] from the public HF forward, one unpadded row at a time, with the model's own positions: shares no code with scoring."""
+    """[B, G, C] from the public HF forward, one unpadded row at a time, with the model's own positions: shares no code
+    with scoring.
+    """
     model = policy.base
     rows = torch.zeros(completions.logp.shape)
     for b in range(len(prompts)):
@@ -112,7 +114,11 @@ def test_ratio_is_one_with_dropout_configured_and_modes_toggled(lora_policy, stu
     lora_policy.train()
     length = completions.token_ids.shape[2]
     new, _ = lora_policy(
-        prompts, vision, completions.token_ids.view(-1, length), completions.mask.view(-1, length), torch.arange(4).repeat_interleave(3)
+        prompts,
+        vision,
+        completions.token_ids.view(-1, length),
+        completions.mask.view(-1, length),
+        torch.arange(4).repeat_interleave(3),
     )
     assert new.requires_grad
     torch.testing.assert_close(new.view_as(old), old, atol=1e-6, rtol=0)
@@ -159,7 +165,11 @@ def test_entropy_is_that_of_the_sampled_distribution(policy, studies, build):
     vision, completions = rolled_out(policy, prompts, group_size=2)
     length = completions.token_ids.shape[2]
     _, entropy = policy(
-        prompts, vision, completions.token_ids.view(-1, length), completions.mask.view(-1, length), torch.tensor([0, 0, 1, 1])
+        prompts,
+        vision,
+        completions.token_ids.view(-1, length),
+        completions.mask.view(-1, length),
+        torch.tensor([0, 0, 1, 1]),
     )
     kept = int((~policy.banned).sum())
     first = entropy[:, 0]
@@ -178,7 +188,9 @@ def gradient_of(policy, arguments, *, score=None):
 
 
 def ragged(policy, prompts):
-    """Eleven completions of four studies in no order: an empty one, single tokens, equal and unequal lengths, a study with one."""
+    """Eleven completions of four studies in no order: an empty one, single tokens, equal and unequal lengths, a study
+    with one.
+    """
     lengths = torch.tensor([13, 1, 5, 0, 7, 7, 2, 13, 4, 1, 3])
     ids = torch.randint(8, 300, (11, 13), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(13) < lengths[:, None]
@@ -187,7 +199,9 @@ def ragged(policy, prompts):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_shared_prefix_equals_the_naive_pass(lora_policy, studies, build, temperature):
-    """Trap 13: log-probs, entropies and gradients on ragged groups, one and two images of unequal size, grouped-query attention."""
+    """Trap 13: log-probs, entropies and gradients on ragged groups, one and two images of unequal size, grouped-query
+    attention.
+    """
     lora_policy.temperature = temperature
     arguments = ragged(lora_policy, build(lora_policy)(studies))
     naive, naive_entropy, naive_gradient = gradient_of(lora_policy, arguments, score=score_rows)
@@ -252,7 +266,9 @@ def test_recomputation_keeps_less_for_the_backward_pass(lora_policy, studies, bu
     for recompute in (False, True):
         lora_policy.recompute = recompute
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
+        ):
             lora_policy(*arguments)
         kept.append(sum(sizes))
     assert kept[1] < 0.5 * kept[0]
@@ -280,7 +296,9 @@ def test_a_cut_image_is_refused(policy, studies, build):
 
 @pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_gap_between_sampled_and_scored_logp(tiny_policy_directory, studies, build, dtype, limit):
-    """Merged LoRA and decoding against unmerged LoRA and scoring: nothing in fp32, rounding in bf16, under the level that is warned of."""
+    """Merged LoRA and decoding against unmerged LoRA and scoring: nothing in fp32, rounding in bf16, under the level
+    that is warned of.
+    """
     policy = with_lora(load_policy(tiny_policy_directory, dtype=dtype))
     prompts = build(policy)(studies)
     vision, done = rolled_out(policy, prompts, length=40)

@@ -13,7 +13,9 @@ GRIDS = [[[1, 6, 6]], [[1, 4, 8], [1, 12, 20]], [[1, 10, 14], [1, 18, 14], [1, 8
 
 @pytest.mark.parametrize("grids", GRIDS)
 def test_features_are_those_of_transformers(policy, grids):
-    """Images of unequal size, windows cut at the right and lower edge, whole windows, an image smaller than a window."""
+    """Images of unequal size, windows cut at the right and lower edge, whole windows, an image smaller than a
+    window.
+    """
     sizes = [time * height * width for time, height, width in grids]
     pixels = torch.randn(sum(sizes), 1176, generator=torch.Generator().manual_seed(0))
     expected = policy.base.get_image_features(pixels, torch.tensor(grids), return_dict=True).pooler_output

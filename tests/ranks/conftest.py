@@ -1,4 +1,6 @@
-"""Pools of real DeepSpeed ranks, started once in a test run and of two unless a test says so: a launch costs ten seconds."""
+"""Pools of real DeepSpeed ranks, started once in a test run and of two unless a test says so: a launch costs ten
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,10 @@ class Pool:
         deadline = time.monotonic() + TIMEOUT
         while not all(path.is_file() for path in paths):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the pool of ranks ended or is stuck in {function}:\n{(self.folder / 'log.txt').read_text()[-4000:]}")
+                raise RuntimeError(
+                    "the pool of ranks ended or is stuck in "
+                    f"{function}:\n{(self.folder / 'log.txt').read_text()[-4000:]}"
+                )
             time.sleep(0.02)
         answers = [json.loads(path.read_text()) for path in paths]
         for rank, answer in enumerate(answers):

@@ -1,7 +1,8 @@
-"""GRPO on saved experience as one plain PyTorch process would do it, with nothing of `engine/`, `policy/`, `grpo/` or `trainer.py`.
+"""GRPO on saved experience as one plain PyTorch process would do it, with nothing of `engine/`, `policy/`, `grpo/` or
+`trainer.py`.
 
-Transformers' own forward on whole rows [prompt | completion], PEFT's own LoRA, torch's AdamW and clipping, the files read as
-docs/debugging.md describes them. Only the prompts' ids and pixels come from the package (`data/loader.py`).
+Transformers' own forward on whole rows [prompt | completion], PEFT's own LoRA, torch's AdamW and clipping, the files
+read as docs/debugging.md describes them. Only the prompts' ids and pixels come from the package (`data/loader.py`).
 """
 
 from __future__ import annotations
@@ -58,23 +59,37 @@ class PlainGrpo:
         self.recipe = recipe
         path = recipe["policy"]["path"]
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        base = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-        names = [name for name, module in base.named_modules() if isinstance(module, nn.Linear) and "language_model" in name]
+        base = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        )
+        names = [
+            name for name, module in base.named_modules() if isinstance(module, nn.Linear) and "language_model" in name
+        ]
         lora = recipe["policy"]["lora"]
         torch.manual_seed(recipe["seed"])
-        self.model = get_peft_model(base, LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=names)).eval()
+        self.model = get_peft_model(
+            base, LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], target_modules=names)
+        ).eval()
         self.trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         optimizer = recipe["optimizer"]
         self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=optimizer["learning_rate"], betas=tuple(optimizer["betas"]), weight_decay=optimizer["weight_decay"]
+            self.trained.values(),
+            lr=optimizer["learning_rate"],
+            betas=tuple(optimizer["betas"]),
+            weight_decay=optimizer["weight_decay"],
         )
         self.banned = [self.tokenizer.convert_tokens_to_ids(token) for token in BANNED]
         data = recipe["data"]
-        processor = Qwen2VLImageProcessorPil.from_pretrained(path, min_pixels=data["min_pixels"], max_pixels=data["max_pixels"])
+        processor = Qwen2VLImageProcessorPil.from_pretrained(
+            path, min_pixels=data["min_pixels"], max_pixels=data["max_pixels"]
+        )
         words = PromptWords(instruction=recipe["prompt"]["instruction"], show_view=recipe["prompt"]["show_view"])
         # positions are the model's own business here
         self.build = PromptBuilder(
-            tokenizer=self.tokenizer, image_processor=processor, positions=lambda ids, mask, grids: (ids, ids), words=words
+            tokenizer=self.tokenizer,
+            image_processor=processor,
+            positions=lambda ids, mask, grids: (ids, ids),
+            words=words,
         )
         self.studies = {study.id: study for study in read_manifest(Path(data["manifest"]))}
 
@@ -110,22 +125,35 @@ class PlainGrpo:
 
     def all_logp(self, step: dict[str, Any]) -> list[Tensor]:
         """Of every completion of a step, in its order."""
-        return [row for study, group in zip(step["studies"], step["ids"], strict=True) for row in self.logp(study, group)]
+        return [
+            row for study, group in zip(step["studies"], step["ids"], strict=True) for row in self.logp(study, group)
+        ]
 
-    def loss(self, logp: list[Tensor], old: list[Tensor], ref: list[Tensor], advantages: list[float], rows: list[int]) -> Tensor:
+    def loss(
+        self, logp: list[Tensor], old: list[Tensor], ref: list[Tensor], advantages: list[float], rows: list[int]
+    ) -> Tensor:
         """Spec section 3 over `rows`; its value is held against `paper_loss`, which shares nothing with it."""
         grpo, sequences = self.recipe["grpo"], []
         for row in rows:
             ratio = (logp[row] - old[row]).exp()
             clipped = ratio.clamp(1 - grpo["clip_low"], 1 + grpo["clip_high"])
             gap = ref[row] - logp[row]
-            sequences.append(-torch.minimum(ratio * advantages[row], clipped * advantages[row]) + grpo["beta"] * (gap.exp() - gap - 1))
-        loss = torch.cat(sequences).mean() if grpo["aggregation"] == "dapo" else torch.stack([one.mean() for one in sequences]).mean()
+            sequences.append(
+                -torch.minimum(ratio * advantages[row], clipped * advantages[row])
+                + grpo["beta"] * (gap.exp() - gap - 1)
+            )
+        loss = (
+            torch.cat(sequences).mean()
+            if grpo["aggregation"] == "dapo"
+            else torch.stack([one.mean() for one in sequences]).mean()
+        )
         asked = {key: grpo[key] for key in ("aggregation", "clip_low", "clip_high", "beta", "ratio")}
         plain = [[values[row].tolist() for row in rows] for values in (logp, old, ref)]
         mask = [[True] * len(values) for values in plain[0]]
         signs = [advantages[row] for row in rows]
-        paper = paper_loss(*plain, None, signs, mask, max_length=self.recipe["rollout"]["max_new_tokens"], tis_cap=None, **asked)
+        paper = paper_loss(
+            *plain, None, signs, mask, max_length=self.recipe["rollout"]["max_new_tokens"], tis_cap=None, **asked
+        )
         assert abs(paper - loss.item()) < 1e-6
         return loss
 
@@ -147,7 +175,13 @@ class PlainGrpo:
         for _ in range(grpo["inner_iterations"]):
             for first in range(grpo["minibatches"]):
                 self.optimizer.zero_grad()
-                loss = self.loss(self.all_logp(saved), old, reference, advantages, list(range(first, len(advantages), grpo["minibatches"])))
+                loss = self.loss(
+                    self.all_logp(saved),
+                    old,
+                    reference,
+                    advantages,
+                    list(range(first, len(advantages), grpo["minibatches"])),
+                )
                 loss.backward()
                 norm = nn.utils.clip_grad_norm_(self.trained.values(), optimizer["max_grad_norm"])
                 self.optimizer.step()

@@ -1,4 +1,6 @@
-"""What the ranks of the pool can be asked to do. Each function runs on every rank and returns something that JSON can carry."""
+"""What the ranks of the pool can be asked to do. Each function runs on every rank and returns something that JSON can
+carry.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def reduce_unequal(ranks: Ranks) -> dict[str, float | None]:
 
 
 def fixed_policy(directory: str, *, config: Path | None = None, dtype: torch.dtype = torch.float32) -> Policy:
-    """The tiny policy with a LoRA that is far from zero, the same wherever it is built; cut over the ranks where `config` is of stage 3."""
+    """The tiny policy with a LoRA that is far from zero, the same wherever it is built; cut over the ranks where
+    `config` is of stage 3.
+    """
     partition = None if config is None else RankPartition.of_config(config, device=torch.device("cpu"), dtype=dtype)
     return with_lora(load_policy(Path(directory), dtype=dtype, partition=partition))
 
@@ -56,7 +60,10 @@ def prompts_of(policy: Policy, directory: str, images: str, studies: list[int]) 
     """Some of the four studies."""
     processor = load_image_processor(Path(directory), min_pixels=56 * 56, max_pixels=112 * 112)
     build = PromptBuilder(
-        tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=PromptWords("Write the findings.")
+        tokenizer=policy.tokenizer,
+        image_processor=processor,
+        positions=policy.positions,
+        words=PromptWords("Write the findings."),
     )
     folder = Path(images)
     folder.mkdir(exist_ok=True)
@@ -65,7 +72,9 @@ def prompts_of(policy: Policy, directory: str, images: str, studies: list[int]) 
 
 
 def fixed_experience(policy: Policy, directory: str, images: str, studies: list[int]) -> Experience:
-    """Group b of the global batch of four, for the studies asked for; reference and old log-probs are made up, but the same everywhere."""
+    """Group b of the global batch of four, for the studies asked for; reference and old log-probs are made up, but the
+    same everywhere.
+    """
     prompts, vision = prompts_of(policy, directory, images, studies)
     # ragged: study b stops after 4 + 3 b tokens
     completions = rollout(policy, prompts, vision, group_size=GROUP, max_new_tokens=13, seed=0, step=0)
@@ -76,7 +85,9 @@ def fixed_experience(policy: Policy, directory: str, images: str, studies: list[
     ]
     advantages = torch.stack([torch.randn(GROUP, generator=torch.Generator().manual_seed(10 + b)) for b in studies])
     empty = torch.zeros(len(studies), GROUP)
-    judged = Rewards(empty, {}, {}, torch.zeros(len(studies), GROUP, 14, dtype=torch.long), [[None] * GROUP for _ in studies])
+    judged = Rewards(
+        empty, {}, {}, torch.zeros(len(studies), GROUP, 14, dtype=torch.long), [[None] * GROUP for _ in studies]
+    )
     reference = completions.logp + 0.3 * shift
     old = completions.logp + 0.2 * shift.flip(1)
     return Experience(prompts, vision, completions, judged, advantages, reference, old)
@@ -132,7 +143,10 @@ def start_engine(
 
 
 def losses_of(ranks: Ranks, engine: Engine, experience: Experience, settings: Any, count: int) -> list[float]:
-    return [ranks.reduce_metrics(update(experience, recipe=settings, engine=engine, ranks=ranks))["loss"] for _ in range(count)]
+    return [
+        ranks.reduce_metrics(update(experience, recipe=settings, engine=engine, ranks=ranks))["loss"]
+        for _ in range(count)
+    ]
 
 
 def save_and_load(ranks: Ranks, *, checkpoints: str, **setting: Any) -> dict[str, Any]:
@@ -167,7 +181,9 @@ def save_and_load(ranks: Ranks, *, checkpoints: str, **setting: Any) -> dict[str
 
 
 def through_stages(ranks: Ranks, *, checkpoints: str, overrides: list[str], **setting: Any) -> dict[str, Any]:
-    """Three updates at stage 2; and one at stage 2, one at 3, one at 2 with checkpoints between, whose contents must arrive whole."""
+    """Three updates at stage 2; and one at stage 2, one at 3, one at 2 with checkpoints between, whose contents must
+    arrive whole.
+    """
 
     def start(stage: int) -> tuple[Engine, Experience, Any]:
         return start_engine(ranks, overrides=[*overrides, f"engine.deepspeed=ds_configs/zero{stage}.json"], **setting)
@@ -181,7 +197,9 @@ def through_stages(ranks: Ranks, *, checkpoints: str, overrides: list[str], **se
         if number:
             load_checkpoint(engine, Path(checkpoints))
             found = gather_state(engine)
-            arrived.append(found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state))
+            arrived.append(
+                found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+            )
         losses += losses_of(ranks, engine, experience, settings, 1)
         save_checkpoint(engine, Path(checkpoints), step=number, extra={}, keep=1)
         state = gather_state(engine)
@@ -217,7 +235,9 @@ def weights_in_memory(ranks: Ranks, **setting: Any) -> dict[str, Any]:
 
     policy.partition.gathered = gathered
     losses_of(ranks, engine, experience, settings, 1)
-    layer = max(sum(p.ds_numel for p in layer.parameters() if not p.requires_grad) for layer in policy.language_model.layers)
+    layer = max(
+        sum(p.ds_numel for p in layer.parameters() if not p.requires_grad) for layer in policy.language_model.layers
+    )
     return {
         "total": sum(parameter.ds_numel for parameter in frozen),
         "parts": sum(parameter.ds_tensor.numel() for parameter in frozen),
@@ -245,7 +265,9 @@ def one_rank_ends_at_once(ranks: Ranks, **setting: Any) -> dict[str, Any]:
 
 
 def unequal_rollouts(ranks: Ranks, *, directory: str, images: str, repeats: int = 1) -> dict[str, Any]:
-    """Rank 0 ends at token 3, rank 1 goes on to token 40; then rank 0 samples once and rank 1 three times. Against a whole policy."""
+    """Rank 0 ends at token 3, rank 1 goes on to token 40; then rank 0 samples once and rank 1 three times. Against a
+    whole policy.
+    """
     cut, whole = fixed_policy(directory, config=Path("ds_configs/zero3.json")), fixed_policy(directory)
     prompts, vision = prompts_of(cut, directory, images, [ranks.rank])
     whole_vision = whole.encode_images(prompts)
@@ -285,7 +307,9 @@ def indices(ranks: Ranks, *, step: int) -> list[int]:
 
 
 def update_with_nan(ranks: Ranks, **setting: Any) -> dict[str, Any]:
-    """The first update has a NaN on rank 1, its state is gathered for a checkpoint, a sound update follows; and that one alone."""
+    """The first update has a NaN on rank 1, its state is gathered for a checkpoint, a sound update follows; and that
+    one alone.
+    """
 
     def weights(engine: Engine) -> torch.Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in engine.trainable.values()])
@@ -297,7 +321,9 @@ def update_with_nan(ranks: Ranks, **setting: Any) -> dict[str, Any]:
     skipped = update(experience, recipe=settings, engine=engine, ranks=ranks)["policy/skipped_updates"][0].item()
     kept = torch.equal(weights(engine), before)
     state = gather_state(engine)
-    blank = optimizer_steps(engine) == 0 and not any(tensor.any() for name, tensor in state.items() if name.startswith("exp_avg"))
+    blank = optimizer_steps(engine) == 0 and not any(
+        tensor.any() for name, tensor in state.items() if name.startswith("exp_avg")
+    )
     experience.advantages = sound
     after = update(experience, recipe=settings, engine=engine, ranks=ranks)["policy/skipped_updates"][0].item()
     straight, experience, settings = start_engine(ranks, **setting)
@@ -313,7 +339,9 @@ def update_with_nan(ranks: Ranks, **setting: Any) -> dict[str, Any]:
 
 
 def train_with_fault(ranks: Ranks, *, recipe: str, overrides: list[str], fault: str, step: int) -> None:
-    """A GRPO recipe in which, at `step`, a LoRA weight is infinite after sampling, or one reference log-prob of rank 1 is NaN."""
+    """A GRPO recipe in which, at `step`, a LoRA weight is infinite after sampling, or one reference log-prob of rank 1
+    is NaN.
+    """
     inner, calls = trainer.update, 0
 
     def faulty(experience: Experience, *, engine: Engine, **rest: Any) -> Any:

@@ -1,13 +1,14 @@
-"""Real ranks on saved experience do what one plain PyTorch process does, whatever their number, the passes of an update and the ZeRO stage.
+"""Real ranks on saved experience do what one plain PyTorch process does, whatever their number, the passes of an update
+and the ZeRO stage.
 
-Trap 5 (loss and gradient hang on micro-batches, accumulation, ranks or padding) and trap 21 (completions tokenised again before training)
-are held here on real ranks, over ten updates: rollouts of 1, 2 and 4 ranks leave the same ids, and `plain_torch.py`, which shares no
-engine, scoring or loss with the package, learns the same from those very ids.
+Trap 5 (loss and gradient hang on micro-batches, accumulation, ranks or padding) and trap 21 (completions tokenised
+again before training) are held here on real ranks, over ten updates: rollouts of 1, 2 and 4 ranks leave the same ids,
+and `plain_torch.py`, which shares no engine, scoring or loss with the package, learns the same from those very ids.
 
-The learning rate is warmed up for a reason. Adam's first step on an element is the learning rate times g / (|g| + 1e-8), however small g
-is; of some 10,000 elements a few have a first gradient near 1e-8, which is rounding. At a constant 1e-3 these few (4 of 9,728, after
-three steps) came apart by 4e-5 to 9e-5, all others by less than 4e-6. `check` therefore also holds nearly all to 1e-6, and gradient norms
-beside losses, since Adam hides a wrong scale.
+The learning rate is warmed up for a reason. Adam's first step on an element is the learning rate times g / (|g| +
+1e-8), however small g is; of some 10,000 elements a few have a first gradient near 1e-8, which is rounding. At a
+constant 1e-3 these few (4 of 9,728, after three steps) came apart by 4e-5 to 9e-5, all others by less than 4e-6.
+`check` therefore also holds nearly all to 1e-6, and gradient norms beside losses, since Adam hides a wrong scale.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ pytestmark = pytest.mark.ranks
 STEPS, STUDIES, GROUP = 10, 16, 4
 LOSS, ADAPTER = 1e-6, 1e-5  # the most by which two may differ
 NEARLY_ALL = 1e-6  # the most for all but one in a thousand elements of an adapter
-LONG = "Write the findings of this chest X-ray. Name the heart, the lungs, every pleural effusion and each pneumothorax that is seen."
+LONG = (
+    "Write the findings of this chest X-ray. Name the heart, the lungs, every pleural effusion and each "
+    "pneumothorax that is seen."
+)
 COMMON = {
     "prompt.instruction": LONG,
     "grpo.group_size": GROUP,
@@ -90,7 +94,10 @@ def left_by(run: Path) -> Agreed:
     rows = steps_of(run)
     adapter = load_file(run / "adapter" / "adapter_model.safetensors")
     return Agreed(
-        [row["loss"] for row in rows], [row["policy/grad_norm"] for row in rows], [row["policy/passes"] for row in rows], dict(adapter)
+        [row["loss"] for row in rows],
+        [row["policy/grad_norm"] for row in rows],
+        [row["policy/passes"] for row in rows],
+        dict(adapter),
     )
 
 
@@ -108,7 +115,10 @@ def check(found: Agreed, plain: Trace, passes: int | None = None) -> str:
     losses = max(abs(mine - its) for mine, its in zip(found.losses, plain.losses, strict=True))
     adapters = most(found.adapter, plain.end)
     norms = max(abs(mine / its - 1) for mine, its in zip(found.norms, plain.norms, strict=True))
-    said = f"losses apart by {losses:.1e}, adapters by {adapters:.1e} ({nearly:.1e}; moved by {moved:.1e}), norms by {norms:.1e}"
+    said = (
+        f"losses apart by {losses:.1e}, adapters by {adapters:.1e} ({nearly:.1e}; moved by {moved:.1e}), norms by "
+        f"{norms:.1e}"
+    )
     assert losses < LOSS and adapters < ADAPTER and nearly < NEARLY_ALL and norms < 1e-4, said
     assert moved > 20 * ADAPTER and max(map(abs, plain.losses)) > 100 * LOSS, said
     assert passes is None or found.passes == [passes] * len(found.losses), (passes, found.passes)
@@ -129,7 +139,9 @@ def test_two_ranks_and_one_plain_process_learn_the_same(pool, world, ragged, tmp
         for budget, stage in ((100_000, 2), (125, 3)):
             run = tmp_path / f"{name}{budget}"
             asked = {"engine.micro_batch_tokens": budget, "engine.deepspeed": f"ds_configs/zero{stage}.json"}
-            given = overrides(ragged, setting, asked, QUICK, steps=3, phases="update", experience=str(sampled / "experience"))
+            given = overrides(
+                ragged, setting, asked, QUICK, steps=3, phases="update", experience=str(sampled / "experience")
+            )
             pool.run("train", recipe=str(world.recipe(run)), overrides=given)
             plain = plain or plain_run(recipe_of(run), sampled / "experience", steps=3)
             found = left_by(run)
@@ -170,13 +182,21 @@ def test_completions_are_the_same_whatever_the_ranks(rollouts, ragged):
         for group, texts in zip(one["ids"], one["texts"], strict=True):
             lengths |= {len(ids) for ids in group}
             again = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-            changed += sum(ids not in (new, [*new, tokenizer.eos_token_id]) for ids, new in zip(group, again, strict=True))
+            changed += sum(
+                ids not in (new, [*new, tokenizer.eos_token_id]) for ids, new in zip(group, again, strict=True)
+            )
         for other in others:
             pairs = zip(one["logp"], other["logp"], strict=True)
-            gap = max(gap, *(abs(a - b) for g, h in pairs for r, s in zip(g, h, strict=True) for a, b in zip(r, s, strict=True)))
+            gap = max(
+                gap,
+                *(abs(a - b) for g, h in pairs for r, s in zip(g, h, strict=True) for a, b in zip(r, s, strict=True)),
+            )
     assert gap < 1e-5, gap
     assert lengths == set(range(1, 9)) and changed > STEPS * STUDIES, (lengths, changed)
-    print(f"log-probs apart by {gap:.1e}, {changed} of {STEPS * STUDIES * GROUP} completions are others when tokenised again")
+    print(
+        f"log-probs apart by {gap:.1e}, {changed} of {STEPS * STUDIES * GROUP} completions are others when "
+        "tokenised again"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -201,10 +221,15 @@ CASES += [(1, None, 2, "six"), (2, None, 2, "six"), (4, None, 3, "six")]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "passes", "stage", "updates"), CASES)
-def test_ten_steps_agree_with_one_plain_process(pools, world, ragged, rollouts, plain, tmp_path, ranks, passes, stage, updates):
+def test_ten_steps_agree_with_one_plain_process(
+    pools, world, ragged, rollouts, plain, tmp_path, ranks, passes, stage, updates
+):
     run = tmp_path / "run"
     setting = {"one": ONE_UPDATE, "six": SIX_UPDATES}[updates]
-    asked = {"engine.micro_batch_tokens": BUDGETS[ranks][passes or 2], "engine.deepspeed": f"ds_configs/zero{stage}.json"}
+    asked = {
+        "engine.micro_batch_tokens": BUDGETS[ranks][passes or 2],
+        "engine.deepspeed": f"ds_configs/zero{stage}.json",
+    }
     # what another number of ranks sampled: a reader cuts it anew
     saved = rollouts[{1: 4, 2: 1, 4: 2}[ranks]] / "experience"
     given = overrides(ragged, setting, asked, steps=STEPS, phases="update", experience=str(saved))

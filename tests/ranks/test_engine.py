@@ -31,7 +31,12 @@ def oracle(directory: Path, images: Path, aggregation: str) -> tuple[float, floa
     length = done.token_ids.shape[2]
     rows_of = torch.arange(4).repeat_interleave(GROUP)
     logp, _ = score_rows(
-        policy, experience.prompts, experience.vision, done.token_ids.view(-1, length), done.mask.view(-1, length), rows_of
+        policy,
+        experience.prompts,
+        experience.vision,
+        done.token_ids.view(-1, length),
+        done.mask.view(-1, length),
+        rows_of,
     )
     old, ref = experience.old_logp.reshape(-1, length), experience.reference_logp.reshape(-1, length)
     rows, tokens = [], []
@@ -57,8 +62,8 @@ def oracle(directory: Path, images: Path, aggregation: str) -> tuple[float, floa
 
 @pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
 def test_loss_and_gradient_are_the_same_however_the_batch_is_cut(pool, tiny_policy_directory, tmp_path, aggregation):
-    """Traps 5 and 17: two ranks of unequal token counts, a batch in one pass to one a row, ZeRO 1 to 3, with gradient checkpointing
-    and without, against the naive pass in one process.
+    """Traps 5 and 17: two ranks of unequal token counts, a batch in one pass to one a row, ZeRO 1 to 3, with gradient
+    checkpointing and without, against the naive pass in one process.
 
     `reuse` keeps the prefill's graph: gradients gather at the prompts' states and go through them once at the end.
     """
@@ -67,7 +72,15 @@ def test_loss_and_gradient_are_the_same_however_the_batch_is_cut(pool, tiny_poli
     images = tmp_path / "images"
     loss, norm = oracle(tiny_policy_directory, images, aggregation)
     weights = []
-    cuts = [(10_000, 2, ""), (70, 2, ""), (1, 2, ""), (10_000, 1, ""), (70, 1, "reuse"), (70, 2, "reuse"), (10_000, 2, "reuse")]
+    cuts = [
+        (10_000, 2, ""),
+        (70, 2, ""),
+        (1, 2, ""),
+        (10_000, 1, ""),
+        (70, 1, "reuse"),
+        (70, 2, "reuse"),
+        (10_000, 2, "reuse"),
+    ]
     cuts += [(10_000, 3, ""), (70, 3, ""), (1, 3, ""), (70, 2, "recompute"), (70, 3, "recompute")]
     cuts = cuts if aggregation == "grpo" else [(70, 2, "")]
     for budget, stage, switch in cuts:
@@ -79,7 +92,11 @@ def test_loss_and_gradient_are_the_same_however_the_batch_is_cut(pool, tiny_poli
             f"policy.gradient_checkpointing={switch == 'recompute'}",
         ]
         answers = pool.run(
-            "update_on_ranks", directory=str(tiny_policy_directory), images=str(images), recipe=str(recipe), overrides=overrides
+            "update_on_ranks",
+            directory=str(tiny_policy_directory),
+            images=str(images),
+            recipe=str(recipe),
+            overrides=overrides,
         )
         for answer in answers:
             assert answer["losses"][0] == pytest.approx(loss, abs=2e-6)
@@ -98,7 +115,9 @@ def test_metrics_weigh_ranks_by_their_counts(pool):
 @pytest.mark.parametrize(
     ("stage", "dtype", "mu"),
     [  # the rest of the table is slow, not other
-        pytest.param(stage, dtype, mu, marks=[] if (dtype, mu) in {("float32", 1), ("bfloat16", 3)} else pytest.mark.slow)
+        pytest.param(
+            stage, dtype, mu, marks=[] if (dtype, mu) in {("float32", 1), ("bfloat16", 3)} else pytest.mark.slow
+        )
         for stage in (1, 2, 3)
         for dtype in ("float32", "bfloat16")
         for mu in (1, 3)
@@ -129,7 +148,9 @@ def test_checkpoint_resumes_every_later_loss(pool, tiny_policy_directory, tmp_pa
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(pool, tiny_policy_directory, tmp_path, stage):
-    """And the next update is as if it had never been, also where it was the run's first and a checkpoint was taken between."""
+    """And the next update is as if it had never been, also where it was the run's first and a checkpoint was taken
+    between.
+    """
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(out=tmp_path))
     mu = ["grpo.inner_iterations=3"] if stage == 2 else []

@@ -1,4 +1,6 @@
-"""A judge over two real ranks: rank 0 alone asks it, both have its answers, and a resumed run remembers the first gap."""
+"""A judge over two real ranks: rank 0 alone asks it, both have its answers, and a resumed run remembers the
+first gap.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def test_a_run_with_a_judge_resumes_with_its_first_gap(pool, world, tmp_path):
     (stopped / "summary.json").unlink()
     pool.run("train", recipe=recipe, overrides=[*overrides, "steps=2"])
 
-    assert metrics(straight) == metrics(stopped) and all(row["validation/hacking_gap"] is not None for row in metrics(straight))
+    assert metrics(straight) == metrics(stopped) and all(
+        row["validation/hacking_gap"] is not None for row in metrics(straight)
+    )
     states = [json.loads((stopped / f"checkpoints/step_{step}/state.json").read_text())["gaps"] for step in (1, 2)]
     assert states[0] == states[1] and states[0]["hacking_gap"]["when"] == "before training"
     result = json.loads((stopped / "evaluation" / "test.json").read_text())

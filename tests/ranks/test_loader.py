@@ -39,7 +39,10 @@ def test_a_resume_with_smaller_batches_neither_repeats_nor_passes_over_a_study(p
     assert [study for step in steps for study in step] == whole
     if sampling == "uniform":
         assert len(set(whole)) == 16
-    assert all(0 <= row["time/load_share"] <= 1 for row in map(json.loads, (straight / "metrics.jsonl").read_text().splitlines()))
+    assert all(
+        0 <= row["time/load_share"] <= 1
+        for row in map(json.loads, (straight / "metrics.jsonl").read_text().splitlines())
+    )
 
 
 @pytest.mark.slow

@@ -27,7 +27,11 @@ def pattern(name: str) -> str:
 def test_every_name_logged_is_documented_and_the_other_way_round(pool, world, tmp_path):
     overrides = ["steps=1", "evaluation.every=1", "evaluation.test=false"]
     pool.run("train", recipe=str(world.recipe(tmp_path / "grpo")), overrides=[*overrides, "grpo.correction=tis"])
-    pool.run("sft", recipe=str(world.recipe(tmp_path / "sft", name="sft.yaml")), overrides=[*overrides, "rollout.max_new_tokens=80"])
+    pool.run(
+        "sft",
+        recipe=str(world.recipe(tmp_path / "sft", name="sft.yaml")),
+        overrides=[*overrides, "rollout.max_new_tokens=80"],
+    )
     logged = set()
     for run in ("grpo", "sft"):
         for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines():
@@ -36,5 +40,7 @@ def test_every_name_logged_is_documented_and_the_other_way_round(pool, world, tm
     phases = re.search(r"rank 0 \(([^)]*)\)", TEXT).group(1).split(", ")
     unknown = [name for name in logged if not any(re.fullmatch(pattern(one), name) for one in plain)]
     assert sorted(name for name in unknown if name.removeprefix("time/") not in phases) == []
-    missing = [one for one in plain if one not in CONDITIONAL and not any(re.fullmatch(pattern(one), name) for name in logged)]
+    missing = [
+        one for one in plain if one not in CONDITIONAL and not any(re.fullmatch(pattern(one), name) for name in logged)
+    ]
     assert missing == []

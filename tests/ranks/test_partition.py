@@ -23,7 +23,9 @@ def setting(tiny_policy_directory, tmp_path) -> dict[str, str]:
 
 
 def test_frozen_weights_are_parts_and_never_all_whole_in_an_update(pool, setting):
-    """A rank holds half of them at rest; in a pass a layer at a time, or the embeddings, is whole, and autograd keeps none of it."""
+    """A rank holds half of them at rest; in a pass a layer at a time, or the embeddings, is whole, and autograd keeps
+    none of it.
+    """
     overrides = ["engine.deepspeed=ds_configs/zero3.json", "engine.micro_batch_tokens=70"]
     for answer in pool.run("weights_in_memory", **setting, overrides=overrides):
         assert answer["parts"] == pytest.approx(answer["total"] / 2, rel=0.01)
@@ -42,7 +44,9 @@ def test_ranks_sample_unequally_long_and_often_without_hanging(pool, tiny_policy
 
 
 def test_ranks_pass_equally_often_where_one_has_next_to_nothing(pool, setting):
-    """Fewer passes, and none over completions, on a rank whose completions end with their first token: the same as at stage 2."""
+    """Fewer passes, and none over completions, on a rank whose completions end with their first token: the same as at
+    stage 2.
+    """
 
     def answers(stage: int) -> list[dict]:
         overrides = [f"engine.deepspeed=ds_configs/zero{stage}.json", "engine.micro_batch_tokens=70"]
@@ -50,11 +54,15 @@ def test_ranks_pass_equally_often_where_one_has_next_to_nothing(pool, setting):
 
     for two, three in zip(answers(2), answers(3), strict=True):
         assert three["scored"] == pytest.approx(two["scored"], abs=1e-4)
-        assert three["losses"] == pytest.approx(two["losses"], abs=1e-6) and three["norm"] == pytest.approx(two["norm"], rel=1e-5)
+        assert three["losses"] == pytest.approx(two["losses"], abs=1e-6) and three["norm"] == pytest.approx(
+            two["norm"], rel=1e-5
+        )
 
 
 def test_offloaded_states_train_the_same(pool, setting):
-    """Weights' parts, masters and moments in the CPU's memory: on this machine the same memory, by DeepSpeed's other path."""
+    """Weights' parts, masters and moments in the CPU's memory: on this machine the same memory, by DeepSpeed's other
+    path.
+    """
     answers = {}
     for name in ("zero2", "zero2_offload", "zero3", "zero3_offload"):
         overrides = [f"engine.deepspeed=ds_configs/{name}.json"]
@@ -72,7 +80,9 @@ def test_a_checkpoint_goes_through_the_stages(pool, setting, tmp_path):
 
 @pytest.mark.slow
 def test_recipes_train_the_same_at_stage_2_and_3(pool, world, tmp_path):
-    """SFT, then GRPO from its adapter: cold start, reference, groups sampled again, rollouts in parts, validation and both evaluations."""
+    """SFT, then GRPO from its adapter: cold start, reference, groups sampled again, rollouts in parts, validation and
+    both evaluations.
+    """
 
     def adapter(run: Path) -> dict[str, torch.Tensor]:
         return load_file(run / "adapter" / "adapter_model.safetensors")
@@ -85,8 +95,17 @@ def test_recipes_train_the_same_at_stage_2_and_3(pool, world, tmp_path):
             if task == "sft":
                 overrides += ["evaluation.before=false", "evaluation.test=false", "rollout.max_new_tokens=80"]
             else:
-                overrides += ["grpo.max_resample=1", "rollout.cache_tokens=120", "grpo.inner_iterations=2", "evaluation.every=2"]
-                overrides += ["evaluation.max_test_studies=5", "evaluation.batch_size=2", f"policy.adapter={runs['sft'][0]}/adapter"]
+                overrides += [
+                    "grpo.max_resample=1",
+                    "rollout.cache_tokens=120",
+                    "grpo.inner_iterations=2",
+                    "evaluation.every=2",
+                ]
+                overrides += [
+                    "evaluation.max_test_studies=5",
+                    "evaluation.batch_size=2",
+                    f"policy.adapter={runs['sft'][0]}/adapter",
+                ]
             pool.run(task, recipe=str(world.recipe(run)), overrides=overrides)
             runs[task].append(run)
     assert [json.loads((run / "summary.json").read_text())["zero_stage"] for run in runs["train"]] == [2, 3]

@@ -1,4 +1,6 @@
-"""The debugging phases on two real ranks: two halves make a step, an update-only run resumes, a dumped batch really replays."""
+"""The debugging phases on two real ranks: two halves make a step, an update-only run resumes, a dumped batch really
+replays.
+"""
 
 from __future__ import annotations
 
@@ -78,11 +80,15 @@ def test_an_interrupted_update_run_continues_as_the_uninterrupted_one(pool, worl
     ("fault", "stage"),
     [
         ("weight", 2),
-        *(pytest.param(fault, stage, marks=pytest.mark.slow) for fault, stage in [("reference", 2), ("reference", 3), ("weight", 3)]),
+        *(
+            pytest.param(fault, stage, marks=pytest.mark.slow)
+            for fault, stage in [("reference", 2), ("reference", 3), ("weight", 3)]
+        ),
     ],
 )
 def test_a_batch_that_could_not_be_learned_from_replays_to_the_same_loss(pool, world, tmp_path, fault, stage):
-    """The dump alone makes the fault again, in code that has none: the same metrics and the same NaN; without what was kept it is finite.
+    """The dump alone makes the fault again, in code that has none: the same metrics and the same NaN; without what was
+    kept it is finite.
 
     The faults: one NaN among the reference's log-probs, of one rank; a weight that is infinite, from the update on.
     """
@@ -104,18 +110,26 @@ def test_a_batch_that_could_not_be_learned_from_replays_to_the_same_loss(pool, w
     again = train(pool, world, tmp_path / "again", *given)
     (fresh,) = rows_of(again)
     assert (fresh["loss"] is None) == (fault == "reference") and fresh["policy/entropy"] != kept
-    assert record["own_weights"] and (run / "not_finite" / "step_000001_adapter" / "adapter_model.safetensors").is_file()
+    assert (
+        record["own_weights"] and (run / "not_finite" / "step_000001_adapter" / "adapter_model.safetensors").is_file()
+    )
 
 
 @pytest.mark.slow
 def test_both_phases_as_a_person_starts_them(world, tmp_path):
-    """Sampled by two ranks, learned from by one; a contradiction ends all ranks with one message, before anything is loaded."""
+    """Sampled by two ranks, learned from by one; a contradiction ends all ranks with one message, before anything is
+    loaded.
+    """
     sampled, learned = tmp_path / "sampled", tmp_path / "learned"
     assert launch("train", world.recipe(sampled), *QUIET, "steps=2", "phases=rollout").returncode == 0
     recipe = world.recipe(learned, name="learned.yaml")
     given = [*QUIET, "phases=update", f"experience={sampled}/experience", NO_LABELER]
     refused = launch("train", recipe, *given, "steps=3")
     output = refused.stdout + refused.stderr
-    assert refused.returncode == 2 and output.count("2 saved step(s), steps is 3; set steps=2") == 1 and "Traceback" not in output
+    assert (
+        refused.returncode == 2
+        and output.count("2 saved step(s), steps is 3; set steps=2") == 1
+        and "Traceback" not in output
+    )
     assert launch("train", recipe, *given, "steps=2", ranks=1).returncode == 0
     assert len(rows_of(learned)) == 2 and (learned / "adapter" / "adapter_config.json").is_file()

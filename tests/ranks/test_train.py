@@ -21,7 +21,9 @@ def completions(run: Path) -> dict[str, str]:
 
 
 def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_path):
-    """Two steps, a stop, two more: the same numbers, completions and adapter as four in a row; and what section 8 says a run leaves."""
+    """Two steps, a stop, two more: the same numbers, completions and adapter as four in a row; and what section 8 says
+    a run leaves.
+    """
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     pool.run("train", recipe=str(world.recipe(straight)), overrides=["evaluation.every=2"])
     recipe = str(world.recipe(stopped, name="other.yaml"))
@@ -35,13 +37,32 @@ def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_
     assert one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
 
     left = {path.relative_to(straight).as_posix() for path in straight.rglob("*") if path.is_file()}
-    wanted = ["config.yaml", "environment.json", "metrics.jsonl", "summary.json", "page/index.html", "checkpoints/latest"]
-    wanted += ["adapter/adapter_config.json", "evaluation/test.json", "evaluation/test_predictions.jsonl", "checkpoints/step_4/state.json"]
+    wanted = [
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "summary.json",
+        "page/index.html",
+        "checkpoints/latest",
+    ]
+    wanted += [
+        "adapter/adapter_config.json",
+        "evaluation/test.json",
+        "evaluation/test_predictions.jsonl",
+        "checkpoints/step_4/state.json",
+    ]
     assert set(wanted) <= left
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["world_size"] == 2 and summary["zero_stage"] == 2 and summary["status"] == "complete"
     for side in ("before", "after"):
-        keys = {"disease_micro13", "disease_macro13", "disease_micro13_truth", "disease_macro13_truth", "mean_reward", "format_rate"}
+        keys = {
+            "disease_micro13",
+            "disease_macro13",
+            "disease_micro13_truth",
+            "disease_macro13_truth",
+            "mean_reward",
+            "format_rate",
+        }
         assert keys | {"distinct_share", "judge_disease_micro13", "hacking_gap"} == summary[side].keys()
 
 
@@ -52,16 +73,23 @@ def test_members_of_a_group_stand_together_with_their_terms(pool, world, tmp_pat
     for step in range(2):
         seen: list[str] = []
         for rank in range(2):
-            rows = [json.loads(line) for line in (run / "completions" / f"step_{step:06d}_rank{rank}.jsonl").read_text().splitlines()]
+            rows = [
+                json.loads(line)
+                for line in (run / "completions" / f"step_{step:06d}_rank{rank}.jsonl").read_text().splitlines()
+            ]
             assert [row["member"] for row in rows] == [0, 1, 2] * 2
             studies = [row["study"] for row in rows]
             assert studies == [studies[0]] * 3 + [studies[3]] * 3
             seen += studies[::3]
             for row in rows:
-                assert row["total"] == pytest.approx(0.75 * row["terms"]["mccs"] + 0.25 * row["terms"]["length"], abs=1e-5)
+                assert row["total"] == pytest.approx(
+                    0.75 * row["terms"]["mccs"] + 0.25 * row["terms"]["length"], abs=1e-5
+                )
         assert len(set(seen)) == 4
         logged = metrics(run)[step]
-        assert logged["reward/total"] == pytest.approx(0.75 * logged["reward/mccs"] + 0.25 * logged["reward/length"], abs=1e-5)
+        assert logged["reward/total"] == pytest.approx(
+            0.75 * logged["reward/mccs"] + 0.25 * logged["reward/length"], abs=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -69,14 +97,28 @@ def test_members_of_a_group_stand_together_with_their_terms(pool, world, tmp_pat
     [
         ["grpo.inner_iterations=2", "grpo.minibatches=2", "grpo.aggregation=dapo"],
         pytest.param(
-            ["grpo.ratio=sequence", "grpo.clip_low=3e-4", "grpo.clip_high=4e-4", "grpo.advantage_scale=batch"], marks=pytest.mark.slow
+            ["grpo.ratio=sequence", "grpo.clip_low=3e-4", "grpo.clip_high=4e-4", "grpo.advantage_scale=batch"],
+            marks=pytest.mark.slow,
         ),
         ["reward.normalise=per_term", "grpo.advantage_scale=batch", "grpo.correction=tis"],
         pytest.param(["grpo.beta=0", "grpo.advantage_scale=none", "grpo.aggregation=dr_grpo"], marks=pytest.mark.slow),
-        ["grpo.max_resample=2", "reward.weights={mccs: 1.0}", "rollout.temperature=0.7", "policy.gradient_checkpointing=true"],
-        ["prompt.mode=think", "reward.weights={mccs: 0.75, format: 0.25}", "reward.format=graded", "policy.dtype=bfloat16"],
+        [
+            "grpo.max_resample=2",
+            "reward.weights={mccs: 1.0}",
+            "rollout.temperature=0.7",
+            "policy.gradient_checkpointing=true",
+        ],
+        [
+            "prompt.mode=think",
+            "reward.weights={mccs: 0.75, format: 0.25}",
+            "reward.format=graded",
+            "policy.dtype=bfloat16",
+        ],
         pytest.param(
-            ["reward.weights={ce_f1: 1.0, bleu4: 0.5, rouge_l: 0.5, ccs: 0.1}", "engine.deepspeed=ds_configs/zero1.json"],
+            [
+                "reward.weights={ce_f1: 1.0, bleu4: 0.5, rouge_l: 0.5, ccs: 0.1}",
+                "engine.deepspeed=ds_configs/zero1.json",
+            ],
             marks=pytest.mark.slow,
         ),
     ],
@@ -99,16 +141,35 @@ def test_every_switch_of_the_method_runs(pool, world, tmp_path, overrides):
 def test_a_step_whose_completions_are_all_truncated_and_masked_changes_nothing(pool, world, tmp_path):
     """A random policy hardly ever ends in 8 tokens: nothing is kept anywhere, the loss is 0 and not 0 / 0."""
     run = tmp_path / "run"
-    pool.run("train", recipe=str(world.recipe(run)), overrides=["steps=1", "evaluation.test=false", "grpo.mask_truncated=true"])
+    pool.run(
+        "train",
+        recipe=str(world.recipe(run)),
+        overrides=["steps=1", "evaluation.test=false", "grpo.mask_truncated=true"],
+    )
     (row,) = metrics(run)
-    assert row["groups/truncated"] == 1 and row["loss"] == 0 and row["policy/grad_norm"] == 0 and row["policy/entropy"] is None
+    assert (
+        row["groups/truncated"] == 1
+        and row["loss"] == 0
+        and row["policy/grad_norm"] == 0
+        and row["policy/entropy"] is None
+    )
 
 
 def test_sft_that_explodes_stops_with_a_checkpoint(pool, world, tmp_path):
-    """Weights of 1e30 give gradients that are not finite: two updates are left out on all ranks, and the third step is not begun."""
+    """Weights of 1e30 give gradients that are not finite: two updates are left out on all ranks, and the third step is
+    not begun.
+    """
     run = tmp_path / "run"
-    overrides = ["steps=6", "rollout.max_new_tokens=80", "optimizer.learning_rate=1e30", "engine.max_skipped=2", "evaluation.test=false"]
-    with pytest.raises(RuntimeError, match="NotFinite: 2 steps in a row had a gradient that is not finite .* the last one step 2"):
+    overrides = [
+        "steps=6",
+        "rollout.max_new_tokens=80",
+        "optimizer.learning_rate=1e30",
+        "engine.max_skipped=2",
+        "evaluation.test=false",
+    ]
+    with pytest.raises(
+        RuntimeError, match="NotFinite: 2 steps in a row had a gradient that is not finite .* the last one step 2"
+    ):
         pool.run("sft", recipe=str(world.recipe(run)), overrides=overrides)
     assert [row["policy/skipped_updates"] for row in metrics(run)] == [0, 1, 1]
     state = json.loads((run / "checkpoints" / "step_3" / "state.json").read_text())

@@ -1,4 +1,6 @@
-"""A rank of the test pool: waits for tasks in a folder, runs each on all ranks, writes what it returned. Started once a test run."""
+"""A rank of the test pool: waits for tasks in a folder, runs each on all ranks, writes what it returned. Started once a
+test run.
+"""
 
 from __future__ import annotations
 

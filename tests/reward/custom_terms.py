@@ -28,15 +28,21 @@ def spoils_its_inputs(generated: list[str | None], references: list[str], labels
     return np.zeros(len(references))
 
 
-def too_short(generated: list[str | None], references: list[str], labels: Any, reference_labels: Any) -> Sequence[float]:
+def too_short(
+    generated: list[str | None], references: list[str], labels: Any, reference_labels: Any
+) -> Sequence[float]:
     return [0.5]
 
 
-def not_numbers(generated: list[str | None], references: list[str], labels: Any, reference_labels: Any) -> Sequence[Any]:
+def not_numbers(
+    generated: list[str | None], references: list[str], labels: Any, reference_labels: Any
+) -> Sequence[Any]:
     return ["good"] * len(generated)
 
 
-def not_a_number(generated: list[str | None], references: list[str], labels: Any, reference_labels: Any) -> Sequence[float]:
+def not_a_number(
+    generated: list[str | None], references: list[str], labels: Any, reference_labels: Any
+) -> Sequence[float]:
     return [float("nan") if report == "broken" else 1.0 for report in generated]
 
 
@@ -45,7 +51,9 @@ def raises(generated: list[str | None], references: list[str], labels: Any, refe
 
 
 def dies(generated: list[str | None], references: list[str], labels: Any, reference_labels: Any) -> Sequence[float]:
-    """Kills its process at call DIES_AT and later, DIES_TIMES times in all; counted in the file DIES_COUNTER, over restarts."""
+    """Kills its process at call DIES_AT and later, DIES_TIMES times in all; counted in the file DIES_COUNTER, over
+    restarts.
+    """
     counter = Path(os.environ["DIES_COUNTER"])
     calls = counter.read_bytes() if counter.exists() else b""
     dying = len(calls) >= int(os.environ["DIES_AT"]) and calls.count(b"x") < int(os.environ["DIES_TIMES"])

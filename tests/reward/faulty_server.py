@@ -1,6 +1,7 @@
 """The reward service with a labeler of key words and, where `FAULT` asks for it, a fault.
 
-FAULT is JSON {"kind", "times", "counter"}: the fault happens `times` times in all, over restarts, counted by the size of the file.
+FAULT is JSON {"kind", "times", "counter"}: the fault happens `times` times in all, over restarts, counted by the size
+of the file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The reward card: exact against an independent loop and the reward's own functions, IU's published facts, and the command."""
+"""The reward card: exact against an independent loop and the reward's own functions, IU's published facts, and the
+command.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def test_the_best_constant_is_the_one_that_an_exhaustive_loop_finds(seed: int, m
     equals = [c for c, value in means.items() if value > max(means.values()) - 1e-9]
     assert np.abs(best).sum() == min(sum(map(abs, c)) for c in equals)  # of equals the one that names the fewest
     row = card_of([list(r) for r in references], [margin]).at(margin)
-    assert row.constant.zeros == pytest.approx(np.mean([reward(row.constant.vector[:4], r, margin) < 1e-7 for r in references]))
+    assert row.constant.zeros == pytest.approx(
+        np.mean([reward(row.constant.vector[:4], r, margin) < 1e-7 for r in references])
+    )
     assert row.real.mean == pytest.approx(max(means[r] for r in references), abs=1e-6)
 
 
@@ -83,7 +87,10 @@ def test_random_reports_are_all_pairs_of_different_studies(margin: float) -> Non
     assert row.random_zeros == pytest.approx(np.mean([reward(a, b, margin) < 1e-7 for a, b in pairs]))
     assert card.both_silent == pytest.approx(np.mean([not any(a) and not any(b) for a, b in pairs]))
     assert card.silent == pytest.approx(np.mean([not any(r) for r in references]))
-    signs = np.array([[*a, *[0] * 9] for a, _ in pairs], dtype=np.int8), np.array([[*b, *[0] * 9] for _, b in pairs], dtype=np.int8)
+    signs = (
+        np.array([[*a, *[0] * 9] for a, _ in pairs], dtype=np.int8),
+        np.array([[*b, *[0] * 9] for _, b in pairs], dtype=np.int8),
+    )
     assert card.random_ccs == pytest.approx(ccs(*signs).mean(dtype=np.float64), abs=1e-6)
 
 
@@ -96,7 +103,9 @@ def test_no_constant_beats_the_best_and_real_ones_do_not_either(rows: list[list[
     vectors = signed_vector(classes_of(rows))
     best, mean = best_constant(vectors, margin)
     study, real = best_real_constant(classes_of(rows), ["text"] * len(rows), margin)
-    assert mean == pytest.approx(mccs(ccs(np.broadcast_to(best, vectors.shape), vectors), margin).mean(dtype=np.float64))
+    assert mean == pytest.approx(
+        mccs(ccs(np.broadcast_to(best, vectors.shape), vectors), margin).mean(dtype=np.float64)
+    )
     for other in [*vectors, -best, np.zeros(13, dtype=np.int8)]:
         assert mccs(ccs(np.broadcast_to(other, vectors.shape), vectors), margin).mean() <= mean + 1e-6
     assert 1 / len(rows) - 1e-6 <= real <= mean + 1e-6  # it is right at least about its own study
@@ -164,7 +173,12 @@ def test_silent_references_are_best_answered_with_silence() -> None:
 
 def test_one_study_has_no_random_report() -> None:
     card = card_of([[1, 0, -1]])
-    assert card.at(0.5).random_mean is None and card.random_ccs is None and card.both_silent is None and card.suggested_margin is None
+    assert (
+        card.at(0.5).random_mean is None
+        and card.random_ccs is None
+        and card.both_silent is None
+        and card.suggested_margin is None
+    )
 
 
 def test_bad_numbers_are_refused() -> None:
@@ -183,7 +197,9 @@ def test_bad_numbers_are_refused() -> None:
 
 
 def test_iu_gives_the_published_facts() -> None:
-    """Of 2,955 studies, here 2,365: five negatives earn 0.576 at m 0.2, four 0.420 at 0.5, 0.253 at 0.7; a random CCS is 0.43."""
+    """Of 2,955 studies, here 2,365: five negatives earn 0.576 at m 0.2, four 0.420 at 0.5, 0.253 at 0.7; a random CCS
+    is 0.43.
+    """
     labels = read_labels_csv(shared_data() / "iu_xray" / "chexbert_labels_train_val.csv")
     card = reward_card(np.array(list(labels.values())), list(labels), ["text"] * len(labels))
     facts = {0.2: (5, 0.576, 0.10), 0.5: (4, 0.420, 0.25), 0.7: (5, 0.253, 0.50)}
@@ -204,7 +220,8 @@ def manifest(tmp_path: Path) -> Path:
     """Four studies that were not rendered, without labels of their own; three are of the train split."""
     texts = ["No effusion.", "No effusion.", "The heart is enlarged.", "Clear."]
     studies = [
-        Study(f"s{i}", f"p{i}", (StudyImage(tmp_path / f"{i}.png"),), text, "train" if i < 3 else "test") for i, text in enumerate(texts)
+        Study(f"s{i}", f"p{i}", (StudyImage(tmp_path / f"{i}.png"),), text, "train" if i < 3 else "test")
+        for i, text in enumerate(texts)
     ]
     write_manifest(tmp_path / "manifest.jsonl", studies)
     rows = [[0] * 14 for _ in texts]
@@ -222,12 +239,16 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 def test_a_card_from_a_labels_csv(capsys: pytest.CaptureFixture[str], manifest: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
-    code, out, err = run(capsys, manifest, "--labels", labels, "--split", "train", "--margin", 0.33, "-o", tmp_path / "new" / "card")
+    code, out, err = run(
+        capsys, manifest, "--labels", labels, "--split", "train", "--margin", 0.33, "-o", tmp_path / "new" / "card"
+    )
     assert code == 0 and not err
     assert "Margin 0.33: one constant report (no Pleural Effusion) earns a mean MCCS of 0.667" in out
     assert "does not rise above 0.667 has learned nothing" in out and "rendered" not in out
     card = json.loads((tmp_path / "new" / "card" / "reward_card.json").read_text())
-    assert card["n"] == 3 and card["margin"] == 0.33 and card["rendered"] is False and card["project"]["name"] == "mrg-r1"
+    assert (
+        card["n"] == 3 and card["margin"] == 0.33 and card["rendered"] is False and card["project"]["name"] == "mrg-r1"
+    )
     assert card["source"] == {
         "manifest": str(manifest),
         "split": "train",
@@ -243,19 +264,31 @@ def test_a_card_from_a_labels_csv(capsys: pytest.CaptureFixture[str], manifest: 
     assert Image.open(tmp_path / "new" / "card" / "reward_card.png").size[0] > 1500
 
 
-def test_without_an_output_nothing_is_written(capsys: pytest.CaptureFixture[str], manifest: Path, tmp_path: Path) -> None:
+def test_without_an_output_nothing_is_written(
+    capsys: pytest.CaptureFixture[str], manifest: Path, tmp_path: Path
+) -> None:
     before = sorted(tmp_path.iterdir())
     assert run(capsys, manifest, "--labels", tmp_path / "labels.csv")[0] == 0
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_said_labels_of_phantoms_say_that_they_are_phantoms(capsys: pytest.CaptureFixture[str], world: World, tmp_path: Path) -> None:
+def test_said_labels_of_phantoms_say_that_they_are_phantoms(
+    capsys: pytest.CaptureFixture[str], world: World, tmp_path: Path
+) -> None:
     code, out, _ = run(capsys, world.folder / "phantoms/manifest.jsonl", "--said", "-o", tmp_path)
     assert code == 0 and "32 studies; all rendered phantoms" in out
     card = json.loads((tmp_path / "reward_card.json").read_text())
-    assert card["rendered"] is True and card["source"]["rendered"] == card["n"] == 32 and card["source"]["labels"] == "said"
-    vectors = signed_vector(np.array([classes_of_values(study.said) for study in read_manifest(world.folder / "phantoms/manifest.jsonl")]))
-    assert next(row for row in card["margins"] if row["margin"] == 0.5)["constant"]["mean"] == pytest.approx(best_constant(vectors, 0.5)[1])
+    assert (
+        card["rendered"] is True
+        and card["source"]["rendered"] == card["n"] == 32
+        and card["source"]["labels"] == "said"
+    )
+    vectors = signed_vector(
+        np.array([classes_of_values(study.said) for study in read_manifest(world.folder / "phantoms/manifest.jsonl")])
+    )
+    assert next(row for row in card["margins"] if row["margin"] == 0.5)["constant"]["mean"] == pytest.approx(
+        best_constant(vectors, 0.5)[1]
+    )
 
 
 def test_a_labeler_reads_the_reports(capsys: pytest.CaptureFixture[str], world: World, tmp_path: Path) -> None:
@@ -266,7 +299,9 @@ def test_a_labeler_reads_the_reports(capsys: pytest.CaptureFixture[str], world: 
     assert len(card["source"]["fingerprint"]) == 16
 
 
-def test_bad_input_is_refused_in_one_message(capsys: pytest.CaptureFixture[str], manifest: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_one_message(
+    capsys: pytest.CaptureFixture[str], manifest: Path, tmp_path: Path
+) -> None:
     def refused(*arguments: object) -> str:
         code, out, err = run(capsys, *arguments)
         assert code == 2 and not out and err.startswith("mrg-r1: ")

@@ -41,7 +41,14 @@ BATCH = (TEXTS, ENDED, ["CXR1", "CXR2"], REFERENCES)
 
 
 def settings(**changes: object) -> ServiceSettings:
-    values = {"labeler": "keywords", "tokenizer": None, "device": "cpu", "dtype": "float32", "stage": STAGE, "threads": 1}
+    values = {
+        "labeler": "keywords",
+        "tokenizer": None,
+        "device": "cpu",
+        "dtype": "float32",
+        "stage": STAGE,
+        "threads": 1,
+    }
     return ServiceSettings(**{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -99,7 +106,9 @@ def gone(pid: int, *, within: float) -> bool:
 
 
 def test_a_service_answers_what_the_stage_in_this_process_answers(start: Start) -> None:
-    """Lone surrogates and control characters too, to the bit; in any order; for two ranks at once; more batches than may wait."""
+    """Lone surrogates and control characters too, to the bit; in any order; for two ranks at once; more batches than
+    may wait.
+    """
     supervisor = start()
     one, two = connected(supervisor), connected(supervisor)
     judging = Judging(np.ones((2, 14), dtype=np.int64), 0.25, np.full((13, 2), 2.0), "no pneumothorax")
@@ -122,7 +131,9 @@ def test_a_service_answers_what_the_stage_in_this_process_answers(start: Start) 
             if rewards.report_texts != [[word] * 2] * 2:
                 wrong.append(word)
 
-    ranks = [threading.Thread(target=rank, args=(service, word)) for service, word in ((one, "edema"), (two, "effusion"))]
+    ranks = [
+        threading.Thread(target=rank, args=(service, word)) for service, word in ((one, "edema"), (two, "effusion"))
+    ]
     for thread in ranks:
         thread.start()
     for thread in ranks:
@@ -166,7 +177,9 @@ def test_killed_in_the_middle_of_a_batch_it_is_started_again_and_the_rewards_are
 def test_after_three_restarts_it_gives_up_and_names_the_cause(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     service = connected(start("die", times=100))
     ticket = service.submit(*BATCH)
-    with pytest.raises(RewardServiceError, match=r"has died 4 times; the last time: its process was killed by SIGKILL.*service\.log"):
+    with pytest.raises(
+        RewardServiceError, match=r"has died 4 times; the last time: its process was killed by SIGKILL.*service\.log"
+    ):
         service.result(ticket)
     assert capfd.readouterr().err.count("started again") == 3
     with pytest.raises(RewardServiceError, match="4 times"):
@@ -174,7 +187,9 @@ def test_after_three_restarts_it_gives_up_and_names_the_cause(start: Start, capf
 
 
 def test_a_labeler_that_raises_stops_its_batch_and_not_the_service(start: Start) -> None:
-    """Trap 22: an error, never a zero; where two batches were read together, each is tried alone and the next one is fine."""
+    """Trap 22: an error, never a zero; where two batches were read together, each is tried alone and the next one is
+    fine.
+    """
     service = connected(start("raise"))
     ticket = service.submit(*BATCH)
     with pytest.raises(RewardError, match="studies CXR1, CXR2: the labeler failed: RuntimeError: device lost"):
@@ -215,9 +230,9 @@ def test_it_leaves_when_a_rank_dies(start: Start) -> None:
     supervisor = start()
     survivor = connected(supervisor)
     script = (
-        "import time; from pathlib import Path; from mrg_r1.reward.client import ServiceRewards\n"
-        f"rank = ServiceRewards(Path({str(supervisor.directory)!r}), keeper={os.getpid()}, timeout=60); print('in', flush=True)\n"
-        "time.sleep(100)"
+        "import time; from pathlib import Path; from mrg_r1.reward.client import ServiceRewards\nrank = "
+        f"ServiceRewards(Path({str(supervisor.directory)!r}), keeper={os.getpid()}, timeout=60); print('in', "
+        "flush=True)\ntime.sleep(100)"
     )
     dying = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert dying.stdout is not None and dying.stdout.readline() == "in\n"
@@ -231,9 +246,10 @@ def test_it_leaves_when_a_rank_dies(start: Start) -> None:
 
 def test_it_dies_with_its_parent_and_leaves_nothing_behind(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from tests.reward.test_client import *\n"
-        f"supervisor = Supervisor(settings(), log=Path({str(tmp_path)!r}) / 'log', command=COMMAND); supervisor.wait()\n"
-        "print(ServiceState.read(supervisor.directory).pid, supervisor.directory, flush=True); time.sleep(100)"
+        "import sys, time; from pathlib import Path; from tests.reward.test_client import *\nsupervisor = "
+        f"Supervisor(settings(), log=Path({str(tmp_path)!r}) / 'log', command=COMMAND); "
+        "supervisor.wait()\nprint(ServiceState.read(supervisor.directory).pid, supervisor.directory, flush=True); "
+        "time.sleep(100)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -248,7 +264,9 @@ def test_it_dies_with_its_parent_and_leaves_nothing_behind(tmp_path: Path) -> No
 
 def test_nobody_without_the_key_is_served(start: Start) -> None:
     supervisor = start()
-    assert supervisor.directory.stat().st_mode & 0o077 == 0 and (supervisor.directory / "key").stat().st_mode & 0o077 == 0
+    assert (
+        supervisor.directory.stat().st_mode & 0o077 == 0 and (supervisor.directory / "key").stat().st_mode & 0o077 == 0
+    )
     with pytest.raises(Exception, match="digest sent was rejected"):
         Client(socket_of(supervisor.directory, 1), "AF_UNIX", authkey=b"guessed")
     service = connected(supervisor)
@@ -298,7 +316,11 @@ def test_out_of_memory_the_batch_halves_and_says_so_and_a_report_too_large_is_an
     assert np.array_equal(service.label(texts), Labeler.load(folder).label(texts))
     assert "reward service: labeler: out of memory with 2048 tokens in a batch; " in capfd.readouterr().err
     with pytest.raises(RewardError, match="CXR1.*a single report of [0-9]+ tokens does not fit into the memory of cpu"):
-        service.result(service.submit([["<think>a</think><report>" + "edema " * 200 + "</report>"]], ENDED[:1, :1], ["CXR1"], ["x"]))
+        service.result(
+            service.submit(
+                [["<think>a</think><report>" + "edema " * 200 + "</report>"]], ENDED[:1, :1], ["CXR1"], ["x"]
+            )
+        )
     assert same(service.result(service.submit(*BATCH)), service.result(service.submit(*BATCH)))  # it lives on
     service.close()
 
@@ -319,12 +341,15 @@ def test_a_failure_while_labelling_reaches_the_caller(start: Start) -> None:
 
 @pytest.mark.slow
 def test_folders_of_runs_that_were_killed_are_swept(start, tmp_path, monkeypatch):
-    """A run and its service are killed at once: nobody is left to remove their folder, until the next run starts. A living run's stays."""
+    """A run and its service are killed at once: nobody is left to remove their folder, until the next run starts. A
+    living run's stays.
+    """
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     living = start()
     code = (
-        "import time; from tests.reward.test_client import *; s = Supervisor(settings(), log=Path('/dev/null'), command=COMMAND); s.wait()"
+        "import time; from tests.reward.test_client import *; s = Supervisor(settings(), log=Path('/dev/null'), "
+        "command=COMMAND); s.wait()"
     )
     code += "; print(s.directory, ServiceState.read(s.directory).pid, flush=True); time.sleep(1000)"
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}

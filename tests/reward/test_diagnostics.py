@@ -46,14 +46,20 @@ def test_groups_are_counted() -> None:
     found = means()
     assert found["groups/zero_signal"] == 0.5 and found["groups/all_zero_mccs"] == 0.5
     assert found["groups/malformed"] == 0.25 and found["groups/truncated"] == 0.25
-    assert found["groups/distinct"] == 0.5 and found["groups/distinct_in_batch"] == 0.5  # of four reports, `same` and `one`
+    assert (
+        found["groups/distinct"] == 0.5 and found["groups/distinct_in_batch"] == 0.5
+    )  # of four reports, `same` and `one`
     assert found["groups/length"] == 5 and found["groups/no_finding"] == 0.25
 
 
 def test_rewards_have_mean_and_spread_over_all_completions() -> None:
     found = means()
-    assert found["reward/total"] == 0.5 and found["reward/total_std"] == pytest.approx(torch.tensor([0.5, 0.5, 0, 1]).std(correction=0))
-    assert found["reward/mccs"] == 0.125 and found["reward/mccs_std"] == pytest.approx(torch.tensor([0, 0, 0, 0.5]).std(correction=0))
+    assert found["reward/total"] == 0.5 and found["reward/total_std"] == pytest.approx(
+        torch.tensor([0.5, 0.5, 0, 1]).std(correction=0)
+    )
+    assert found["reward/mccs"] == 0.125 and found["reward/mccs_std"] == pytest.approx(
+        torch.tensor([0, 0, 0, 0.5]).std(correction=0)
+    )
     assert found["reward/std"] == pytest.approx(0.5**0.5 / 2)  # inside the groups, unbiased: 0 and the root of 1/2
     assert found["reward/constant"] == 0.5 and found["reward/constant_mccs"] == 0.5
     assert not any(name.endswith("_square") for name in found)
@@ -76,10 +82,16 @@ def warnings_of(watch: CollapseWatch, *rows: dict[str, float | None]) -> list[st
     return [said for row in rows for said in [watch.update(row)] if said is not None]
 
 
-@pytest.mark.parametrize("later", [(0.4, 40, 0.2), (0.9, 19, 0.2), (0.9, 40, 0.5)], ids=["distinct", "length", "no finding"])
+@pytest.mark.parametrize(
+    "later", [(0.4, 40, 0.2), (0.9, 19, 0.2), (0.9, 40, 0.5)], ids=["distinct", "length", "no finding"]
+)
 def test_a_policy_that_collapses_is_warned_of(later: tuple[float, float, float]) -> None:
     said = warnings_of(CollapseWatch(), *[step(0.9, 40, 0.2)] * WINDOW, *[step(*later)] * WINDOW)
-    assert len(said) == 1 and "collapsing to one" in said[0] and f"{later[0]:.0%} of a batch's reports are distinct (90%" in said[0]
+    assert (
+        len(said) == 1
+        and "collapsing to one" in said[0]
+        and f"{later[0]:.0%} of a batch's reports are distinct (90%" in said[0]
+    )
 
 
 def test_a_policy_that_does_not_is_left_alone() -> None:

@@ -20,7 +20,26 @@ from mrg_r1.tracking.completions import write_completions
 from tests.reward.keyword_labeler import KeywordLabeler
 
 TAGS = ["<think>", "</think>", "<report>", "</report>", "< think>", "<THINK>", "</report", "<report/>"]
-ODD = ["", " ", "\x00", "\x1b[31m", "\ud800", "\udfff", "\u202e", "\ufeff", "نص", "报告", "🫁", "\r\n", "<", ">", "&amp;", "\\", '"', "{}"]
+ODD = [
+    "",
+    " ",
+    "\x00",
+    "\x1b[31m",
+    "\ud800",
+    "\udfff",
+    "\u202e",
+    "\ufeff",
+    "نص",
+    "报告",
+    "🫁",
+    "\r\n",
+    "<",
+    ">",
+    "&amp;",
+    "\\",
+    '"',
+    "{}",
+]
 WEIGHTS = {name: 1.0 for name in TERM_NAMES}
 
 
@@ -48,7 +67,9 @@ def test_whatever_a_policy_writes_is_scored_and_its_thoughts_are_not_labelled(
     labeler = KeywordLabeler()
     stage = RewardStage(labeler, weights=WEIGHTS, format_style=style)
     texts = [[text for text, _ in written]]
-    rewards = stage.score(texts, torch.full((1, len(written)), ended), ["edema \udc80"], Judging(constant="no effusion"))
+    rewards = stage.score(
+        texts, torch.full((1, len(written)), ended), ["edema \udc80"], Judging(constant="no effusion")
+    )
     labelled = " ".join(text for call in labeler.calls for text in call).split()
     assert not set(labelled) & {word for _, thoughts in written for word in thoughts}
     for values in rewards.terms.values():
@@ -63,10 +84,22 @@ LONG = "no effusion. " * 8000  # 104,000 characters
 @pytest.mark.parametrize("mode", ["think", "plain"])
 @pytest.mark.parametrize(
     "text",
-    ["", " \n ", "\x00", "\ud800", LONG, "x" * 100_000, f"<think>a</think><report>{LONG}</report>", "<report>" * 5000, "<think>" + LONG],
+    [
+        "",
+        " \n ",
+        "\x00",
+        "\ud800",
+        LONG,
+        "x" * 100_000,
+        f"<think>a</think><report>{LONG}</report>",
+        "<report>" * 5000,
+        "<think>" + LONG,
+    ],
     ids=["empty", "space", "null", "surrogate", "long", "one word", "long report", "tags", "unclosed"],
 )
-def test_odd_completions_pass_the_real_labeler_and_are_written_down(text: str, mode: Mode, world: Any, tmp_path: Path) -> None:
+def test_odd_completions_pass_the_real_labeler_and_are_written_down(
+    text: str, mode: Mode, world: Any, tmp_path: Path
+) -> None:
     from mrg_r1.labels.chexbert import Labeler
 
     service = InProcessRewards(RewardStage(Labeler.load(world.folder / "labeler"), weights=WEIGHTS, mode=mode))
@@ -74,6 +107,8 @@ def test_odd_completions_pass_the_real_labeler_and_are_written_down(text: str, m
     rewards = service.result(service.submit([[text, "edema"]], ended, ["s"], ["The heart is enlarged."]))
     assert torch.isfinite(rewards.total).all()
     done: Any = SimpleNamespace(texts=[[text, "edema"]], ended=ended, lengths=torch.ones(1, 2))
-    write_completions(tmp_path, step=0, rank=0, prompts=SimpleNamespace(study_ids=["s"]), completions=done, rewards=rewards)  # type: ignore[arg-type]
+    write_completions(
+        tmp_path, step=0, rank=0, prompts=SimpleNamespace(study_ids=["s"]), completions=done, rewards=rewards
+    )  # type: ignore[arg-type]
     first = json.loads((tmp_path / "step_000000_rank0.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert first["text"] == text

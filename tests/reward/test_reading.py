@@ -55,7 +55,9 @@ def test_nothing_of_a_call_that_failed_is_remembered() -> None:
 
 
 def studies(*reports: str) -> list[Study]:
-    return [Study(id=f"s{n}", patient_id="p", images=(), report=report, split="train") for n, report in enumerate(reports)]
+    return [
+        Study(id=f"s{n}", patient_id="p", images=(), report=report, split="train") for n, report in enumerate(reports)
+    ]
 
 
 @pytest.fixture
@@ -70,7 +72,9 @@ def read(manifest: Path, wanted: list[Study], labeler: KeywordLabeler, **describ
     def label(texts: Sequence[str]) -> NDArray[np.int64]:
         return labeler.label(list(texts))
 
-    return reference_labels(wanted, manifest=manifest, labeler=LABELER | described, label=label, fallback=manifest.parent / "x")
+    return reference_labels(
+        wanted, manifest=manifest, labeler=LABELER | described, label=label, fallback=manifest.parent / "x"
+    )
 
 
 def test_references_are_read_once_for_a_manifest_and_a_labeler(manifest: Path) -> None:

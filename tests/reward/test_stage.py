@@ -1,4 +1,6 @@
-"""The reward of a batch: what is labelled, what each term gives, how they add up, and that no failure becomes a zero."""
+"""The reward of a batch: what is labelled, what each term gives, how they add up, and that no failure becomes a
+zero.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def test_every_term_by_hand() -> None:
     weights = {name: 1.0 for name in TERM_NAMES} | {CUSTOM + "brevity": -0.5}
     texts = [[think("cardiomegaly. no effusion"), think("cardiomegaly"), "", "<think>a</think><report> </report>"]]
     ended = torch.tensor([[True, False, True, True]])
-    rewards = stage(weights=weights, margin=0.2, format_style="graded").score(texts, ended, ["cardiomegaly. no effusion"])
+    rewards = stage(weights=weights, margin=0.2, format_style="graded").score(
+        texts, ended, ["cardiomegaly. no effusion"]
+    )
     cosine = 1 / math.sqrt(2)
     expected: dict[str, list[float]] = {
         "ccs": [1, cosine, 0, 0],
@@ -94,7 +98,9 @@ def test_one_call_labels_each_text_once_and_never_the_thoughts() -> None:
     reward_stage.score(TEXTS, ENDED, REFERENCES)
     assert len(labeler.calls) == 1
     generated = ["cardiomegaly. effusion", "cardiomegaly. no effusion", "edema", "no edema"]
-    assert sorted(labeler.calls[0]) == sorted([*generated, "edema. no pneumothorax"])  # the first reference is one of them
+    assert sorted(labeler.calls[0]) == sorted(
+        [*generated, "edema. no pneumothorax"]
+    )  # the first reference is one of them
     reward_stage.score([[think("effusion"), think("effusion")]], torch.ones(1, 2, dtype=torch.bool), REFERENCES[:1])
     assert labeler.calls[1:] == [["effusion"]]  # the reference is remembered
 
@@ -102,7 +108,9 @@ def test_one_call_labels_each_text_once_and_never_the_thoughts() -> None:
 def test_nothing_is_labelled_when_nothing_is_there() -> None:
     labeler = KeywordLabeler()
     known = np.zeros((1, 14), dtype=np.int64)
-    rewards = stage(labeler).score([["a", "b"]], torch.ones(1, 2, dtype=torch.bool), ["x"], Judging(reference_labels=known))
+    rewards = stage(labeler).score(
+        [["a", "b"]], torch.ones(1, 2, dtype=torch.bool), ["x"], Judging(reference_labels=known)
+    )
     assert labeler.calls == [] and rewards.total.tolist() == [[0, 0]]
 
 
@@ -111,7 +119,9 @@ def test_known_reference_labels_take_the_labelers_place() -> None:
     known = np.zeros((1, 14), dtype=np.int64)
     known[0, 9] = 1
     texts = [[think("effusion"), think("edema")]]
-    rewards = stage(labeler).score(texts, torch.ones(1, 2, dtype=torch.bool), ["edema"], Judging(reference_labels=known))
+    rewards = stage(labeler).score(
+        texts, torch.ones(1, 2, dtype=torch.bool), ["edema"], Judging(reference_labels=known)
+    )
     assert rewards.terms["mccs"].tolist() == [[1, 0]]
     assert labeler.calls == [["effusion", "edema"]]
     assert rewards.reference_labels.tolist() == known.tolist()
@@ -132,13 +142,24 @@ def test_rows_stay_with_their_own_study() -> None:
 
 
 def test_the_step_decides_the_margin_and_the_weights() -> None:
-    texts, ended, references = [[think("edema. no effusion"), think("edema")]], torch.ones(1, 2, dtype=torch.bool), ["edema. effusion"]
-    scored = [stage().score(texts, ended, references, Judging(margin=margin)).terms["mccs"][0, 1].item() for margin in (0.0, 0.5, 0.9)]
+    texts, ended, references = (
+        [[think("edema. no effusion"), think("edema")]],
+        torch.ones(1, 2, dtype=torch.bool),
+        ["edema. effusion"],
+    )
+    scored = [
+        stage().score(texts, ended, references, Judging(margin=margin)).terms["mccs"][0, 1].item()
+        for margin in (0.0, 0.5, 0.9)
+    ]
     cosine = 0.5**0.5
     assert scored == pytest.approx([cosine, (cosine - 0.5) / 0.5, 0.0])
     weights = np.ones((13, 2))
     weights[4, 0] = 9.0  # edema
-    heavy = stage(weights={"ccs": 1.0, "mccs": 1.0}).score(texts, ended, references, Judging(margin=0.2, ccs_weights=weights)).terms
+    heavy = (
+        stage(weights={"ccs": 1.0, "mccs": 1.0})
+        .score(texts, ended, references, Judging(margin=0.2, ccs_weights=weights))
+        .terms
+    )
     cosines = [(9 - 1) / 10, 3 / 10**0.5]
     assert heavy["ccs"][0].tolist() == pytest.approx(cosines)
     assert heavy["mccs"][0].tolist() == pytest.approx([(cosine - 0.2) / 0.8 for cosine in cosines])
@@ -150,7 +171,10 @@ def test_a_constant_report_is_scored_beside_every_study() -> None:
     alone = stage(weights=weights).score(TEXTS, ENDED, REFERENCES)
     as_completion = stage(weights=weights, mode="plain").score([[REFERENCES[1]]] * 2, ENDED[:, :1], REFERENCES)
     assert torch.equal(known.total, alone.total) and not alone.constant
-    assert torch.equal(known.constant["total"], as_completion.total[:, 0]) and known.constant.keys() == {"total", *weights}
+    assert torch.equal(known.constant["total"], as_completion.total[:, 0]) and known.constant.keys() == {
+        "total",
+        *weights,
+    }
     assert known.constant["mccs"][1] == 1 and known.constant["format"].tolist() == [1, 1]
 
 

@@ -45,7 +45,8 @@ def test_ccs_by_hand(generated: NDArray[np.int8], reference: NDArray[np.int8], e
 
 
 @pytest.mark.parametrize(
-    ("cosine", "margin", "expected"), [(1, 0.5, 1), (0.75, 0.5, 0.5), (0.5, 0.5, 0), (-1, 0, 0), (0.6, 0.2, 0.5), (0.3, 0, 0.3)]
+    ("cosine", "margin", "expected"),
+    [(1, 0.5, 1), (0.75, 0.5, 0.5), (0.5, 0.5, 0), (-1, 0, 0), (0.6, 0.2, 0.5), (0.3, 0, 0.3)],
 )
 def test_mccs_by_hand(cosine: float, margin: float, expected: float) -> None:
     assert mccs(np.array([cosine], dtype=np.float32), margin)[0] == pytest.approx(expected, rel=1e-6)
@@ -133,7 +134,9 @@ def test_weights_that_make_no_cosine_are_refused(weights: NDArray[np.float64]) -
         ccs(vector(1), vector(1), weights)
 
 
-def classes(positives: tuple[int, ...], uncertain: tuple[int, ...] = (), negatives: tuple[int, ...] = ()) -> NDArray[np.int64]:
+def classes(
+    positives: tuple[int, ...], uncertain: tuple[int, ...] = (), negatives: tuple[int, ...] = ()
+) -> NDArray[np.int64]:
     row = np.zeros((1, 14), dtype=np.int64)
     row[0, list(positives)] = 1
     row[0, list(uncertain)] = 3
@@ -183,7 +186,13 @@ def test_rouge_l_by_hand() -> None:
 
 
 def test_length_is_the_ratio_of_the_shorter_to_the_longer() -> None:
-    assert length(["a b", "a b c d", "a", "", ""], ["a b", "a b", "a b c d", "a", ""]).tolist() == [1.0, 0.5, 0.25, 0.0, 1.0]
+    assert length(["a b", "a b c d", "a", "", ""], ["a b", "a b", "a b c d", "a", ""]).tolist() == [
+        1.0,
+        0.5,
+        0.25,
+        0.0,
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize("term", [bleu4, rouge_l, length])

@@ -20,15 +20,20 @@ def sample(policy, prompts, **changes):
 
 
 def test_near_greedy_generation_config_is_not_obeyed(policy, studies, build):
-    """Trap 1: temperature 1e-6 and top_k 1 stand in the checkpoint; the group differs all the same, with the model's entropy."""
+    """Trap 1: temperature 1e-6 and top_k 1 stand in the checkpoint; the group differs all the same, with the model's
+    entropy.
+    """
     assert policy.base.generation_config.temperature == 1e-6 and policy.base.generation_config.top_k == 1
     prompts = build(policy)(studies[:1])
     completions = sample(policy, prompts, group_size=256, max_new_tokens=1)
     first = completions.token_ids[0, :, 0]
     with torch.no_grad():
         vision = policy.encode_images(prompts)
-        _, entropy = policy(prompts, vision, first[:1, None], torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, dtype=torch.long))
-    # minus the mean sampled log-prob estimates the entropy; its standard error is the std of the log-probs over sqrt(256)
+        _, entropy = policy(
+            prompts, vision, first[:1, None], torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, dtype=torch.long)
+        )
+    # minus the mean sampled log-prob estimates the entropy; its standard error is the std of the log-probs over
+    # sqrt(256)
     error = completions.logp[0, :, 0].std() / 16
     assert len(first.unique()) > 50
     assert abs(-completions.logp[0, :, 0].mean() - entropy[0, 0]) < 5 * error
@@ -221,18 +226,26 @@ def test_a_rollout_in_parts_is_the_whole_one(lora_policy, studies, build, cache_
     prompts = build(lora_policy)(studies)
     whole = sample(lora_policy, prompts)
     parts = sample(lora_policy, prompts, cache_tokens=cache_tokens)
-    assert torch.equal(parts.token_ids, whole.token_ids) and torch.equal(parts.ended, whole.ended) and parts.texts == whole.texts
+    assert (
+        torch.equal(parts.token_ids, whole.token_ids)
+        and torch.equal(parts.ended, whole.ended)
+        and parts.texts == whole.texts
+    )
     torch.testing.assert_close(parts.logp, whole.logp, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("cache_tokens", [None, 120])
 def test_what_has_ended_is_handed_on_while_others_go_on(lora_policy, studies, build, cache_tokens):
-    """Every text that is handed on is one of the rollout's, none twice, some before the last token; and the samples are the same."""
+    """Every text that is handed on is one of the rollout's, none twice, some before the last token; and the samples are
+    the same.
+    """
     eager_to_end(lora_policy)
     prompts = build(lora_policy)(studies)
     early: list[list[str]] = []
     plain = sample(lora_policy, prompts, group_size=6, max_new_tokens=40, cache_tokens=cache_tokens)
-    told = sample(lora_policy, prompts, group_size=6, max_new_tokens=40, cache_tokens=cache_tokens, on_ended=early.append)
+    told = sample(
+        lora_policy, prompts, group_size=6, max_new_tokens=40, cache_tokens=cache_tokens, on_ended=early.append
+    )
     assert torch.equal(told.token_ids, plain.token_ids) and told.texts == plain.texts
     handed = [text for texts in early for text in texts]
     ended = [told.texts[b][g] for b in range(4) for g in range(6)]

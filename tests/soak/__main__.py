@@ -1,7 +1,9 @@
-"""`make soak`: training runs that are killed (kill -9) at random moments, started again, and must end as the run that never was.
+"""`make soak`: training runs that are killed (kill -9) at random moments, started again, and must end as the run that
+never was.
 
-Two real ranks, a tiny policy, three settings that differ in ZeRO stage, precision and number of updates a rollout. For each setting one run
-goes through undisturbed; others are killed a few times in a chosen phase, at a random moment of it, and then go on to their end.
+Two real ranks, a tiny policy, three settings that differ in ZeRO stage, precision and number of updates a rollout. For
+each setting one run goes through undisturbed; others are killed a few times in a chosen phase, at a random moment of
+it, and then go on to their end.
 """
 
 from __future__ import annotations
@@ -32,7 +34,18 @@ SETTINGS = {
 STEPS = 8
 COMMON = [f"steps={STEPS}", "checkpoint.every=2", "evaluation.every=3", "evaluation.max_studies=4"]
 # `anywhere` is any moment from the launch on; the others begin with the phase and end with it
-PHASES = ("rollout", "checkpoint", "update", "reward_exposed", "anywhere", "reference", "validation", "checkpoint", "evaluation", "start")
+PHASES = (
+    "rollout",
+    "checkpoint",
+    "update",
+    "reward_exposed",
+    "anywhere",
+    "reference",
+    "validation",
+    "checkpoint",
+    "evaluation",
+    "start",
+)
 EVERY_STEP = ("rollout", "update", "reward_exposed", "reference")
 # a node that vanishes; the kernel that takes one process where memory runs out; ranks gone, their service left alone
 VICTIMS = ("all", "rank 0", "all", "rank 1", "rank")
@@ -50,8 +63,16 @@ class Tally:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="how many (default: 30), spread over the settings")
-    parser.add_argument("--seed", type=int, default=None, help="of the moments (default: another one each time; it is printed)")
-    parser.add_argument("-o", "--output", type=Path, default=Path("runs/soak"), help="a folder that is not there yet (default: runs/soak)")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of the moments (default: another one each time; it is printed)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("runs/soak"),
+        help="a folder that is not there yet (default: runs/soak)",
+    )
     arguments = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if arguments.seed is None else arguments.seed
     arguments.output.mkdir(parents=True)
@@ -59,7 +80,10 @@ def main() -> int:
     tally = soak(arguments.output.absolute(), kills=arguments.kills, seed=seed)
     for fault in tally.faults:
         print(fault)
-    print(f"{tally.good} of {arguments.kills} kills: resumed to the adapter, metrics, completions and evaluations of the undisturbed run")
+    print(
+        f"{tally.good} of {arguments.kills} kills: resumed to the adapter, metrics, completions and evaluations of "
+        "the undisturbed run"
+    )
     return 0 if tally.good == arguments.kills else 1
 
 
@@ -74,7 +98,11 @@ def soak(folder: Path, *, kills: int, seed: int) -> Tally:
         place = folder / f"setting{number}"
         place.mkdir()
         wanted, spans = undisturbed(world, place, COMMON + overrides)
-        print(f"{setting}: undisturbed; phases of {', '.join(f'{name} {1000 * span:.0f}' for name, span in spans.items())} ms", flush=True)
+        print(
+            f"{setting}: undisturbed; phases of "
+            f"{', '.join(f'{name} {1000 * span:.0f}' for name, span in spans.items())} ms",
+            flush=True,
+        )
         part = 0
         while done < share:
             run = Disturbed(world, place / f"killed{part}", COMMON + overrides, spans, rng)
@@ -120,7 +148,9 @@ class Disturbed:
                 if job.process.wait(timeout=LONGEST) != 0:
                     self.faults.append(f"it ended by itself; see {job.log}")
                 return made
-            victims = VICTIMS[number % len(VICTIMS)] if PHASES[number % len(PHASES)] != "start" else "all"  # there may be no ranks yet
+            victims = (
+                VICTIMS[number % len(VICTIMS)] if PHASES[number % len(PHASES)] != "start" else "all"
+            )  # there may be no ranks yet
             job.kill(where[1] or job.members(), victims)
             left = job.leave()
             made += 1
@@ -128,7 +158,11 @@ class Disturbed:
                 self.faults.append(f"kill {number + 1}: still there a minute later: {sorted(left.values())}")
             if job.process.returncode == 0:
                 self.faults.append(f"kill {number + 1}: the launcher says that all is well; see {job.log}")
-            print(f"kill {number + 1} of {of}: {victims} {where[0]}; {self._standing()}, exit code {job.process.returncode}", flush=True)
+            print(
+                f"kill {number + 1} of {of}: {victims} {where[0]}; {self._standing()}, exit code "
+                f"{job.process.returncode}",
+                flush=True,
+            )
         job = Job(recipe, self.overrides, log=self.directory.with_name(f"{self.directory.name}-last.log"))
         if job.process.wait(timeout=LONGEST) != 0:
             self.faults.append(f"it does not go on:\n{job.log.read_text()[-3000:]}")
@@ -148,7 +182,10 @@ class Disturbed:
         members = job.members()
         steps_left = STEPS - self._latest()
         if phase == "anywhere":
-            in_a_step = sum(self.spans.get(name, 0.0) for name in ("vision", "rollout", "reward_exposed", "reference", "old", "update"))
+            in_a_step = sum(
+                self.spans.get(name, 0.0)
+                for name in ("vision", "rollout", "reward_exposed", "reference", "old", "update")
+            )
             time.sleep(self.rng.uniform(0, self.spans["evaluation"] + steps_left * in_a_step))
             if job.process.poll() is not None:
                 return None

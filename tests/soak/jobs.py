@@ -1,4 +1,6 @@
-"""A run of two real ranks that can be watched, killed at a chosen place, and compared with another when it has ended."""
+"""A run of two real ranks that can be watched, killed at a chosen place, and compared with another when it has
+ended.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class Job:
         return [(float(line.split(" ", 1)[0]), line.split(" ", 1)[1].strip()) for line in lines if line.endswith("\n")]
 
     def wait_for(self, phase: str, occurrence: int) -> bool:
-        """Return when rank 0 enters the `occurrence`-th phase of this name (counted from 1), at once; False where the run ended before."""
+        """Return when rank 0 enters the `occurrence`-th phase of this name (counted from 1), at once; False where the
+        run ended before.
+        """
         deadline = time.monotonic() + LONGEST
         path, seen, position = Path(f"{self.notes}.0"), 0, 0
         before = ""
@@ -84,7 +88,9 @@ class Job:
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                variables = dict(item.split(b"=", 1) for item in (entry / "environ").read_bytes().split(b"\0") if b"=" in item)
+                variables = dict(
+                    item.split(b"=", 1) for item in (entry / "environ").read_bytes().split(b"\0") if b"=" in item
+                )
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue  # it has ended
@@ -100,13 +106,17 @@ class Job:
 
     def kill(self, members: dict[int, str], which: str) -> None:
         """SIGKILL to every process whose name begins with `which`; `all` means all of them."""
-        for pid, name in sorted(members.items(), key=lambda item: item[1] == "launcher"):  # the ranks first, or it would end them kindly
+        for pid, name in sorted(
+            members.items(), key=lambda item: item[1] == "launcher"
+        ):  # the ranks first, or it would end them kindly
             if which == "all" or name.startswith(which):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
     def leave(self) -> dict[int, str]:
-        """Wait until nothing of this run lives. Returns what still does after `_LEFT_WITHIN` seconds, having killed it."""
+        """Wait until nothing of this run lives. Returns what still does after `_LEFT_WITHIN` seconds, having
+        killed it.
+        """
         deadline = time.monotonic() + _LEFT_WITHIN
         left = self.members()
         while left and time.monotonic() < deadline:

@@ -1,7 +1,7 @@
 """A rank of the soak: launch/train.py that writes down every place it comes to, so that it can be killed there.
 
-Started by the launcher as a script, like launch/train.py; each line of $SOAK_NOTES.RANK is a moment (seconds since the epoch) and where
-the rank is from then on.
+Started by the launcher as a script, like launch/train.py; each line of $SOAK_NOTES.RANK is a moment (seconds since the
+epoch) and where the rank is from then on.
 """
 
 from __future__ import annotations

@@ -36,10 +36,20 @@ def table(tmp_path):
                 {"name": "Start", "before": "Four"},
                 {"name": "Four", "set": {"grpo.group_size": 4}},
                 {"name": "Eight & more", "set": {"grpo.group_size": 8}},
-                {"name": "SFT", "task": "sft", "cpu_seconds_of": "Four", "set": {"policy.adapter": "{run:Eight & more}/adapter"}},
+                {
+                    "name": "SFT",
+                    "task": "sft",
+                    "cpu_seconds_of": "Four",
+                    "set": {"policy.adapter": "{run:Eight & more}/adapter"},
+                },
             ],
             "reference": "Four",
-            "columns": ["truth:disease_micro13", "labeler:Pleural Effusion", "evaluation:distinct_share", "step:groups/zero_signal"],
+            "columns": [
+                "truth:disease_micro13",
+                "labeler:Pleural Effusion",
+                "evaluation:distinct_share",
+                "step:groups/zero_signal",
+            ],
         }
         path = tmp_path / "table.yaml"
         path.write_text(yaml.safe_dump(content | changes, sort_keys=False))

@@ -1,4 +1,6 @@
-"""Stands in for the DeepSpeed launcher: takes the command line of a row and leaves what a run leaves, or fails where it is told to."""
+"""Stands in for the DeepSpeed launcher: takes the command line of a row and leaves what a run leaves, or fails where it
+is told to.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def main() -> None:
     (run / "evaluation").mkdir(parents=True, exist_ok=True)
     for name, hits in (("test_before", 2), ("test", right)):
         leave_evaluation(run, name, hits)
-    (run / "metrics.jsonl").write_text("".join(json.dumps({"step": k, "groups/zero_signal": 0.1 * k}) + "\n" for k in range(3)))
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": k, "groups/zero_signal": 0.1 * k}) + "\n" for k in range(3))
+    )
     (run / "environment.json").write_text(json.dumps({"commit": "abc"}))
     asked = {"sft.max_cpu_seconds": recipe.sft.max_cpu_seconds, "script": script, "adapter": str(recipe.policy.adapter)}
     (run / "summary.json").write_text(json.dumps({"status": "complete", "training_cpu_seconds": 12.5, "asked": asked}))
@@ -34,7 +38,9 @@ def main() -> None:
 
 
 def leave_evaluation(run: Path, name: str, hits: int) -> None:
-    """Ten studies with an effusion each, of which the first `hits` reports say so; the truth of the last one is that there is none."""
+    """Ten studies with an effusion each, of which the first `hits` reports say so; the truth of the last one is that
+    there is none.
+    """
     effusion, nothing = [None] * 9 + [1] + [None] * 4, [None] * 14
     rows = [
         {

@@ -23,13 +23,17 @@ def _finish(run, hits: int, *, zero_signal=(0.2, 0.4)) -> None:
     (run.folder / "evaluation").mkdir(parents=True)
     leave_evaluation(run.folder, "test_before", 2)
     leave_evaluation(run.folder, "test", hits)
-    (run.folder / "metrics.jsonl").write_text("".join(json.dumps({"step": 0, "groups/zero_signal": value}) + "\n" for value in zero_signal))
+    (run.folder / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": 0, "groups/zero_signal": value}) + "\n" for value in zero_signal)
+    )
     (run.folder / "environment.json").write_text(json.dumps({"commit": "abc"}))
     (run.folder / "summary.json").write_text(json.dumps({"status": "complete"}))
 
 
 def _f1(hits: int, *, truth: bool) -> float:
-    """Ten reports of which the first `hits` say effusion; the labeler reads one in all ten references, the truth has it in nine."""
+    """Ten reports of which the first `hits` say effusion; the labeler reads one in all ten references, the truth has it
+    in nine.
+    """
     true, positives = min(hits, 9 if truth else 10), 9 if truth else 10
     return 2 * true / (hits + positives)
 
@@ -60,10 +64,16 @@ def test_differences_are_paired_by_seed(plan):
     for seed, (four, eight) in enumerate(((4, 6), (5, 6))):
         _finish(plan.runs["Four", seed], four)
         _finish(plan.runs["Eight & more", seed], eight)
-    gain = next(row for row in build_table(plan, samples=200).rows if row.name == "Eight & more").gains["labeler:Pleural Effusion"]
+    gain = next(row for row in build_table(plan, samples=200).rows if row.name == "Eight & more").gains[
+        "labeler:Pleural Effusion"
+    ]
     differences = [_f1(6, truth=False) - _f1(4, truth=False), _f1(6, truth=False) - _f1(5, truth=False)]
-    assert gain.mean == pytest.approx(np.mean(differences)) and gain.studies_interval is None  # of an observation there is no bootstrap
-    truth = next(row for row in build_table(plan, samples=200).rows if row.name == "Eight & more").gains["truth:disease_micro13"]
+    assert (
+        gain.mean == pytest.approx(np.mean(differences)) and gain.studies_interval is None
+    )  # of an observation there is no bootstrap
+    truth = next(row for row in build_table(plan, samples=200).rows if row.name == "Eight & more").gains[
+        "truth:disease_micro13"
+    ]
     pooled = [2 * hits / (hits + 18) for hits in (9, 12)]
     assert truth.studies_difference == pytest.approx(pooled[1] - pooled[0])
     low, high = truth.studies_interval
@@ -94,28 +104,44 @@ def test_a_column_that_the_runs_cannot_give_says_why(table, tmp_path):
 
 
 def test_every_layout_names_definition_origin_and_what_is_missing(table, tmp_path):
-    paper = {"system": "A paper", "column": "truth:disease_micro13", "value": 0.5, "definition": "definition not stated", "source": "X"}
+    paper = {
+        "system": "A paper",
+        "column": "truth:disease_micro13",
+        "value": 0.5,
+        "definition": "definition not stated",
+        "source": "X",
+    }
     plan = plan_table(table(published=[paper]), rows_folder=tmp_path / "rows")
     for seed in (0, 1):
         _finish(plan.runs["Four", seed], 4 + seed)
         _finish(plan.runs["Eight & more", seed], 8)
     built = build_table(plan, samples=50)
     text = table_as_markdown(built)
-    assert "disease_micro13 F1, drawn truth" in text and "made on phantoms" in text and "Not finished: SFT, seed 0; SFT, seed 1" in text
+    assert (
+        "disease_micro13 F1, drawn truth" in text
+        and "made on phantoms" in text
+        and "Not finished: SFT, seed 0; SFT, seed 1" in text
+    )
     assert "micro over 13 observations, uncertain not positive" in text and "definition not stated" in text
     lines = list(csv.DictReader(io.StringIO(table_as_csv(built))))
     eight = next(line for line in lines if line["row"] == "Eight & more" and line["column"] == "truth:disease_micro13")
     assert float(eight["seed_1"]) == pytest.approx(_f1(8, truth=True)) and eight["made_on"] == "phantoms"
-    assert next(line for line in lines if line["row"] == "A paper")["definition_of_published"] == "definition not stated"
+    assert (
+        next(line for line in lines if line["row"] == "A paper")["definition_of_published"] == "definition not stated"
+    )
     latex = table_as_latex(built)
     assert "Eight \\& more" in latex and "disease\\_micro13" in latex and "\\toprule" in latex
 
 
-def test_the_command_runs_and_writes_a_table_and_a_failure_still_leaves_the_others(table, tmp_path, monkeypatch, capsys):
+def test_the_command_runs_and_writes_a_table_and_a_failure_still_leaves_the_others(
+    table, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(ROOT)
     path, out = table(), tmp_path / "out"
     assert main(["table", str(path), "-o", str(out), "--launch", FAKE, "--parallel", "2", "--seeds", "0"]) == 0
-    assert (out / "table" / "table.md").is_file() and json.loads((out / "table" / "table.json").read_text())["missing"] == []
+    assert (out / "table" / "table.md").is_file() and json.loads((out / "table" / "table.json").read_text())[
+        "missing"
+    ] == []
     assert "Eight & more" in capsys.readouterr().out
     (out / "table" / "table.md").unlink()
     assert main(["table", str(path), "grpo.beta=0.9", "-o", str(out), "--launch", FAKE, "--seeds", "1"]) == 2

@@ -9,12 +9,21 @@ from mrg_r1.tables.build import check_columns
 from mrg_r1.tables.plan import TableError, check_inputs, plan_table, read_table
 from tests.ranks.conftest import ROOT
 
-TABLES = sorted(path for path in (ROOT / "launch" / "recipes" / "tables").glob("*.yaml") if "columns:" in path.read_text())
+TABLES = sorted(
+    path for path in (ROOT / "launch" / "recipes" / "tables").glob("*.yaml") if "columns:" in path.read_text()
+)
 
 
 def test_a_row_is_a_run_for_each_seed_with_the_seed_s_own_values(table, tmp_path):
     plan = plan_table(table(), rows_folder=tmp_path / "rows")
-    assert list(plan.runs) == [("Four", 0), ("Four", 1), ("Eight & more", 0), ("Eight & more", 1), ("SFT", 0), ("SFT", 1)]
+    assert list(plan.runs) == [
+        ("Four", 0),
+        ("Four", 1),
+        ("Eight & more", 0),
+        ("Eight & more", 1),
+        ("SFT", 0),
+        ("SFT", 1),
+    ]
     run = plan.runs["Four", 1]
     assert "seed=1" in run.overrides and f'data.manifest="{tmp_path}/d1/manifest.jsonl"' in run.overrides
     assert run.overrides[-1] == f"output_dir={run.folder}"
@@ -60,7 +69,10 @@ def test_a_finished_run_whose_recipe_means_something_else_today_is_not_taken_for
         ({"rows": [{"name": "Four", "set": {"policy.path": "{model}"}}]}, r"\{model\} is not said for every seed"),
         ({"rows": [{"name": "Four", "sett": {}}]}, "rows.0.sett: Extra inputs"),
         ({"seeds": {}}, "seeds"),
-        ({"published": [{"system": "S", "column": "truth:x", "value": 1, "definition": "?", "source": "?"}]}, "not one of the table's"),
+        (
+            {"published": [{"system": "S", "column": "truth:x", "value": 1, "definition": "?", "source": "?"}]},
+            "not one of the table's",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_table_is_named(table, changes, message):

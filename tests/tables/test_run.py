@@ -30,7 +30,9 @@ def test_rows_wait_for_those_they_need_and_finished_ones_are_kept(table, tmp_pat
     assert all(run.finished for run in plan.runs.values())
     events = _events(rows)
     sft = plan.runs["SFT", 0]
-    assert events.index(("begin", sft.folder.name)) > max(events.index(("end", folder.name)) for folder in sft.waits_for)
+    assert events.index(("begin", sft.folder.name)) > max(
+        events.index(("end", folder.name)) for folder in sft.waits_for
+    )
     asked = json.loads((sft.folder / "summary.json").read_text())["asked"]
     assert asked == {
         "sft.max_cpu_seconds": 12.5,

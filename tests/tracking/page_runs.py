@@ -59,13 +59,17 @@ def prediction(
     }
 
 
-def write_evaluated(run: Path, name: str, rows: list[dict[str, Any]], studies: Sequence[Study], **more: Any) -> dict[str, Any]:
+def write_evaluated(
+    run: Path, name: str, rows: list[dict[str, Any]], studies: Sequence[Study], **more: Any
+) -> dict[str, Any]:
     result = summarise(rows, studies, train=None, seed=0, bootstrap_samples=20) | more
     write_evaluation(run / "evaluation", name, result, rows)
     return result
 
 
-def completion(step: int, study: Study, member: int, text: str, said: Values | None, *, total: float = 0.5) -> dict[str, Any]:
+def completion(
+    step: int, study: Study, member: int, text: str, said: Values | None, *, total: float = 0.5
+) -> dict[str, Any]:
     return {
         "step": step,
         "study": study.id,
@@ -87,13 +91,24 @@ def write_completions(run: Path, step: int, rows: list[dict[str, Any]], *, rank:
     return path
 
 
-def noise_study(folder: Path, name: str, image: Path, *, report: str, rendered: bool = False, split: str = "test") -> Study:
-    return Study(id=name, patient_id=f"p-{name}", images=(StudyImage(image, "frontal"),), report=report, split=split, rendered=rendered)
+def noise_study(
+    folder: Path, name: str, image: Path, *, report: str, rendered: bool = False, split: str = "test"
+) -> Study:
+    return Study(
+        id=name,
+        patient_id=f"p-{name}",
+        images=(StudyImage(image, "frontal"),),
+        report=report,
+        split=split,
+        rendered=rendered,
+    )
 
 
 def large_run(folder: Path, *, studies: int = 2000) -> tuple[Path, list[Study]]:
-    """A run of `studies` test studies, most with a text that tries to break out, one of them far too long; and 40 training studies, one of
-    which is sampled in each of 12 steps. Noise does not compress: the radiographs and the texts each would pass the page's bound."""
+    """A run of `studies` test studies, most with a text that tries to break out, one of them far too long; and 40
+    training studies, one of which is sampled in each of 12 steps. Noise does not compress: the radiographs and the
+    texts each would pass the page's bound.
+    """
     rng = np.random.default_rng(0)
     images = []
     for number in range(70):
@@ -130,6 +145,8 @@ def large_run(folder: Path, *, studies: int = 2000) -> tuple[Path, list[Study]]:
             for g in range(4)
         ]
         write_completions(run, step, rows)
-    thought = completion(12, train[37], 0, "<think>the angle is blunted</think><report>Effusion.</report>", labels(Pleural_Effusion=1))
+    thought = completion(
+        12, train[37], 0, "<think>the angle is blunted</think><report>Effusion.</report>", labels(Pleural_Effusion=1)
+    )
     write_completions(run, 12, [thought | {"report": "Effusion."}])
     return run, [*test, *train]

@@ -15,7 +15,9 @@ DISEASE = values_of_classes([0, 1] + [0] * 12)
 
 
 def rows(studies=200, *, right=0.5, fooled=0.0, seed=0, drawn=False, names="s"):
-    """Every reference says cardiomegaly; a share `right` of reports says it, a share `fooled` only to the rewarded labeler."""
+    """Every reference says cardiomegaly; a share `right` of reports says it, a share `fooled` only to the rewarded
+    labeler.
+    """
     luck = np.random.default_rng(seed).random(studies)
     made = []
     for number, draw in enumerate(luck):
@@ -37,7 +39,12 @@ def test_a_policy_that_fools_one_labeler_is_told_of_once_an_amount():
     watch = GapWatch()
     assert watch.update(rows(), "a b", when="before training") == []
     (warning,) = watch.update(rows(fooled=0.2), "a b", when="after step 20")
-    assert "hacking_gap has widened" in warning and "after step 20" in warning and "before training" in warning and "grpo.beta" in warning
+    assert (
+        "hacking_gap has widened" in warning
+        and "after step 20" in warning
+        and "before training" in warning
+        and "grpo.beta" in warning
+    )
     assert watch.update(rows(fooled=0.21), "a b", when="after step 40") == []  # known
     assert len(watch.update(rows(fooled=0.4), "a b", when="after step 60")) == 1  # and worse
 
@@ -68,7 +75,9 @@ def test_chance_alone_is_quiet():
 def test_what_is_significant_and_small_is_quiet():
     watch = GapWatch()
     watch.update(rows(5000), "a b", when="0")
-    assert watch.update(rows(5000, fooled=GREW / 2), "a b", when="1") == []  # F1 moves by less than the share that is fooled
+    assert (
+        watch.update(rows(5000, fooled=GREW / 2), "a b", when="1") == []
+    )  # F1 moves by less than the share that is fooled
     assert len(watch.update(rows(5000, fooled=GREW * 3), "a b", when="2")) == 1
 
 

@@ -63,7 +63,13 @@ def test_clock_keeps_processor_seconds_of_training_through_an_interruption(monke
 
 
 def summary(before, after, **more):
-    return {"before": {"f1": before}, "after": {"f1": after}, "seconds": {"rollout": 1}, "training_seconds": 7.5, "world_size": 2} | {
+    return {
+        "before": {"f1": before},
+        "after": {"f1": after},
+        "seconds": {"rollout": 1},
+        "training_seconds": 7.5,
+        "world_size": 2,
+    } | {
         "zero_stage": 2,
         "seed": 0,
         "note": "phantoms",

@@ -1,4 +1,6 @@
-"""The page's content: every text escaped, readable while a run runs, errors that name file and line, the files' own numbers."""
+"""The page's content: every text escaped, readable while a run runs, errors that name file and line, the files' own
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,15 @@ from mrg_r1.tracking.page import write_page
 from mrg_r1.tracking.page.curves import read_curves, sections
 from mrg_r1.tracking.page.embedding import embedded
 from tests.conftest import make_study
-from tests.tracking.page_runs import EVIL, completion, labels, prediction, write_completions, write_evaluated, write_metrics
+from tests.tracking.page_runs import (
+    EVIL,
+    completion,
+    labels,
+    prediction,
+    write_completions,
+    write_evaluated,
+    write_metrics,
+)
 
 
 class Page(HTMLParser):
@@ -36,8 +46,12 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         named = dict(attrs)
         self.tags.append(tag)
-        self._id = named.get("id") if named.get("type") == "application/json" else "" if tag in ("script", "style") else None
-        assert not any(value and value.startswith(("http:", "https:", "//")) for name, value in attrs if name in {"src", "href"})
+        self._id = (
+            named.get("id") if named.get("type") == "application/json" else "" if tag in ("script", "style") else None
+        )
+        assert not any(
+            value and value.startswith(("http:", "https:", "//")) for name, value in attrs if name in {"src", "href"}
+        )
 
     def handle_endtag(self, tag):
         self._id = None
@@ -49,7 +63,9 @@ class Page(HTMLParser):
             self.text += data
 
     def cards(self, title: str) -> dict[str, dict[str, Any]]:
-        return {card["id"]: card for part in self.json["data"]["sets"] if part["title"] == title for card in part["cards"]}
+        return {
+            card["id"]: card for part in self.json["data"]["sets"] if part["title"] == title for card in part["cards"]
+        }
 
 
 @pytest.fixture
@@ -74,7 +90,13 @@ def test_reports_leave_no_tag_of_their_own_on_the_page(run, tmp_path):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.recursive(st.text() | st.integers() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8))
+@given(
+    st.recursive(
+        st.text() | st.integers() | st.none(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=8,
+    )
+)
 def test_embedded_json_reads_back_and_holds_nothing_that_html_reads(content):
     text = embedded(content)
     assert json.loads(text) == content
@@ -83,7 +105,11 @@ def test_embedded_json_reads_back_and_holds_nothing_that_html_reads(content):
 
 def test_a_run_at_its_first_steps_has_curves_only(run):
     page = Page(write_page(run, []))
-    assert "3 steps" in page.text and "unfinished when this page was written" in page.text and "No studies on this page yet" in page.text
+    assert (
+        "3 steps" in page.text
+        and "unfinished when this page was written" in page.text
+        and "No studies on this page yet" in page.text
+    )
     assert "Results" not in page.text and page.json["data"]["sets"] == []
 
 
@@ -127,14 +153,20 @@ def test_before_and_after_stand_beside_one_another_with_every_baseline(run, tmp_
         "0.765",
     ):
         assert shown in page.text
-    assert [version["name"] for version in page.cards("Test studies")["one"]["at"]] == ["before training", "after training"]
+    assert [version["name"] for version in page.cards("Test studies")["one"]["at"]] == [
+        "before training",
+        "after training",
+    ]
 
 
 def test_a_training_study_is_followed_over_its_steps_and_ranks(run, tmp_path):
     often, once = make_study(tmp_path, "often", [(84, 84)]), make_study(tmp_path, "once", [(84, 84)])
     for step in (0, 3, 7):
         write_completions(
-            run, step, [completion(step, often, g, f"at {step}, {g}", labels(Edema=1), total=g / 2) for g in range(2)], rank=1
+            run,
+            step,
+            [completion(step, often, g, f"at {step}, {g}", labels(Edema=1), total=g / 2) for g in range(2)],
+            rank=1,
         )
     path = write_completions(run, 3, [completion(3, once, 0, "malformed", None)], rank=0)
     path.write_text(path.read_text() + '{"step": 3, "study": "on', encoding="utf-8")  # being written
@@ -142,15 +174,18 @@ def test_a_training_study_is_followed_over_its_steps_and_ranks(run, tmp_path):
     cards = page.cards("Training studies")
     assert [version["name"] for version in cards["often"]["at"]] == ["step 1", "step 4", "step 8"]
     assert [sample["report"] for sample in cards["often"]["at"][1]["samples"]] == ["at 3, 0", "at 3, 1"]
-    assert cards["often"]["said"] == "....?........." and cards["often"]["at"][0]["samples"][0]["labels"] == "....+........."
+    assert (
+        cards["often"]["said"] == "....?........."
+        and cards["often"]["at"][0]["samples"][0]["labels"] == "....+........."
+    )
     assert cards["once"]["said"] is None and cards["once"]["at"][0]["samples"][0]["report"] is None
 
 
 def test_think_text_is_apart_from_the_report(run, tmp_path):
     study = make_study(tmp_path, "thinks", [(84, 84)])
-    good = completion(0, study, 0, "<think>Large heart.</think><report>Cardiomegaly.</report>", labels(Cardiomegaly=1)) | {
-        "report": "Cardiomegaly."
-    }
+    good = completion(
+        0, study, 0, "<think>Large heart.</think><report>Cardiomegaly.</report>", labels(Cardiomegaly=1)
+    ) | {"report": "Cardiomegaly."}
     bad = completion(0, study, 1, "<think>Large <report>heart", None)
     write_completions(run, 0, [good, bad])
     samples = Page(write_page(run, [study])).cards("Training studies")["thinks"]["at"][0]["samples"]
@@ -181,7 +216,9 @@ def test_a_long_run_is_drawn_as_means_of_neighbouring_steps(run):
     assert curves.steps == 4801 and curves.bucket == 3 and len(curves.columns["step"]) == 1601
     assert curves.columns["step"][:2] == [2.0, 5.0]
     assert curves.columns["reward/total"][1] == pytest.approx(0.4 + 0.002 * 4)
-    assert curves.columns["validation/disease_micro13"][8] == pytest.approx(0.74)  # the one step in 25 to 27 that was validated
+    assert curves.columns["validation/disease_micro13"][8] == pytest.approx(
+        0.74
+    )  # the one step in 25 to 27 that was validated
     assert "a point is the mean of 3 steps" in Page(write_page(run, [])).text
 
 
@@ -196,10 +233,15 @@ def test_several_runs_lie_over_one_another(run, tmp_path):
 def test_an_evaluation_alone_is_enough(tmp_path):
     study = make_study(tmp_path, "one", [(84, 84)])
     write_evaluated(
-        tmp_path / "evaluated", "val", [prediction(study, "Big heart.", labels(Cardiomegaly=1), labels(Cardiomegaly=1))], [study]
+        tmp_path / "evaluated",
+        "val",
+        [prediction(study, "Big heart.", labels(Cardiomegaly=1), labels(Cardiomegaly=1))],
+        [study],
     )
     page = Page(write_page(tmp_path / "evaluated", [study]))
-    assert "disease_micro13" in page.text and "F1 before" not in page.text and list(page.cards("Test studies")) == ["one"]
+    assert (
+        "disease_micro13" in page.text and "F1 before" not in page.text and list(page.cards("Test studies")) == ["one"]
+    )
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path):

@@ -1,4 +1,6 @@
-"""The page of 2,000 studies in a browser: nothing is fetched, nothing that a report says is run, and a reader finds a study."""
+"""The page of 2,000 studies in a browser: nothing is fetched, nothing that a report says is run, and a reader finds a
+study.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --disable-dev-shm-usage --window-size=1300,900"
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1300,900"
 ).split()
 
 
@@ -56,7 +58,11 @@ class Browser:
         self.find("body").send_keys(keys)
 
     def search(self, words: str) -> None:
-        self.run("const box = document.getElementById('search'); box.value = arguments[0]; box.dispatchEvent(new Event('input'))", words)
+        self.run(
+            "const box = document.getElementById('search'); box.value = arguments[0]; box.dispatchEvent(new "
+            "Event('input'))",
+            words,
+        )
 
     def wait(self, condition: Any) -> None:
         WebDriverWait(self.driver, 10, poll_frequency=0.05).until(lambda driver: condition())
@@ -81,7 +87,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def _fresh(browser: Browser) -> None:
     """Without filters, at the test studies' first one."""
     browser.run(
-        "document.getElementById('help').close(); document.querySelector('button.set').click(); document.getElementById('clear').click()"
+        "document.getElementById('help').close(); document.querySelector('button.set').click(); "
+        "document.getElementById('clear').click()"
     )
     browser.run("document.querySelector('#list button').click()")
 
@@ -93,7 +100,9 @@ def shown(browser: Browser) -> int:
 
 def test_the_page_opens_from_disk_and_asks_nobody_for_anything(browser):
     messages = [json.loads(entry["message"])["message"] for entry in browser.driver.get_log("performance")]
-    asked = [message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"]
+    asked = [
+        message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
+    ]
     assert browser.path.as_uri() in asked
     assert [url for url in asked if not url.startswith(("file:", "data:", "chrome:", "chrome-untrusted:"))] == []
     assert [entry for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"] == []
@@ -105,7 +114,10 @@ def test_it_stays_under_its_bound_and_says_what_is_left_out(browser):
     left = int(re.search(r"([\d,]+) of 2,000 evaluated studies", notes)[1].replace(",", ""))
     assert left == 2000 - shown(browser) and left > 0
     without = browser.run("return DATA.sets.flatMap((part) => part.cards).filter((card) => !card.images.length).length")
-    assert f"the radiographs of {without:,} of the {shown(browser) + 40 - left_of_training(browser):,} studies shown" in notes
+    assert (
+        f"the radiographs of {without:,} of the {shown(browser) + 40 - left_of_training(browser):,} studies shown"
+        in notes
+    )
     longest = browser.run("return DATA.sets[0].cards[7].at[1].samples[0].report")
     assert re.fullmatch(r".* z{5000,} … \[5\d,\d\d\d more letters are left out of this page\]", longest)
 
@@ -116,23 +128,38 @@ def left_of_training(browser: Browser) -> int:
 
 def test_what_a_report_says_is_shown_and_never_run(browser):
     for place, said in enumerate(
-        (EVIL, "</script><img src=x onerror=alert(1)>", "<!-- <script> unclosed <i", "naïve ☃ 胸部 \u2028 \U0001f600 {{ 7 * 7 }}")
+        (
+            EVIL,
+            "</script><img src=x onerror=alert(1)>",
+            "<!-- <script> unclosed <i",
+            "naïve ☃ 胸部 \u2028 \U0001f600 {{ 7 * 7 }}",
+        )
     ):
         browser.run("document.querySelectorAll('#list button')[arguments[0]].click()", place)
         assert said in browser.run("return [...document.querySelectorAll('#card .report')].at(-1).textContent")
     assert (
-        browser.run("return document.querySelectorAll('#card :is(script, b:not(.rewards b), i, .text img), #list :is(script, b)').length")
+        browser.run(
+            "return document.querySelectorAll('#card :is(script, b:not(.rewards b), i, .text img), #list "
+            ":is(script, b)').length"
+        )
         == 0
     )
     assert browser.run("return document.querySelector('#card img').naturalWidth") == 384
-    browser.run("const s = document.createElement('script'); s.textContent = 'window.ran = true'; document.body.append(s)")
+    browser.run(
+        "const s = document.createElement('script'); s.textContent = 'window.ran = true'; document.body.append(s)"
+    )
     assert browser.run("return window.ran === undefined")  # the policy names the page's own scripts and no other
 
 
 def test_search_filters_and_their_counts(browser):
     studies = range(shown(browser))
     invented, polarity = [n for n in studies if n % 3], [n for n in studies if n % 3 == 0]
-    expected = {"agree": len(invented), "invented": len(invented), "polarity": len(polarity), "missed": len([n for n in polarity if n % 2])}
+    expected = {
+        "agree": len(invented),
+        "invented": len(invented),
+        "polarity": len(polarity),
+        "missed": len([n for n in polarity if n % 2]),
+    }
     counts = {kind: browser.text(f"label.badge.{kind} .count").replace(",", "") for kind in expected}
     assert counts == {kind: str(number) for kind, number in expected.items()}
     browser.run("document.querySelector('input[value=missed]').click()")
@@ -176,7 +203,10 @@ def test_a_slider_follows_a_training_study_through_the_steps(browser):
     assert "step 11 member 0" in browser.text("#card .pane:last-child .report")
     slider = browser.find("input.moment")
     slider.send_keys(Keys.HOME)
-    assert "<b>step 0 member 0</b>" in browser.text("#card .pane:last-child .report") and browser.text(".moments output") == "step 1"
+    assert (
+        "<b>step 0 member 0</b>" in browser.text("#card .pane:last-child .report")
+        and browser.text(".moments output") == "step 1"
+    )
     slider.send_keys(Keys.ARROW_RIGHT)
     browser.run("document.querySelectorAll('.samples button')[3].click()")
     assert "step 1 member 3" in browser.text("#card .pane:last-child .report")
@@ -187,7 +217,9 @@ def test_a_think_text_is_found_folded_and_opened_by_a_key(browser):
     browser.search("angle is blunted")
     browser.wait(lambda: browser.found() == 1)
     opened = "return document.querySelector('#card details.think').open"
-    assert browser.text("#card .pane:last-child .report") == "Effusion." and "angle is blunted" in browser.text("#card details.think")
+    assert browser.text("#card .pane:last-child .report") == "Effusion." and "angle is blunted" in browser.text(
+        "#card details.think"
+    )
     assert not browser.run(opened)
     browser.press("t")
     assert browser.run(opened)
@@ -195,29 +227,43 @@ def test_a_think_text_is_found_folded_and_opened_by_a_key(browser):
 
 
 def test_curves_are_drawn_and_smoothed(browser):
-    browser.run("document.documentElement.style.scrollBehavior = 'auto'; document.querySelector('.plots figure').scrollIntoView()")
+    browser.run(
+        "document.documentElement.style.scrollBehavior = 'auto'; document.querySelector('.plots "
+        "figure').scrollIntoView()"
+    )
     browser.wait(lambda: browser.run("return document.querySelectorAll('.plots canvas').length") > 0)
     assert "novel/thing" in browser.text("#curves")
     last = []
     for weight in (0, 90):
-        browser.run("const s = document.getElementById('smoothing'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))", weight)
+        browser.run(
+            "const s = document.getElementById('smoothing'); s.value = arguments[0]; s.dispatchEvent(new "
+            "Event('input'))",
+            weight,
+        )
         last.append(float(browser.text(".plots figure .legend .value")))
     assert last[0] > last[1] > 0.4  # a rising curve is met later by its mean
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_can_be_read_on_a_phone_by_day_and_night(browser, theme):
-    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]})
+    browser.driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    )
     phone = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     try:
-        paper = "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => a + Number(b), 0)"
+        paper = (
+            "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => a + Number(b), 0)"
+        )
         assert (browser.run(paper) > 600) == (theme == "light")
         browser.run("for (const fold of document.querySelectorAll('details')) fold.open = true")
         for place in (0, 7):  # the second has 60,000 letters without a space
             browser.run("document.querySelectorAll('#list button')[arguments[0]].click()", place)
             assert browser.wide() <= 360
-            assert browser.run("return [...document.querySelectorAll('#card .text')].every((text) => text.scrollWidth <= text.clientWidth)")
+            assert browser.run(
+                "return [...document.querySelectorAll('#card .text')].every((text) => text.scrollWidth <= "
+                "text.clientWidth)"
+            )
         browser.run("document.querySelectorAll('button.set')[1].click()")
         assert browser.wide() <= 360
         browser.run("document.getElementById('theme').click()")

@@ -1,4 +1,6 @@
-"""`mrg-r1 page`: a run's folder is enough, references' labels are the run's labeler's, and it follows a run that goes on."""
+"""`mrg-r1 page`: a run's folder is enough, references' labels are the run's labeler's, and it follows a run that goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ LABELER = {"name": "reader", "fingerprint": "abc"}
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run at its third step: evaluated before training, one training study sampled, its reference read by a labeler as Edema."""
+    """A run at its third step: evaluated before training, one training study sampled, its reference read by a labeler
+    as Edema.
+    """
     run, manifest = tmp_path / "run", tmp_path / "manifest.jsonl"
     said = tuple(labels(Fracture=1))
     test, train = (replace(make_study(tmp_path, name, [(84, 84)]), split=name, said=said) for name in ("test", "train"))
@@ -48,7 +52,9 @@ def test_a_folder_is_enough(run, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(run / "page" / "index.html")
     page = Page(run / "page" / "index.html")
     assert list(page.cards("Test studies")) == ["test"]
-    assert page.cards("Training studies")["train"]["said"] == "....+........."  # the labeler's reading, not the manifest's
+    assert (
+        page.cards("Training studies")["train"]["said"] == "....+........."
+    )  # the labeler's reading, not the manifest's
     assert len(page.json["pictures"]) == 2
 
 

@@ -63,7 +63,11 @@ def test_piped_or_under_ci_about_twenty_plain_lines_are_left(where, screen_of, m
         line.step(step, {"loss": 1.0} | ({"validation/disease_micro13": 0.5} if step == 104 else {}))
     lines = screen.getvalue().splitlines()
     assert len(lines) == 22 and "\r" not in screen.getvalue()  # twenty, the first and the validation
-    assert lines[0].startswith("step 1/200") and lines[-1].startswith("step 200/200") and any("val disease_micro13" in one for one in lines)
+    assert (
+        lines[0].startswith("step 1/200")
+        and lines[-1].startswith("step 200/200")
+        and any("val disease_micro13" in one for one in lines)
+    )
 
 
 def test_other_ranks_are_silent(screen_of):

@@ -20,7 +20,9 @@ CONFIG = {"data": {"manifest": "/data/smith_john/manifest.jsonl"}, "prompt": {"i
 
 
 def open_log(directory, *, start=0, mode="offline", **share):
-    return RunLog(directory, active=True, steps=9, wandb_mode=mode, wandb_project="p", config=CONFIG, start_step=start, **share)
+    return RunLog(
+        directory, active=True, steps=9, wandb_mode=mode, wandb_project="p", config=CONFIG, start_step=start, **share
+    )
 
 
 class FakeRun:
@@ -64,14 +66,18 @@ def sample(tmp_path):
 
 
 def test_steps_repeated_after_crashes_reach_wandb_once(tmp_path, runs):
-    """Two crashes over the same steps: the second resume starts below what wandb has, and metrics.jsonl no longer says so."""
+    """Two crashes over the same steps: the second resume starts below what wandb has, and metrics.jsonl no longer says
+    so.
+    """
     for start, stop in ((0, 7), (4, 5), (4, 9)):
         log = open_log(tmp_path, start=start)
         for step in range(start, stop):
             log.log(step, {"loss": float(step)})
     assert [step for run, _ in runs.made for step, _ in run.rows] == list(range(9))
     assert len({arguments["id"] for _, arguments in runs.made}) == 1
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(9))
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(
+        range(9)
+    )
 
 
 def test_online_goes_on_with_the_same_run_and_a_new_start_is_another(tmp_path, runs):
@@ -105,7 +111,9 @@ def test_without_the_package_offline_says_so_and_online_is_refused(tmp_path, mon
 
 
 def test_offline_files_hold_numbers_and_no_patient(tmp_path, sample):
-    """Trap 27, in wandb's real files: no report, no folder of the manifest, no image; the instruction and the numbers are there."""
+    """Trap 27, in wandb's real files: no report, no folder of the manifest, no image; the instruction and the numbers
+    are there.
+    """
     log = open_log(tmp_path / "")
     log.log(0, {"validation/mean_reward": 0.5}, [sample])
     log.close()
@@ -128,7 +136,10 @@ def test_shared_reports_are_announced_and_given(tmp_path, sample, capsys):
 
 
 def test_paths_are_cut_to_their_last_part():
-    assert without_paths(CONFIG) == {"data": {"manifest": "manifest.jsonl"}, "prompt": {"instruction": "Findings / impression."}}
+    assert without_paths(CONFIG) == {
+        "data": {"manifest": "manifest.jsonl"},
+        "prompt": {"instruction": "Findings / impression."},
+    }
 
 
 def test_tokens_per_second_counts_all_ranks():

@@ -1,7 +1,8 @@
 """Study cards: a study's reference and what was written of it, before, during and after training, as the page's JSON.
 
-A card is `{id, split, ref, said, drawn, images, views, at: [version]}`, a version `{name, samples: [sample]}`, one a moment of the
-training; a sample `{report, think, raw, total, terms, labels, ended, tokens, member}`. Labels are 14 letters (`reading.letters`).
+A card is `{id, split, ref, said, drawn, images, views, at: [version]}`, a version `{name, samples: [sample]}`, one a
+moment of the training; a sample `{report, think, raw, total, terms, labels, ended, tokens, member}`. Labels are 14
+letters (`reading.letters`).
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def sample(where: str, row: Mapping[str, Any], *, member: int | None = None) -> 
         if not isinstance(value, str) and not (name == "report" and value is None):
             raise ValueError(f"{where}: field `{name}` is {str(value)[:60]!r} and not a text; mend or remove the line")
     if not isinstance(row["terms"], dict):
-        raise ValueError(f"{where}: field `terms` is {str(row['terms'])[:60]!r} and not an object; mend or remove the line")
+        raise ValueError(
+            f"{where}: field `terms` is {str(row['terms'])[:60]!r} and not an object; mend or remove the line"
+        )
     parsed = parse(text, "think")
     plain = report is not None and text.strip() == report
     content: dict[str, Any] = {
@@ -81,7 +84,13 @@ def sample(where: str, row: Mapping[str, Any], *, member: int | None = None) -> 
 
 def card(study_id: str, reference: str | None, study: Study | None) -> dict[str, Any]:
     """A card without labels, radiographs and versions."""
-    content: dict[str, Any] = {"id": study_id, "ref": None if reference is None else _cut(reference), "said": None, "images": [], "at": []}
+    content: dict[str, Any] = {
+        "id": study_id,
+        "ref": None if reference is None else _cut(reference),
+        "said": None,
+        "images": [],
+        "at": [],
+    }
     if study is not None:
         content["split"] = study.split
         content["views"] = [image.view or "" for image in study.images]

@@ -1,4 +1,6 @@
-"""The clinical table and the bars: an evaluation before and after as rows of text, tolerant of keys that a run does not have."""
+"""The clinical table and the bars: an evaluation before and after as rows of text, tolerant of keys that a run does not
+have.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Evaluation = Mapping[str, Any]
 
 
 def definition_rows(before: Evaluation | None, after: Evaluation | None) -> list[dict[str, Any]]:
-    """A row a definition: F1 and interval before and after, precision and recall of the later one, the gain and the baselines."""
+    """A row a definition: F1 and interval before and after, precision and recall of the later one, the gain and the
+    baselines.
+    """
     last = after or before
     if not last:
         return []
@@ -101,7 +105,9 @@ def _is_number(value: Any) -> bool:
 
 
 def observation_rows(before: Evaluation | None, after: Evaluation | None) -> list[dict[str, Any]]:
-    """A row an observation that the references have: support, and precision, recall and F1 before and after; the most frequent first."""
+    """A row an observation that the references have: support, and precision, recall and F1 before and after; the most
+    frequent first.
+    """
     last, first = after or before or {}, before or {}
     rows = []
     for name in OBSERVATIONS:
@@ -109,7 +115,12 @@ def observation_rows(before: Evaluation | None, after: Evaluation | None) -> lis
         if not count and not (score and any(score.values())):
             continue
         rows.append(
-            {"name": name, "support": count, "last": score, "before": (first.get("observations") or {}).get(name) if after else None}
+            {
+                "name": name,
+                "support": count,
+                "last": score,
+                "before": (first.get("observations") or {}).get(name) if after else None,
+            }
         )
     return sorted(rows, key=lambda row: -(row["support"] or 0))
 

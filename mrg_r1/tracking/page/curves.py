@@ -1,4 +1,6 @@
-"""Every metric of metrics.jsonl as a curve, put into panels by its prefix, so that a new metric shows up without anybody's doing."""
+"""Every metric of metrics.jsonl as a curve, put into panels by its prefix, so that a new metric shows up without
+anybody's doing.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def read_curves(run: Path, *, runs: int = 1) -> Curves:
     names = sorted({name for row in rows for name, value in row.items() if value is not None} - {"step"})
     bucket = max(1, -(-len(rows) * runs // _POINTS))
     parts = [rows[start : start + bucket] for start in range(0, len(rows), bucket)]
-    columns: dict[str, list[float | None]] = {"step": [_mean([row["step"] for row in part], offset=1) for part in parts]}
+    columns: dict[str, list[float | None]] = {
+        "step": [_mean([row["step"] for row in part], offset=1) for part in parts]
+    }
     for name in names:
         columns[name] = [_mean([row.get(name) for row in part]) for part in parts]
     return Curves(name=run.resolve().name, steps=len(rows), bucket=bucket, columns=columns)
@@ -98,7 +102,9 @@ def _mean(values: Sequence[float | None], offset: int = 0) -> float | None:
 
 
 def sections(curves: Sequence[Curves]) -> list[dict[str, Any]]:
-    """The plots: `[{title, plots: [{title, names}], flat: [{name, value}]}]`; `flat` are the metrics that never change."""
+    """The plots: `[{title, plots: [{title, names}], flat: [{name, value}]}]`; `flat` are the metrics that never
+    change.
+    """
     names = sorted({name for run in curves for name in run.metrics}, key=lambda name: ("constant" in name, name))
     found: dict[str, dict[str, list[str]]] = {}
     flat: dict[str, list[dict[str, Any]]] = {}
@@ -114,7 +120,9 @@ def sections(curves: Sequence[Curves]) -> list[dict[str, Any]]:
         {
             "title": section,
             "plots": [
-                plot for found_plot in sorted(found.get(section, {}).items(), key=_place) for plot in _plots(*found_plot, runs=len(curves))
+                plot
+                for found_plot in sorted(found.get(section, {}).items(), key=_place)
+                for plot in _plots(*found_plot, runs=len(curves))
             ],
             "flat": flat.get(section, []),
         }

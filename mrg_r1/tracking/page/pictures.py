@@ -15,7 +15,9 @@ _AS_PNG = 128  # smaller images are kept to the last bit
 
 @lru_cache(maxsize=1024)
 def picture(path: Path, study_id: str) -> str | None:
-    """The radiograph in grey, at most `_SIDE` pixels; None where it cannot be read, which must not cost the page of a long run."""
+    """The radiograph in grey, at most `_SIDE` pixels; None where it cannot be read, which must not cost the page of a
+    long run.
+    """
     try:
         small = load_image(path, study_id).convert("L")
     except ImageError:

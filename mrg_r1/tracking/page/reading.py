@@ -1,4 +1,6 @@
-"""A run's files as they may be while it runs: not there yet, or with half a last line; what else is wrong is named by file and line."""
+"""A run's files as they may be while it runs: not there yet, or with half a last line; what else is wrong is named by
+file and line.
+"""
 
 from __future__ import annotations
 
@@ -27,21 +29,25 @@ def read_json(path: Path) -> dict[str, Any] | None:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{path}, line {error.lineno}"
-        raise ValueError(f"{where}: broken JSON ({error.msg} at column {error.colno}); mend the file or remove it") from error
+        raise ValueError(
+            f"{where}: broken JSON ({error.msg} at column {error.colno}); mend the file or remove it"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}, line 1: {str(content)[:60]!r} is not a JSON object; mend the file or remove it")
     return content
 
 
 def read_lines(path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The whole lines of a JSONL file, each with "FILE, line N" before it; what follows the last line break is still being written.
+    """The whole lines of a JSONL file, each with "FILE, line N" before it; what follows the last line break is still
+    being written.
 
     Args:
         path: a file that need not be there yet.
         needed: keys that every line must have.
 
     Raises:
-        ValueError: a whole line that is not UTF-8, not JSON, not an object, or without a key; names the file and the line.
+        ValueError: a whole line that is not UTF-8, not JSON, not an object, or without a key; names the file and the
+            line.
     """
     if not path.is_file():
         return
@@ -54,7 +60,9 @@ def read_lines(path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[st
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: broken JSON ({error.msg} at column {error.colno}); mend or remove the line") from error
+                raise ValueError(
+                    f"{where}: broken JSON ({error.msg} at column {error.colno}); mend or remove the line"
+                ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: {str(row)[:60]!r} is not a JSON object; mend or remove the line")
             for key in needed:
@@ -70,7 +78,9 @@ def letters(values: Sequence[int | None], where: str) -> str:
         ValueError: not 14 of 1, 0, -1 and null.
     """
     if len(values) != len(OBSERVATIONS) or any(value not in _LETTERS for value in values):
-        raise ValueError(f"{where}: labels {values!r} are not {len(OBSERVATIONS)} of 1, 0, -1 and null; mend or remove the line")
+        raise ValueError(
+            f"{where}: labels {values!r} are not {len(OBSERVATIONS)} of 1, 0, -1 and null; mend or remove the line"
+        )
     return "".join(_LETTERS[value] for value in values)
 
 

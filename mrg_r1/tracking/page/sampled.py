@@ -47,7 +47,9 @@ def read_sampled(run: Path, studies: Mapping[str, Study], references: Mapping[st
         for path in files[step]:
             for where, row in read_lines(path, _COMPLETION):
                 if not isinstance(row["study"], str):
-                    raise ValueError(f"{where}: field `study` is {str(row['study'])[:60]!r} and not an id; mend or remove the line")
+                    raise ValueError(
+                        f"{where}: field `study` is {str(row['study'])[:60]!r} and not an id; mend or remove the line"
+                    )
                 seen.setdefault(row["study"], {})[step] = None
     shown = {study_id: set(_evenly(list(seen[study_id]), _STEPS_SHOWN)) for study_id in _chosen(seen)}
     cards: dict[str, dict[str, Any]] = {}

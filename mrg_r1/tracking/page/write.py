@@ -50,8 +50,8 @@ def write_page(
         run: its folder.
         studies: evaluated and training studies, for radiographs and references.
         others: further runs, whose curves and results are shown beside.
-        references: 14 label values (1, 0, -1, None) of training references, by study id, as the run's labeler read them; a study that is
-            not among them has what the manifest says.
+        references: 14 label values (1, 0, -1, None) of training references, by study id, as the run's labeler read
+            them; a study that is not among them has what the manifest says.
         output: the file; RUN/page/index.html where it is None.
 
     Returns:
@@ -66,13 +66,17 @@ def write_page(
     evaluations = [_evaluation(each) for each in runs]
     for each, curve, (before, after) in zip(runs, curves, evaluations, strict=True):
         if not curve.steps and not before and not after:
-            raise ValueError(f"{each}: no metrics.jsonl with a whole step in it and no evaluation; give the output_dir of a run")
+            raise ValueError(
+                f"{each}: no metrics.jsonl with a whole step in it and no evaluation; give the output_dir of a run"
+            )
     data = {
         "runs": [{"name": curve.name, "columns": curve.columns} for curve in curves],
         "sections": sections(curves),
         "observations": OBSERVATIONS,
     }
-    shown = _studies(run, {study.id: study for study in studies}, references or {}, room=_BYTES - size_of(data) - 300_000)
+    shown = _studies(
+        run, {study.id: study for study in studies}, references or {}, room=_BYTES - size_of(data) - 300_000
+    )
     before, after = evaluations[0]
     html = (
         _environment()
@@ -107,10 +111,16 @@ def write_page(
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("mrg_r1.tracking.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("mrg_r1.tracking.page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["score"] = lambda value: "–" if value is None or math.isnan(value) else f"{value:.3f}"
-    environment.filters["signed"] = lambda value: "–" if value is None else f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")
+    environment.filters["signed"] = lambda value: (
+        "–" if value is None else f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")
+    )
     return environment
 
 
@@ -136,7 +146,9 @@ def _evaluation(run: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None
     for path, content in zip((folder / "test_before.json", folder / f"{last}.json"), found, strict=True):
         for key in ("n", "definitions"):
             if content is not None and key not in content:
-                raise ValueError(f"{path}: no field `{key}`: no evaluation of this project; remove it and evaluate again")
+                raise ValueError(
+                    f"{path}: no field `{key}`: no evaluation of this project; remove it and evaluate again"
+                )
     return found
 
 
@@ -150,7 +162,9 @@ def _part(evaluation: dict[str, Any] | None, key: str) -> dict[str, Any] | None:
     return part if isinstance(part, dict) and "definitions" in part else None
 
 
-def _facts(run: Path, curves: Curves, evaluations: tuple[dict[str, Any] | None, dict[str, Any] | None]) -> dict[str, Any]:
+def _facts(
+    run: Path, curves: Curves, evaluations: tuple[dict[str, Any] | None, dict[str, Any] | None]
+) -> dict[str, Any]:
     """What the head of the page says of a run."""
     summary = read_json(run / "summary.json") or {}
     environment = read_json(run / "environment.json") or {}
@@ -173,14 +187,22 @@ def _facts(run: Path, curves: Curves, evaluations: tuple[dict[str, Any] | None, 
     }
 
 
-def _studies(run: Path, studies: Mapping[str, Study], references: Mapping[str, Sequence[int | None]], *, room: int) -> dict[str, Any]:
+def _studies(
+    run: Path, studies: Mapping[str, Study], references: Mapping[str, Sequence[int | None]], *, room: int
+) -> dict[str, Any]:
     """The two sets of cards, their radiographs and what had to stay out, in at most `room` bytes."""
     folder = run / "evaluation"
     last = _last_name(folder)
-    files = [("before training", folder / "test_before_predictions.jsonl"), ("after training", folder / f"{last}_predictions.jsonl")]
+    files = [
+        ("before training", folder / "test_before_predictions.jsonl"),
+        ("after training", folder / f"{last}_predictions.jsonl"),
+    ]
     evaluated = prediction_cards(files, studies)
     sampled = read_sampled(run, studies, references)
-    for study_id, own in sampled.cards.items():  # a study that was both evaluated and trained on is followed from before to after
+    for (
+        study_id,
+        own,
+    ) in sampled.cards.items():  # a study that was both evaluated and trained on is followed from before to after
         if study_id in evaluated:
             versions = {version["name"]: version for version in evaluated[study_id]["at"]}
             own["at"] = [versions[name] for name, _ in files[:1] if name in versions] + own["at"]
@@ -206,21 +228,30 @@ def _studies(run: Path, studies: Mapping[str, Study], references: Mapping[str, S
 
 
 def _notes(
-    test: Sequence[dict[str, Any]], evaluated: int, training: Sequence[dict[str, Any]], sampled: Sampled, pictures: Pictures
+    test: Sequence[dict[str, Any]],
+    evaluated: int,
+    training: Sequence[dict[str, Any]],
+    sampled: Sampled,
+    pictures: Pictures,
 ) -> list[str]:
     """What is not on the page, and how much of it."""
     notes = []
     if evaluated > len(test):
         notes.append(f"{evaluated - len(test):,} of {evaluated:,} evaluated studies: no room; all are in evaluation/.")
     if sampled.studies > len(training):
-        notes.append(f"{sampled.studies - len(training):,} of {sampled.studies:,} sampled training studies; all are in completions/.")
+        notes.append(
+            f"{sampled.studies - len(training):,} of {sampled.studies:,} sampled training studies; all are in "
+            "completions/."
+        )
     if sampled.steps > sampled.steps_read:
         notes.append(f"{sampled.steps - sampled.steps_read:,} of {sampled.steps:,} steps of completions were not read.")
     without = sum(not own["images"] for own in (*test, *training))
     if without:
         notes.append(f"the radiographs of {without:,} of the {len(test) + len(training):,} studies shown.")
     if pictures.unreadable:
-        notes.append(f"{len(pictures.unreadable):,} radiographs that could not be read, the first {pictures.unreadable[0]}.")
+        notes.append(
+            f"{len(pictures.unreadable):,} radiographs that could not be read, the first {pictures.unreadable[0]}."
+        )
     if training:
         notes.append("of a training study, steps beyond 12 and samples beyond 8 a step.")
     return notes
