@@ -25,7 +25,7 @@ from transformers import (
 
 from benchmarks.gpu_cases import Size
 from benchmarks.task import INSTRUCTION, REFERENCE, SEED
-from mrg_r1.policy.tiny import create_tiny_policy
+from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
 
 DTYPE = torch.bfloat16
 _TEXTS = [REFERENCE, "There is a left pleural effusion.", "The lungs are clear.", "system user assistant", INSTRUCTION]

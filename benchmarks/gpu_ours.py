@@ -1,4 +1,4 @@
-"""The worker of this project on a GPU: `mrg_r1.trainer.grpo_step` under DeepSpeed, one rank, ZeRO-2, bfloat16.
+"""The worker of this project on a GPU: `mrg_r1.training.grpo.grpo_step` under DeepSpeed, one rank, ZeRO-2, bfloat16.
 
 It runs the cases one after another on one policy and says a line of JSON after each; `benchmarks.gpu` starts it.
 """
@@ -32,17 +32,17 @@ from benchmarks.gpu_cases import (
 from benchmarks.gpu_model import DTYPE, random_model
 from benchmarks.gpu_results import Shape
 from benchmarks.ours import OPTIMIZER_STEPS, word_overlap
-from mrg_r1.config import Recipe
+from mrg_r1.config.recipe import Recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
 from mrg_r1.engine.ranks import finish_ranks, start_ranks
 from mrg_r1.engine.zero import Engine
-from mrg_r1.policy.adapters import add_lora
 from mrg_r1.policy.load import Policy, load_image_processor, load_tokenizer
-from mrg_r1.reward.service import RewardService
+from mrg_r1.policy.lora import add_lora
+from mrg_r1.reward.service.interface import RewardService
 from mrg_r1.rollout.decode import rollout
-from mrg_r1.run import Run, build_engine
 from mrg_r1.tracking.log import Clock
-from mrg_r1.trainer import grpo_step
+from mrg_r1.training.grpo import grpo_step
+from mrg_r1.training.run import Run, build_engine
 from mrg_r1.types import Study, StudyImage
 
 
@@ -106,8 +106,8 @@ def make_recipe(
 
 
 def make_run(recipe: Recipe) -> Run:
-    """What `mrg_r1.run.open_run` would make of the recipe, without checkpoint, manifest and labeler; LoRA is on the
-    policy already.
+    """What `mrg_r1.training.run.open_run` would make of the recipe, without checkpoint, manifest and labeler; LoRA is
+    on the policy already.
     """
     ranks = start_ranks(recipe.seed)
     path = recipe.policy.path

@@ -17,7 +17,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.task import INSTRUCTION, REFERENCE, SEED
-from mrg_r1.policy.tiny import create_tiny_policy
+from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
 
 IMAGES = 8  # of each size; the largest case takes 8 studies a step
 

@@ -24,21 +24,21 @@ from torch import Tensor
 from benchmarks import task as same
 from benchmarks.task import Task
 from benchmarks.workers import Channel, Phases, serve
-from mrg_r1.config import Recipe
+from mrg_r1.config.recipe import Recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
 from mrg_r1.engine.ranks import finish_ranks, start_ranks
 from mrg_r1.labels.observations import OBSERVATIONS
-from mrg_r1.policy.adapters import add_lora
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
-from mrg_r1.policy.plain import score_rows
-from mrg_r1.policy.scoring import micro_batches, score_completions
-from mrg_r1.reward.service import Health, Ticket
-from mrg_r1.reward.stage import Judging
-from mrg_r1.rewarding import Rewarding
+from mrg_r1.policy.logprobs import completion_logprobs, micro_batches
+from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
+from mrg_r1.policy.lora import add_lora
+from mrg_r1.reward.compute import RewardContext
+from mrg_r1.reward.service.interface import Health, Ticket
 from mrg_r1.rollout.decode import rollout
-from mrg_r1.run import Run, build_engine
 from mrg_r1.tracking.log import Clock
-from mrg_r1.trainer import grpo_step
+from mrg_r1.training.grpo import grpo_step
+from mrg_r1.training.rewards import RunRewards
+from mrg_r1.training.run import Run, build_engine
 from mrg_r1.types import Completions, Prompts, Rewards, Study, StudyImage, VisionFeatures
 
 MICRO_BATCH_TOKENS = 2800  # of our passes: a group of 32 at 672 pixels fits one; size hardly matters (README.md)
@@ -60,7 +60,7 @@ class WordOverlapRewards:
         ended: Tensor,
         study_ids: Sequence[str],
         references: Sequence[str],
-        judging: Judging = Judging(),  # noqa: B008 (frozen)
+        context_of: RewardContext = RewardContext(),  # noqa: B008 (frozen)
     ) -> Ticket:
         total = torch.tensor(
             [
@@ -91,10 +91,10 @@ class WordOverlapRewards:
         pass
 
 
-def word_overlap(recipe: Recipe) -> Rewarding:
+def word_overlap(recipe: Recipe) -> RunRewards:
     """What a run keeps for its rewards, where no labels are read: every reference is blank."""
     blank: defaultdict[str, list[int]] = defaultdict(lambda: [0] * len(OBSERVATIONS))
-    return Rewarding(recipe, WordOverlapRewards(), {}, {}, blank, constant=None, ccs_weights=None, supervisor=None)
+    return RunRewards(recipe, WordOverlapRewards(), {}, {}, blank, constant=None, ccs_weights=None, supervisor=None)
 
 
 def make_recipe(folder: Path, task: Task) -> Recipe:
@@ -135,8 +135,8 @@ def make_recipe(folder: Path, task: Task) -> Recipe:
 
 
 def make_run(recipe: Recipe, folder: Path, task: Task) -> Run:
-    """What `mrg_r1.run.open_run` would make of the recipe, without manifest and labeler; the policy has LoRA and cannot
-    end a report.
+    """What `mrg_r1.training.run.open_run` would make of the recipe, without manifest and labeler; the policy has LoRA
+    and cannot end a report.
     """
     ranks = start_ranks(recipe.seed)
     policy = load_policy(recipe.policy.path, dtype=torch.float32)
@@ -164,7 +164,7 @@ def make_run(recipe: Recipe, folder: Path, task: Task) -> Run:
 
 
 def step_unit(run: Run, task: Task) -> Callable[[], Phases]:
-    """Whole GRPO steps of `mrg_r1.trainer`, under DeepSpeed."""
+    """Whole GRPO steps of `mrg_r1.training.grpo`, under DeepSpeed."""
     engine = build_engine(run)
     loader = StudyLoader(
         run.studies["train"], run.build, seed=run.recipe.seed, batch_size=task.studies, rank=0, world_size=1
@@ -252,9 +252,12 @@ def scoring_unit(run: Run, task: Task, prompts: Prompts, *, naive: bool) -> Call
     study_of_row = torch.arange(task.studies).repeat_interleave(task.group)
     advantages = torch.linspace(-1, 1, len(ids)).unsqueeze(1)  # a gradient that does not vanish
     if naive:
-        score, parts = score_rows, list(torch.arange(len(ids)).split(task.micro_batch or MICRO_BATCH_ROWS))
+        score, parts = (
+            completion_logprobs_plain,
+            list(torch.arange(len(ids)).split(task.micro_batch or MICRO_BATCH_ROWS)),
+        )
     else:
-        score = score_completions
+        score = completion_logprobs
         parts = micro_batches(prompts, mask, study_of_row, token_budget=task.micro_batch or MICRO_BATCH_TOKENS)
 
     def unit() -> Phases:

@@ -3,7 +3,7 @@
 """
 
 if __name__ == "__main__":  # image workers import this file too, and need none of it
-    from mrg_r1.finished import evaluate_run
-    from mrg_r1.launching import run_on_ranks
+    from mrg_r1.cli.launch import run_on_ranks
+    from mrg_r1.training.evaluate_run import evaluate_run
 
     run_on_ranks(evaluate_run, __doc__)

@@ -3,7 +3,7 @@
 """
 
 if __name__ == "__main__":  # image workers import this file too, and need none of it
-    from mrg_r1.launching import run_on_ranks
-    from mrg_r1.sft import train
+    from mrg_r1.cli.launch import run_on_ranks
+    from mrg_r1.training.sft import train
 
     run_on_ranks(train, __doc__)

@@ -1,4 +1,4 @@
-"""Think and report: the grammar of a completion, its score, and the only text that may be labelled (spec section 2).
+"""Think and report: the grammar of a completion, its score, and the only text that may be labelled (docs/method.md §2).
 
 A completion's text enters; the report inside it (or None), the think text and the rules it keeps leave. Think mode is
 `<think>…</think><report>…</report>`; plain mode is bare text. What stands outside the report never reaches a labeler.

@@ -1,6 +1,6 @@
 """The plain things that travel through a step: studies, prompts, completions, rewards, experience.
 
-A study enters as a `Study`, is batched into `Prompts`, answered by `Completions`, judged as `Rewards`, and leaves as
+A study enters as a `Study`, is batched into `Prompts`, answered by `Completions`, scored as `Rewards`, and leaves as
 `Experience` for the loss. Letters used for shapes everywhere: B studies on this rank, G completions a study (the
 group), C completion tokens, P prompt tokens, I images in the batch, H the language model's hidden size.
 """
@@ -25,7 +25,7 @@ class StudyImage:
 
 @dataclass(frozen=True)
 class Study:
-    """One line of a manifest (spec section 7). Label values are 1, 0, -1 or None, in CheXbert's order of 14."""
+    """One line of a manifest (docs/method.md §7). Label values are 1, 0, -1 or None, in CheXbert's order of 14."""
 
     id: str
     patient_id: str
@@ -61,7 +61,9 @@ class Prompts:
         return len(self.study_ids)
 
     def select(self, rows: Sequence[int]) -> Prompts:
-        """The studies at `rows`, with their own pixels (trap 10: pixels must not drift from their prompts)."""
+        """The studies at `rows`, with their own pixels (docs/traps.md #10: pixels must not drift from their
+        prompts).
+        """
         patches = self.image_grid_thw.prod(dim=1).tolist()
         pixels = self.pixel_values.split(patches)
         starts = [sum(self.images_per_study[:b]) for b in range(len(self))]
@@ -106,7 +108,7 @@ class VisionFeatures:
 
 @dataclass
 class Completions:
-    """The sampled reports. The ids here are the ids trained on: nothing is tokenised again (trap 21)."""
+    """The sampled reports. The ids here are the ids trained on: nothing is tokenised again (docs/traps.md #21)."""
 
     token_ids: Tensor  # [B, G, C] int64, padded on the right
     mask: Tensor  # [B, G, C] bool, True up to and including the EOS
@@ -166,7 +168,7 @@ class Sampled:
 
 @dataclass
 class Experience:
-    """One rollout, ready for the loss. `old_logp` is the rollout's for every inner iteration (trap 16)."""
+    """One rollout, ready for the loss. `old_logp` is the rollout's for every inner iteration (docs/traps.md #16)."""
 
     prompts: Prompts
     vision: VisionFeatures

@@ -12,15 +12,15 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from mrg_r1 import rewarding
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.labels.chexbert import Labeler
-from mrg_r1.policy.adapters import add_lora
+from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
-from mrg_r1.policy.tiny import create_tiny_policy
-from mrg_r1.reward.service import InProcessRewards
-from mrg_r1.reward.stage import RewardStage
+from mrg_r1.policy.lora import add_lora
+from mrg_r1.reward.compute import RewardFunction
+from mrg_r1.reward.service.interface import InProcessRewards
+from mrg_r1.training import rewards as rewarding
 from mrg_r1.types import Study, StudyImage
 from tests.world import World, build_world
 
@@ -139,9 +139,9 @@ class OneRank(Ranks):
 def inline_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that are opened here score in this process: starting a service takes seconds."""
 
-    def opened(recipe: Any, ranks: Ranks, supervisor: None, studies: dict[str, list[Study]]) -> rewarding.Rewarding:
+    def opened(recipe: Any, ranks: Ranks, supervisor: None, studies: dict[str, list[Study]]) -> rewarding.RunRewards:
         labeler = Labeler.load(recipe.reward.labeler)
-        service = InProcessRewards(RewardStage(labeler, weights=recipe.reward.weights, mode=recipe.prompt.mode))
+        service = InProcessRewards(RewardFunction(labeler, weights=recipe.reward.weights, mode=recipe.prompt.mode))
         return rewarding.prepare(
             recipe, ranks, service, {"name": labeler.name, "fingerprint": labeler.fingerprint}, None, studies
         )

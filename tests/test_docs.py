@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel
 
 from mrg_r1 import cli
-from mrg_r1.config import Recipe, describe_fields, load_recipe
+from mrg_r1.config.recipe import Recipe, describe_fields, load_recipe
 from mrg_r1.metrics.clinical import DEFINITIONS, LENIENT
 from mrg_r1.tables.plan import TableSpec
 

@@ -18,7 +18,7 @@ import yaml
 
 import mrg_r1
 from mrg_r1 import cli
-from mrg_r1.config import Recipe, load_recipe
+from mrg_r1.config.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 BUILD = "from setuptools import build_meta\nprint(build_meta.build_wheel('dist'), build_meta.build_sdist('dist'))"

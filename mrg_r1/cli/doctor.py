@@ -52,7 +52,7 @@ def add_commands(commands: Any) -> None:
 def _doctor(arguments: argparse.Namespace) -> int:
     recipe = None
     if arguments.recipe is not None:
-        from mrg_r1.config import load_recipe  # a bad recipe is said before torch is imported
+        from mrg_r1.config.recipe import load_recipe  # a bad recipe is said before torch is imported
 
         recipe = load_recipe(arguments.recipe, arguments.overrides)
     from mrg_r1.doctor.finding import as_json, worst

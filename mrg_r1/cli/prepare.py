@@ -120,7 +120,7 @@ def _prevalence(text: str) -> dict[int, float]:
 
 
 def _prepare_phantom(arguments: argparse.Namespace) -> None:
-    from mrg_r1.data.phantoms import write_phantoms
+    from mrg_r1.data.prepare.phantoms import write_phantoms
 
     manifest = write_phantoms(
         arguments.output,
@@ -136,10 +136,10 @@ def _prepare_phantom(arguments: argparse.Namespace) -> None:
 
 
 def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
+    from mrg_r1.config.sections import PLAIN_INSTRUCTION, THINK_INSTRUCTION
     from mrg_r1.data.study import read_manifest
     from mrg_r1.labels.observations import OBSERVATIONS
-    from mrg_r1.policy.tiny import create_tiny_policy
-    from mrg_r1.recipe_sections import PLAIN_INSTRUCTION, THINK_INSTRUCTION
+    from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
 
     reports = [study.report for study in read_manifest(arguments.manifest, split="train")]
     words = [

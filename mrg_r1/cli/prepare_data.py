@@ -121,7 +121,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _prepare_iu_xray(arguments: argparse.Namespace) -> None:
-    from mrg_r1.data.iu_xray import convert_iu_xray, read_iu_xray
+    from mrg_r1.data.prepare.iu_xray.convert import convert_iu_xray, read_iu_xray
 
     collection = read_iu_xray(arguments.source, arguments.projections)
     print(f"{collection.source}: {collection.title}, {len(collection.studies):,} studies")
@@ -139,7 +139,7 @@ def _prepare_iu_xray(arguments: argparse.Namespace) -> None:
 
 
 def _prepare_manifest(arguments: argparse.Namespace) -> None:
-    from mrg_r1.data.own_studies import prepare_manifest
+    from mrg_r1.data.prepare.own_studies import prepare_manifest
 
     prepared = prepare_manifest(arguments.source, arguments.images, arguments.output, splits=arguments.splits)
     print_outcome(f"{arguments.source.name}, studies", prepared.counts, arguments.output)
@@ -158,7 +158,7 @@ def print_outcome(title: str, counts: Mapping[str, Mapping[str, int]], output: P
     """The table of what a converter read, kept and refused, and where it stands."""
     from rich.console import Console
 
-    from mrg_r1.data.conversion import outcome_table
+    from mrg_r1.data.prepare.conversion import outcome_table
 
     Console().print(outcome_table(title, {split: dict(count) for split, count in counts.items()}))
     print(f"{output / 'manifest.jsonl'}: written")

@@ -81,7 +81,7 @@ def add_command(kinds: Any) -> None:
 
 
 def _prepare_mimic_cxr(arguments: argparse.Namespace) -> None:
-    from mrg_r1.data.mimic_cxr import Choices, prepare_mimic_cxr
+    from mrg_r1.data.prepare.mimic_cxr.convert import Choices, prepare_mimic_cxr
 
     choices = Choices(
         report=arguments.report,

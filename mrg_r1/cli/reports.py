@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mrg_r1.cli.arguments import described, positive, seed
 
 if TYPE_CHECKING:
-    from mrg_r1.config import Recipe
+    from mrg_r1.config.recipe import Recipe
     from mrg_r1.data.loader import PromptBuilder
     from mrg_r1.labels.chexbert import Labeler
     from mrg_r1.policy.load import Policy
@@ -111,7 +111,7 @@ def _report(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     import warnings
 
     from mrg_r1.data.images import image_problem
-    from mrg_r1.reporting import add_labels, reports_of_one
+    from mrg_r1.evaluation.generate import add_labels, reports_of_one
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own calls of its own old names
     recipe = _recipe(arguments)
@@ -143,7 +143,7 @@ def _report(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     """The run's recipe, its policy being the one that it has trained, where the files lie now."""
-    from mrg_r1.config import check_checkpoint_directory, load_recipe, with_trained_policy
+    from mrg_r1.config.recipe import check_checkpoint_directory, load_recipe, with_trained_policy
 
     file = arguments.folder / "config.yaml"
     if not file.is_file():
@@ -240,8 +240,8 @@ def _policy(arguments: argparse.Namespace, recipe: Recipe, device: str) -> Polic
     import torch
     from transformers.utils import logging
 
-    from mrg_r1.policy.adapters import load_adapter, merge_adapter
     from mrg_r1.policy.load import load_policy
+    from mrg_r1.policy.lora import load_adapter, merge_adapter
 
     logging.disable_progress_bar()
     temperature = arguments.temperature or recipe.rollout.temperature
@@ -276,7 +276,7 @@ def _builder(recipe: Recipe, policy: Policy) -> PromptBuilder:
 def _print(rows: list[dict[str, Any]], recipe: Recipe, labeler: Labeler | None) -> None:
     from rich.console import Console
 
-    from mrg_r1.reporting import NOT_FOR_CLINICAL_USE, shown_report
+    from mrg_r1.evaluation.generate import NOT_FOR_CLINICAL_USE, shown_report
 
     console = Console(highlight=False)
     for number, row in enumerate(rows, start=1):
@@ -296,9 +296,9 @@ def _write_json(
     *,
     temperature: float,
 ) -> None:
+    from mrg_r1.evaluation.generate import NOT_FOR_CLINICAL_USE
     from mrg_r1.files import write_text_atomically
     from mrg_r1.labels.observations import OBSERVATIONS
-    from mrg_r1.reporting import NOT_FOR_CLINICAL_USE
 
     sampling = None if arguments.samples is None else {"temperature": temperature, "seed": arguments.seed or 0}
     content = {

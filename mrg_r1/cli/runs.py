@@ -122,7 +122,7 @@ def _page(arguments: argparse.Namespace) -> None:
 
 
 def _write_page(arguments: argparse.Namespace) -> Path:
-    from mrg_r1.config import load_recipe
+    from mrg_r1.config.recipe import load_recipe
     from mrg_r1.data.study import read_manifest
     from mrg_r1.tracking.page import write_page
 
@@ -157,9 +157,9 @@ def _export(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     outputs = [path for path in (arguments.merged, arguments.adapter) if path is not None]
     if not outputs:
         parser.error("nothing to write: give --merged DIR, --adapter DIR or both")
-    from mrg_r1.config import check_checkpoint_directory, load_recipe
+    from mrg_r1.config.recipe import check_checkpoint_directory, load_recipe
     from mrg_r1.data.progress import progress
-    from mrg_r1.policy.export import export
+    from mrg_r1.policy.export.export import export
 
     recipe_file = arguments.folder / "config.yaml"
     if not recipe_file.is_file():

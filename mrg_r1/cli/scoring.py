@@ -149,9 +149,9 @@ def _reward_card(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from mrg_r1.data.study import read_manifest
-    from mrg_r1.reward.card import reward_card
-    from mrg_r1.reward.card_picture import write_picture
-    from mrg_r1.reward.card_tables import LabelSource, Source, card_json, print_card
+    from mrg_r1.reward.card.card import reward_card
+    from mrg_r1.reward.card.picture import write_picture
+    from mrg_r1.reward.card.tables import LabelSource, Source, card_json, print_card
 
     chosen = [name for name in ("labeler", "labels", "said") if getattr(arguments, name)]
     if len(chosen) != 1:

@@ -39,7 +39,7 @@ class StudyOrder:
 
     def share(self, start: int, *, batch_size: int, rank: int, world_size: int) -> list[int]:
         """Of the batch at `start`, what one rank takes: a contiguous part, so that a study and its group are on one
-        rank (trap 7).
+        rank (docs/traps.md #7).
         """
         own = batch_size // world_size
         return self.take(start + rank * own, own)

@@ -1,4 +1,5 @@
-"""The manifest: one study a line of JSON (spec section 7), read strictly so that bad data is refused before training.
+"""The manifest: one study a line of JSON (docs/method.md §7), read strictly so that bad data is refused before
+training.
 
 A file enters, `Study` objects leave; `write_manifest` is the way back. Nothing here opens an image except
 `check_images`.

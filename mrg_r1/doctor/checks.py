@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mrg_r1.config import Recipe, RecipeError, check_checkpoint_directory, check_numbers
+from mrg_r1.config.recipe import Recipe, RecipeError, check_checkpoint_directory, check_numbers
 from mrg_r1.data.images import image_problem
 from mrg_r1.doctor.finding import Finding, examined
 from mrg_r1.doctor.fitting import Place, memory_findings
@@ -20,7 +20,7 @@ from mrg_r1.doctor.memory import Task
 from mrg_r1.doctor.shape import PolicyShape
 from mrg_r1.engine.config import read_config
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.policy.checkpoint_files import read_layout
+from mrg_r1.policy.export.checkpoint_files import read_layout
 from mrg_r1.types import Study
 
 _IMAGE_TOKEN = "<|image_pad|>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mrg_r1.config import Recipe
+from mrg_r1.config.recipe import Recipe
 from mrg_r1.doctor.finding import Finding
 from mrg_r1.doctor.labeler import labeler_bytes, shared_device
 from mrg_r1.doctor.machine import Device, host_memory

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from mrg_r1.config import Recipe, RecipeError
+from mrg_r1.config.recipe import Recipe, RecipeError
 from mrg_r1.data.context import with_prior_reports
 from mrg_r1.data.study import read_manifest
 from mrg_r1.types import Study

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mrg_r1.config import Recipe, RecipeError
+from mrg_r1.config.recipe import Recipe, RecipeError
 from mrg_r1.doctor.finding import Finding
 from mrg_r1.labels import loading
 from mrg_r1.labels.chexbert import CheXbert

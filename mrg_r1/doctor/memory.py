@@ -11,10 +11,10 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from mrg_r1.config import Recipe
+from mrg_r1.config.recipe import Recipe
 from mrg_r1.doctor.shape import PolicyShape
+from mrg_r1.policy.logprobs import CHUNK_ELEMENTS
 from mrg_r1.policy.packing import plan_micro_batches
-from mrg_r1.policy.scoring import CHUNK_ELEMENTS
 
 Parts = dict[str, int]  # name -> bytes
 Task = Literal["grpo", "sft", "evaluate"]
@@ -220,8 +220,8 @@ def _update_parts(shape: PolicyShape, work: Workload) -> Parts:
 
 
 def _whole_update_parts(shape: PolicyShape, work: Workload) -> Parts:
-    """SFT of every parameter, by transformers' modules, a prompt once a completion (`policy/plain.py`). An estimate:
-    not measured.
+    """SFT of every parameter, by transformers' modules, a prompt once a completion (`policy/logprobs_plain.py`). An
+    estimate: not measured.
     """
     b = work.bytes
     studies, own = _largest_pass(work)

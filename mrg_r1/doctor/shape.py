@@ -120,7 +120,7 @@ class PolicyShape:
         return self.language_parameters + self.vision.parameters
 
     def lora_parameters(self, rank: int) -> int:
-        """Of LoRA on q, k, v, o, gate, up and down of every layer (`policy/adapters.py`)."""
+        """Of LoRA on q, k, v, o, gate, up and down of every layer (`policy/lora.py`)."""
         heads, keys = self.heads * self.head_size, self.key_heads * self.head_size
         ends = [(self.hidden, heads), (self.hidden, keys), (self.hidden, keys), (heads, self.hidden)]
         ends += [(self.hidden, self.intermediate)] * 2 + [(self.intermediate, self.hidden)]

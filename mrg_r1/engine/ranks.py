@@ -82,7 +82,7 @@ class Ranks:
         return total.cpu()
 
     def reduce_metrics(self, metrics: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float | None]:
-        """(sum, count) of each rank -> the mean over everything counted, None where nothing was (trap 20).
+        """(sum, count) of each rank -> the mean over everything counted, None where nothing was (docs/traps.md #20).
 
         Sums and counts are added separately: a mean of the ranks' means would be wrong wherever their counts differ.
         Names that end in `_max` carry (maximum, count) and take the maximum over ranks that counted something.

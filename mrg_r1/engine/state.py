@@ -7,6 +7,8 @@ moments).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -73,9 +75,9 @@ def _set_parts(parameter: nn.Parameter, master: Tensor, moments: dict[str, Tenso
     """
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-    # type: ignore[attr-defined]
-    start, ranks = size * parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size
+    attributes: Any = parameter  # DeepSpeed's own, which torch's stubs do not know
+    size = attributes.ds_tensor.ds_numel
+    start, ranks = size * attributes.ds_zero_partition_rank, attributes.ds_zero_partition_world_size
 
     def part(value: Tensor) -> Tensor:
         return pad(value.flatten(), (0, size * ranks - value.numel())).narrow(0, start, size)

@@ -125,7 +125,7 @@ class Engine:
 
         Args:
             continuation: a scalar whose gradient is what those passes left, already scaled by them
-                (`PromptStates.continuation`).
+                (`PromptCache.continuation`).
         """
         self._engine.set_gradient_accumulation_boundary(True)
         self._engine.backward(continuation)

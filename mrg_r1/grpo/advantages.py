@@ -1,4 +1,4 @@
-"""From rewards to advantages: each report against the other reports of its group (spec section 3).
+"""From rewards to advantages: each report against the other reports of its group (docs/method.md §3).
 
 Rewards [B, G] enter, advantages [B, G] leave. Pure: what must be global (the batch's std) is made from moments that the
 caller sums over ranks and hands back in.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 Scale = Literal["group", "batch", "none"]
 
-STD_EPSILON = 1e-4  # spec section 3, as TRL's
+STD_EPSILON = 1e-4  # docs/method.md §3, as TRL's
 # Rewards of one group that lie this close (relative to their size) differ by float32 rounding only, as the same sum
 # taken in another order would: a few units in the last place. Divided by a tiny std they would become a gradient (trap
 # 6).

@@ -1,8 +1,9 @@
-"""The GRPO loss of one micro-batch and its metrics (spec section 3).
+"""The GRPO loss of one micro-batch and its metrics (docs/method.md §3).
 
 Log-probs, advantages and a mask enter; this micro-batch's share of the global loss leaves, with metrics as (sum, count)
 pairs. Pure: the global count is handed in, so that shares added over micro-batches and ranks are the loss of the whole
-batch however it was cut (trap 5), and metrics reduced as sums of both halves are true means (trap 20).
+batch however it was cut (docs/traps.md #5), and metrics reduced as sums of both halves are true means (docs/traps.md
+#20).
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def k3(reference_logp: Tensor, logp: Tensor, clamp: float = KL_CLAMP) -> Tensor:
     """Per-token estimate of KL(policy || reference), `exp(d) - d - 1` with `d = reference - policy`, never negative.
 
     The exponent is clamped at `clamp`; beyond it the estimate goes on along its tangent, `exp(c) (1 + d - c) - d - 1`.
-    Value and gradient are then finite for every finite d (trap 15), and the gradient still points back to the
+    Value and gradient are then finite for every finite d (docs/traps.md #15), and the gradient still points back to the
     reference: clamping d alone would switch the penalty off exactly where the policy is farthest away. Exact for d <=
     clamp, where every token that a policy is at all likely to sample lies.
 
@@ -102,8 +103,8 @@ def grpo_loss(
     Args:
         logp: [R, C] float, the policy's log-probs of the sampled tokens; the only input that gets a gradient. R rows
             are flattened (study, member) pairs, C completion tokens.
-        old_logp: [R, C] float, those of the rollout's policy, the same for every inner iteration (trap 16); None where
-            they are `logp` itself, detached (one update a rollout).
+        old_logp: [R, C] float, those of the rollout's policy, the same for every inner iteration (docs/traps.md #16);
+            None where they are `logp` itself, detached (one update a rollout).
         reference_logp: [R, C] float, the frozen reference's; None leaves KL out and needs `beta` 0.
         advantages: [R] float.
         mask: [R, C] bool. A row of False (a truncated or padding row) adds nothing to loss, gradient or metrics,

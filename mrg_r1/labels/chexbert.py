@@ -1,6 +1,6 @@
 """CheXbert's architecture at any size, and the labeler that reads the 14 observations out of report texts.
 
-Texts enter, classes leave ([N, 14], spec section 1). `labels.loading` reads the weights: a directory of ours
+Texts enter, classes leave ([N, 14], docs/method.md §1). `labels.loading` reads the weights: a directory of ours
 (`Labeler.save`, `labels.training`) or the checkpoint that CheXbert's authors published, which the user brings: its
 licence forbids redistribution.
 

@@ -1,4 +1,4 @@
-"""The 14 observations, their classes, and the signed vector that the reward compares (spec section 1).
+"""The 14 observations, their classes, and the signed vector that the reward compares (docs/method.md §1).
 
 Source: CheXbert (arXiv 2004.09167), label order of its published code; the signed vector is arXiv 2512.16145's.
 """
@@ -33,7 +33,7 @@ FIVE: tuple[int, ...] = (1, 4, 5, 7, 9)  # CheXpert's competition tasks
 BLANK, POSITIVE, NEGATIVE, UNCERTAIN = 0, 1, 2, 3
 CLASSES_PER_OBSERVATION: tuple[int, ...] = (4,) * 13 + (2,)
 
-# class -> sign; uncertain counts as positive (spec section 1)
+# class -> sign; uncertain counts as positive (docs/method.md §1)
 _SIGN = np.array([0, 1, -1, 1], dtype=np.int8)
 # file value -> class
 _CLASS_OF_VALUE: dict[int | None, int] = {None: BLANK, 1: POSITIVE, 0: NEGATIVE, -1: UNCERTAIN}

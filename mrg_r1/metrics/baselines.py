@@ -1,5 +1,5 @@
 """The rows beside every result: what is scored without looking at a radiograph, and what a definition allows at most
-(spec section 4).
+(docs/method.md §4).
 """
 
 from __future__ import annotations

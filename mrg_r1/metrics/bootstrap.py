@@ -54,7 +54,7 @@ def bootstrap_intervals(
     seed: int = 0,
     shown: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the F1 of every definition of spec section 4.
+    """95 % intervals of the F1 of every definition of docs/method.md §4.
 
     Args:
         predicted, reference: [N, 14] integer classes, as for `clinical_scores`.

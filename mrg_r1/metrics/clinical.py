@@ -1,5 +1,5 @@
-"""Clinical efficacy under every published definition (spec section 4): label arrays enter, named precision, recall and
-F1 leave.
+"""Clinical efficacy under every published definition (docs/method.md §4): label arrays enter, named precision, recall
+and F1 leave.
 
 Everything is computed from counts per study and observation (true positives, false positives, false negatives), so that
 the bootstrap is a product of study weights and the same counts. Where each definition is from stands with it, in
@@ -85,7 +85,7 @@ DEFINITIONS: dict[str, Definition] = {
 
 
 def clinical_scores(predicted: NDArray[np.int64], reference: NDArray[np.int64]) -> dict[str, Score]:
-    """Every definition of spec section 4.
+    """Every definition of docs/method.md §4.
 
     Args:
         predicted: [N, 14] integer classes (0 blank, 1 positive, 2 negative, 3 uncertain) of the generated reports.
@@ -129,7 +129,7 @@ def truth_scores(predicted: NDArray[np.int64], drawn: Sequence[Sequence[int | No
     """`disease_micro13` and `disease_macro13` against what a phantom was rendered from rather than what a labeler
     reads.
 
-    A policy that fools its labeler (trap 26) scores high in `clinical_scores` and low here.
+    A policy that fools its labeler (docs/traps.md #26) scores high in `clinical_scores` and low here.
 
     Args:
         predicted: [N, 14] integer classes of the generated reports.

@@ -1,9 +1,9 @@
 """How far two readers of one policy's reports are apart, and whether the distance has grown: `disease_micro13` by one
 minus by the other.
 
-The first reader is the labeler that is rewarded; the second is never rewarded: another labeler (the judge), or the
-findings that a phantom was drawn from. A policy that learns to fool the first rises under it and not under the second
-(trap 26).
+The first reader is the labeler that is rewarded; the second is never rewarded: another labeler (the held-out labeler),
+or the findings that a phantom was drawn from. A policy that learns to fool the first rises under it and not under the
+second (docs/traps.md #26).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lexical metrics (spec section 4): texts enter, BLEU-1 to 4, ROUGE-L, CIDEr and, where Java runs, METEOR leave.
+"""Lexical metrics (docs/method.md §4): texts enter, BLEU-1 to 4, ROUGE-L, CIDEr and, where Java runs, METEOR leave.
 
 The scorers are pycocoevalcap's, called as the R2Gen family calls them: on words separated by white space, without the
 PTB tokenizer of COCO's own evaluation. What a number is depends on how texts were cleaned before, so a cleaning has a

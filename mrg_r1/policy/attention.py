@@ -29,7 +29,7 @@ def has_cpu_kernels() -> bool:
 
 
 @dataclass(frozen=True)
-class Runs:
+class SeqLens:
     """Consecutive sequences on a packed axis; a run may be empty."""
 
     lengths: tuple[int, ...]
@@ -41,7 +41,7 @@ class Runs:
         return [0, *accumulate(self.lengths)]
 
     @cached_property
-    def cumulative(self) -> Tensor:
+    def cu_seqlens(self) -> Tensor:
         """[runs + 1] int32, what the CUDA kernels want."""
         return torch.tensor(self.starts, dtype=torch.int32, device=self.device)
 
@@ -56,15 +56,15 @@ class Runs:
     @cached_property
     def last_tokens(self) -> Tensor:
         """[runs] int64, where each run's last token lies."""
-        return self.cumulative[1:].long() - 1
+        return self.cu_seqlens[1:].long() - 1
 
     @cached_property
-    def ones(self) -> Runs:
+    def ones(self) -> SeqLens:
         """As many runs of one token."""
-        return Runs((1,) * len(self.lengths), self.device)
+        return SeqLens((1,) * len(self.lengths), self.device)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, q_runs: Runs, k_runs: Runs, *, causal: bool) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, q_runs: SeqLens, k_runs: SeqLens, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention of each run of queries to the run of keys of the same number.
 
     Args:
@@ -77,7 +77,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_runs: Runs, k_runs: Runs, *, causa
     """
     if q.is_cuda and q.dtype in _CUDA_TYPES:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, q_runs.cumulative, k_runs.cumulative, q_runs.longest, k_runs.longest, 0.0, causal, False
+            q, k, v, q_runs.cu_seqlens, k_runs.cu_seqlens, q_runs.longest, k_runs.longest, 0.0, causal, False
         )
         return out, lse
     outs, lses = [], []
@@ -91,7 +91,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_runs: Runs, k_runs: Runs, *, causa
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, q_runs: Runs, k_runs: Runs, *, causal: bool
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_runs: SeqLens,
+    k_runs: SeqLens,
+    *,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` with respect to q, k and v.
 
@@ -103,7 +112,7 @@ def attend_backward(
         rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # there is no dropout to replay
         unused = torch.empty(0, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q, k, v, out, lse, q_runs.cumulative, k_runs.cumulative, q_runs.longest, k_runs.longest,
+            grad.contiguous(), q, k, v, out, lse, q_runs.cu_seqlens, k_runs.cu_seqlens, q_runs.longest, k_runs.longest,
             0.0, causal, rng_state, unused,
         )  # fmt: skip
         return dq, dk, dv
@@ -123,7 +132,7 @@ def attend_backward(
     return dq, dk, dv
 
 
-def _equal_runs(q_runs: Runs, k_runs: Runs) -> Iterator[tuple[slice, slice, int]]:
+def _equal_runs(q_runs: SeqLens, k_runs: SeqLens) -> Iterator[tuple[slice, slice, int]]:
     """Neighbouring runs of equal lengths are one call on a batch: (queries, keys, how many runs)."""
     pairs = list(zip(q_runs.lengths, k_runs.lengths, strict=True))
     first = 0
@@ -221,7 +230,7 @@ class PackedAttention(torch.autograd.Function):
     """`attend` with its gradient: prompts causally to themselves, or their last tokens to all of them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_runs: Runs, k_runs: Runs, causal: bool) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_runs: SeqLens, k_runs: SeqLens, causal: bool) -> Tensor:
         out, lse = attend(q, k, v, q_runs, k_runs, causal=causal)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.arguments = q_runs, k_runs, causal
@@ -248,9 +257,9 @@ class GroupAttention(torch.autograd.Function):
         v: Tensor,
         prompt_k: Tensor,
         prompt_v: Tensor,
-        groups: Runs,
-        prompts: Runs,
-        completions: Runs,
+        groups: SeqLens,
+        prompts: SeqLens,
+        completions: SeqLens,
     ) -> Tensor:
         """q [T, heads, D], k and v [T, key heads, D] of completion tokens; prompt_k and prompt_v [prompt tokens, key
         heads, D].

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mrg_r1.policy.attention import GroupAttention, PackedAttention, Rotated, Runs
+from mrg_r1.policy.attention import GroupAttention, PackedAttention, Rotated, SeqLens
 
 # A private name of torch, so it may go; then decoding on a CPU is slower and nothing else.
 _PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if torch.backends.mkldnn.is_available() else None
@@ -248,7 +248,7 @@ class LanguageModel:
         gate, up = gate_up.chunk(2, dim=1)
         return layer.down(F.silu(gate).mul_(up)).add_(x)
 
-    def prompt_pass(self, prompts: Packed, *, recompute: bool = False) -> PromptStates:
+    def prompt_pass(self, prompts: Packed, *, recompute: bool = False) -> PromptCache:
         """Run prompts: what everything after them needs to know of them.
 
         Args:
@@ -258,10 +258,10 @@ class LanguageModel:
         for number in range(self.depth):
             x, k, v = self._run(recompute, self._prompt_layer, number, x, prompts)
             layers.append((k, v))
-        return PromptStates(tuple(layers), self.rms_norm(x, self.norm), prompts.runs)
+        return PromptCache(tuple(layers), self.rms_norm(x, self.norm), prompts.runs)
 
     def completion_pass(
-        self, completions: Packed, groups: Runs, states: PromptStates, *, recompute: bool = False
+        self, completions: Packed, groups: SeqLens, states: PromptCache, *, recompute: bool = False
     ) -> Tensor:
         """Run completions after their prompts.
 
@@ -299,8 +299,8 @@ class LanguageModel:
         number: int,
         x: Tensor,
         completions: Packed,
-        groups: Runs,
-        prompts: Runs,
+        groups: SeqLens,
+        prompts: SeqLens,
         prompt_k: Tensor,
         prompt_v: Tensor,
     ) -> Tensor:
@@ -322,20 +322,20 @@ class Packed:
     embeddings: Tensor  # [T, H]
     cos: Tensor  # [T, 1, D / 2] float32, the rotation of each token
     sin: Tensor  # [T, 1, D / 2] float32
-    runs: Runs
+    runs: SeqLens
 
 
 @dataclass(frozen=True)
-class PromptStates:
+class PromptCache:
     """What completions need to know of their prompts: computed once, shared by a group, and by a rollout and the update
     after it.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer, each [T, key heads, D]
     last: Tensor  # [B, H] normalised hidden states of the last tokens, which predict the first of each completion
-    runs: Runs  # a run a study
+    runs: SeqLens  # a run a study
 
-    def select(self, studies: Sequence[int]) -> PromptStates:
+    def select(self, studies: Sequence[int]) -> PromptCache:
         """Those of some studies, in the order given."""
         if list(studies) == list(range(len(self.runs.lengths))):
             return self
@@ -344,10 +344,10 @@ class PromptStates:
             pieces = tokens.split(list(self.runs.lengths))
             return torch.cat([pieces[study] for study in studies])
 
-        runs = Runs(tuple(self.runs.lengths[study] for study in studies), self.runs.device)
-        return PromptStates(tuple((chosen(k), chosen(v)) for k, v in self.layers), self.last[list(studies)], runs)
+        runs = SeqLens(tuple(self.runs.lengths[study] for study in studies), self.runs.device)
+        return PromptCache(tuple((chosen(k), chosen(v)) for k, v in self.layers), self.last[list(studies)], runs)
 
-    def leaves(self) -> PromptStates:
+    def leaves(self) -> PromptCache:
         """The same values cut off from their graph, collecting gradients: several backward passes can start
         from them.
         """
@@ -355,9 +355,9 @@ class PromptStates:
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_()
 
-        return PromptStates(tuple((leaf(k), leaf(v)) for k, v in self.layers), leaf(self.last), self.runs)
+        return PromptCache(tuple((leaf(k), leaf(v)) for k, v in self.layers), leaf(self.last), self.runs)
 
-    def continuation(self, leaves: PromptStates) -> Tensor:
+    def continuation(self, leaves: PromptCache) -> Tensor:
         """A scalar whose gradient is what reached `leaves`: its backward pass goes on through the prompts' graph."""
         pairs = zip(self._tensors(), leaves._tensors(), strict=True)
         parts = [(mine * leaf.grad).sum() for mine, leaf in pairs if leaf.grad is not None]

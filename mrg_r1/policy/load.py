@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mrg_r1.policy.language import LanguageModel, PromptStates
+from mrg_r1.policy.families.qwen2_5_vl.positions import RotaryPositions
+from mrg_r1.policy.families.qwen2_5_vl.vision import encode_images
+from mrg_r1.policy.language import LanguageModel, PromptCache
+from mrg_r1.policy.logprobs import completion_logprobs
+from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.policy.packing import pack_prompts
 from mrg_r1.policy.partition import Partition, PartitionedLanguageModel, load_parts
-from mrg_r1.policy.plain import score_rows
-from mrg_r1.policy.positions import RotaryPositions
-from mrg_r1.policy.scoring import score_completions
-from mrg_r1.policy.vision import encode_images
 from mrg_r1.types import Prompts, VisionFeatures
 
-# Ids that stand for pixels. A sampled one would make the next forward look for an image that is not there (trap 11).
+# Ids that stand for pixels. A sampled one would make the next forward look for an image that is not there
+# (docs/traps.md #11).
 _VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
 
@@ -79,14 +80,14 @@ class Policy(nn.Module):
         return self.base.lm_head.weight.device
 
     def train(self, mode: bool = True) -> Policy:
-        """Training mode without dropout: with it the first ratio of a rollout would not be 1 (trap 3)."""
+        """Training mode without dropout: with it the first ratio of a rollout would not be 1 (docs/traps.md #3)."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.eval()
         return self
 
-    def whole(self, *modules: nn.Module, written: bool = False) -> AbstractContextManager[None]:
+    def gathered(self, *modules: nn.Module, written: bool = False) -> AbstractContextManager[None]:
         """Inside, the modules' weights can be read: under a partition all ranks bring them together here, in the same
         order.
 
@@ -104,9 +105,9 @@ class Policy(nn.Module):
         return LanguageModel.read(self) if self.partition is None else PartitionedLanguageModel.read(self)
 
     @contextmanager
-    def held(self, *, images: bool = False) -> Iterator[None]:
+    def whole_decoder(self, *, images: bool = False) -> Iterator[None]:
         """Inside, a rank samples, and with `images` encodes them, as often and as long as it likes, without the others
-        (trap 18).
+        (docs/traps.md #18).
 
         Under a partition, entering brings together what that takes: a whole decoder with LoRA merged in, the
         embeddings, the head. The policy must not change inside. Without a partition it does nothing.
@@ -115,7 +116,7 @@ class Policy(nn.Module):
             yield
             return
         language, visual = self.language_model, self.base.model.visual
-        with self.whole(language.embed_tokens, self.base.lm_head, *([visual] if images else [])):
+        with self.gathered(language.embed_tokens, self.base.lm_head, *([visual] if images else [])):
             with torch.no_grad():
                 self._sampler = self.read_language().merged()
             try:
@@ -126,7 +127,7 @@ class Policy(nn.Module):
     @contextmanager
     def sampler(self) -> Iterator[LanguageModel]:
         """The decoder with LoRA merged into fresh matrices, and what a rollout reads besides it."""
-        with self.held():
+        with self.whole_decoder():
             yield self.read_language().merged() if self._sampler is None else self._sampler
 
     def encode_images(self, prompts: Prompts) -> VisionFeatures:
@@ -134,7 +135,7 @@ class Policy(nn.Module):
         return encode_images(self, prompts)
 
     def next_token_logits(self, hidden: Tensor) -> Tensor:
-        """Logits of the distribution that is sampled and scored, the one place where it is defined (trap 2).
+        """Logits of the distribution that is sampled and scored, the one place where it is defined (docs/traps.md #2).
 
         Args:
             hidden: [..., H] the language model's normalised hidden states.
@@ -154,14 +155,14 @@ class Policy(nn.Module):
         token_ids: Tensor,
         mask: Tensor,
         study_of_row: Tensor,
-        states: PromptStates | None = None,
+        states: PromptCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of completions; see `scoring.score_completions`."""
+        """Log-probs and entropies of completions; see `logprobs.completion_logprobs`."""
         if self.base.lm_head.weight.requires_grad:  # every parameter is trained, not LoRA
-            return score_rows(self, prompts, vision, token_ids, mask, study_of_row)
-        return score_completions(self, prompts, vision, token_ids, mask, study_of_row, states)
+            return completion_logprobs_plain(self, prompts, vision, token_ids, mask, study_of_row)
+        return completion_logprobs(self, prompts, vision, token_ids, mask, study_of_row, states)
 
-    def prompt_states(self, prompts: Prompts, vision: VisionFeatures) -> PromptStates:
+    def prompt_cache(self, prompts: Prompts, vision: VisionFeatures) -> PromptCache:
         """Keys, values and last states of the prompts, with their graph where gradients are enabled."""
         language = self.read_language()
         return language.prompt_pass(pack_prompts(self, language, prompts, vision), recompute=self.recompute)
@@ -219,7 +220,8 @@ def load_image_processor(path: Path, *, min_pixels: int, max_pixels: int) -> Qwe
 
 
 def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: a checkpoint may name several, one of which is also the pad id (trap 8).
+    """Every id that ends a completion: a checkpoint may name several, one of which is also the pad id (docs/traps.md
+    #8).
 
     Raises:
         ValueError: neither the generation config, the tokenizer nor the config names one.

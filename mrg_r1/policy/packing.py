@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mrg_r1.policy.attention import Runs
+from mrg_r1.policy.attention import SeqLens
 from mrg_r1.policy.language import LanguageModel, Packed
 from mrg_r1.types import Prompts, VisionFeatures
 
@@ -31,12 +31,12 @@ def pack_prompts(
     features = torch.cat([vision.per_study[b] for b in chosen])
     embeddings = policy.language_model.embed_tokens(ids)
     embeddings = embeddings.masked_scatter((ids == policy.image_token_id).unsqueeze(1), features.to(embeddings.dtype))
-    return Packed(embeddings, *language.rotation(positions), Runs(tuple(lengths[b] for b in chosen), ids.device))
+    return Packed(embeddings, *language.rotation(positions), SeqLens(tuple(lengths[b] for b in chosen), ids.device))
 
 
 def pack_completions(
     policy: Policy, language: LanguageModel, prompts: Prompts, completions: Mapping[int, Sequence[Tensor]]
-) -> tuple[Packed, Runs]:
+) -> tuple[Packed, SeqLens]:
     """Completion tokens behind one another; their positions go on where their prompt ended.
 
     Args:
@@ -52,10 +52,10 @@ def pack_completions(
     positions = torch.cat(
         [prompts.next_position[b] + steps[: len(ids)] for b, group in completions.items() for ids in group]
     )
-    groups = Runs(tuple(sum(len(ids) for ids in group) for group in completions.values()), device)
+    groups = SeqLens(tuple(sum(len(ids) for ids in group) for group in completions.values()), device)
     embeddings = policy.language_model.embed_tokens(torch.cat(own))
     return Packed(
-        embeddings, *language.rotation(positions.expand(3, -1)), Runs(tuple(len(ids) for ids in own), device)
+        embeddings, *language.rotation(positions.expand(3, -1)), SeqLens(tuple(len(ids) for ids in own), device)
     ), groups
 
 

@@ -51,7 +51,7 @@ class PartitionedLanguageModel(LanguageModel):
     @classmethod
     def read(cls, policy: Any) -> PartitionedLanguageModel:
         model = policy.language_model
-        with policy.whole(model.norm):
+        with policy.gathered(model.norm):
             norm = model.norm.weight.data.clone()
         return cls(**cls.dimensions(policy), layers=(), norm=norm, policy=policy)
 
@@ -62,7 +62,7 @@ class PartitionedLanguageModel(LanguageModel):
     @contextmanager
     def layer(self, number: int) -> Iterator[Layer]:
         module = self.policy.language_model.layers[number]
-        with self.policy.whole(module):
+        with self.policy.gathered(module):
             yield read_layer(module)
 
     def merged(self) -> LanguageModel:

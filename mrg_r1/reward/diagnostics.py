@@ -1,7 +1,7 @@
 """What a step's groups look like: rewards by term, signal, variety, agreement by observation, and what a constant
 report earns.
 
-All as (sum, count) pairs, so that ranks with unequal counts reduce to one mean (trap 20).
+All as (sum, count) pairs, so that ranks with unequal counts reduce to one mean (docs/traps.md #20).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mrg_r1.types import Completions, Rewards
 _SQUARE = "_square"  # the mean of squares, from which a standard deviation is made after the reduction
 
 
-def group_metrics(completions: Completions, judged: Rewards) -> Metrics:
+def group_metrics(completions: Completions, rewards: Rewards) -> Metrics:
     """This rank's groups, as (sum, count) over completions, groups or studies.
 
     - `reward/TERM` before weights, `reward/total`, with the mean of squares beside each (`with_stds` makes `_std` of
@@ -31,38 +31,38 @@ def group_metrics(completions: Completions, judged: Rewards) -> Metrics:
     - `agreement/OBSERVATION`: of the reports in which the report or its reference says something of it, the share in
       which both say the same (uncertain counts as positive). Malformed reports say nothing.
     """
-    reports = [[text for text in group if text is not None] for group in judged.report_texts]
-    groups, members = judged.total.shape
+    reports = [[text for text in group if text is not None] for group in rewards.report_texts]
+    groups, members = rewards.total.shape
     count, rows = torch.tensor(float(groups * members)), torch.tensor(float(groups))
 
     def mean(values: Tensor) -> tuple[Tensor, Tensor]:
         return values.double().sum().cpu(), torch.tensor(float(values.numel()))
 
     metrics: Metrics = {}
-    for name, values in {**judged.terms, "total": judged.total}.items():
+    for name, values in {**rewards.terms, "total": rewards.total}.items():
         metrics[f"reward/{name}"] = mean(values)
         metrics[f"reward/{name}{_SQUARE}"] = mean(values.double() ** 2)
-    metrics["reward/std"] = mean(judged.total.std(dim=1))  # inside the groups
-    for name, values in judged.constant.items():
+    metrics["reward/std"] = mean(rewards.total.std(dim=1))  # inside the groups
+    for name, values in rewards.constant.items():
         metrics["reward/constant" if name == "total" else f"reward/constant_{name}"] = mean(values)
-    metrics["groups/zero_signal"] = mean(zero_signal(judged.total))
-    if "mccs" in judged.terms:
-        metrics["groups/all_zero_mccs"] = mean((judged.terms["mccs"] == 0).all(dim=1))
+    metrics["groups/zero_signal"] = mean(zero_signal(rewards.total))
+    if "mccs" in rewards.terms:
+        metrics["groups/all_zero_mccs"] = mean((rewards.terms["mccs"] == 0).all(dim=1))
     metrics["groups/distinct"] = (torch.tensor(float(sum(len(set(group)) for group in reports))) / members, rows)
     everything = {text for group in reports for text in group}
     metrics["groups/distinct_in_batch"] = (torch.tensor(float(len(everything))), count)
     metrics["groups/malformed"] = (count - sum(len(group) for group in reports), count)
     metrics["groups/truncated"] = mean(~completions.ended)
     metrics["groups/length"] = mean(completions.lengths)
-    metrics["groups/no_finding"] = mean(judged.labels[..., NO_FINDING] == POSITIVE)
-    return metrics | _agreement(judged)
+    metrics["groups/no_finding"] = mean(rewards.labels[..., NO_FINDING] == POSITIVE)
+    return metrics | _agreement(rewards)
 
 
-def _agreement(judged: Rewards) -> Metrics:
-    if not judged.reference_labels.numel():  # a service that reads no labels
+def _agreement(rewards: Rewards) -> Metrics:
+    if not rewards.reference_labels.numel():  # a service that reads no labels
         return {}
-    said = _signs(judged.labels).flatten(0, 1)  # [R, 14]
-    true = _signs(judged.reference_labels).repeat_interleave(judged.labels.shape[1], dim=0)
+    said = _signs(rewards.labels).flatten(0, 1)  # [R, 14]
+    true = _signs(rewards.reference_labels).repeat_interleave(rewards.labels.shape[1], dim=0)
     mentioned = (said != 0) | (true != 0)
     both = ((said == true) & mentioned).double().sum(dim=0)
     counts = mentioned.double().sum(dim=0)

@@ -1,4 +1,4 @@
-"""Reward terms: labels and texts in, one float32 a report out (spec section 2). No torch, no labeler, no policy.
+"""Reward terms: labels and texts in, one float32 a report out (docs/method.md §2). No torch, no labeler, no policy.
 
 Each function is pure and scores N reports against N references, row by row. A report that is missing (malformed) never
 gets here: the stage gives it 0. Negative findings count: see `ccs`.

@@ -1,7 +1,7 @@
 """Rollout: one prefill a study, its keys and values shared by the group, tokens sampled by hand.
 
-The checkpoint's generation config is never consulted (trap 1): what is sampled is `Policy.next_token_logits`, which is
-also what is scored.
+The checkpoint's generation config is never consulted (docs/traps.md #1): what is sampled is `Policy.next_token_logits`,
+which is also what is scored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mrg_r1.policy.language import LanguageModel, PromptStates
+from mrg_r1.policy.language import LanguageModel, PromptCache
 from mrg_r1.policy.load import Policy
 from mrg_r1.policy.packing import pack_prompts
 from mrg_r1.rollout.decoder import Answers, Decoder
@@ -34,7 +34,7 @@ def rollout(
     step: int,
     attempt: int = 0,
     cache_tokens: int | None = None,
-    states: PromptStates | None = None,
+    states: PromptCache | None = None,
     on_ended: Callable[[list[str]], None] | None = None,
 ) -> Completions:
     """Sample `group_size` reports a study.
@@ -108,7 +108,7 @@ def _decode(
     group_size: int,
     max_new_tokens: int,
     uniforms: Tensor | None,
-    states: PromptStates | None = None,
+    states: PromptCache | None = None,
     on_ended: Callable[[list[str]], None] | None = None,
 ) -> Completions:
     studies, device = len(prompts), policy.device

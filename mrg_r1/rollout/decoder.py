@@ -216,7 +216,7 @@ class Decoder:
             tokens = log_probs.argmax(dim=-1)
         else:
             tokens = sample_tokens(log_probs, self.own_uniforms.index_select(1, self.step).squeeze(1))
-        going = ~self.ended  # the EOS itself is a token that was chosen, and is scored (trap 8)
+        going = ~self.ended  # the EOS itself is a token that was chosen, and is scored (docs/traps.md #8)
         self.token_ids.index_copy_(1, self.step, torch.where(going, tokens, self.pad_id).unsqueeze(1))
         self.logp.index_copy_(1, self.step, log_probs.gather(1, tokens.unsqueeze(1)) * going.unsqueeze(1))
         self.mask.index_copy_(1, self.step, going.unsqueeze(1))

@@ -1,4 +1,4 @@
-"""Groups sampled again: a group whose rewards are all equal teaches nothing (spec section 3, `max_resample`)."""
+"""Groups sampled again: a group whose rewards are all equal teaches nothing (docs/method.md §3, `max_resample`)."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def _decoded(path: Path, read: Callable[[], Content]) -> Content:
     try:
         return read()
     except UnicodeDecodeError:
-        from mrg_r1.data.rows import check_utf8  # it brings torch, which a good file does not wait for
+        from mrg_r1.data.prepare.rows import check_utf8  # it brings torch, which a good file does not wait for
 
         check_utf8(path)
         raise

@@ -25,7 +25,7 @@ from mrg_r1.metrics.lexical import NAMES, SCORERS, lexical_scores
 from mrg_r1.tables.plan import Plan, RowRun, TableError
 
 Classes = NDArray[np.int64]
-_CLINICAL = ("truth", "labeler", "judge")
+_CLINICAL = ("truth", "labeler", "held_out")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class BuiltTable:
 class _Read:
     """What one run left of one evaluation."""
 
-    classes: dict[str, tuple[Classes, Classes]]  # truth, labeler, judge -> predicted and reference [N, 14]
+    classes: dict[str, tuple[Classes, Classes]]  # truth, labeler, held_out -> predicted and reference [N, 14]
     predictions: list[dict[str, Any]]
     evaluation: dict[str, Any]
     steps: list[dict[str, Any]]  # of metrics.jsonl; none for an evaluation before training
@@ -91,15 +91,16 @@ class _Read:
 def check_columns(columns: Sequence[str]) -> None:
     """Raise TableError for a column that is none.
 
-    A column is KIND:NAME. `truth`, `labeler` and `judge`: F1 of a definition, or of one observation (class 1 as
-    positive), against the drawn truth, the rewarded labeler's reading or the judge's. `lexical`: of the raw texts.
-    `evaluation`: a number of the evaluation file. `step`: a metric's mean over all training steps.
+    A column is KIND:NAME. `truth`, `labeler` and `held_out`: F1 of a definition, or of one observation (class 1 as
+    positive), against the drawn truth, the rewarded labeler's reading or the held-out labeler's. `lexical`: of the raw
+    texts. `evaluation`: a number of the evaluation file. `step`: a metric's mean over all training steps.
     """
     for column in columns:
         kind, _, name = column.partition(":")
         if kind not in (*_CLINICAL, "lexical", "evaluation", "step") or not name:
             raise TableError(
-                f"column {column!r}: write KIND:NAME with truth, labeler, judge, lexical, evaluation or step for KIND"
+                f"column {column!r}: write KIND:NAME with truth, labeler, held_out, lexical, evaluation or step "
+                "for KIND"
             )
         if kind in _CLINICAL and name not in (*DEFINITIONS, *OBSERVATIONS):
             raise TableError(
@@ -197,8 +198,11 @@ def _read(run: RowRun, name: str) -> _Read:
     classes = {"labeler": (predicted, _classes(predictions, "reference_labels"))}
     if all(row["drawn"] is not None for row in predictions):
         classes["truth"] = known_truth(predicted, [row["drawn"] for row in predictions])
-    if all(row.get("judge_labels") is not None for row in predictions):
-        classes["judge"] = (_classes(predictions, "judge_labels"), _classes(predictions, "judge_reference_labels"))
+    if all(row.get("held_out_labels") is not None for row in predictions):
+        classes["held_out"] = (
+            _classes(predictions, "held_out_labels"),
+            _classes(predictions, "held_out_reference_labels"),
+        )
     steps = [json.loads(line) for line in log.splitlines()] if name == "test" else []
     return _Read(classes, predictions, evaluation, steps)
 
@@ -232,7 +236,7 @@ def _value(column: str, read: _Read) -> float | None:
 
 _WHY_NOT = {
     "truth": "only phantoms have a drawn truth",
-    "judge": "only a recipe with evaluation.judge has a judge's reading",
+    "held_out": "only a recipe with evaluation.held_out_labeler has a held-out labeler's reading",
     "labeler": "the run was not evaluated",
 }
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mrg_r1.config import Recipe, RecipeError, load_recipe
+from mrg_r1.config.recipe import Recipe, RecipeError, load_recipe
 
 Task = Literal["grpo", "sft"]
 SCRIPTS: dict[Task, str] = {"grpo": "launch/train.py", "sft": "launch/sft.py"}

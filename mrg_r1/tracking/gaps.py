@@ -2,8 +2,8 @@
 it is not paid by.
 
 Trap 26: optimised against one labeler, a policy finds the words that this labeler misreads. That labeler's score then
-rises and that of a reader which was never rewarded does not: `hacking_gap` against the judge (`evaluation.judge`),
-`labeler_gap` against what phantoms were drawn from.
+rises and that of a reader which was never rewarded does not: `hacking_gap` against the held-out labeler
+(`evaluation.held_out_labeler`), `labeler_gap` against what phantoms were drawn from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mrg_r1.metrics.identity import ids_hash
 
 GREW = 0.03  # of disease_micro13
 _TITLES = {
-    "hacking_gap": "by the rewarded labeler minus by the judge",
+    "hacking_gap": "by the rewarded labeler minus by the held-out labeler",
     "labeler_gap": "by the labeler minus against the drawn truth",
 }
 
@@ -35,8 +35,8 @@ class GapWatch:
     99 % because a run asks many times: a policy whose gap does not move is above the interval in one validation of 200
     where sampling is all that moves it. It warns again only once the gap has grown by another `GREW`.
 
-    Where the studies, the rewarded labeler or the judge are others than at first (a resume may change them), that gap's
-    watch begins anew.
+    Where the studies, the rewarded labeler or the held-out labeler are others than at first (a resume may change them),
+    that gap's watch begins anew.
 
     Args:
         state: of `state`, where a run goes on.
@@ -54,7 +54,7 @@ class GapWatch:
         """Take in an evaluation.
 
         Args:
-            rows: its predictions; those without `judge_labels` or `drawn` have no such gap.
+            rows: its predictions; those without `held_out_labels` or `drawn` have no such gap.
             readers: names the labelers that read them.
             when: the evaluation, in words, such as `after step 20`.
 
@@ -94,9 +94,9 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, NDArray[np.int64]]:
     predicted = _classes(ordered, "labels")
     rewarded = disease_counts(predicted, _classes(ordered, "reference_labels"))
     others = {}
-    if all(row.get("judge_labels") is not None for row in ordered):
+    if all(row.get("held_out_labels") is not None for row in ordered):
         others["hacking_gap"] = disease_counts(
-            _classes(ordered, "judge_labels"), _classes(ordered, "judge_reference_labels")
+            _classes(ordered, "held_out_labels"), _classes(ordered, "held_out_reference_labels")
         )
     if all(row["drawn"] is not None for row in ordered):
         others["labeler_gap"] = disease_counts(*known_truth(predicted, [row["drawn"] for row in ordered]))

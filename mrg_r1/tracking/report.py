@@ -88,7 +88,7 @@ def _gains(summaries: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any
 
 
 def _spread(pairs: Sequence[tuple[float | None, float | None]]) -> str:
-    """The changes' mean and range; `-` where a run has no such number (no judge, no drawn truth)."""
+    """The changes' mean and range; `-` where a run has no such number (no held-out labeler, no drawn truth)."""
     values = [after - before for before, after in pairs if before is not None and after is not None]
     if len(values) < len(pairs):
         return "-"

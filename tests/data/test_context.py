@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mrg_r1.config import RecipeError, load_recipe
+from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.context import with_prior_reports
 from mrg_r1.data.study import read_manifest, write_manifest
-from mrg_r1.run import _read_studies
+from mrg_r1.training.run import _read_studies
 from mrg_r1.types import Study, StudyImage
 from tests.conftest import OneRank
 

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mrg_r1.config import RecipeError
+from mrg_r1.config.recipe import RecipeError
 from mrg_r1.data.loader import PromptError, StudyLoader, prompts_ahead
-from mrg_r1.run import open_loader
 from mrg_r1.tracking.log import Clock
+from mrg_r1.training.run import open_loader
 from mrg_r1.types import Study
 from tests.conftest import OneRank, make_study
 

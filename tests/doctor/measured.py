@@ -22,7 +22,7 @@ from benchmarks.task import INSTRUCTION, LORA_RANK, REFERENCE, Task
 from mrg_r1.doctor.memory import Workload, predict
 from mrg_r1.doctor.shape import PolicyShape
 from mrg_r1.engine.ranks import finish_ranks, start_ranks
-from mrg_r1.policy.tiny import create_tiny_policy
+from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
 from mrg_r1.tracking.log import Clock
 
 # Long rollouts with little kept for the update, and the other way round.

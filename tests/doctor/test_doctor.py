@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mrg_r1 import cli
-from mrg_r1 import run as run_module
-from mrg_r1.config import RecipeError, load_recipe
+from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.study import read_manifest
 from mrg_r1.doctor import checks, fitting, machine
 from mrg_r1.doctor.machine import Device
-from mrg_r1.run import open_run
+from mrg_r1.training import run as run_module
+from mrg_r1.training.run import open_run
 from tests.conftest import OneRank
 from tests.world import World
 

@@ -13,8 +13,8 @@ import pytest
 
 from mrg_r1.doctor.memory import Workload, predict, resting_parts
 from mrg_r1.doctor.shape import PolicyShape
-from mrg_r1.policy.adapters import add_lora
 from mrg_r1.policy.load import Policy
+from mrg_r1.policy.lora import add_lora
 
 FACTOR = 1.25  # within which the formula must lie of a measured peak, both ways
 # Qwen2.5-VL-7B as published: the sizes of its config.json

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mrg_r1.config import check_numbers, load_recipe
+from mrg_r1.config.recipe import check_numbers, load_recipe
 from mrg_r1.doctor.checks import task_of
 from mrg_r1.doctor.memory import predict, workload_of
 from mrg_r1.doctor.shape import PolicyShape

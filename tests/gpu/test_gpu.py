@@ -8,10 +8,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mrg_r1.policy.attention import Runs, attend, attend_backward
+from mrg_r1.policy.attention import SeqLens, attend, attend_backward
 from mrg_r1.policy.load import load_policy
-from mrg_r1.policy.plain import score_rows
-from mrg_r1.policy.scoring import score_completions
+from mrg_r1.policy.logprobs import completion_logprobs
+from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.rollout.decoder import Decoder
 from tests.conftest import with_lora
@@ -30,7 +30,7 @@ def lora_on(directory, device, dtype):
 def test_flash_kernels_agree_with_whole_score_matrices(heads, key_heads, size, q_lengths, k_lengths, causal):
     """Forward, log-sum-exp and the three gradients in bf16, against fp32 by `_plain`."""
     device = torch.device("cuda")
-    q_runs, k_runs = Runs(q_lengths, device), Runs(k_lengths, device)
+    q_runs, k_runs = SeqLens(q_lengths, device), SeqLens(k_lengths, device)
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(tokens, count, size, device=device, dtype=torch.bfloat16)
@@ -85,7 +85,7 @@ def test_sampled_logp_is_near_the_scored_one_in_bf16(tiny_policy_directory, stud
     length = done.token_ids.shape[2]
     rows = torch.arange(4, device="cuda").repeat_interleave(4)
     with torch.no_grad():
-        scored, _ = score_completions(
+        scored, _ = completion_logprobs(
             policy, prompts, vision, done.token_ids.view(-1, length), done.mask.view(-1, length), rows
         )
     gap = (scored - done.logp.view(-1, length)).abs()[done.mask.view(-1, length)]
@@ -102,7 +102,7 @@ def test_shared_prefix_equals_the_naive_pass_in_bf16(tiny_policy_directory, stud
     rows = torch.tensor([1, 0, 1, 2, 3, 3, 0, 1], device="cuda")
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     found = []
-    for score in (score_completions, score_rows):
+    for score in (completion_logprobs, completion_logprobs_plain):
         policy.zero_grad()
         logp, _ = score(policy, prompts, vision, ids, mask, rows)
         logp.sum().backward()

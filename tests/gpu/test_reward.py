@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mrg_r1.labels.chexbert import Labeler
-from mrg_r1.reward.client import ServiceRewards
-from mrg_r1.reward.supervisor import ServiceSettings, Supervisor
+from mrg_r1.reward.service.client import ServiceRewards
+from mrg_r1.reward.service.supervisor import ServiceSettings, Supervisor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TEXTS = [

@@ -1,5 +1,5 @@
-"""CheXbert: one product for all heads, texts that are labelled one report at a time (trap 23), and odd texts and little
-memory.
+"""CheXbert: one product for all heads, texts that are labelled one report at a time (docs/traps.md #23), and odd texts
+and little memory.
 """
 
 from __future__ import annotations

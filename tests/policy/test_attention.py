@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mrg_r1.policy.attention as attention
-from mrg_r1.policy.attention import Runs, attend, attend_backward, merge_parts, rotate
+from mrg_r1.policy.attention import SeqLens, attend, attend_backward, merge_parts, rotate
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def test_attention_of_unequal_runs_and_its_gradients(
     if kernel == "plain":  # what runs where torch has no flash kernel
         monkeypatch.setattr(attention, "_CPU_FORWARD", None)
         monkeypatch.setattr(attention, "_CPU_BACKWARD", None)
-    q_runs, k_runs = Runs(q_lengths, CPU), Runs(k_lengths, CPU)
+    q_runs, k_runs = SeqLens(q_lengths, CPU), SeqLens(k_lengths, CPU)
     q, k, v = tensors(q_runs.total, k_runs.total, heads=heads, key_heads=key_heads)
     expected = plain(q, k, v, q_runs, k_runs, causal)
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
@@ -69,7 +69,7 @@ def test_two_parts_of_the_keys_merge_to_one_attention_also_in_the_gradient():
     """What shared-prefix attention rests on: each part gets the merged output and log-sum-exp, and its exact share of
     the gradient.
     """
-    runs = [Runs((length,), CPU) for length in (6, 9, 4, 13)]
+    runs = [SeqLens((length,), CPU) for length in (6, 9, 4, 13)]
     queries, first, second, whole = runs
     q, k, v = tensors(6, 13, heads=4, key_heads=2)
     expected = plain(q, k, v, queries, whole, False)

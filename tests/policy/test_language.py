@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from mrg_r1.policy.adapters import add_lora, reference
 from mrg_r1.policy.language import LanguageModel
 from mrg_r1.policy.load import load_policy, save_policy
+from mrg_r1.policy.lora import add_lora, reference
 from mrg_r1.rollout.decode import rollout
 
 

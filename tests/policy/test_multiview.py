@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
-from mrg_r1.policy import vision as tower
+from mrg_r1.policy.families.qwen2_5_vl import vision as tower
 from mrg_r1.policy.load import load_image_processor
-from mrg_r1.policy.scoring import micro_batches, score_completions, score_group
+from mrg_r1.policy.logprobs import completion_logprobs, group_logprobs, micro_batches
 from mrg_r1.rollout import decode
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.types import Completions, Prompts, Study, StudyImage
@@ -121,13 +121,13 @@ def test_log_probs_follow_their_study_through_permuting_and_slicing(lora_policy,
     prompts = build(lora_policy)(studies)
     vision = lora_policy.encode_images(prompts)
     done = rollout(lora_policy, prompts, vision, group_size=2, max_new_tokens=8, seed=0, step=0)
-    whole = score_group(lora_policy, prompts, vision, done, token_budget=4096)
+    whole = group_logprobs(lora_policy, prompts, vision, done, token_budget=4096)
     length = done.token_ids.shape[2]
 
     def again(rows: list[int], some: Prompts) -> torch.Tensor:
         ids, mask = done.token_ids[rows].view(-1, length), done.mask[rows].view(-1, length)
         study_of_row = torch.arange(len(rows)).repeat_interleave(2)
-        return score_completions(lora_policy, some, lora_policy.encode_images(some), ids, mask, study_of_row)[0].view(
+        return completion_logprobs(lora_policy, some, lora_policy.encode_images(some), ids, mask, study_of_row)[0].view(
             len(rows), 2, length
         )
 

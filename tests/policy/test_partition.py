@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mrg_r1.policy.adapters import merge_adapter, reference, save_adapter
 from mrg_r1.policy.load import load_policy
-from mrg_r1.policy.scoring import score_group
+from mrg_r1.policy.logprobs import group_logprobs
+from mrg_r1.policy.lora import merge_adapter, reference, save_adapter
 from mrg_r1.rollout.decode import greedy, rollout
 from tests.conftest import with_lora
 
@@ -69,7 +69,7 @@ def test_scores_gradients_and_samples_are_those_of_the_whole_policy(pair, studie
         vision = policy.encode_images(prompts)
         done = rollout(policy, prompts, vision, group_size=3, max_new_tokens=9, seed=0, step=0, cache_tokens=200)
         with reference(policy):
-            base = score_group(policy, prompts, vision, done, token_budget=200)
+            base = group_logprobs(policy, prompts, vision, done, token_budget=200)
         ids, mask = done.token_ids.flatten(0, 1), done.mask.flatten(0, 1)
         logp, entropy = policy(prompts, vision, ids, mask, torch.arange(4).repeat_interleave(3))
         logp.sum().backward()
@@ -85,7 +85,7 @@ def test_a_held_policy_samples_without_asking_for_weights(pair, studies, build):
     """Trap 18: what a rank does inside is nobody else's business; outside, weights are away again."""
     policy = pair[1]
     prompts = build(policy)(studies[:2])
-    with policy.held(images=True):
+    with policy.whole_decoder(images=True):
         before = policy.partition.opened
         vision = policy.encode_images(prompts)
         rollout(policy, prompts, vision, group_size=2, max_new_tokens=4, seed=0, step=0)
@@ -102,7 +102,7 @@ def test_an_adapter_is_merged_into_absent_weights(pair, tiny_policy_directory, t
     for policy in policies:
         merge_adapter(policy, tmp_path / "adapter")
     whole, cut = policies
-    with cut.whole(cut):
+    with cut.gathered(cut):
         found, wanted = dict(cut.named_parameters()), dict(whole.named_parameters())
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
@@ -124,7 +124,7 @@ def test_names_of_published_checkpoints_and_shards_are_read(policy, tiny_policy_
         save_file({name: weights[name] for name in weights if weight_map[name] == file}, copy / file)
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     found = load_policy(copy, dtype=torch.float32, partition=Drawer())
-    with found.whole(found):
+    with found.gathered(found):
         assert all(
             torch.equal(value, dict(policy.named_parameters())[name]) for name, value in found.named_parameters()
         )

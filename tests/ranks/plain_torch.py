@@ -1,5 +1,5 @@
 """GRPO on saved experience as one plain PyTorch process would do it, with nothing of `engine/`, `policy/`, `grpo/` or
-`trainer.py`.
+`training/grpo.py`.
 
 Transformers' own forward on whole rows [prompt | completion], PEFT's own LoRA, torch's AdamW and clipping, the files
 read as docs/debugging.md describes them. Only the prompts' ids and pixels come from the package (`data/loader.py`).

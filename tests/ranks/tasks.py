@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-import mrg_r1.trainer as trainer
-from mrg_r1.config import load_recipe
+import mrg_r1.training.grpo as trainer
+from mrg_r1.config.recipe import load_recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.data.order import StudyOrder
 from mrg_r1.engine.checkpoint import load_checkpoint, save_checkpoint
@@ -23,11 +23,11 @@ from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.state import gather_state, optimizer_steps, scatter_state
 from mrg_r1.engine.zero import Engine
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
-from mrg_r1.policy.scoring import score_group
+from mrg_r1.policy.logprobs import group_logprobs
 from mrg_r1.rollout.decode import rollout
-from mrg_r1.sft import train as train_sft
-from mrg_r1.trainer import train as train_grpo
-from mrg_r1.trainer import update
+from mrg_r1.training.grpo import train as train_grpo
+from mrg_r1.training.grpo import update
+from mrg_r1.training.sft import train as train_sft
 from mrg_r1.types import Experience, Prompts, Rewards, VisionFeatures
 from tests.conftest import make_study, with_lora
 
@@ -85,12 +85,12 @@ def fixed_experience(policy: Policy, directory: str, images: str, studies: list[
     ]
     advantages = torch.stack([torch.randn(GROUP, generator=torch.Generator().manual_seed(10 + b)) for b in studies])
     empty = torch.zeros(len(studies), GROUP)
-    judged = Rewards(
+    rewards = Rewards(
         empty, {}, {}, torch.zeros(len(studies), GROUP, 14, dtype=torch.long), [[None] * GROUP for _ in studies]
     )
     reference = completions.logp + 0.3 * shift
     old = completions.logp + 0.2 * shift.flip(1)
-    return Experience(prompts, vision, completions, judged, advantages, reference, old)
+    return Experience(prompts, vision, completions, rewards, advantages, reference, old)
 
 
 def update_on_ranks(ranks: Ranks, *, directory: str, images: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def update_on_ranks(ranks: Ranks, *, directory: str, images: str, recipe: str, o
     )
     losses, norms = [], []
     for _ in range(2):
-        states = policy.prompt_states(experience.prompts, experience.vision) if settings.rollout.reuse_prefill else None
+        states = policy.prompt_cache(experience.prompts, experience.vision) if settings.rollout.reuse_prefill else None
         metrics = ranks.reduce_metrics(update(experience, recipe=settings, engine=engine, ranks=ranks, states=states))
         losses.append(metrics["loss"])
         norms.append(engine.grad_norm())
@@ -256,7 +256,7 @@ def one_rank_ends_at_once(ranks: Ranks, **setting: Any) -> dict[str, Any]:
     if ranks.rank == 0:
         experience.completions.mask[:, :, 1:] = False
     parts = experience.prompts, experience.vision, experience.completions
-    scored = score_group(engine._engine.module, *parts, token_budget=settings.engine.micro_batch_tokens)
+    scored = group_logprobs(engine._engine.module, *parts, token_budget=settings.engine.micro_batch_tokens)
     return {
         "scored": scored.sum().item(),
         "losses": losses_of(ranks, engine, experience, settings, 2),
@@ -282,7 +282,7 @@ def unequal_rollouts(ranks: Ranks, *, directory: str, images: str, repeats: int 
     answer["length"] = found.token_ids.shape[2]
     answer["equal"] = torch.equal(found.token_ids, wanted.token_ids)
     answer["gap"] = (found.logp - wanted.logp).abs().max().item()
-    with cut.held(images=True):
+    with cut.whole_decoder(images=True):
         for attempt in range(1 if ranks.rank == 0 else 3):
             cut.encode_images(prompts)
             found = rollout(cut, prompts, vision, max_new_tokens=8, attempt=attempt, **sampling)

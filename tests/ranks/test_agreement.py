@@ -1,9 +1,10 @@
 """Real ranks on saved experience do what one plain PyTorch process does, whatever their number, the passes of an update
 and the ZeRO stage.
 
-Trap 5 (loss and gradient hang on micro-batches, accumulation, ranks or padding) and trap 21 (completions tokenised
-again before training) are held here on real ranks, over ten updates: rollouts of 1, 2 and 4 ranks leave the same ids,
-and `plain_torch.py`, which shares no engine, scoring or loss with the package, learns the same from those very ids.
+Trap 5 (loss and gradient hang on micro-batches, accumulation, ranks or padding) and docs/traps.md #21 (completions
+tokenised again before training) are held here on real ranks, over ten updates: rollouts of 1, 2 and 4 ranks leave the
+same ids, and `plain_torch.py`, which shares no engine, scoring or loss with the package, learns the same from those
+very ids.
 
 The learning rate is warmed up for a reason. Adam's first step on an element is the learning rate times g / (|g| +
 1e-8), however small g is; of some 10,000 elements a few have a first gradient near 1e-8, which is rounding. At a
@@ -25,9 +26,9 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+from tests.launches.test_launch import steps_of
 from tests.ranks.conftest import Pool
 from tests.ranks.plain_torch import Trace, plain_run, read_step
-from tests.test_launch import steps_of
 
 pytestmark = pytest.mark.ranks
 
@@ -171,7 +172,9 @@ def rollouts(pools, world, ragged, tmp_path_factory) -> dict[int, Path]:
 
 @pytest.mark.slow
 def test_completions_are_the_same_whatever_the_ranks(rollouts, ragged):
-    """Ids exactly, sampled log-probs to rounding; and there is something to be lost by tokenising again (trap 21)."""
+    """Ids exactly, sampled log-probs to rounding; and there is something to be lost by tokenising again (docs/traps.md
+    #21).
+    """
     tokenizer = AutoTokenizer.from_pretrained(ragged)
     lengths, changed, gap = set(), 0, 0.0
     for step in range(STEPS):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mrg_r1.policy.plain import score_rows
+from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from tests.ranks.tasks import GROUP, fixed_experience, fixed_policy
 
 pytestmark = pytest.mark.ranks
@@ -24,13 +24,13 @@ reward: {{labeler: none}}
 
 
 def oracle(directory: Path, images: Path, aggregation: str) -> tuple[float, float]:
-    """Loss and gradient norm of the whole batch in one process, written row by row from spec section 3."""
+    """Loss and gradient norm of the whole batch in one process, written row by row from docs/method.md §3."""
     policy = fixed_policy(str(directory))
     experience = fixed_experience(policy, str(directory), str(images), [0, 1, 2, 3])
     done = experience.completions
     length = done.token_ids.shape[2]
     rows_of = torch.arange(4).repeat_interleave(GROUP)
-    logp, _ = score_rows(
+    logp, _ = completion_logprobs_plain(
         policy,
         experience.prompts,
         experience.vision,

@@ -14,7 +14,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="u
 ROWS = [line.split("|")[1] for line in TEXT.splitlines() if line.startswith("| `")]
 DOCUMENTED = [name for row in ROWS for name in re.findall(r"`([^`]+)`", row)]
 PATTERNS = {"OBSERVATION": "|".join(OBSERVATIONS), "TERM": "(mccs|length|format)", "PHASE": "[a-z_]+"}
-CONDITIONAL = {"validation/judge_disease_micro13", "validation/hacking_gap"}  # only with evaluation.judge
+CONDITIONAL = {"validation/held_out_disease_micro13", "validation/hacking_gap"}  # only with evaluation.held_out_labeler
 
 
 def pattern(name: str) -> str:

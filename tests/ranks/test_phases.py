@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_launch import launch
+from tests.launches.test_launch import launch
 
 pytestmark = pytest.mark.ranks
 QUIET = ["evaluation.test=false", "data.val_split=nobody"]

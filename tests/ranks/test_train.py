@@ -63,7 +63,7 @@ def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_
             "mean_reward",
             "format_rate",
         }
-        assert keys | {"distinct_share", "judge_disease_micro13", "hacking_gap"} == summary[side].keys()
+        assert keys | {"distinct_share", "held_out_disease_micro13", "hacking_gap"} == summary[side].keys()
 
 
 def test_members_of_a_group_stand_together_with_their_terms(pool, world, tmp_path):

@@ -1,4 +1,4 @@
-"""What is logged of a step's groups, by hand; and the watch over a policy that collapses (trap 25)."""
+"""What is logged of a step's groups, by hand; and the watch over a policy that collapses (docs/traps.md #25)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mrg_r1.types import Rewards
 DONE: Any = SimpleNamespace(ended=torch.tensor([[True, True], [True, False]]), lengths=torch.tensor([[3, 5], [4, 8]]))
 
 
-def judged() -> Rewards:
+def rewards() -> Rewards:
     """Two groups of two: equal rewards and texts, and one malformed report beside a good one."""
     total = torch.tensor([[0.5, 0.5], [0.0, 1.0]])
     labels = torch.zeros(2, 2, 14, dtype=torch.long)
@@ -38,7 +38,7 @@ def judged() -> Rewards:
 
 
 def means() -> dict[str, float | None]:
-    pairs = group_metrics(DONE, judged()).items()
+    pairs = group_metrics(DONE, rewards()).items()
     return with_stds({name: float(total / count) if count else None for name, (total, count) in pairs})
 
 

@@ -238,7 +238,7 @@ def test_terms_that_cannot_be_loaded_say_why(name: str, message: str) -> None:
 
 def test_a_users_own_missing_import_is_not_blamed_on_the_name() -> None:
     with pytest.raises(ModuleNotFoundError, match="a_package_that_nobody_has"):
-        load_callable("tests.reward.imports_something_missing:term")
+        load_callable("tests.reward.service.imports_something_missing:term")
 
 
 @pytest.mark.parametrize(("name", "message"), [("too_short", r"shape \(1,\)"), ("not_numbers", "sequence of numbers")])

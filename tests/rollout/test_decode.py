@@ -51,7 +51,7 @@ def test_banned_ids_are_never_sampled(policy, studies, build):
 
 
 def test_completion_does_not_depend_on_batch_order_or_group(policy, studies, build):
-    """Keyed sampling; and trap 7: member g of a study is the same wherever the study stands."""
+    """Keyed sampling; and docs/traps.md #7: member g of a study is the same wherever the study stands."""
     prompts = build(policy)(studies)
     together = sample(policy, prompts)
     for b, study in enumerate(studies):

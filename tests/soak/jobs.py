@@ -96,7 +96,7 @@ class Job:
                 continue  # it has ended
             if variables.get(b"SOAK_TAG") != self.tag.encode() or state == "Z":
                 continue
-            if b"mrg_r1.reward.server" in words:
+            if b"mrg_r1.reward.service.server" in words:
                 found[int(entry.name)] = "service"
             elif b"tests/soak/rank.py" in words and b"deepspeed.launcher.launch" not in words and b"RANK" in variables:
                 found[int(entry.name)] = f"rank {variables[b'RANK'].decode()}"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import time
 
+from mrg_r1.cli.launch import run_on_ranks
 from mrg_r1.engine.faults import Watch
-from mrg_r1.launching import run_on_ranks
-from mrg_r1.trainer import train
+from mrg_r1.training.grpo import train
 
 
 def write_notes() -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from mrg_r1.config import load_recipe
+from mrg_r1.config.recipe import load_recipe
 
 
 def main() -> None:

@@ -97,9 +97,9 @@ def test_rows_evaluated_on_other_references_are_not_compared(plan):
 
 
 def test_a_column_that_the_runs_cannot_give_says_why(table, tmp_path):
-    plan = plan_table(table(columns=["judge:example14"]), rows_folder=tmp_path / "rows")
+    plan = plan_table(table(columns=["held_out:example14"]), rows_folder=tmp_path / "rows")
     _finish(plan.runs["Four", 0], 4)
-    with pytest.raises(TableError, match="only a recipe with evaluation.judge"):
+    with pytest.raises(TableError, match="only a recipe with evaluation.held_out_labeler"):
         build_table(plan, samples=50)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mrg_r1.config import RecipeError
+from mrg_r1.config.recipe import RecipeError
 from mrg_r1.tables.build import check_columns
 from mrg_r1.tables.plan import TableError, check_inputs, plan_table, read_table
 from tests.ranks.conftest import ROOT

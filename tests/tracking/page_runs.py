@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mrg_r1.evaluate import summarise, write_evaluation
+from mrg_r1.evaluation.evaluate import summarise, write_evaluation
 from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.types import Study, StudyImage
 

@@ -27,8 +27,8 @@ def rows(studies=200, *, right=0.5, fooled=0.0, seed=0, drawn=False, names="s"):
                 "id": f"{names}{number}",
                 "labels": DISEASE if honest or tricked else BLANK,
                 "reference_labels": DISEASE,
-                "judge_labels": None if drawn else DISEASE if honest else BLANK,
-                "judge_reference_labels": None if drawn else DISEASE,
+                "held_out_labels": None if drawn else DISEASE if honest else BLANK,
+                "held_out_reference_labels": None if drawn else DISEASE,
                 "drawn": [0] + [int(not tricked)] + [0] * 11 + [None] if drawn else None,
             }
         )
@@ -67,7 +67,7 @@ def test_chance_alone_is_quiet():
     """8 studies, one of them fooled: more than `GREW`, and what one study does."""
     watch = GapWatch()
     few, one = rows(8, right=1.0), rows(8, right=1.0)
-    one[3]["judge_labels"] = BLANK
+    one[3]["held_out_labels"] = BLANK
     watch.update(few, "a b", when="0")
     assert watch.update(one, "a b", when="1") == []
 
@@ -81,7 +81,7 @@ def test_what_is_significant_and_small_is_quiet():
     assert len(watch.update(rows(5000, fooled=GREW * 3), "a b", when="2")) == 1
 
 
-def test_the_drawn_truth_is_a_judge_too():
+def test_the_drawn_truth_is_a_reader_too():
     watch = GapWatch()
     watch.update(rows(drawn=True), "a -", when="0")
     (warning,) = watch.update(rows(drawn=True, fooled=0.3), "a -", when="1")

@@ -18,7 +18,7 @@ _SCALARS = {  # of an evaluation -> in words
     "no_finding_rate": "reports that say No Finding, share",
     "mean_words": "words a report",
     "labeler_gap": "labeler gap: disease_micro13 by the labeler less by the drawn truth",
-    "hacking_gap": "hacking gap: disease_micro13 by the rewarded labeler less by the judge",
+    "hacking_gap": "hacking gap: disease_micro13 by the rewarded labeler less by the held-out labeler",
 }
 
 Evaluation = Mapping[str, Any]

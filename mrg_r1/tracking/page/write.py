@@ -86,7 +86,7 @@ def write_page(
             has_before=before is not None and after is not None,
             baselines=clinical.BASELINES,
             definitions=clinical.definition_rows(before, after),
-            judged=clinical.definition_rows(_part(before, "judge"), _part(after, "judge")),
+            held_out=clinical.definition_rows(_part(before, "held_out"), _part(after, "held_out")),
             truth=clinical.truth_rows(before, after),
             scalars=clinical.scalar_rows(before, after),
             lexical=clinical.lexical_rows(before, after),

@@ -1,0 +1,1 @@
+"""Converters: what lies on a researcher's disk becomes a manifest."""

@@ -1,0 +1,1 @@
+"""MIMIC-CXR, from one's own download."""

@@ -1,0 +1,1 @@
+"""What a run has learned, for use without this project."""

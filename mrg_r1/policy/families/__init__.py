@@ -1,0 +1,1 @@
+"""Model families, one folder each; `policy/family.py` finds a checkpoint's."""

@@ -1,0 +1,143 @@
+"""The vision tower, once an image a step, and its features sorted by study.
+
+A frozen tower runs here with each kind of window as one batch; transformers' own forward loops over the windows (36 for
+a 672x672 image, in most layers). That both give the same features is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mrg_r1.policy.attention import SeqLens, attend, rotate
+from mrg_r1.types import Prompts, VisionFeatures
+
+if TYPE_CHECKING:
+    from mrg_r1.policy.load import Policy
+
+_ROTARY_BASE = 10_000.0  # of the published towers; transformers keeps it as a constant too
+
+
+def encode_images(policy: Policy, prompts: Prompts) -> VisionFeatures:
+    """Features of every image, grouped by study.
+
+    Gradients flow only where the tower's parameters want them (SFT of all parameters); under LoRA it runs without a
+    graph.
+
+    Returns:
+        Per study [image tokens, H], images in prompt order.
+
+    Raises:
+        ValueError: a study's image tokens are not as many as its features (docs/traps.md #10).
+    """
+    visual = policy.base.model.visual
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in visual.parameters()):
+        features = policy.base.get_image_features(
+            prompts.pixel_values, prompts.image_grid_thw, return_dict=True
+        ).pooler_output
+    else:
+        features = run_tower(visual, prompts.pixel_values, prompts.image_grid_thw, gathered=policy.gathered)
+    per_study, start = [], 0
+    for study, count in enumerate(prompts.images_per_study):
+        joined = torch.cat(list(features[start : start + count]))
+        tokens = int((prompts.input_ids[study] == policy.image_token_id).sum())
+        if tokens != len(joined):
+            raise ValueError(
+                f"study {prompts.study_ids[study]}: {tokens} image tokens in the prompt, {len(joined)} features "
+                f"from its {count} image(s)"
+            )
+        per_study.append(joined)
+        start += count
+    return VisionFeatures(per_study)
+
+
+@torch.no_grad()
+def run_tower(
+    visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Callable[[Any], AbstractContextManager[None]] = nullcontext
+) -> list[Tensor]:
+    """The tower's forward (Qwen2.5-VL, arXiv 2502.13923, section 2.1.1) over all images at once, packed.
+
+    Args:
+        visual: the checkpoint's vision module; its weights are used, its attention is not.
+        pixels: [patches, channels * 2 * 14 * 14].
+        grids: [I, 3] int64, patches in time, height and width.
+        gathered: given a module of the tower, a block inside which its weights can be read.
+
+    Returns:
+        A tensor [merged patches, H] for each image.
+    """
+    config, device = visual.config, pixels.device
+    merge, heads = config.spatial_merge_size, config.num_heads
+    cells = config.window_size // merge // config.patch_size  # merged patches on a window's side
+    images = [_Windows.of(grid, merge=merge, cells=cells) for grid in grids.tolist()]
+    frames = SeqLens(tuple(length for image in images for length in image.frames), device)
+    windows = SeqLens(tuple(length for image in images for length in image.windows), device)
+
+    with gathered(visual.patch_embed):
+        weight = visual.patch_embed.proj.weight  # a convolution whose stride is its kernel is a matrix product
+        x = F.linear(pixels.to(weight.dtype), weight.flatten(1))
+    starts = [0]
+    for image in images:
+        starts.append(starts[-1] + len(image.order))
+    order = torch.cat([image.order + start for image, start in zip(images, starts[:-1], strict=True)]).to(
+        device
+    )  # of merged patches
+    x = x.view(len(order), merge**2, -1)[order].flatten(0, 1)
+    size = x.shape[1] // heads
+    frequencies = _ROTARY_BASE ** (-torch.arange(0, size // 2, 2, device=device).float() / (size // 2))  # [size / 4]
+    places = torch.cat([image.places for image in images]).to(device).view(len(order), merge**2, 2)[order].flatten(0, 1)
+    angles = (places.float().unsqueeze(-1) * frequencies).flatten(1)  # [patches, size / 2]: rows first, then columns
+    cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+    for number, block in enumerate(visual.blocks):
+        with gathered(block):
+            qkv = block.attn.qkv(block.norm1(x)).view(len(x), 3 * heads, size)
+            qk, v = rotate(qkv[:, : 2 * heads], cos, sin), qkv[:, 2 * heads :]
+            runs = frames if number in config.fullatt_block_indexes else windows
+            attended, _ = attend(qk[:, :heads], qk[:, heads:], v, runs, runs, causal=False)
+            x = x + block.attn.proj(attended.flatten(1))
+            x = x + block.mlp(block.norm2(x))
+    with gathered(visual.merger):
+        merged = visual.merger(x)
+    features = torch.empty_like(merged)
+    features[order] = merged
+    return list(features.split([len(image.order) for image in images]))
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """One image's merged patches in the order of its windows; equal windows lie side by side, so that they are one
+    batch.
+    """
+
+    order: Tensor  # [merged patches] int64: where each comes from
+    places: Tensor  # [patches, 2] int64: row and column, in the processor's order
+    frames: list[int]  # patches of each frame
+    windows: list[int]  # patches of each window
+
+    @classmethod
+    def of(cls, grid: list[int], *, merge: int, cells: int) -> _Windows:
+        time, height, width = grid
+        rows, columns = height // merge, width // merge
+        index = torch.arange(time * rows * columns).view(time, rows, columns)
+        padded = F.pad(index, (0, -columns % cells, 0, -rows % cells), value=-1)
+        windows = (
+            padded.unfold(1, cells, cells).unfold(2, cells, cells).flatten(0, 2).flatten(1)
+        )  # [windows, cells * cells]
+        windows = windows[(windows >= 0).sum(dim=1).argsort(stable=True)]
+        # the processor's order: merged patches row by row, the merge x merge patches of each together
+        grid_rows, grid_columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places = torch.stack([grid_rows, grid_columns], dim=-1)
+        places = places.view(rows, merge, columns, merge, 2).transpose(1, 2).reshape(-1, 2).repeat(time, 1)
+        return cls(
+            order=windows[windows >= 0],
+            places=places,
+            frames=[height * width] * time,
+            windows=[count * merge**2 for count in (windows >= 0).sum(dim=1).tolist()],
+        )

@@ -1,0 +1,97 @@
+"""LoRA on the language model, by PEFT. The reference is the base model with adapters off: no second copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+
+from mrg_r1.policy.load import Policy
+
+# A bare list of names would also hit the vision tower, whose layers share some of them.
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def add_lora(policy: Policy, *, rank: int, alpha: int, seed: int) -> None:
+    """Put a fresh trainable LoRA on every linear layer of the language model; everything else stays frozen.
+
+    The new parameters take the base weights' dtype, so that DeepSpeed keeps one fp32 master of each.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # every rank starts from the same A, whatever it did before
+        policy.model = get_peft_model(policy.model, config, autocast_adapter_dtype=False)
+
+
+def merge_adapter(policy: Policy, adapter: Path) -> None:
+    """Fold a cold-start adapter into the base weights, before any new LoRA: it becomes part of the reference.
+
+    Raises:
+        ValueError: the file's parameters are not those of its LoRA on this policy.
+    """
+    load_adapter(policy, adapter)
+    assert isinstance(policy.model, PeftModel)
+    for layer in policy.language_model.layers:  # under a partition one layer at a time is whole
+        with policy.gathered(layer, written=True):
+            for module in layer.modules():
+                if isinstance(module, LoraLayer):
+                    module.merge(safe_merge=True)
+    for module in policy.model.modules():  # an adapter of somebody else's may reach beyond the decoder's layers
+        if isinstance(module, LoraLayer) and not module.merged:
+            with policy.gathered(module, written=True):
+                module.merge(safe_merge=True)
+    merged = policy.model.unload()
+    merged.requires_grad_(False)
+    policy.model = merged
+
+
+def load_adapter(policy: Policy, adapter: Path) -> None:
+    """Put a trained adapter of a run on the policy, frozen, for evaluation.
+
+    PEFT's own loading passes over tensors that it cannot place, with a warning: an adapter named after another
+    version's modules would change nothing.
+
+    Raises:
+        ValueError: the file's parameters are not those of its LoRA on this policy.
+    """
+    with torch.random.fork_rng(devices=[]):  # first weights that are about to be replaced
+        policy.model = get_peft_model(policy.model, LoraConfig.from_pretrained(adapter), autocast_adapter_dtype=False)
+    restore_adapter(policy, adapter)
+    policy.model.requires_grad_(False)
+
+
+def save_adapter(policy: Policy, directory: Path, *, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json` in PEFT's own layout."""
+    assert isinstance(policy.model, PeftModel)
+    policy.model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False, state_dict=state)
+    (directory / "README.md").unlink(missing_ok=True)  # PEFT's model-card template says nothing about this run
+
+
+@contextmanager
+def reference(policy: Policy) -> Iterator[Policy]:
+    """The reference policy: adapters off inside the block, bitwise the base model."""
+    assert isinstance(policy.model, PeftModel)
+    with policy.model.disable_adapter():
+        yield policy
+
+
+def restore_adapter(policy: Policy, directory: Path) -> None:
+    """Put the weights that `save_adapter` wrote back into the policy's own LoRA.
+
+    Raises:
+        ValueError: the file's parameters are not those of this LoRA.
+    """
+    assert isinstance(policy.model, PeftModel)
+    state = load_file(directory / "adapter_model.safetensors")
+    result = set_peft_model_state_dict(policy.model, state)
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"{directory}: not an adapter of this policy; missing {missing[:3]}, unexpected "
+            f"{list(result.unexpected_keys)[:3]}"
+        )

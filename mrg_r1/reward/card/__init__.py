@@ -1,0 +1,1 @@
+"""The reward card: what a policy can earn without looking at a radiograph."""

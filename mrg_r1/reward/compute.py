@@ -1,0 +1,311 @@
+"""From texts to rewards, one batch: grammar, labels, terms, total (docs/method.md §2).
+
+Completions and references enter as texts, `Rewards` leave. One call of the labeler a batch, over texts that it has not
+read yet. Whatever goes wrong raises `RewardError` with the studies' names: a reward that fails must stop the run, never
+become a zero (docs/traps.md #22).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mrg_r1.labels.observations import OBSERVATIONS, signed_vector
+from mrg_r1.report_format import Mode, Style, format_score, parse
+from mrg_r1.reward import terms
+from mrg_r1.reward.reading import Labeler, LabelError, Reader, problem_of
+from mrg_r1.types import Rewards
+
+Normalise = Literal["total", "per_term"]
+
+DEFAULT_WEIGHTS: Mapping[str, float] = {"mccs": 0.75, "format": 0.25}  # arXiv 2512.16145
+DEFAULT_MARGIN = 0.5  # ours: docs/method.md §2, the reward card
+TERM_NAMES: tuple[str, ...] = (
+    "mccs",
+    "ccs",
+    "ce_f1",
+    "bleu4",
+    "rouge_l",
+    "length",
+    "format",
+)  # and any `module:function`
+
+
+class RewardError(RuntimeError):
+    """A reward could not be made. The message names the term (or the labeler) and the studies."""
+
+
+class NotFiniteError(RewardError):
+    """A term answered with NaN or an infinity; the message names it and the studies."""
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """How one batch is to be rewarded, beyond what the function was built with.
+
+    Attributes:
+        reference_labels: [B, 14] classes of the references where they are known; None lets the labeler read them.
+        margin: m of `mccs` at this step; None takes the stage's.
+        ccs_weights: [13, 2] of `terms.ccs`, for `ccs` and `mccs`; None: equal.
+        constant: a report that is given to every study beside the completions, to see what can be earned without
+            looking.
+    """
+
+    reference_labels: NDArray[np.int64] | None = None
+    margin: float | None = None
+    ccs_weights: NDArray[np.float64] | None = None
+    constant: str | None = None
+
+
+class RewardFunction:
+    """Scores batches of completions.
+
+    Args:
+        labeler: reads the 14 classes out of texts.
+        weights: term -> weight. Names from TERM_NAMES or `module:function` (`terms.load_callable`). A term of weight 0
+            is computed and logged but does not count.
+        margin: m of `mccs`, 0 <= m < 1.
+        format_style: of the `format` term, `binary` or `graded`.
+        mode: what the prompt asks for, `think` or `plain`.
+        normalise: `total`, the weighted sum is normalised in its group; `per_term`, each term is, then they are summed.
+            `total` of `score` is the weighted sum either way; the trainer reads this when it makes the advantages.
+
+    Raises:
+        ValueError: no terms, an unknown term, a weight that is not finite, weights that are all 0, or another argument
+            out of its range.
+    """
+
+    def __init__(
+        self,
+        labeler: Labeler,
+        *,
+        weights: Mapping[str, float] = DEFAULT_WEIGHTS,
+        margin: float = DEFAULT_MARGIN,
+        format_style: Style = "binary",
+        mode: Mode = "think",
+        normalise: Normalise = "total",
+    ) -> None:
+        for name, value, allowed in (
+            ("format_style", format_style, ("binary", "graded")),
+            ("mode", mode, ("think", "plain")),
+            ("normalise", normalise, ("total", "per_term")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r}; allowed are {allowed}")
+        if not 0 <= margin < 1:
+            raise ValueError(f"margin {margin}; expected 0 <= margin < 1")
+        for name, weight in weights.items():
+            if name not in TERM_NAMES and ":" not in name:
+                raise ValueError(f"reward term {name!r} is unknown; allowed are {TERM_NAMES} and 'module:function'")
+            if not math.isfinite(weight):
+                raise ValueError(f"reward term {name!r}: weight {weight}; expected a finite number")
+        if not any(weights.values()):
+            raise ValueError(f"reward weights {dict(weights)}: no term counts; give at least one a weight other than 0")
+        self.reader = Reader(labeler)
+        self.weights = dict(weights)
+        self.margin = margin
+        self.format_style: Style = format_style
+        self.mode: Mode = mode
+        self.normalise: Normalise = normalise
+        self._custom = {name: terms.load_callable(name) for name in weights if ":" in name}
+
+    def score(
+        self,
+        texts: Sequence[Sequence[str]],
+        ended: Tensor,
+        references: Sequence[str],
+        context_of: RewardContext = RewardContext(),  # noqa: B008 (frozen)
+        *,
+        study_ids: Sequence[str] | None = None,
+    ) -> Rewards:
+        """Rewards of B groups of G completions.
+
+        A completion without a well-formed report is not labelled and earns 0 in every clinical and lexical term;
+        `format` and the user's own terms score it themselves.
+
+        Args:
+            texts: B groups of G decoded completions.
+            ended: [B, G] bool, an EOS was sampled.
+            references: B texts of the radiologists.
+            judging: this batch's margin, weights, known labels and constant report.
+            study_ids: B names for error messages; None numbers the studies.
+
+        Returns:
+            `Rewards` on the CPU; `labels` -1 in rows that were not labelled.
+
+        Raises:
+            RewardError: the labeler or a term fails or answers with something that is not finite; names it and the
+                studies.
+            ValueError: shapes that disagree, or a margin outside [0, 1).
+        """
+        groups, members = _checked_shape(texts, ended, references, context_of.reference_labels, study_ids)
+        ids = list(study_ids) if study_ids is not None else [f"number {b}" for b in range(groups)]
+        constants = [] if context_of.constant is None else [context_of.constant]
+
+        parsed = [parse(text, self.mode) for group in texts for text in group]  # N = B * G, row-major
+        reports = [one.report for one in parsed]
+        labels, per_study, constant_labels = self._label(
+            reports, list(references), constants, context_of.reference_labels, ids
+        )
+        ends = ended.flatten().tolist()
+        formats = [format_score(one, self.format_style, ended=end) for one, end in zip(parsed, ends, strict=True)]
+        total, scored = self._score(reports, labels, formats, list(references), per_study, context_of, ids, members)
+        constant: dict[str, Tensor] = {}
+        if constants:
+            rows = np.repeat(constant_labels, groups, axis=0)
+            its_total, its_terms = self._score(
+                constants * groups, rows, [1.0] * groups, list(references), per_study, context_of, ids, 1
+            )
+            constant = {name: values.squeeze(1) for name, values in {"total": its_total, **its_terms}.items()}
+        return Rewards(
+            total=total,
+            terms=scored,
+            weights=dict(self.weights),
+            labels=torch.from_numpy(labels).reshape(groups, members, len(OBSERVATIONS)),
+            report_texts=[reports[b * members : (b + 1) * members] for b in range(groups)],
+            reference_labels=torch.from_numpy(per_study),
+            constant=constant,
+        )
+
+    def reports_of(self, texts: Sequence[str]) -> list[str]:
+        """The texts that the labeler will be asked to read of these completions."""
+        return [report for report in (parse(text, self.mode).report for text in texts) if report is not None]
+
+    def _label(
+        self,
+        reports: list[str | None],
+        references: list[str],
+        constants: list[str],
+        reference_labels: NDArray[np.int64] | None,
+        ids: list[str],
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Classes of the reports [N, 14] (-1 where None), of the references [B, 14] and of the constant ones, by one
+        call.
+        """
+        rows = [row for row, report in enumerate(reports) if report is not None]
+        written = [report for report in reports if report is not None]
+        unknown = references if reference_labels is None else []
+        try:
+            classes = self.reader.label([*written, *unknown, *constants])
+        except LabelError as error:
+            raise RewardError(f"the reports of studies {_shortened(ids)}: {error}") from error
+        labels = np.full((len(reports), len(OBSERVATIONS)), -1, dtype=np.int64)
+        labels[rows] = classes[: len(rows)]
+        known = (
+            classes[len(rows) : len(rows) + len(unknown)]
+            if reference_labels is None
+            else np.array(reference_labels, dtype=np.int64)
+        )
+        return labels, known, classes[len(rows) + len(unknown) :]
+
+    def _score(
+        self,
+        reports: Sequence[str | None],
+        labels: NDArray[np.int64],
+        formats: list[float],
+        references: list[str],
+        reference_labels: NDArray[np.int64],
+        context_of: RewardContext,
+        ids: list[str],
+        members: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum and each term, [B, members] float32, of B * members reports."""
+        row_references = [reference for reference in references for _ in range(members)]
+        row_labels = np.repeat(reference_labels, members, axis=0)  # [N, 14]
+        scored: dict[str, Tensor] = {}
+        total = torch.zeros(len(ids), members, dtype=torch.float64)
+        for name, weight in self.weights.items():
+            try:
+                if name == "format":
+                    values = np.array(formats, dtype=np.float32)
+                else:
+                    values = self._term(name, reports, row_references, labels, row_labels, context_of)
+            except Exception as error:
+                raise RewardError(
+                    f"reward term {name!r} failed on studies {_shortened(ids)}: {type(error).__name__}: {error}"
+                ) from error
+            if not np.isfinite(values).all():
+                at = [
+                    f"{ids[row // members]} (member {row % members}: {values[row]})"
+                    for row in np.flatnonzero(~np.isfinite(values))
+                ]
+                raise NotFiniteError(
+                    f"reward term {name!r} is not finite for studies {_shortened(at)}; a term must be a finite number"
+                )
+            scored[name] = torch.from_numpy(values).reshape(len(ids), members)
+            total += weight * scored[name].double()
+        return total.float(), scored
+
+    def _term(
+        self,
+        name: str,
+        reports: Sequence[str | None],
+        references: list[str],
+        labels: NDArray[np.int64],
+        reference_labels: NDArray[np.int64],
+        context_of: RewardContext,
+    ) -> NDArray[np.float32]:
+        """[N] float32; rows without a report are 0 for the terms of this package."""
+        if name in self._custom:
+            return self._custom[name](list(reports), list(references), labels.copy(), reference_labels.copy())
+        rows = [row for row, report in enumerate(reports) if report is not None]
+        texts = [report for report in reports if report is not None]
+        text_references = [references[row] for row in rows]
+        generated, reference = labels[rows], reference_labels[rows]
+        values = np.zeros(len(reports), dtype=np.float32)
+        match name:
+            case "ccs":
+                values[rows] = terms.ccs(signed_vector(generated), signed_vector(reference), context_of.ccs_weights)
+            case "mccs":
+                cosine = terms.ccs(signed_vector(generated), signed_vector(reference), context_of.ccs_weights)
+                values[rows] = terms.mccs(cosine, self.margin if context_of.margin is None else context_of.margin)
+            case "ce_f1":
+                values[rows] = terms.ce_f1(generated, reference)
+            case "bleu4":
+                values[rows] = terms.bleu4(texts, text_references)
+            case "rouge_l":
+                values[rows] = terms.rouge_l(texts, text_references)
+            case "length":
+                values[rows] = terms.length(texts, text_references)
+            case _:
+                raise ValueError(f"no such term; allowed are {TERM_NAMES} and 'module:function'")
+        return values
+
+
+def _checked_shape(
+    texts: Sequence[Sequence[str]],
+    ended: Tensor,
+    references: Sequence[str],
+    reference_labels: NDArray[np.int64] | None,
+    study_ids: Sequence[str] | None,
+) -> tuple[int, int]:
+    groups = len(texts)
+    sizes = {len(group) for group in texts}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"groups of {sorted(sizes)} completions; every study needs the same number, and at least one study"
+        )
+    members = sizes.pop()
+    if tuple(ended.shape) != (groups, members):
+        raise ValueError(f"ended of shape {tuple(ended.shape)}; expected {(groups, members)} as the texts")
+    if len(references) != groups:
+        raise ValueError(f"{len(references)} references for {groups} studies")
+    if study_ids is not None and len(study_ids) != groups:
+        raise ValueError(f"{len(study_ids)} study ids for {groups} studies")
+    if reference_labels is not None:
+        problem = problem_of(np.asarray(reference_labels), groups)
+        if problem:
+            raise ValueError(f"reference_labels: {problem}")
+    return groups, members
+
+
+def _shortened(names: list[str]) -> str:
+    shown = ", ".join(names[:8])
+    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"

@@ -1,0 +1,295 @@
+"""What makes a run's rewards: the service of this node, the references' labels, and the report that needs no looking.
+
+`start_service` begins to load the labeler in its own process and returns; `open_rewards` waits for it, when the policy
+has been loaded meanwhile. `wait` and `on_all_ranks` see to it that no rank goes on without rewards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mrg_r1.config.recipe import Recipe, RecipeError, held_out_is_rewarded
+from mrg_r1.engine.ranks import Ranks
+from mrg_r1.grpo.loss import Metrics
+from mrg_r1.labels.observations import OBSERVATIONS
+from mrg_r1.reward.card.card import best_real_constant
+from mrg_r1.reward.compute import NotFiniteError, RewardContext, RewardError
+from mrg_r1.reward.held_out import HeldOutLabeler
+from mrg_r1.reward.references import reference_labels
+from mrg_r1.reward.service.client import ServiceRewards
+from mrg_r1.reward.service.interface import Health, RewardService, RewardsMissing, RewardsNotFinite, Ticket
+from mrg_r1.reward.service.supervisor import ServiceSettings, Supervisor
+from mrg_r1.reward.terms import inverse_prevalence
+from mrg_r1.types import Rewards, Study
+
+JUDGE_DTYPE = "float32"
+
+
+@dataclass
+class RunRewards:
+    """Rewards for the studies of a run.
+
+    Attributes:
+        service: where completions are handed in.
+        labeler: its name and fingerprint.
+        studies: by split, those that the run can meet.
+        labels: study id -> the 14 classes of its reference.
+        constant: the training report that would earn most if it were given to every study; None without training
+            studies.
+    """
+
+    recipe: Recipe
+    service: RewardService
+    labeler: dict[str, str]
+    studies: dict[str, list[Study]]
+    labels: dict[str, list[int]]
+    constant: str | None
+    ccs_weights: NDArray[np.float64] | None
+    supervisor: Supervisor | None  # on the node's first rank
+
+    def context_of(self, study_ids: Sequence[str], *, step: int | None = None) -> RewardContext:
+        """How a batch of these studies is rewarded: at `step` of the training, or, without one, as at its end."""
+        reward = self.recipe.reward
+        return RewardContext(
+            reference_labels=np.array([self.labels[study_id] for study_id in study_ids], dtype=np.int64),
+            margin=reward.margin_at(self.recipe.steps if step is None else step),
+            ccs_weights=self.ccs_weights,
+            constant=self.constant,
+        )
+
+    def classes(self, split: str) -> NDArray[np.int64]:
+        """[N, 14] classes of the references of a split."""
+        return np.array([self.labels[study.id] for study in self.studies[split]], dtype=np.int64).reshape(
+            -1, len(OBSERVATIONS)
+        )
+
+    def close(self) -> None:
+        """The run needs no more rewards."""
+        self.service.close()
+        if self.supervisor is not None:
+            self.supervisor.close()
+
+
+def start_service(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
+    """Start this node's service, on its first rank; None on the others."""
+    if not ranks.leads_node:
+        return None
+    reward = recipe.reward
+    settings = ServiceSettings(
+        labeler=str(reward.labeler),
+        tokenizer=reward.tokenizer,
+        device=reward.device,
+        dtype=reward.dtype,
+        stage={
+            "weights": reward.weights,
+            "margin": reward.margin,
+            "format_style": reward.format,
+            "mode": recipe.prompt.mode,
+            "normalise": reward.normalise,
+        },
+        threads=max(1, min(16, len(os.sched_getaffinity(0)) - ranks.node.size)),  # the cores that the ranks leave
+    )
+    return Supervisor(settings, log=recipe.output_dir / f"reward_service_{ranks.rank}.log")
+
+
+def open_rewards(
+    recipe: Recipe, ranks: Ranks, supervisor: Supervisor | None, studies: dict[str, list[Study]]
+) -> RunRewards:
+    """Wait for the services of all nodes, connect to this node's, and have the references read. Every rank calls this.
+
+    Args:
+        supervisor: from `start_service`.
+        studies: by split, those that the run can meet; the training studies under `train`.
+
+    Raises:
+        RecipeError: a labeler or a term that cannot be loaded, on any node; all ranks raise it.
+    """
+    mine: tuple[str | None, Path, int] | None = None
+    if supervisor is not None:
+        problem = None
+        try:
+            supervisor.wait()
+        except ValueError as error:
+            problem = str(error) if len(ranks.nodes) == 1 else f"{ranks.node}: {error}"
+        mine = (problem, supervisor.directory, os.getpid())
+    everyone = ranks.gather(mine)
+    problems = [said[0] for said in everyone if said is not None and said[0] is not None]
+    if problems:
+        if supervisor is not None:
+            supervisor.close()
+        raise RecipeError("\n".join(dict.fromkeys(problems)))
+    _, directory, keeper = everyone[ranks.node.first]
+    service = ServiceRewards(directory, keeper=keeper, timeout=recipe.reward.timeout)
+    return prepare(recipe, ranks, service, service.labeler, supervisor, studies)
+
+
+def prepare(
+    recipe: Recipe,
+    ranks: Ranks,
+    service: RewardService,
+    labeler: dict[str, str],
+    supervisor: Supervisor | None,
+    studies: dict[str, list[Study]],
+) -> RunRewards:
+    """Have the references read by a service that is ready, and choose the constant report. Every rank calls this."""
+    labels: dict[str, list[int]] = {}
+    constant = None
+    train = studies["train"]
+    if ranks.is_main:
+        labels = reference_labels(
+            [study for part in studies.values() for study in part],
+            manifest=recipe.data.manifest,
+            labeler=labeler | {"dtype": recipe.reward.dtype, "tokenizer": str(recipe.reward.tokenizer)},
+            label=service.label,
+            fallback=recipe.output_dir / "reference_labels",
+        )
+        if train:
+            classes, texts = (
+                np.array([labels[study.id] for study in train], dtype=np.int64),
+                [study.report for study in train],
+            )
+            constant = texts[best_real_constant(classes, texts, recipe.reward.margin)[0]]
+    labels, constant = ranks.agree((labels, constant))
+    opened = RunRewards(recipe, service, labeler, studies, labels, constant, None, supervisor)
+    if train and recipe.reward.ccs_weights == "inverse_prevalence":
+        opened.ccs_weights = inverse_prevalence(opened.classes("train"))
+    return opened
+
+
+def start_held_out(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
+    """Start the held-out labeler's process on rank 0, which is the only one that asks it; None on the others, and
+    without a held-out labeler.
+    """
+    evaluation = recipe.evaluation
+    if evaluation.held_out_labeler is None or not ranks.is_main:
+        return None
+    settings = ServiceSettings(
+        labeler=str(evaluation.held_out_labeler),
+        tokenizer=evaluation.held_out_tokenizer,
+        device=evaluation.held_out_device,
+        dtype=JUDGE_DTYPE,
+        stage={"mode": recipe.prompt.mode},  # nothing is scored there; hints are taken apart
+        threads=max(1, min(16, len(os.sched_getaffinity(0)) - ranks.node.size)),
+        name="held_out",
+        device_field="evaluation.held_out_device",
+    )
+    return Supervisor(settings, log=recipe.output_dir / "held_out_service.log")
+
+
+def open_held_out(
+    recipe: Recipe,
+    ranks: Ranks,
+    supervisor: Supervisor | None,
+    studies: Sequence[Study],
+    *,
+    rewarded: Mapping[str, str],
+) -> HeldOutLabeler | None:
+    """Wait for the held-out labeler and have it read the references of the studies that are evaluated. Every rank calls
+    this; rank 0 gets it.
+
+    Args:
+        supervisor: from `start_held_out`.
+        studies: those that the run can evaluate.
+        rewarded: name and fingerprint of the rewarded labeler.
+
+    Raises:
+        RecipeError: the held-out labeler cannot be loaded, or it is the rewarded labeler under another name; all ranks
+            raise it.
+        RewardsMissing: it fails while it reads the references; all ranks raise it.
+    """
+    if recipe.evaluation.held_out_labeler is None:
+        return None
+    held_out, problem, failure = None, None, None
+    if supervisor is not None:
+        try:
+            supervisor.wait()
+            service = ServiceRewards(
+                supervisor.directory, keeper=os.getpid(), timeout=recipe.reward.timeout, name=supervisor.settings.name
+            )
+            held_out = prepare_held_out(recipe, service, service.labeler, supervisor, studies, rewarded=rewarded)
+        except ValueError as error:
+            problem = (
+                str(error)
+                if isinstance(error, RecipeError)
+                else f"evaluation.held_out_labeler {recipe.evaluation.held_out_labeler}: {error}"
+            )
+        except RewardError as error:
+            failure = f"evaluation.held_out_labeler {recipe.evaluation.held_out_labeler}: {error}"
+    problem, failure = ranks.agree((problem, failure))
+    if (problem or failure) and supervisor is not None:
+        supervisor.close()
+    if problem is not None:
+        raise RecipeError(problem)
+    if failure is not None:
+        raise RewardsMissing(failure)
+    return held_out
+
+
+def prepare_held_out(
+    recipe: Recipe,
+    service: RewardService,
+    labeler: dict[str, str],
+    supervisor: Supervisor | None,
+    studies: Sequence[Study],
+    *,
+    rewarded: Mapping[str, str],
+) -> HeldOutLabeler:
+    """Refuse a held-out labeler that is the rewarded labeler, and have the references read, on rank 0.
+
+    Raises:
+        RecipeError: equal fingerprints.
+    """
+    if labeler["fingerprint"] == rewarded["fingerprint"]:
+        raise RecipeError(held_out_is_rewarded(recipe))
+    references = reference_labels(
+        studies,
+        manifest=recipe.data.manifest,
+        labeler=labeler | {"dtype": JUDGE_DTYPE, "tokenizer": str(recipe.evaluation.held_out_tokenizer)},
+        label=service.label,
+        fallback=recipe.output_dir / "reference_labels",
+    )
+    return HeldOutLabeler(service, labeler, references, supervisor)
+
+
+def wait(rewards: RewardService, ticket: Ticket) -> Rewards | RewardError:
+    """The rewards, or why there are none: other ranks have theirs, and go on to the next collective."""
+    try:
+        return rewards.result(ticket)
+    except RewardError as error:
+        return error
+
+
+def on_all_ranks(judged: Rewards | RewardError, ranks: Ranks) -> Rewards:
+    """This rank's rewards, if every rank has its own.
+
+    Raises:
+        RewardsMissing: a rank has none; all ranks raise it, before anything is learned from the others (docs/traps.md
+            #22). `RewardsNotFinite` where numbers that are not finite are the only reason.
+    """
+    mine = (str(judged), isinstance(judged, NotFiniteError)) if isinstance(judged, RewardError) else None
+    problems = ranks.gather(mine)
+    failed = [f"rank {rank}: {problem[0]}" for rank, problem in enumerate(problems) if problem is not None]
+    if failed or isinstance(judged, RewardError):
+        skippable = all(problem is None or problem[1] for problem in problems)
+        raise (RewardsNotFinite if skippable else RewardsMissing)("\n".join(failed))
+    return judged
+
+
+def service_metrics(health: Health) -> Metrics:
+    """What the reward service did for this rank's step. Under `time/`, since it is of the machine and the moment: no
+    resume repeats it.
+    """
+    one = torch.tensor(1.0)
+    return {
+        "time/reward_busy": (torch.tensor(health.busy), one),
+        # copies within the batch, and what an earlier step or a hint has had read, are not read again
+        "time/reward_read_share": (torch.tensor(float(health.computed)), torch.tensor(float(health.asked))),
+        "time/reward_restarts_max": (torch.tensor(float(health.restarts)), one),
+    }

@@ -1,0 +1,216 @@
+"""Supervised fine-tuning: the token-level baseline, and the cold start that GRPO needs (docs/method.md §3).
+
+The loss is the mean over all target tokens of the global batch of -log p, of the very distribution that a rollout
+samples.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrg_r1.config.recipe import Recipe, RecipeError
+from mrg_r1.data.loader import StudyLoader
+from mrg_r1.engine.checkpoint import load_checkpoint, save_checkpoint
+from mrg_r1.engine.faults import NotFinite, Requeue, Signals, any_signal
+from mrg_r1.engine.ranks import Ranks
+from mrg_r1.engine.zero import Engine
+from mrg_r1.labels.observations import NO_FINDING
+from mrg_r1.phantom.wording import think_text
+from mrg_r1.policy.load import save_policy
+from mrg_r1.policy.logprobs import micro_batches
+from mrg_r1.policy.lora import add_lora, save_adapter
+from mrg_r1.report_format import target_text
+from mrg_r1.tracking.log import Clock
+from mrg_r1.training.run import Run, build_engine, finish, is_finished, open_loader, open_log, open_run, say_resuming
+from mrg_r1.types import Study
+
+
+def sft_step(
+    step: int, *, run: Run, engine: Engine, loader: StudyLoader, clock: Clock
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """One optimizer step on this rank's share of the batch. Returns metrics as (sum, count) pairs."""
+    with clock.phase("load"):
+        prompts = loader.batch(step)
+    with clock.phase("targets"):
+        targets = [target_ids(run, study) for study in loader.studies_of(step)]
+        ids = torch.full((len(targets), max(map(len, targets))), run.policy.pad_id)  # [B, C]
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, target in enumerate(targets):
+            ids[row, : len(target)] = torch.tensor(target)
+            mask[row, : len(target)] = True
+        tokens = float(run.ranks.sum(mask.sum()))
+    total = torch.zeros((), dtype=torch.float64)
+    with clock.phase("update"):
+        budget, own = run.recipe.engine.micro_batch_tokens, torch.arange(len(ids))
+        passes = max(
+            run.ranks.gather(len(micro_batches(prompts, mask, own, token_budget=budget)))
+        )  # ranks meet in each
+        plan = micro_batches(prompts, mask, own, token_budget=budget, at_least=passes)
+        for number, rows in enumerate(plan):
+            part = prompts.select(rows.tolist()).to(run.ranks.device)
+            part_ids, part_mask = ids[rows].to(run.ranks.device), mask[rows].to(run.ranks.device)
+            study_of_row = torch.arange(len(part), device=run.ranks.device)
+            logp, _ = engine(part, run.policy.encode_images(part), part_ids, part_mask, study_of_row)
+            engine.backward(-logp.sum() / tokens, last=number + 1 == len(plan))
+            total -= logp.detach().double().sum().cpu()
+    skipped = torch.tensor(float(engine.skipped))
+    return {
+        "loss": (total, mask.sum()),
+        "policy/skipped_updates": (skipped, torch.tensor(1.0)),
+        "time/load_share": clock.share("load"),
+        "sft/target_tokens": (mask.sum(), torch.tensor(float(len(targets)))),
+        **clock.costs(int(mask.sum()), world_size=run.ranks.world_size),
+    }
+
+
+def target_ids(run: Run, study: Study) -> list[int]:
+    """The ids to learn for a study, EOS last.
+
+    Raises:
+        RecipeError: think mode on a study without labels to think of, or a target longer than a completion may be.
+    """
+    recipe, think = run.recipe, None
+    if recipe.prompt.mode == "think":
+        if not study.rendered or study.said is None:
+            raise RecipeError(
+                f"study {study.id}: SFT in think mode needs a rendered study with said labels, from which the "
+                "think text is made; real data has no think text: use prompt.mode=plain, or let GRPO's prompt and "
+                "format reward alone bring the think block"
+            )
+        think = think_text(study.said, range(NO_FINDING))
+    text = target_text(study.report, think, recipe.prompt.mode)
+    ids: list[int] = run.policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [
+        run.policy.tokenizer.eos_token_id
+    ]
+    if len(ids) > recipe.rollout.max_new_tokens:
+        raise RecipeError(
+            f"study {study.id}: a target of {len(ids)} tokens, rollout.max_new_tokens is "
+            f"{recipe.rollout.max_new_tokens}; raise it (a cut target would teach the policy not to end)"
+        )
+    return ids
+
+
+def train(recipe: Recipe, ranks: Ranks) -> None:
+    """Run or resume an SFT recipe. Leaves RUN/adapter (LoRA) or RUN/policy (all parameters, a checkpoint directory)."""
+    if is_finished(recipe, ranks):
+        return
+    signals, clock = Signals(), Clock(ranks.beat)
+    with clock.phase("start"):
+        run = open_run(recipe, ranks, task="sft")
+    with clock.phase("evaluation"):
+        before = (
+            run.evaluate_test("test_before", title="evaluating before")
+            if recipe.evaluation.test and recipe.evaluation.before
+            else None
+        )
+    with clock.phase("start"):
+        if recipe.sft.trainable == "lora":
+            add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
+        else:
+            run.policy.requires_grad_(True)
+        engine = build_engine(run)
+        record = load_checkpoint(engine, run.directory / "checkpoints") or {
+            "step": 0,
+            "best": None,
+            "seconds": {},
+            "stopped": None,
+        }
+    start, best, stopped = record["step"], record["best"], record["stopped"]
+    clock.add(record["seconds"], record.get("cpu_seconds", 0.0))  # of the run before it was interrupted
+    loader = open_loader(run, record, batch_size=recipe.sft.batch_size)
+    log = open_log(run, start, clock)
+    say_resuming(run, log, record, stage=engine.stage)
+    run.policy.train()
+
+    skipped_in_a_row: int = record.get("skipped_in_a_row", 0)
+    signals.deferring = True  # from here on a step is finished first
+    for step in range(start, recipe.steps):
+        if stopped is not None:
+            break
+        rate = engine.set_learning_rate(step)
+        parts = sft_step(step, run=run, engine=engine, loader=loader, clock=clock)
+        metrics: dict[str, Any] = {
+            **ranks.reduce_metrics(parts),
+            "policy/grad_norm": engine.grad_norm(),
+            "policy/learning_rate": rate,
+        }
+        if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0:
+            with clock.phase("validation"):
+                result, _ = run.validate()
+            shown = (
+                "disease_micro13",
+                "disease_macro13",
+                "mean_reward",
+                "format_rate",
+                "held_out_disease_micro13",
+                "hacking_gap",
+            )
+            metrics |= {f"validation/{key}": result[key] for key in shown if result[key] is not None}
+            if recipe.sft.stop_at is not None and result["disease_micro13"] >= recipe.sft.stop_at:
+                stopped = (
+                    f"validation disease_micro13 {result['disease_micro13']:.3f} reached sft.stop_at "
+                    f"{recipe.sft.stop_at}"
+                )
+        if recipe.sft.max_seconds is not None and ranks.agree(clock.training_seconds >= recipe.sft.max_seconds):
+            stopped = f"sft.max_seconds {recipe.sft.max_seconds} reached"
+        if recipe.sft.max_cpu_seconds is not None and ranks.agree(
+            clock.training_cpu_seconds >= recipe.sft.max_cpu_seconds
+        ):
+            stopped = f"sft.max_cpu_seconds {recipe.sft.max_cpu_seconds} reached"
+        # before the checkpoint: a killed run's surplus lines are cut off at resuming, missing ones would be lost
+        log.log(step, metrics | clock.end_step(), run.take_validated())
+        skipped_in_a_row = skipped_in_a_row + 1 if metrics["policy/skipped_updates"] else 0
+        failing = skipped_in_a_row >= recipe.engine.max_skipped
+        signalled = any_signal(ranks.gather(signals.received))
+        if (
+            stopped is not None
+            or signalled
+            or failing
+            or step + 1 == recipe.steps
+            or (step + 1) % recipe.checkpoint.every == 0
+        ):
+            with clock.phase("checkpoint"):
+                best = {"step": step + 1, "score": None}
+                extra = {
+                    "best": best,
+                    "seconds": clock.totals,
+                    "cpu_seconds": clock.training_cpu_seconds,
+                    "stopped": stopped,
+                    "skipped_in_a_row": skipped_in_a_row,
+                    "position": loader.position(step + 1),
+                    "studies": loader.fingerprint,
+                    "recipe": recipe.model_dump(mode="json"),
+                }
+                log.sync()
+                save_checkpoint(
+                    engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep
+                )
+        if failing:
+            run.close()
+            raise NotFinite(
+                f"{skipped_in_a_row} steps in a row had a gradient that is not finite (engine.max_skipped), the "
+                f"last one step {step}; the weights are as they were before them, and in the checkpoint; a smaller "
+                "optimizer.learning_rate or float32 may help"
+            )
+        if signalled and stopped is None and step + 1 < recipe.steps:
+            run.close()
+            raise Requeue(f"stopped by {signalled} after step {step + 1} of {recipe.steps}, checkpoint written")
+    signals.deferring = False
+
+    loader.close()
+    if stopped is not None:
+        log.say(f"stopped early: {stopped}")
+    elif recipe.sft.stop_at is not None:
+        log.say(f"sft.stop_at {recipe.sft.stop_at} was not reached in {recipe.steps} steps")
+    if ranks.is_main:
+        if recipe.sft.trainable == "lora":
+            save_adapter(run.policy, run.directory / "adapter")
+        else:
+            save_policy(run.policy, run.directory / "policy", source=recipe.policy.path)
+    ranks.barrier()
+    with clock.phase("evaluation"):
+        after = run.evaluate_test("test", title="evaluating after") if recipe.evaluation.test else None
+    finish(run, log, clock, stage=engine.stage, before=before, after=after, best=best)

@@ -1,0 +1,111 @@
+"""What a run keeps and says between its steps: validations, the best adapter, batches that taught nothing, warnings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+from mrg_r1.evaluation.evaluate import short_summary
+from mrg_r1.policy.lora import save_adapter
+from mrg_r1.tracking.gaps import GapWatch
+from mrg_r1.tracking.log import RunLog
+from mrg_r1.training.experience import adapter_folder, keep_newest_adapters, write_step
+from mrg_r1.training.run import Run
+from mrg_r1.types import Sampled
+
+LOGP_GAP_WARNING = 0.05  # nats; bf16 of a sound rollout is seen at 0.004 on average
+
+
+def keep_for_replay(run: Run, step: int, sampled: Sampled, *, problem: str | None = None) -> None:
+    """Write a batch that could not be learned from, and the LoRA as the update left out found it, for `phases=update`.
+
+    Args:
+        problem: why there are no rewards; there was no update then, and nothing to repeat but the sampling.
+    """
+    folder = run.directory / "not_finite"
+    if problem is None and run.ranks.is_main:
+        adapter = adapter_folder(folder, step)
+        shutil.rmtree(adapter, ignore_errors=True)
+        save_adapter(run.policy, adapter)
+        keep_newest_adapters(folder, run.recipe.engine.max_skipped)
+    write_step(folder, step, sampled, recipe=run.recipe, ranks=run.ranks, problem=problem, own_weights=problem is None)
+
+
+def warn_of_gap(log: RunLog, step: int, gap: float | None, correction: str) -> None:
+    """Say where sampled and scored log-probs have come apart: the policy is then trained on samples of another one."""
+    if gap is not None and gap > LOGP_GAP_WARNING:
+        remedy = (
+            "grpo.correction=tis weights it out"
+            if correction == "none"
+            else "grpo.correction=tis weights what its cap allows"
+        )
+        log.say(
+            f"step {step}: sampling/logp_gap {gap:.3f} nats a token on average, over {LOGP_GAP_WARNING}; {remedy}; "
+            "float32 closes it"
+        )
+
+
+def validate_before(run: Run, gaps: GapWatch, log: RunLog) -> None:
+    """Where there is a held-out labeler: the validation that all later ones are compared with, of the policy before it
+    is rewarded for anything.
+    """
+    evaluation = run.recipe.evaluation
+    if evaluation.held_out_labeler is None or not evaluation.before or not run.studies["val"]:
+        return
+    result, rows = run.validate()
+    gaps.update(rows, _readers(result), when="before training")
+    log.say(
+        f"before training, validation/held_out_disease_micro13 {result['held_out_disease_micro13']:.3f}, "
+        f"validation/hacking_gap {result['hacking_gap']:+.3f}: what validations are compared with"
+    )
+
+
+def warn_at_close(run: Run, log: RunLog) -> None:
+    """Say where a gap has widened between the test split's evaluations before and after training, as RUN/evaluation has
+    them.
+    """
+    if not run.ranks.is_main:
+        return
+    watch, folder = GapWatch(), run.directory / "evaluation"
+    for name, when in (("test_before", "before training"), ("test", "after training, on the test split")):
+        result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        lines = (folder / f"{name}_predictions.jsonl").read_text(encoding="utf-8").split("\n")
+        for warning in watch.update([json.loads(line) for line in lines if line], _readers(result), when=when):
+            log.say(warning)
+
+
+def _readers(result: dict[str, Any]) -> str:
+    """Fingerprints of the labelers that an evaluation was read by."""
+    held_out = result.get("held_out")
+    return f"{result['labeler']['fingerprint']} {held_out['labeler']['fingerprint'] if held_out else '-'}"
+
+
+def keep_best(
+    run: Run, best: dict[str, Any] | None, *, step: int, metrics: dict[str, Any], gaps: GapWatch, log: RunLog
+) -> dict[str, Any] | None:
+    """Validate; where the score is the best so far, the adapter of RUN becomes this one. Without a validation split,
+    the last is kept.
+    """
+    score: float | None = None
+    if run.studies["val"]:
+        result, rows = run.validate()
+        for warning in gaps.update(rows, _readers(result), when=f"after step {step}"):
+            log.say(warning)
+        score = result[run.recipe.evaluation.select] if run.recipe.evaluation.select in result else None
+        score = result["definitions"][run.recipe.evaluation.select]["f1"] if score is None else score
+        metrics |= {f"validation/{key}": value for key, value in short_summary(result).items() if value is not None}
+        metrics |= {
+            "validation/labeler_gap": result["labeler_gap"],
+            "validation/no_finding_rate": result["no_finding_rate"],
+        }
+    if best is None or score is None or score > best["score"]:
+        best = {"step": step, "score": score}
+        if run.ranks.is_main:
+            fresh = run.directory / ".adapter.tmp"
+            shutil.rmtree(fresh, ignore_errors=True)
+            save_adapter(run.policy, fresh)
+            shutil.rmtree(run.directory / "adapter", ignore_errors=True)
+            fresh.rename(run.directory / "adapter")
+        run.ranks.barrier()
+    return best

@@ -1,0 +1,290 @@
+"""The reward of a batch: what is labelled, what each term gives, how they add up, and that no failure becomes a
+zero.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mrg_r1.reward.compute import (
+    DEFAULT_MARGIN,
+    DEFAULT_WEIGHTS,
+    TERM_NAMES,
+    RewardContext,
+    RewardError,
+    RewardFunction,
+)
+from tests.reward.keyword_labeler import KeywordLabeler
+
+CUSTOM = "tests.reward.custom_terms:"
+
+
+def think(report: str, thought: str = "looking") -> str:
+    return f"<think>{thought}</think><report>{report}</report>"
+
+
+TEXTS = [
+    [think("cardiomegaly. no effusion"), think("cardiomegaly. effusion"), "cardiomegaly. no effusion"],
+    [think("no edema"), "<report>edema</report>", think("no edema", "edema edema")],
+]
+REFERENCES = ["cardiomegaly. no effusion", "edema. no pneumothorax"]
+ENDED = torch.ones(2, 3, dtype=torch.bool)
+
+
+def stage(labeler: Any = None, **arguments: Any) -> RewardFunction:
+    return RewardFunction(labeler or KeywordLabeler(), **arguments)
+
+
+def test_the_default_reward_by_hand() -> None:
+    assert (DEFAULT_WEIGHTS, DEFAULT_MARGIN) == ({"mccs": 0.75, "format": 0.25}, 0.5)
+    rewards = stage().score(TEXTS, ENDED, REFERENCES)
+    # study 1: equal; one of two flipped, CCS 0; no tags, no report. Study 2: -1 / sqrt 2; 1 / sqrt 2; -1 / sqrt 2.
+    half = (1 / math.sqrt(2) - 0.5) / 0.5
+    assert rewards.terms["mccs"].flatten().tolist() == pytest.approx([1, 0, 0, 0, half, 0])
+    assert rewards.terms["format"].tolist() == [[1, 1, 0], [1, 0, 1]]
+    assert rewards.total.flatten().tolist() == pytest.approx([1.0, 0.25, 0.0, 0.25, 0.75 * half, 0.25])
+    assert rewards.total.dtype == torch.float32 and rewards.weights == DEFAULT_WEIGHTS
+    assert rewards.report_texts[0] == ["cardiomegaly. no effusion", "cardiomegaly. effusion", None]
+
+
+def test_labels_are_kept_and_unlabelled_rows_are_marked() -> None:
+    rewards = stage().score(TEXTS, ENDED, REFERENCES)
+    assert rewards.labels.shape == (2, 3, 14) and rewards.labels.dtype == torch.int64
+    assert rewards.labels[0, 2].tolist() == [-1] * 14
+    assert rewards.labels[0, 1].tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+    assert rewards.labels[1, 0, 4].item() == 2
+    assert rewards.reference_labels.tolist()[1] == [0, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 0, 0]
+
+
+def test_every_term_by_hand() -> None:
+    weights = {name: 1.0 for name in TERM_NAMES} | {CUSTOM + "brevity": -0.5}
+    texts = [[think("cardiomegaly. no effusion"), think("cardiomegaly"), "", "<think>a</think><report> </report>"]]
+    ended = torch.tensor([[True, False, True, True]])
+    rewards = stage(weights=weights, margin=0.2, format_style="graded").score(
+        texts, ended, ["cardiomegaly. no effusion"]
+    )
+    cosine = 1 / math.sqrt(2)
+    expected: dict[str, list[float]] = {
+        "ccs": [1, cosine, 0, 0],
+        "mccs": [1, (cosine - 0.2) / 0.8, 0, 0],
+        "ce_f1": [1, 1, 0, 0],
+        "bleu4": [1, math.exp(1 - 4 / 1), 0, 0],  # 13a: "cardiomegaly", ".", "no", "effusion"
+        "rouge_l": [1, 0, 0, 0],  # words keep their full stop: "cardiomegaly" is not "cardiomegaly."
+        "length": [1, 1 / 3, 0, 0],
+        "format": [1, 1, 0, 5 / 6],
+        CUSTOM + "brevity": [1 / 3, 1, -1, -1],  # a user's term scores malformed reports itself
+    }
+    assert set(rewards.terms) == set(expected)
+    for name, values in expected.items():
+        assert rewards.terms[name][0].tolist() == pytest.approx(values, rel=1e-5), name
+    totals = [sum((-0.5 if ":" in name else 1.0) * values[g] for name, values in expected.items()) for g in range(4)]
+    assert rewards.total[0].tolist() == pytest.approx(totals, rel=1e-5)
+
+
+def test_terms_are_reported_before_their_weights_and_with_weight_zero() -> None:
+    """Trap 24: format saturates while findings stand still; only terms that are logged apart show it."""
+    texts = [[think("no edema"), think("no effusion")], [think("cardiomegaly"), think("edema")]]
+    rewards = stage(weights={"mccs": 0.75, "format": 0.25, "ccs": 0.0}, margin=0.0).score(
+        texts, torch.ones(2, 2, dtype=torch.bool), ["edema", "edema"]
+    )
+    assert rewards.terms["format"].mean().item() == 1.0
+    assert rewards.terms["mccs"].tolist() == [[0, 0], [0, 1]]
+    assert rewards.terms["ccs"].tolist() == [[-1, 0], [0, 1]]
+    assert rewards.total.tolist() == [[0.25, 0.25], [0.25, 1.0]]
+
+
+def test_one_call_labels_each_text_once_and_never_the_thoughts() -> None:
+    labeler = KeywordLabeler()
+    reward_stage = stage(labeler)
+    reward_stage.score(TEXTS, ENDED, REFERENCES)
+    assert len(labeler.calls) == 1
+    generated = ["cardiomegaly. effusion", "cardiomegaly. no effusion", "edema", "no edema"]
+    assert sorted(labeler.calls[0]) == sorted(
+        [*generated, "edema. no pneumothorax"]
+    )  # the first reference is one of them
+    reward_stage.score([[think("effusion"), think("effusion")]], torch.ones(1, 2, dtype=torch.bool), REFERENCES[:1])
+    assert labeler.calls[1:] == [["effusion"]]  # the reference is remembered
+
+
+def test_nothing_is_labelled_when_nothing_is_there() -> None:
+    labeler = KeywordLabeler()
+    known = np.zeros((1, 14), dtype=np.int64)
+    rewards = stage(labeler).score(
+        [["a", "b"]], torch.ones(1, 2, dtype=torch.bool), ["x"], RewardContext(reference_labels=known)
+    )
+    assert labeler.calls == [] and rewards.total.tolist() == [[0, 0]]
+
+
+def test_known_reference_labels_take_the_labelers_place() -> None:
+    labeler = KeywordLabeler()
+    known = np.zeros((1, 14), dtype=np.int64)
+    known[0, 9] = 1
+    texts = [[think("effusion"), think("edema")]]
+    rewards = stage(labeler).score(
+        texts, torch.ones(1, 2, dtype=torch.bool), ["edema"], RewardContext(reference_labels=known)
+    )
+    assert rewards.terms["mccs"].tolist() == [[1, 0]]
+    assert labeler.calls == [["effusion", "edema"]]
+    assert rewards.reference_labels.tolist() == known.tolist()
+
+
+def test_plain_mode_labels_the_whole_text_and_wants_its_end() -> None:
+    rewards = stage(mode="plain").score([[" edema ", "edema", "  "]], torch.tensor([[True, False, True]]), ["edema"])
+    assert rewards.terms["mccs"].tolist() == [[1, 1, 0]]
+    assert rewards.terms["format"].tolist() == [[1, 0, 0]]
+    assert rewards.report_texts == [["edema", "edema", None]]
+
+
+def test_rows_stay_with_their_own_study() -> None:
+    words = ["cardiomegaly", "edema", "consolidation", "pneumothorax"]
+    texts = [[think(word) for word in words] for _ in words]
+    rewards = stage(weights={"mccs": 1.0, "rouge_l": 1.0}).score(texts, torch.ones(4, 4, dtype=torch.bool), words)
+    assert torch.equal(rewards.terms["mccs"], torch.eye(4)) and torch.equal(rewards.terms["rouge_l"], torch.eye(4))
+
+
+def test_the_step_decides_the_margin_and_the_weights() -> None:
+    texts, ended, references = (
+        [[think("edema. no effusion"), think("edema")]],
+        torch.ones(1, 2, dtype=torch.bool),
+        ["edema. effusion"],
+    )
+    scored = [
+        stage().score(texts, ended, references, RewardContext(margin=margin)).terms["mccs"][0, 1].item()
+        for margin in (0.0, 0.5, 0.9)
+    ]
+    cosine = 0.5**0.5
+    assert scored == pytest.approx([cosine, (cosine - 0.5) / 0.5, 0.0])
+    weights = np.ones((13, 2))
+    weights[4, 0] = 9.0  # edema
+    heavy = (
+        stage(weights={"ccs": 1.0, "mccs": 1.0})
+        .score(texts, ended, references, RewardContext(margin=0.2, ccs_weights=weights))
+        .terms
+    )
+    cosines = [(9 - 1) / 10, 3 / 10**0.5]
+    assert heavy["ccs"][0].tolist() == pytest.approx(cosines)
+    assert heavy["mccs"][0].tolist() == pytest.approx([(cosine - 0.2) / 0.8 for cosine in cosines])
+
+
+def test_a_constant_report_is_scored_beside_every_study() -> None:
+    weights = {"mccs": 0.75, "format": 0.25, "rouge_l": 0.0, CUSTOM + "brevity": 0.5}
+    known = stage(weights=weights).score(TEXTS, ENDED, REFERENCES, RewardContext(constant=REFERENCES[1]))
+    alone = stage(weights=weights).score(TEXTS, ENDED, REFERENCES)
+    as_completion = stage(weights=weights, mode="plain").score([[REFERENCES[1]]] * 2, ENDED[:, :1], REFERENCES)
+    assert torch.equal(known.total, alone.total) and not alone.constant
+    assert torch.equal(known.constant["total"], as_completion.total[:, 0]) and known.constant.keys() == {
+        "total",
+        *weights,
+    }
+    assert known.constant["mccs"][1] == 1 and known.constant["format"].tolist() == [1, 1]
+
+
+# --- a failure stops the run (docs/traps.md #22)
+# --------------------------------------------------------------------------------
+
+
+class BrokenLabeler:
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def label(self, texts: list[str]) -> NDArray[np.int64]:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        rows: NDArray[np.int64] = self.answer(len(texts))
+        return rows
+
+
+def classes_with(value: int, column: int) -> Any:
+    def answer(count: int) -> NDArray[np.int64]:
+        rows = np.zeros((count, 14), dtype=np.int64)
+        rows[-1, column] = value
+        return rows
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (ConnectionError("device lost"), "CXR7, CXR8.*labeler failed.*ConnectionError: device lost"),
+        (lambda count: np.zeros((count - 1, 14), dtype=np.int64), "CXR7.*labeler returned shape"),
+        (lambda count: np.zeros((count, 14)), "CXR7.*labeler returned dtype float64"),
+        (lambda count: np.full((count, 14), np.nan), "CXR7.*labeler returned dtype float64"),
+        (classes_with(4, 2), "CXR7.*class 4 for Lung Opacity"),
+        (classes_with(-1, 0), "CXR7.*class -1 for Enlarged Cardiomediastinum"),
+        (classes_with(2, 13), "CXR7.*class 2 for No Finding"),
+    ],
+)
+def test_a_failing_labeler_stops_the_run_and_names_the_studies(answer: Any, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        stage(BrokenLabeler(answer)).score(TEXTS, ENDED, REFERENCES, study_ids=["CXR7", "CXR8"])
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        ("raises", "raises' failed.*CXR7, CXR8.*no server"),
+        ("too_short", "too_short' failed.*CXR7, CXR8.*shape"),
+        ("not_numbers", "not_numbers' failed.*CXR7"),
+        ("not_a_number", r"not_a_number' is not finite for studies CXR8 \(member 0: nan\)"),
+    ],
+)
+def test_a_failing_term_stops_the_run_and_names_itself_and_the_studies(term: str, message: str) -> None:
+    reward_stage = stage(weights={"mccs": 1.0, CUSTOM + term: 0.0})
+    texts = [[think("edema")], [think("broken")]]
+    with pytest.raises(RewardError, match=message):
+        reward_stage.score(texts, torch.ones(2, 1, dtype=torch.bool), REFERENCES, study_ids=["CXR7", "CXR8"])
+
+
+def test_a_users_term_cannot_change_what_the_others_see() -> None:
+    weights = {CUSTOM + "spoils_its_inputs": 1.0, "mccs": 1.0, CUSTOM + "agreement": 0.0}
+    rewards = stage(weights=weights).score(TEXTS, ENDED, REFERENCES)
+    assert rewards.terms["mccs"][0].tolist() == [1, 0, 0]
+    assert rewards.terms[CUSTOM + "agreement"][0].tolist() == pytest.approx([1, 13 / 14, 0])
+    assert rewards.report_texts[0][2] is None and rewards.labels[0, 2, 0].item() == -1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weights": {"mcss": 1.0}}, "'mcss' is unknown"),
+        ({"weights": {}}, "no term counts"),
+        ({"weights": {"mccs": 0.0}}, "no term counts"),
+        ({"weights": {"mccs": math.nan}}, "weight nan"),
+        ({"weights": {"no_such_module:f": 1.0}}, "no module"),
+        ({"margin": 1.0}, "margin 1.0"),
+        ({"mode": "json"}, "mode 'json'"),
+        ({"format_style": "soft"}, "format_style 'soft'"),
+        ({"normalise": "batch"}, "normalise 'batch'"),
+    ],
+)
+def test_settings_that_make_no_reward_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"texts": [["a", "b"], ["c"]]}, "groups of"),
+        ({"texts": []}, "at least one study"),
+        ({"ended": torch.ones(3, 2, dtype=torch.bool)}, "ended of shape"),
+        ({"references": ["one"]}, "1 references for 2"),
+        ({"study_ids": ["one"]}, "1 study ids for 2"),
+        ({"judging": RewardContext(reference_labels=np.zeros((2, 13), dtype=np.int64))}, "reference_labels: shape"),
+        (
+            {"judging": RewardContext(reference_labels=np.full((2, 14), -1, dtype=np.int64))},
+            "reference_labels: class -1",
+        ),
+    ],
+)
+def test_batches_that_do_not_fit_together_are_refused(change: dict[str, Any], message: str) -> None:
+    batch: dict[str, Any] = {"texts": TEXTS, "ended": ENDED, "references": REFERENCES} | change
+    with pytest.raises(ValueError, match=message):
+        stage().score(**batch)

@@ -1,0 +1,70 @@
+"""How a run's batches are rewarded: the references' labels, the margin of the step, the weights and the constant
+report.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mrg_r1.config.recipe import RecipeError, load_recipe
+from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.observations import signed_vector
+from mrg_r1.reward.references import FOLDER
+from mrg_r1.reward.terms import ccs, inverse_prevalence, mccs
+from mrg_r1.training.run import open_run
+from tests.conftest import OneRank
+
+
+def opened(world, tmp_path, *overrides):
+    return open_run(load_recipe(world.recipe(tmp_path / "run"), overrides), OneRank(), task="grpo")
+
+
+def test_every_study_is_rewarded_by_its_own_reference_and_the_margin_of_the_step(world, tmp_path, inline_rewards):
+    annealed = ["reward.margin=0.2", "reward.margin_end=0.6", "reward.margin_steps=2"]
+    run = opened(world, tmp_path, *annealed, "reward.ccs_weights=inverse_prevalence")
+    studies = [run.studies["test"][3], run.studies["train"][5], run.studies["val"][0]]
+    labels = Labeler.load(world.folder / "labeler").label([study.report for study in studies])
+    context_of = run.rewarding.context_of([study.id for study in studies], step=1)
+    assert np.array_equal(context_of.reference_labels, labels) and context_of.margin == pytest.approx(0.4)
+    assert run.rewarding.context_of([studies[0].id]).margin == pytest.approx(0.6)  # evaluations are at the last one
+    train = Labeler.load(world.folder / "labeler").label([study.report for study in run.studies["train"]])
+    assert np.array_equal(context_of.ccs_weights, inverse_prevalence(train)) and np.array_equal(
+        run.rewarding.classes("train"), train
+    )
+    assert list((world.folder / "phantoms" / FOLDER).glob("labeler-*.csv"))
+
+
+def test_the_constant_report_is_the_training_report_that_would_earn_most(world, tmp_path, inline_rewards):
+    run = opened(world, tmp_path, "reward.margin=0.3")
+    reports = [study.report for study in run.studies["train"]]
+    vectors = signed_vector(run.rewarding.classes("train"))
+    earned = [mccs(ccs(np.broadcast_to(vector, vectors.shape), vectors), 0.3).mean() for vector in vectors]
+    assert run.rewarding.constant in reports
+    assert earned[reports.index(run.rewarding.constant)] == pytest.approx(max(earned))
+    result, _ = run.evaluate(run.studies["val"], title="")
+    assert set(result["constant"]) == {"total", *run.recipe.reward.weights}
+    assert result["constant"]["total"] == pytest.approx(
+        0.75 * result["constant"]["mccs"] + 0.25 * result["constant"]["length"], abs=1e-5
+    )
+
+
+def test_a_labeler_that_does_not_load_is_bad_input_on_every_rank(world, tmp_path, monkeypatch):
+    """With a real process: its message arrives, no model and no run is left waiting. (A launch looks at the labeler
+    before; not here.)
+    """
+    monkeypatch.setattr("mrg_r1.training.run.launch_findings", lambda *args, **kwargs: [])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"architectures": ["Bert"]}')
+    with pytest.raises(RecipeError, match="this directory holds another model"):
+        opened(world, tmp_path, f"reward.labeler={broken}")
+
+
+def test_a_run_with_its_own_process_opens_rewards_and_closes(world, tmp_path):
+    run = opened(world, tmp_path)
+    result, _ = run.evaluate(run.studies["val"], title="")
+    assert result["labeler"] == run.rewarding.labeler and result["n"] == 8
+    directory = run.rewarding.supervisor.directory
+    run.rewarding.close()
+    assert not directory.exists() and (tmp_path / "run" / "reward_service_0.log").is_file()
