@@ -9,11 +9,8 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-SHIPPED = (
-    "launch/*.py",
-    "launch/recipes/**/*.yaml",
-    "ds_configs/*.json",
-)  # `mrg-r1 recipes` copies them out of an installed package
+# `mrg-r1 recipes` copies them out of an installed package
+SHIPPED = ("launch/*.py", "launch/recipes/**/*.yaml", "ds_configs/*.json")
 
 
 class BuildWithRecipes(build_py):

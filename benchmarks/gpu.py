@@ -37,13 +37,11 @@ PARTS = {"ours": 3, "trl": 5, "trl-vllm": 4}
 GRACE = 5.0  # seconds after its time in which a contender may still say that it is done
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-ON_CUDA = {
-    "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-}  # one card: TRL would spread over all
+# one card: TRL would spread over all
+ON_CUDA = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-ALLOCATOR = {
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"
-}  # passes of many sizes leave holes otherwise; vLLM has its own
+# passes of many sizes leave holes otherwise; vLLM has its own
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 class CaseReader(Worker):

@@ -86,9 +86,8 @@ def write_folder(folder: Path, size: Size, *, sides: Sequence[int], images: int)
     """
     fresh = folder / "policy"
     shutil.rmtree(fresh, ignore_errors=True)
-    create_tiny_policy(
-        fresh, _TEXTS * 20, vocabulary=512, image_side=max(sides), hidden=32, layers=1, seed=SEED
-    )  # for its tokenizer
+    # for its tokenizer
+    create_tiny_policy(fresh, _TEXTS * 20, vocabulary=512, image_side=max(sides), hidden=32, layers=1, seed=SEED)
     (fresh / "model.safetensors").unlink()
     text = _TEXT[size]
     _fill_vocabulary(fresh / "tokenizer.json", text["vocab_size"])

@@ -13,9 +13,8 @@ def write_text_atomically(path: Path, text: str) -> None:
         OSError: it cannot be written; what was there before is untouched.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(
-        text, encoding="utf-8", errors="backslashreplace"
-    )  # lone surrogates in reports, as JSON escapes them
+    # lone surrogates in reports, as JSON escapes them
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     sync(temporary)
     os.replace(temporary, path)
 

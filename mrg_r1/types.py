@@ -150,9 +150,8 @@ class Rewards:
     labels: Tensor  # [B, G, 14] int64 classes read from the reports; -1 in rows that were not labelled
     report_texts: list[list[str | None]]  # B lists of G: the text that was labelled, None where malformed
     reference_labels: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, 14] int64 classes
-    constant: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # `total` and each term -> [B] float32, of one report given to every study
+    # `total` and each term -> [B] float32, of one report given to every study
+    constant: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -38,9 +38,8 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
     without rewards with 3, a hanging rank with 4, a signal or a rank that is gone with 75; anything else keeps its
     traceback. Whichever rank fails, it speaks last, and all leave with its code.
     """
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # torch's and transformers' own calls of their own old names
+    # torch's and transformers' own calls of their own old names
+    warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.disable_progress_bar()
     parser = argparse.ArgumentParser(
         description=description,

@@ -17,11 +17,8 @@ if TYPE_CHECKING:
     from mrg_r1.policy.load import Policy
     from mrg_r1.types import Study
 
-_CONTEXT = {
-    "indication": "indication",
-    "comparison": "comparison",
-    "prior": "prior_report",
-}  # option -> data.context's name
+# option -> data.context's name
+_CONTEXT = {"indication": "indication", "comparison": "comparison", "prior": "prior_report"}
 
 
 def add_commands(commands: Any) -> None:
@@ -120,9 +117,8 @@ def _report(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     if problems:
         raise ValueError("\n".join(problems))
     device = _device(arguments.device)
-    labeler = (
-        None if arguments.no_labeler else _labeler(arguments, recipe, device)
-    )  # before the policy, which takes longer to load
+    # before the policy, which takes longer to load
+    labeler = None if arguments.no_labeler else _labeler(arguments, recipe, device)
     policy = _policy(arguments, recipe, device)
     rows = reports_of_one(
         policy,
@@ -230,9 +226,8 @@ def _labeler(arguments: argparse.Namespace, recipe: Recipe, device: str) -> Labe
         named = "--labeler" if arguments.labeler else f"reward.labeler of {arguments.folder / 'config.yaml'}"
         remedy = "name where a labeler lies with --labeler PATH, or print the report without findings with --no-labeler"
         raise ValueError(f"{path}: no such file or folder ({named}); {remedy}")
-    tokenizer = (
-        None if path.is_dir() and arguments.labeler else recipe.reward.tokenizer
-    )  # a folder of ours carries its own
+    # a folder of ours carries its own
+    tokenizer = None if path.is_dir() and arguments.labeler else recipe.reward.tokenizer
     return Labeler.load(path, tokenizer=tokenizer, device=device, dtype=getattr(torch, recipe.reward.dtype))
 
 

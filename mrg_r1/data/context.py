@@ -9,11 +9,8 @@ from dataclasses import replace
 
 from mrg_r1.types import Study
 
-TITLES = {
-    "indication": "Indication",
-    "comparison": "Comparison",
-    "prior_report": "Prior report",
-}  # data.context's names
+# data.context's names
+TITLES = {"indication": "Indication", "comparison": "Comparison", "prior_report": "Prior report"}
 
 
 def context_lines(study: Study, fields: Sequence[str]) -> dict[str, str]:

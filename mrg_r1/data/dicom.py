@@ -232,10 +232,8 @@ def _lut(item: Any, dataset: Any) -> tuple[int, NDArray[np.float64]]:
     count = count or 2**16
     entries = item.LUTData
     if isinstance(entries, bytes):
-        order, width = (
-            "<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">",
-            len(entries) // count,
-        )  # 8 bits may be packed
+        # 8 bits may be packed
+        order, width = ("<" if dataset.file_meta.TransferSyntaxUID.is_little_endian else ">", len(entries) // count)
         entries = np.frombuffer(entries[: count * width], dtype=f"{order}u{width}")
     table = np.asarray(entries, dtype=np.float64)
     if len(table) < count:

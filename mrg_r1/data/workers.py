@@ -29,9 +29,8 @@ from mrg_r1.types import Study
 _IN_FLIGHT = 2
 _CLOSING_SECONDS = 5.0
 
-Patches = tuple[
-    Tensor, Tensor
-]  # [patches, channels * 2 * 14 * 14] float32 of a study's images; [images, 3] int64 grids
+# [patches, channels * 2 * 14 * 14] float32 of a study's images; [images, 3] int64 grids
+Patches = tuple[Tensor, Tensor]
 
 
 class WorkerError(RuntimeError):

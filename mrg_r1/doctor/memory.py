@@ -28,10 +28,8 @@ _COMPACTING = 0.375
 _PROMPT_WORDS = 48  # tokens of the chat template around the words, and
 _IMAGE_WORDS = 8  # of a view's name and the marks around an image: generous for published tokenizers
 _CONTEXT_WORDS = 96  # of an indication or a comparison
-_LABELER_TOKENS, _LABELER_VALUES = (
-    2048,
-    12_000,
-)  # of the labeler's batches, and what a BERT-base's layer has of a token at once
+# of the labeler's batches, and what a BERT-base's layer has of a token at once
+_LABELER_TOKENS, _LABELER_VALUES = (2048, 12_000)
 
 
 @dataclass(frozen=True)
@@ -120,9 +118,8 @@ def resting_parts(shape: PolicyShape, work: Workload) -> Parts:
     if work.task == "evaluate":
         return parts
     share = trained if work.stage == 1 else trained // ranks
-    bucket = (
-        work.bucket if work.device == "cuda" else min(work.bucket, trained)
-    )  # memory that is never touched is no memory on a CPU
+    # memory that is never touched is no memory on a CPU
+    bucket = work.bucket if work.device == "cuda" else min(work.bucket, trained)
     parts["gradients"] = (share + bucket) * b
     if not work.offload_optimizer:
         parts["fp32 masters, gradients"] = 8 * trained // ranks
@@ -167,9 +164,8 @@ def _rollout_parts(shape: PolicyShape, work: Workload) -> Parts:
     prefill = prompt_tokens * (3 * shape.intermediate + 4 * shape.hidden) * b - own
     building = 2 * one_layout  # packed, padded, and as the decoder reads them
     scores = rows * shape.heads * (work.prompt_tokens + work.new_tokens) * (2 * b + 4)
-    step = (
-        rows * shape.vocabulary * (20 if work.group_size > 1 else 16) + scores
-    )  # log-probs, and doubles that a token is drawn from
+    # log-probs, and doubles that a token is drawn from
+    step = rows * shape.vocabulary * (20 if work.group_size > 1 else 16) + scores
     captured = 2 if work.device == "cuda" else 1  # a graph's memory is its own
     parts["prefill or decode step"] = max(prefill, building, int(_COMPACTING * own), captured * step)
     return parts
@@ -210,9 +206,8 @@ def _update_parts(shape: PolicyShape, work: Workload) -> Parts:
     if work.stage == 3:
         layer += shape.layer_matrices * b
     held = work.studies * work.prompt_tokens if work.reuse_prefill else prompts
-    chunk = (
-        min(own, max(1, CHUNK_ELEMENTS // shape.vocabulary)) * shape.vocabulary * 12
-    )  # log-probs, probabilities and their product
+    # log-probs, probabilities and their product
+    chunk = min(own, max(1, CHUNK_ELEMENTS // shape.vocabulary)) * shape.vocabulary * 12
     if work.stage == 3:
         chunk += shape.vocabulary * shape.hidden * b
     parts["logits, or a layer's backward"] = max(chunk, layer + held * shape.cache_values * b)

@@ -34,9 +34,8 @@ _LEFT_WITHIN = 5.0  # seconds in which they have left, where they can
 _BROKEN_FOR = 10.0  # seconds in which a live rank looks at least `_LIVES` times; a broken connection says the rest
 _LIVES = 4  # looks: the last one of a rank that was killed may still be on its way to the store
 
-_leaving = (
-    threading.Event()
-)  # this process ends with an exit code of its own; the launcher's SIGTERM must not make it another
+# this process ends with an exit code of its own; the launcher's SIGTERM must not make it another
+_leaving = threading.Event()
 
 
 class Requeue(Exception):
@@ -219,9 +218,8 @@ class Watch:
                 self._moved[rank] = (pulse, self._looks)
         still = {rank: self._looks - look for rank, (_, look) in self._moved.items()}
         if any(looks > self._patience for looks in still.values()):
-            gone = [
-                rank for rank, looks in still.items() if 2 * looks > self._patience
-            ]  # those of one node stop within seconds
+            # those of one node stop within seconds
+            gone = [rank for rank, looks in still.items() if 2 * looks > self._patience]
             self.fail(
                 self._obituary(gone, f"nothing was heard for {max(still.values()) * _LOOK_EVERY:.0f} s"), code=REQUEUE
             )
@@ -251,9 +249,8 @@ class Watch:
             os._exit(self.fallen)  # rank 0 did not wait long enough for this rank to leave
         _leaving.set()
         if not self._speaking.acquire(blocking=False):
-            time.sleep(
-                10 * _HEARD_WITHIN
-            )  # another thread of this process has begun to speak, and ends it if the store lets it
+            # another thread of this process has begun to speak, and ends it if the store lets it
+            time.sleep(10 * _HEARD_WITHIN)
         elif self.rank == max(self.ranks.node.first, 1):
             print(self._obituary([0], f"or at least the store beside it; {why}"), file=sys.stderr, flush=True)
         else:
@@ -275,9 +272,8 @@ class Watch:
             self._seen, self._pulses, self._since = places, pulses, time.monotonic() - 0.5 * self.timeout
             return
         least = min(beats for beats, _ in places.values())
-        frozen = [
-            rank for rank in places if pulses[rank] == self._pulses[rank]
-        ]  # stopped, swapped out, or on a node that is gone
+        # stopped, swapped out, or on a node that is gone
+        frozen = [rank for rank in places if pulses[rank] == self._pulses[rank]]
         behind = frozen or [rank for rank, (beats, _) in places.items() if beats == least]
         where = "; ".join(
             f"{self.ranks.name([rank])} in {places[rank][1]!r}{' (its process is frozen)' if frozen else ''}"

@@ -45,9 +45,8 @@ class Ranks:
     world_size: int
     device: torch.device
     nodes: tuple[Node, ...] = (Node(0, "localhost", 0, 1),)
-    beat: Callable[[str], None] = lambda doing: (
-        None
-    )  # told that this rank goes on, and with what (`engine.faults.Watch`)
+    # told that this rank goes on, and with what (`engine.faults.Watch`)
+    beat: Callable[[str], None] = lambda doing: None
 
     @property
     def is_main(self) -> bool:

@@ -112,9 +112,8 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
             )
             if held_out is not None:
-                held_out.service.hint(
-                    [row["text"] for row in rows[-len(batch) :]]
-                )  # read while the next batch is written
+                # read while the next batch is written
+                held_out.service.hint([row["text"] for row in rows[-len(batch) :]])
     by_id = {row["id"]: row for part in ranks.gather(rows) for row in part}
     predictions = [by_id[study.id] for study in studies]
     by_held_out = _add_held_out_labels(predictions, held_out, ranks)

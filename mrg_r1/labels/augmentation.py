@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from mrg_r1.labels.observations import BLANK, NEGATIVE, NO_FINDING, POSITIVE, UNCERTAIN
 
-_BY_STRENGTH = np.array(
-    [BLANK, NEGATIVE, UNCERTAIN, POSITIVE]
-)  # where two reports disagree, the later one here holds for both
+# where two reports disagree, the later one here holds for both
+_BY_STRENGTH = np.array([BLANK, NEGATIVE, UNCERTAIN, POSITIVE])
 _STRENGTH = np.argsort(_BY_STRENGTH)
 
 

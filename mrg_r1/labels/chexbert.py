@@ -70,14 +70,12 @@ class CheXbert(nn.Module):
 
     def classify(self, cls: Tensor) -> Tensor:
         """The heads on [CLS]'s hidden states [N, H]: [N, 14, 4], -inf for the two classes that No Finding lacks."""
-        weight = torch.cat(
-            [head.get_parameter("weight") for head in self.linear_heads]
-        )  # [54, H]: all heads as one product
+        # [54, H]: all heads as one product
+        weight = torch.cat([head.get_parameter("weight") for head in self.linear_heads])
         bias = torch.cat([head.get_parameter("bias") for head in self.linear_heads])  # [54]
         logits = nn.functional.linear(cls, weight, bias)  # [N, 54]
-        missing = (
-            4 * len(OBSERVATIONS) - logits.shape[1]
-        )  # only the last head is short, so the padding stands at the end
+        # only the last head is short, so the padding stands at the end
+        missing = 4 * len(OBSERVATIONS) - logits.shape[1]
         return nn.functional.pad(logits, (0, missing), value=float("-inf")).view(-1, len(OBSERVATIONS), 4)
 
 
@@ -199,9 +197,8 @@ class Labeler:
         """
         distinct, row_of_text = _distinct(texts)
         ids = self.encode(distinct)
-        order = sorted(
-            range(len(ids)), key=lambda row: -len(ids[row])
-        )  # the largest batch first: memory runs out at once or never
+        # the largest batch first: memory runs out at once or never
+        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
         computed, done, allowed = [], 0, self.tokens_per_batch
         quiet = not progress or "CI" in os.environ or not sys.stderr.isatty()
         with Progress(console=Console(stderr=True), disable=quiet) as bar:

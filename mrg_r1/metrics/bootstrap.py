@@ -131,10 +131,11 @@ def _resampled_f1(
     counts = [
         {positive: study_counts(system, reference, positive) for positive in (STRICT, LENIENT)} for system in systems
     ]
+    # [N, systems * 2 * 3 * 14]
     columns = np.concatenate(
         [count.transpose(1, 0, 2).reshape(studies, -1).astype(dtype) for system in counts for count in system.values()],
         axis=1,
-    )  # [N, systems * 2 * 3 * 14]
+    )
     example = [example_rates(system[STRICT])[2] for system in counts]
     generator = np.random.default_rng(seed)
     f1 = {name: np.empty((len(systems), samples)) for name in DEFINITIONS}

@@ -150,9 +150,8 @@ def known_truth(
     """[N, 14] predicted and [N, 14] true classes, both blank where the truth is not known; arguments and errors as
     `truth_scores`.
     """
-    truth = np.array([classes_of_values(row) for row in drawn], dtype=np.int64).reshape(
-        -1, len(OBSERVATIONS)
-    )  # [N, 14]
+    # [N, 14]
+    truth = np.array([classes_of_values(row) for row in drawn], dtype=np.int64).reshape(-1, len(OBSERVATIONS))
     known = np.array([[value is not None for value in row] for row in drawn], dtype=bool).reshape(-1, len(OBSERVATIONS))
     check_classes(predicted, truth)
     return np.where(

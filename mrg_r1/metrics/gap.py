@@ -72,9 +72,8 @@ def gap_change(first: NDArray[np.int64], now: NDArray[np.int64], *, samples: int
     for start in range(0, samples, rows):
         size = min(rows, samples - start)
         drawings = (generator.integers(studies, size=studies) for _ in range(size))
-        weights = np.stack(
-            [np.bincount(drawing, minlength=studies) for drawing in drawings]
-        )  # [size, N] copies of each study
+        # [size, N] copies of each study
+        weights = np.stack([np.bincount(drawing, minlength=studies) for drawing in drawings])
         of_first, of_now = _gaps(weights @ counts)
         drawn[start : start + size] = of_now - of_first
     before, after = (float(gap[0]) for gap in _gaps(counts.sum(axis=0, keepdims=True)))

@@ -35,11 +35,8 @@ PACEMAKER, LINE = 0, 1  # Trait.kind of Support Devices
 # Keys of the generators, so that no two uses of one (seed, index) share random numbers.
 TRAITS_STREAM, CHEST_STREAM, NOISE_STREAM, LABELS_STREAM, WORDING_STREAM, PATIENT_STREAM, EXPOSURE_STREAM = range(7)
 FAINT = 0.45  # how strongly an uncertain finding (-1) is drawn
-_ZONES: dict[str, tuple[float, float]] = {
-    "upper": (-0.50, -0.30),
-    "mid": (-0.18, 0.02),
-    "lower": (0.16, 0.36),
-}  # heights, top to bottom
+# heights, top to bottom
+_ZONES: dict[str, tuple[float, float]] = {"upper": (-0.50, -0.30), "mid": (-0.18, 0.02), "lower": (0.16, 0.36)}
 _ZONES_OF: dict[int, tuple[str, ...]] = {CONSOLIDATION: ("upper", "lower"), ATELECTASIS: ("lower",)}
 # The ones that are seen on both sides often enough to be said so.
 _SHARE_OF_BOTH_SIDES: dict[int, float] = {EDEMA: 1.0, PLEURAL_EFFUSION: 0.25}

@@ -39,12 +39,8 @@ _SAID_POSITIVE, _SAID_UNCERTAIN = 0.93, 0.05  # of the findings that are there; 
 _SAID_NEGATIVE = 0.85  # of the findings that are not there; the rest is silence
 _STATES: tuple[int | None, ...] = (1, 0, -1, None)
 _STATE_SHARES = (0.30, 0.30, 0.25, 0.15)  # of `sample_balanced`
-_FULL_STATE_SHARES = (
-    0.14,
-    0.26,
-    0.12,
-    0.48,
-)  # the same for 13 findings, which all together would make an endless report
+# the same for 13 findings, which all together would make an endless report
+_FULL_STATE_SHARES = (0.14, 0.26, 0.12, 0.48)
 # Correlations of the latent normal variables, ours: mild versions of what goes together in hospital series.
 _CORRELATIONS: dict[tuple[int, int], float] = {
     (CARDIOMEGALY, PLEURAL_EFFUSION): 0.40,

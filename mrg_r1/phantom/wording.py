@@ -117,9 +117,8 @@ def write_report(
     if said[NO_FINDING] == 1 and (not sentences or rng.random() < 0.35):
         frames = lexicon.normal[_split(rng, wording)]
         if said[SUPPORT_DEVICES]:
-            frames = tuple(
-                frame for frame in frames if "abnormality" in frame
-            )  # a chest with a device in it is not called normal
+            # a chest with a device in it is not called normal
+            frames = tuple(frame for frame in frames if "abnormality" in frame)
         sentences.insert(0 if rng.random() < 0.5 else len(sentences), _pick(rng, frames))
     if not sentences:
         raise ValueError("nothing to write: all 13 observations are silent and No Finding is not 1")

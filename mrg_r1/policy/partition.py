@@ -92,9 +92,8 @@ def load_parts(path: Path, *, dtype: torch.dtype, partition: Partition) -> Qwen2
     _compute_buffers(model, partition.device)
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    names = {
-        parameter: name for name, parameter in model.named_parameters()
-    }  # a tied parameter once, by its first name
+    # a tied parameter once, by its first name
+    names = {parameter: name for name, parameter in model.named_parameters()}
     files = _files(path)
     read: dict[nn.Parameter, nn.Parameter] = {}
     visual, language = model.model.visual, model.model.language_model

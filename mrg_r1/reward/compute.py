@@ -27,15 +27,8 @@ Normalise = Literal["total", "per_term"]
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {"mccs": 0.75, "format": 0.25}  # arXiv 2512.16145
 DEFAULT_MARGIN = 0.5  # ours: docs/method.md §2, the reward card
-TERM_NAMES: tuple[str, ...] = (
-    "mccs",
-    "ccs",
-    "ce_f1",
-    "bleu4",
-    "rouge_l",
-    "length",
-    "format",
-)  # and any `module:function`
+# and any `module:function`
+TERM_NAMES: tuple[str, ...] = ("mccs", "ccs", "ce_f1", "bleu4", "rouge_l", "length", "format")
 
 
 class RewardError(RuntimeError):

@@ -142,9 +142,8 @@ class Decoder:
         self.finish()
         members = int(running.sum(dim=1).max())
         studies = running.any(dim=1).nonzero().squeeze(1)
-        order = (
-            running[studies].int().argsort(dim=1, descending=True, stable=True)[:, :members]
-        )  # running members first
+        # running members first
+        order = running[studies].int().argsort(dim=1, descending=True, stable=True)[:, :members]
         rows = self.rows[studies].gather(1, order)
         dummy = len(self.answers.ended) - 1
         self.rows = torch.where(running[studies].gather(1, order), rows, dummy)
@@ -190,14 +189,12 @@ class Decoder:
 
         # query heads that share a key head are so many queries of it: [S, K, M, heads / K, D]
         q = self._by_study(qk[:, :heads]).mul_(size**-0.5)
-        to_prompt = torch.bmm(
-            q.view(studies * key_heads, -1, size), self.prompt_keys[number]
-        )  # the prompt is read once a study
+        # the prompt is read once a study
+        to_prompt = torch.bmm(q.view(studies * key_heads, -1, size), self.prompt_keys[number])
         if self.prompt_bias is not None:
             to_prompt.view(studies, key_heads, -1, to_prompt.shape[2]).add_(self.prompt_bias[:, None, None])
-        to_own = torch.matmul(q, own_keys[:, :, :, :width].transpose(3, 4)).add_(
-            own_bias
-        )  # [S, K, M, heads / K, width]
+        # [S, K, M, heads / K, width]
+        to_own = torch.matmul(q, own_keys[:, :, :, :width].transpose(3, 4)).add_(own_bias)
         scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:2], width)], dim=2)
         weights = scores.softmax(dim=2, dtype=torch.float32).to(x.dtype)
         seen = to_prompt.shape[2]

@@ -35,9 +35,8 @@ TEXT_FIELDS: dict[Role, tuple[str, ...]] = {
 LABEL_FIELDS: dict[Role, str] = {"predicted": "labels", "reference": "reference_labels"}
 REPORT_COLUMNS = ("Report Impression", "Reports")  # what CheXbert's and CheXpert's own outputs have beside the labels
 _PREDICTIONS = "_predictions.jsonl"
-_FIELD_LIMIT = (
-    2**24
-)  # characters of a CSV's field: a report is longer than csv's 131,072 only where a quote is left open
+# characters of a CSV's field: a report is longer than csv's 131,072 only where a quote is left open
+_FIELD_LIMIT = 2**24
 
 Content = TypeVar("Content")
 

@@ -140,9 +140,8 @@ def _labeler(labeler: Mapping[str, str | None] | None) -> str:
 
 
 def _print_table(console: Console, title: str, table: Table) -> None:
-    console.print(
-        f"\n{title}", style="bold", highlight=False, markup=False, soft_wrap=True
-    )  # a table's own title wraps at its width
+    # a table's own title wraps at its width
+    console.print(f"\n{title}", style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(table)
 
 

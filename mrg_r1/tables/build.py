@@ -47,9 +47,8 @@ class Gain:
     mean: float
     interval: tuple[float, float] | None  # 95 % t interval of the mean over seeds
     studies_difference: float | None  # of the F1 over all seeds' studies together
-    studies_interval: (
-        tuple[float, float] | None
-    )  # 95 % paired bootstrap over those studies: of these very policies, not of the method
+    # 95 % paired bootstrap over those studies: of these very policies, not of the method
+    studies_interval: tuple[float, float] | None
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,8 @@ class RunLog:
             )
         if path.exists():
             kept = [line for line in whole if json.loads(line)["step"] < start_step]
-            write_text_atomically(
-                path, "".join(f"{line}\n" for line in kept)
-            )  # killed here, a run loses none of its steps
+            # killed here, a run loses none of its steps
+            write_text_atomically(path, "".join(f"{line}\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float | int | None], samples: Sequence[Sample] = ()) -> None:

@@ -26,12 +26,8 @@ Sample = tuple[Study, Mapping[str, Any]]  # a study of the validation split, and
 _ANYTHING = Exception
 _SHARED = 8  # reports or studies a validation
 _SIDE = 224  # pixels of a shared radiograph
-_UP = (
-    "reward/total",
-    "validation/mean_reward",
-    "validation/disease_micro13",
-    "validation/disease_macro13",
-)  # their summary is the best
+# their summary is the best
+_UP = ("reward/total", "validation/mean_reward", "validation/disease_micro13", "validation/disease_macro13")
 
 
 def check_wandb(mode: WandbMode) -> None:

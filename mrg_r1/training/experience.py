@@ -105,9 +105,8 @@ def next_step(run: Path, recipe: Recipe, ranks: Ranks) -> int:
     step, problem, folder = 0, None, run / "experience"
     if ranks.is_main:
         metrics = run / "metrics.jsonl"
-        logged = (
-            metrics.read_text(encoding="utf-8").count("\n") if metrics.is_file() else 0
-        )  # a kill can come between a step and its line
+        # a kill can come between a step and its line
+        logged = metrics.read_text(encoding="utf-8").count("\n") if metrics.is_file() else 0
         while step < min(recipe.steps, logged):
             try:
                 parts = _read_parts(folder, step)

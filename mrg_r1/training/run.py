@@ -52,9 +52,8 @@ class Run:
     studies: dict[str, list[Study]]  # by split: the recipe's train, val and test
     policy: Policy
     build: PromptBuilder
-    rewards: (
-        RunRewards | None
-    )  # None where nothing is rewarded: `phases=update`, an evaluation of studies without references
+    # None where nothing is rewarded: `phases=update`, an evaluation of studies without references
+    rewards: RunRewards | None
     dtype: torch.dtype
     held_out: HeldOutLabeler | None = None  # on rank 0, where the recipe has one
     notes: list[str] = field(default_factory=list)

@@ -45,9 +45,8 @@ def sft_step(
     total = torch.zeros((), dtype=torch.float64)
     with clock.phase("update"):
         budget, own = run.recipe.engine.micro_batch_tokens, torch.arange(len(ids))
-        passes = max(
-            run.ranks.gather(len(micro_batches(prompts, mask, own, token_budget=budget)))
-        )  # ranks meet in each
+        # ranks meet in each
+        passes = max(run.ranks.gather(len(micro_batches(prompts, mask, own, token_budget=budget))))
         plan = micro_batches(prompts, mask, own, token_budget=budget, at_least=passes)
         for number, rows in enumerate(plan):
             part = prompts.select(rows.tolist()).to(run.ranks.device)

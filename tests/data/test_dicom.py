@@ -292,9 +292,8 @@ def test_a_deflated_bomb_is_refused_before_it_is_inflated(tmp_path: Path) -> Non
     assert dcmread(small).Rows == 4  # pydicom itself would
     meta = data[: data.index(zlib_start(data))]
     compressor = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
-    bomb = (
-        b"".join(compressor.compress(bytes(2**24)) for _ in range(8)) + compressor.flush()
-    )  # a thousand times its size
+    # a thousand times its size
+    bomb = b"".join(compressor.compress(bytes(2**24)) for _ in range(8)) + compressor.flush()
     path = tmp_path / "bomb"
     path.write_bytes(meta + bomb)
     with pytest.raises(ImageError, match="size is not known until it is inflated"):

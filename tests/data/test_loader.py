@@ -88,9 +88,8 @@ def test_a_run_goes_on_at_the_position_of_its_checkpoint_and_not_at_its_step(tmp
     later = opened(tmp_path, record, batch_size=2, skip=2)
     assert later.position(5) == 22 and later.position(6) == 24
     assert [s.id for s in later.studies_of(5) + later.studies_of(6)] == [s.id for s in first.studies_of(5)]
-    assert (
-        opened(tmp_path, {"step": 5}, skip=2).position(5) == 22
-    )  # a checkpoint that kept no position, of the same batches
+    # a checkpoint that kept no position, of the same batches
+    assert opened(tmp_path, {"step": 5}, skip=2).position(5) == 22
 
 
 def test_other_studies_or_weights_than_the_checkpoints_are_refused(tmp_path):
@@ -175,9 +174,8 @@ def test_each_part_of_the_context_has_its_line_and_can_be_switched_off(policy, s
     for left_out in lines:
         kept = tuple(name for name in lines if name != left_out)
         assert lines[left_out] not in text(kept) and all(lines[name] in text(kept) for name in kept)
-        assert text(kept) == text(
-            tuple(lines), replace(study, **{left_out: None})
-        )  # nothing is invented for what is not there
+        # nothing is invented for what is not there
+        assert text(kept) == text(tuple(lines), replace(study, **{left_out: None}))
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>"])

@@ -94,13 +94,8 @@ def test_a_workers_error_is_raised_here_with_study_and_file_and_the_next_batch_i
     bad.images[0].path.write_bytes(b"not an image")
     with pytest.raises(ImageError, match=f"study 'bad': {bad.images[0].path}: not an image"):
         reader.read([good[0], bad, *good[1:]])
-    assert [pixels[0, 0].item() for pixels, _ in reader.read(good)] == [
-        20,
-        21,
-        22,
-        23,
-        24,
-    ]  # none of the last batch's answers
+    # none of the last batch's answers
+    assert [pixels[0, 0].item() for pixels, _ in reader.read(good)] == [20, 21, 22, 23, 24]
     failing = sized(tmp_path, (40, 40), FAILS, (41, 40))
     with pytest.raises(
         WorkerError,

@@ -59,9 +59,8 @@ def total(work: Workload, phase: str) -> int:
 
 
 def test_the_published_7b_has_the_bytes_of_its_index() -> None:
-    assert (
-        2 * PolicyShape.of_config(SEVEN_B).parameters == 16_584_333_312
-    )  # total_size of its model.safetensors.index.json
+    # total_size of its model.safetensors.index.json
+    assert 2 * PolicyShape.of_config(SEVEN_B).parameters == 16_584_333_312
 
 
 def test_a_policy_and_its_lora_are_counted_as_their_modules_have_them(
@@ -97,12 +96,10 @@ def test_a_rollout_by_hand() -> None:
 
 def test_an_update_by_hand() -> None:
     parts = predict(PolicyShape.of_config(SEVEN_B), STEP).phases["update"]
-    token = 28 * (
-        2 * (4 * 3584 + 36 * 128 + 28 * 128 + 3 * 18944 + 7 * 32) + 8
-    )  # a token's kept numbers, and two scales a layer
-    assert (
-        parts["completions' activations"] == 8 * 512 * token
-    )  # a study and its group fit into 8,192 tokens, a second study does not
+    # a token's kept numbers, and two scales a layer
+    token = 28 * (2 * (4 * 3584 + 36 * 128 + 28 * 128 + 3 * 18944 + 7 * 32) + 8)
+    # a study and its group fit into 8,192 tokens, a second study does not
+    assert parts["completions' activations"] == 8 * 512 * token
     again = predict(PolicyShape.of_config(SEVEN_B), replace(STEP, recompute=True)).phases["update"]
     assert again["completions' activations"] == 8 * 512 * 28 * 3584 * 2  # each layer's input alone
 

@@ -21,9 +21,8 @@ from mrg_r1.engine import faults
 from mrg_r1.engine.faults import REQUEUE, Signals, Watch
 from mrg_r1.engine.ranks import Node, Ranks
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)  # threads leave by SystemExit here
+# threads leave by SystemExit here
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 CPU = torch.device("cpu")
 TWO = (Node(0, "a", 0, 2), Node(1, "b", 2, 2))
 
@@ -143,9 +142,8 @@ def test_the_first_rank_that_fails_speaks_and_all_leave_with_its_code(left, capf
     assert capfd.readouterr().err == "error: the first\nnode 1 (b) ends with rank 1 (node 0 (a)): error: the first\n"
     before = Signals()
     try:
-        before._receive(
-            signal.SIGTERM, None
-        )  # the launcher's, because a rank of its node has left: no other exit code for that
+        # the launcher's, because a rank of its node has left: no other exit code for that
+        before._receive(signal.SIGTERM, None)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)

@@ -95,9 +95,8 @@ def effusion(study):
 def test_the_gap_moves_when_a_policy_fools_one_labeler_only(world, tmp_path, two_readers, monkeypatch):
     run = opened(world, tmp_path)
     test = run.studies["train"]  # 16, among them effusions
-    assert run.held_out.references.keys() == {
-        study.id for part in ("val", "test") for study in run.studies[part]
-    }  # what is evaluated
+    # what is evaluated
+    assert run.held_out.references.keys() == {study.id for part in ("val", "test") for study in run.studies[part]}
     run.held_out.references = {study.id: KeywordLabeler().label([study.report])[0].tolist() for study in test}
     assert any(map(effusion, test)) and not all(map(effusion, test))
 
@@ -149,12 +148,10 @@ def test_only_the_report_is_read_and_a_malformed_one_is_blank(world, tmp_path, t
     result, rows = run.evaluate(run.studies["test"], title="")
     assert rows[0]["held_out_labels"] == [None] * 14 and rows[0]["report"] is None
     assert [row["held_out_labels"] for row in rows[1:]] == [row["held_out_reference_labels"] for row in rows[1:]]
-    assert (
-        result["lexical"]["cleaning"] == "r2gen-iu" and result["lexical"]["empty_predictions"] == 0
-    )  # cleaned, nothing is " ."
-    assert result["lexical"]["scores"]["rouge_l"] == pytest.approx(
-        7 / 8, abs=0.02
-    )  # seven are the references' own words
+    # cleaned, nothing is " ."
+    assert result["lexical"]["cleaning"] == "r2gen-iu" and result["lexical"]["empty_predictions"] == 0
+    # seven are the references' own words
+    assert result["lexical"]["scores"]["rouge_l"] == pytest.approx(7 / 8, abs=0.02)
 
 
 def test_closing_evaluations_have_lexical_metrics_and_validations_have_none(

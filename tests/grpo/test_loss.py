@@ -47,9 +47,8 @@ def test_metrics_by_hand() -> None:
     _, metrics = grpo_loss(**batch, aggregation="grpo", denominator=3)
     assert mean(metrics, "ratio") == pytest.approx((1.25 + 0.5 + 1.5 + 1.5 + 1) / 5)
     assert metrics["ratio_max"][0].item() == pytest.approx(1.5)
-    assert mean(metrics, "clip_high") == pytest.approx(
-        1 / 5
-    )  # the third 1.5 pushes with its advantage, the second against it
+    # the third 1.5 pushes with its advantage, the second against it
+    assert mean(metrics, "clip_high") == pytest.approx(1 / 5)
     assert mean(metrics, "clip_low") == 0.0
     assert mean(metrics, "logp_gap") == pytest.approx(0.5 / 5, rel=1e-4)
     assert metrics["logp_gap_max"][0].item() == pytest.approx(0.3, rel=1e-4)
@@ -131,11 +130,8 @@ def test_sequence_ratio_by_hand() -> None:
     # geometric means: sqrt(1.25 * 0.5), 1.5, sqrt(1.5 * 1) = 1.2247 (inside 1.3)
     first, third = math.sqrt(0.625), math.sqrt(1.5)
     assert loss.item() == pytest.approx((-first + 3 - third) / 3, rel=1e-5)
-    expected = [
-        [-first / 6, -first / 6],
-        [1.0, 0.0],
-        [-third / 6, -third / 6],
-    ]  # -A s / (tokens * sequences) on every token
+    # -A s / (tokens * sequences) on every token
+    expected = [[-first / 6, -first / 6], [1.0, 0.0], [-third / 6, -third / 6]]
     torch.testing.assert_close(batch["logp"].grad, torch.tensor(expected))
     assert metrics["ratio"][1].item() == 3
     assert mean(metrics, "ratio") == pytest.approx((first + 1.5 + third) / 3)
@@ -238,9 +234,8 @@ def test_k3_stays_finite_far_from_the_reference(difference: float) -> None:
     assert logp.grad is not None
     assert torch.isfinite(value).all() and value.item() > 0
     assert torch.isfinite(logp.grad).all()
-    assert (
-        logp.grad.item() * difference < 0
-    )  # descending moves the policy to the reference; never 0, or it would be let go
+    # descending moves the policy to the reference; never 0, or it would be let go
+    assert logp.grad.item() * difference < 0
 
 
 def test_k3_beyond_the_clamp_is_its_tangent() -> None:

@@ -70,9 +70,8 @@ def write_vocabulary(folder: Path, texts: list[str]) -> None:
     known = words[::8] + [
         piece for letter in "abcdefghijklmnopqrstuvwxyz0123456789" for piece in (letter, f"##{letter}")
     ]
-    rare = [
-        word for word in words if word not in set(known)
-    ]  # seven words of eight: whole where they are frequent, else spelled
+    # seven words of eight: whole where they are frequent, else spelled
+    rare = [word for word in words if word not in set(known)]
     entries = ["[PAD]", *(f"[unused{index}]" for index in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     entries += dict.fromkeys(known + [word for word in rare if sum(word in text.lower() for text in texts) > 1])
     entries += [f"filler{index}" for index in range(SIZE - len(entries))]

@@ -263,9 +263,8 @@ def test_a_checkpoint_becomes_one_file_without_a_tokenizer(
     }
     assert said == Labeler.load(path, tokenizer=str(tokenizer_directory)).fingerprint
     assert said == Labeler.load(tmp_path / "copy.safetensors", tokenizer=str(tokenizer_directory)).fingerprint
-    convert(
-        tmp_path / "copy.safetensors", tmp_path / "mine", tokenizer=str(tokenizer_directory)
-    )  # and the copy a directory
+    # and the copy a directory
+    convert(tmp_path / "copy.safetensors", tmp_path / "mine", tokenizer=str(tokenizer_directory))
     assert Labeler.load(tmp_path / "mine").fingerprint == said
 
 

@@ -224,9 +224,8 @@ def test_phantom_reports_of_unseen_wording_are_read(tmp_path: Path) -> None:
         write_labels_csv(
             tmp_path / f"{wording}-labels.csv", {name: classes_of_values(study.said) for name, study in drawn.items()}
         )
-    train_labeler(
-        tmp_path / "train.csv", tmp_path / "train-labels.csv", tmp_path / "labeler", passes=17
-    )  # and so without teachers
+    # and so without teachers
+    train_labeler(tmp_path / "train.csv", tmp_path / "train-labels.csv", tmp_path / "labeler", passes=17)
     said = Labeler.load(tmp_path / "labeler").label(list(read_reports_csv(tmp_path / "heldout.csv").values()))
     true = np.array(list(read_labels_csv(tmp_path / "heldout-labels.csv").values()))
     assert f1_score(true == 1, said == 1, average="micro") > 0.98

@@ -26,9 +26,8 @@ def tiny_config(**changes: int) -> BertConfig:
         "num_attention_heads": 1,
         "intermediate_size": 96,
     }
-    return BertConfig(
-        **{**sizes, **changes}, initializer_range=0.3
-    )  # large, so that different texts get different classes
+    # large, so that different texts get different classes
+    return BertConfig(**{**sizes, **changes}, initializer_range=0.3)
 
 
 def tiny_tokenizer() -> Tokenizer:

@@ -122,9 +122,8 @@ def test_steps_whose_rewards_are_not_finite_are_skipped_and_too_many_stop_the_ru
         return launch("train", world.recipe(run, name=f"{run.name}.yaml"), *overrides, extra=extra)
 
     once, often = tmp_path / "once", tmp_path / "often"
-    done = train(
-        once, 5, 6
-    )  # a call for a rank's reports and one for the constant report: in the second step, on one rank
+    # a call for a rank's reports and one for the constant report: in the second step, on one rank
+    done = train(once, 5, 6)
     assert done.returncode == 0 and (done.stdout + done.stderr).count("step 1 is skipped: rank ") == 1
     rows = steps_of(once)
     assert [row["policy/skipped_updates"] for row in rows] == [0, 1, 0, 0, 0, 0] and "loss" not in rows[1]

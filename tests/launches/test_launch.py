@@ -86,9 +86,8 @@ def test_killed_run_goes_on_and_ends_as_if_nothing_had_happened(world, tmp_path)
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
-    subprocess.run(
-        ["pkill", "-9", "-f", str(recipe)], check=False
-    )  # the launcher starts ranks in sessions of their own
+    # the launcher starts ranks in sessions of their own
+    subprocess.run(["pkill", "-9", "-f", str(recipe)], check=False)
     process.wait()
     time.sleep(1)
     assert not (killed / "summary.json").exists()

@@ -169,9 +169,8 @@ def test_groups_are_whole_and_the_same_on_one_two_and_four_ranks_and_after_a_res
     alone = [ranks[0] for ranks in steps(1, 0)]
     assert sorted([*alone[0], *alone[1]]) == sorted(study.id for study in studies)  # an epoch, shuffled
     assert list(alone[0]) != [study.id for study in studies[:4]]
-    assert all(
-        len({tuple(tokens) for tokens in group}) > 1 for group in alone[0].values()
-    )  # members differ: their order can be seen
+    # members differ: their order can be seen
+    assert all(len({tuple(tokens) for tokens in group}) > 1 for group in alone[0].values())
     for world_size, first in ((2, 0), (4, 0), (1, 1), (2, 2)):
         for step, ranks in enumerate(steps(world_size, first), start=first):
             assert [len(rank) for rank in ranks] == [4 // world_size] * world_size

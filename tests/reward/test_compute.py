@@ -105,9 +105,8 @@ def test_one_call_labels_each_text_once_and_never_the_thoughts() -> None:
     reward_stage.score(TEXTS, ENDED, REFERENCES)
     assert len(labeler.calls) == 1
     generated = ["cardiomegaly. effusion", "cardiomegaly. no effusion", "edema", "no edema"]
-    assert sorted(labeler.calls[0]) == sorted(
-        [*generated, "edema. no pneumothorax"]
-    )  # the first reference is one of them
+    # the first reference is one of them
+    assert sorted(labeler.calls[0]) == sorted([*generated, "edema. no pneumothorax"])
     reward_stage.score([[think("effusion"), think("effusion")]], torch.ones(1, 2, dtype=torch.bool), REFERENCES[:1])
     assert labeler.calls[1:] == [["effusion"]]  # the reference is remembered
 

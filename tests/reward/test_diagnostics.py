@@ -46,9 +46,8 @@ def test_groups_are_counted() -> None:
     found = means()
     assert found["groups/zero_signal"] == 0.5 and found["groups/all_zero_mccs"] == 0.5
     assert found["groups/malformed"] == 0.25 and found["groups/truncated"] == 0.25
-    assert (
-        found["groups/distinct"] == 0.5 and found["groups/distinct_in_batch"] == 0.5
-    )  # of four reports, `same` and `one`
+    # of four reports, `same` and `one`
+    assert found["groups/distinct"] == 0.5 and found["groups/distinct_in_batch"] == 0.5
     assert found["groups/length"] == 5 and found["groups/no_finding"] == 0.25
 
 

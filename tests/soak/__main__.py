@@ -148,9 +148,8 @@ class Disturbed:
                 if job.process.wait(timeout=LONGEST) != 0:
                     self.faults.append(f"it ended by itself; see {job.log}")
                 return made
-            victims = (
-                VICTIMS[number % len(VICTIMS)] if PHASES[number % len(PHASES)] != "start" else "all"
-            )  # there may be no ranks yet
+            # there may be no ranks yet
+            victims = VICTIMS[number % len(VICTIMS)] if PHASES[number % len(PHASES)] != "start" else "all"
             job.kill(where[1] or job.members(), victims)
             left = job.leave()
             made += 1

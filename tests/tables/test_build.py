@@ -68,9 +68,8 @@ def test_differences_are_paired_by_seed(plan):
         "labeler:Pleural Effusion"
     ]
     differences = [_f1(6, truth=False) - _f1(4, truth=False), _f1(6, truth=False) - _f1(5, truth=False)]
-    assert (
-        gain.mean == pytest.approx(np.mean(differences)) and gain.studies_interval is None
-    )  # of an observation there is no bootstrap
+    # of an observation there is no bootstrap
+    assert gain.mean == pytest.approx(np.mean(differences)) and gain.studies_interval is None
     truth = next(row for row in build_table(plan, samples=200).rows if row.name == "Eight & more").gains[
         "truth:disease_micro13"
     ]

@@ -75,9 +75,8 @@ def test_chance_alone_is_quiet():
 def test_what_is_significant_and_small_is_quiet():
     watch = GapWatch()
     watch.update(rows(5000), "a b", when="0")
-    assert (
-        watch.update(rows(5000, fooled=GREW / 2), "a b", when="1") == []
-    )  # F1 moves by less than the share that is fooled
+    # F1 moves by less than the share that is fooled
+    assert watch.update(rows(5000, fooled=GREW / 2), "a b", when="1") == []
     assert len(watch.update(rows(5000, fooled=GREW * 3), "a b", when="2")) == 1
 
 

@@ -218,9 +218,8 @@ def test_a_long_run_is_drawn_as_means_of_neighbouring_steps(run):
     assert curves.steps == 4801 and curves.bucket == 3 and len(curves.columns["step"]) == 1601
     assert curves.columns["step"][:2] == [2.0, 5.0]
     assert curves.columns["reward/total"][1] == pytest.approx(0.4 + 0.002 * 4)
-    assert curves.columns["validation/disease_micro13"][8] == pytest.approx(
-        0.74
-    )  # the one step in 25 to 27 that was validated
+    # the one step in 25 to 27 that was validated
+    assert curves.columns["validation/disease_micro13"][8] == pytest.approx(0.74)
     assert "a point is the mean of 3 steps" in Page(write_page(run, [])).text
 
 

@@ -52,9 +52,8 @@ def test_a_folder_is_enough(run, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(run / "page" / "index.html")
     page = Page(run / "page" / "index.html")
     assert list(page.cards("Test studies")) == ["test"]
-    assert (
-        page.cards("Training studies")["train"]["said"] == "....+........."
-    )  # the labeler's reading, not the manifest's
+    # the labeler's reading, not the manifest's
+    assert page.cards("Training studies")["train"]["said"] == "....+........."
     assert len(page.json["pictures"]) == 2
 
 

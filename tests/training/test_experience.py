@@ -100,9 +100,8 @@ def sampled_of(studies: list[Study], *, first: int, length: int, step: int = 0, 
         reference_labels=torch.full((rows, 14), first),
         constant={"total": total[:, 0]},
     )
-    texts = [
-        [f"{study.id}-{g}\ud800" for g in range(3)] for study in studies
-    ]  # a lone surrogate: a policy can sample it
+    # a lone surrogate: a policy can sample it
+    texts = [[f"{study.id}-{g}\ud800" for g in range(3)] for study in studies]
     done = Completions(ids, mask, -ids.float(), mask.all(-1), texts)
     return Sampled(
         FakeBuild()(studies), done, rewards if rewards else None, reference_logp=ids.float(), old_logp=ids.float() + 1
@@ -208,9 +207,8 @@ def test_another_manifest_policy_or_prompt_is_named(studies, recipe, world, tmp_
     shutil.copytree(world.folder / "policy", tmp_path / "policy")
     weights = tmp_path / "policy" / "model.safetensors"
     content = bytearray(weights.read_bytes())
-    content[100_000::4096] = bytes(
-        256 - byte if byte else 1 for byte in content[100_000::4096]
-    )  # weights all over, the file's size kept
+    # weights all over, the file's size kept
+    content[100_000::4096] = bytes(256 - byte if byte else 1 for byte in content[100_000::4096])
     weights.write_bytes(content)
     manifest = tmp_path / "manifest.jsonl"
     manifest.write_text((world.folder / "phantoms" / "manifest.jsonl").read_text() + "\n")

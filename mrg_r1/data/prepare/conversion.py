@@ -29,9 +29,8 @@ from mrg_r1.types import Study
 
 JOURNAL_FILE = "conversion.part"
 COUNTED = ("read", "kept", "rendered", "refused")
-Counts = dict[
-    str, dict[str, int]
-]  # split -> COUNTED, `kept` including `rendered`, `read` their and the refused ones' sum
+# split -> COUNTED, `kept` including `rendered`, `read` their and the refused ones' sum
+Counts = dict[str, dict[str, int]]
 
 _SPLIT_NAME = r"[\w.-]+"  # it becomes part of a file's name
 

@@ -51,9 +51,8 @@ def prepare_manifest(source: Path, images: Path | None, output: Path, *, splits:
             f"{images}: no such folder of images; without --images paths are relative to the folder of {source.name}"
         )
     folder = (images or source.parent).absolute()
-    total = sum(
-        1 for _ in read_records(source)
-    )  # finds what is wrong with the file as a whole before anything is written
+    # finds what is wrong with the file as a whole before anything is written
+    total = sum(1 for _ in read_records(source))
     settings = {"dataset": "manifest", "source": str(source.absolute()), "images": str(folder), "splits": list(splits)}
     refuse_changed_sources(output, [source])
     with Conversion(output, settings) as conversion:

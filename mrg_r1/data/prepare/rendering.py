@@ -57,12 +57,10 @@ def claim_folder(output: Path, settings: Mapping[str, Any], *, images: int, seed
         ValueError: a seed or side that cannot be rendered, or as `claim_settings`.
         OSError: as `claim_settings`.
     """
-    render(
-        [None] * len(OBSERVATIONS), seed=seed, index=0, side=side
-    )  # refuses what it cannot draw before the folder is touched
-    claim_settings(
-        output, settings, room=images * (side * side + 4096)
-    )  # noise: about a byte a pixel, and the rest of the last block
+    # refuses what it cannot draw before the folder is touched
+    render([None] * len(OBSERVATIONS), seed=seed, index=0, side=side)
+    # noise: about a byte a pixel, and the rest of the last block
+    claim_settings(output, settings, room=images * (side * side + 4096))
 
 
 def claim_settings(output: Path, settings: Mapping[str, Any], *, room: int = 0) -> None:

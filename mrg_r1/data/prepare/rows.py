@@ -15,9 +15,8 @@ class Row:
     """One record of a table."""
 
     where: str  # "FILE, line N": the line on which the record begins
-    values: dict[
-        str, str
-    ]  # by column name, in lower case and without white space around it; empty where `fault` is given
+    # by column name, in lower case and without white space around it; empty where `fault` is given
+    values: dict[str, str]
     fault: str | None = None  # what is wrong with the row as a whole, and the remedy
 
 

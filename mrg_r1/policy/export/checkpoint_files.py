@@ -57,9 +57,8 @@ class StoredTensor:
 
 
 Placed = tuple[str, StoredTensor]  # the file that a tensor is written to
-Progress = Callable[
-    [Iterable[Placed], str, int], Iterable[Placed]
-]  # a bar around what is iterated over: the items, a title, their number
+# a bar around what is iterated over: the items, a title, their number
+Progress = Callable[[Iterable[Placed], str, int], Iterable[Placed]]
 
 
 def read_layout(directory: Path) -> dict[str, list[StoredTensor]]:

@@ -54,13 +54,8 @@ _OTHER_THAN_LORA = (
     "use_qalora",
     "velora_config",
 )
-_PLAIN_STARTS = (
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-)  # others (pissa, olora, corda, …) change the base weights as well
+# others (pissa, olora, corda, …) change the base weights as well
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)

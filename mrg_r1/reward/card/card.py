@@ -225,9 +225,8 @@ def _of_another(mean: NDArray[np.float64], counts: NDArray[np.int64], *, itself:
     n = int(counts.sum())
     if n == 1:
         return None
-    return (
-        round((float(mean @ counts) - itself) / (n - 1), 12) + 0.0
-    )  # the rounding turns what is zero but for its last bit into 0
+    # the rounding turns what is zero but for its last bit into 0
+    return round((float(mean @ counts) - itself) / (n - 1), 12) + 0.0
 
 
 def _prevalence(classes: NDArray[np.int64]) -> dict[str, dict[str, int]]:

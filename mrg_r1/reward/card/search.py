@@ -104,14 +104,12 @@ def earned_by_constants(references: Distinct, margins: Sequence[float]) -> Earne
     active = np.flatnonzero(references.vectors.any(axis=0))
     vectors = references.vectors[:, active].astype(np.int64)  # [D, K]
     head = max(len(active) - _TOGETHER, 0)
-    tails = np.array(
-        list(itertools.product(_DIGITS, repeat=len(active) - head)), dtype=np.int64
-    )  # [3^T, T], the last T <= 6 observations
+    # [3^T, T], the last T <= 6 observations
+    tails = np.array(list(itertools.product(_DIGITS, repeat=len(active) - head)), dtype=np.int64)
     rows_naming = [np.flatnonzero(np.abs(tails).sum(axis=1) == named) for named in range(tails.shape[1] + 1)]
     named = np.abs(vectors).sum(axis=1)
-    cell = (
-        _codes(vectors[:, head:]) * _BINS + named * named + named
-    )  # [D], where a reference of dot product 0 is counted
+    # [D], where a reference of dot product 0 is counted
+    cell = _codes(vectors[:, head:]) * _BINS + named * named + named
     codes = _codes(vectors)
     table = _table(margins) / references.counts.sum()  # [14, 196, 2 M + 1]
     rewards = np.ascontiguousarray(table[..., : len(margins)])

@@ -107,8 +107,9 @@ def test_odd_completions_pass_the_real_labeler_and_are_written_down(
     rewards = service.result(service.submit([[text, "edema"]], ended, ["s"], ["The heart is enlarged."]))
     assert torch.isfinite(rewards.total).all()
     done: Any = SimpleNamespace(texts=[[text, "edema"]], ended=ended, lengths=torch.ones(1, 2))
+    # type: ignore[arg-type]
     write_completions(
         tmp_path, step=0, rank=0, prompts=SimpleNamespace(study_ids=["s"]), completions=done, rewards=rewards
-    )  # type: ignore[arg-type]
+    )
     first = json.loads((tmp_path / "step_000000_rank0.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert first["text"] == text

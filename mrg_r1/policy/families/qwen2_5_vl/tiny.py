@@ -103,9 +103,8 @@ def _random_model(
     tokenizer: PreTrainedTokenizerFast, *, hidden: int, layers: int, seed: int
 ) -> Qwen2_5_VLForConditionalGeneration:
     heads = 4
-    rotary = (
-        hidden // heads // 2
-    )  # frequencies of a head, shared by time, height and width as in the published 16:24:24
+    # frequencies of a head, shared by time, height and width as in the published 16:24:24
+    rotary = hidden // heads // 2
     height = rotary * 3 // 8
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in _SPECIAL_TOKENS}
     config = Qwen2_5_VLConfig(

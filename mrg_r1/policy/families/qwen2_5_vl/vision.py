@@ -85,9 +85,8 @@ def run_tower(
     starts = [0]
     for image in images:
         starts.append(starts[-1] + len(image.order))
-    order = torch.cat([image.order + start for image, start in zip(images, starts[:-1], strict=True)]).to(
-        device
-    )  # of merged patches
+    # of merged patches
+    order = torch.cat([image.order + start for image, start in zip(images, starts[:-1], strict=True)]).to(device)
     x = x.view(len(order), merge**2, -1)[order].flatten(0, 1)
     size = x.shape[1] // heads
     frequencies = _ROTARY_BASE ** (-torch.arange(0, size // 2, 2, device=device).float() / (size // 2))  # [size / 4]
@@ -127,9 +126,8 @@ class _Windows:
         rows, columns = height // merge, width // merge
         index = torch.arange(time * rows * columns).view(time, rows, columns)
         padded = F.pad(index, (0, -columns % cells, 0, -rows % cells), value=-1)
-        windows = (
-            padded.unfold(1, cells, cells).unfold(2, cells, cells).flatten(0, 2).flatten(1)
-        )  # [windows, cells * cells]
+        # [windows, cells * cells]
+        windows = padded.unfold(1, cells, cells).unfold(2, cells, cells).flatten(0, 2).flatten(1)
         windows = windows[(windows >= 0).sum(dim=1).argsort(stable=True)]
         # the processor's order: merged patches row by row, the merge x merge patches of each together
         grid_rows, grid_columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
