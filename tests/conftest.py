@@ -14,7 +14,7 @@ from PIL import Image
 
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.policy.lora import add_lora

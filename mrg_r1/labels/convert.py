@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from mrg_r1.labels import loading
-from mrg_r1.labels.chexbert import CheXbert, Labeler
+from mrg_r1.labels.chexbert import CheXbert
+from mrg_r1.labels.labeler import Labeler
 
 
 def convert(source: Path, output: Path, *, tokenizer: str | None = None) -> str:

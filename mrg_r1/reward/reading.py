@@ -22,7 +22,7 @@ _CLASS_COUNTS = np.array(CLASSES_PER_OBSERVATION)
 
 
 class Labeler(Protocol):
-    """What is needed of a labeler; `mrg_r1.labels.chexbert.Labeler` is one."""
+    """What is needed of a labeler; `mrg_r1.labels.labeler.Labeler` is one."""
 
     def label(self, texts: list[str]) -> NDArray[np.int64]:
         """[N, 14] classes of N texts."""

@@ -24,7 +24,7 @@ from mrg_r1.metrics.identity import digits, ids_hash, labels_hash
 from mrg_r1.score.reading import Side, read_side, require_same_studies
 
 FORMAT = "mrg-r1 score card 1"
-LoadLabeler = Callable[[], Any]  # a `labels.chexbert.Labeler`, whose module brings torch
+LoadLabeler = Callable[[], Any]  # a `labels.labeler.Labeler`, whose module brings torch
 
 
 def score_files(

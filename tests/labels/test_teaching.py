@@ -13,7 +13,9 @@ import torch
 from transformers import BertConfig
 
 from mrg_r1.labels import teaching, training
-from mrg_r1.labels.chexbert import CheXbert, Labeler
+from mrg_r1.labels.chexbert import CheXbert
+from mrg_r1.labels.fitting import label_loss
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.labels.teaching import LABELS_SHARE, TrainingBar, average_answer, taught_loss
 from mrg_r1.labels.training import train_labeler
 from tests.labels.test_training import toy_study, write_toy
@@ -62,7 +64,7 @@ def test_where_the_teachers_agree_with_the_labels_it_is_the_plain_loss_with_its_
     classes = torch.tensor([[0, 1, 2, 3] * 3 + [1, 1], [3, 2, 1, 0] * 3 + [0, 0]])
     gradients = []
     for loss in (
-        training._loss,
+        label_loss,
         lambda logits, true: taught_loss(logits, true, torch.nn.functional.one_hot(true, 4).float()),
     ):
         model.zero_grad()

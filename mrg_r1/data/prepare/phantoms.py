@@ -12,7 +12,7 @@ from mrg_r1.data.prepare.rendering import Rendering, claim_folder, render_files
 from mrg_r1.data.progress import progress
 from mrg_r1.data.study import read_manifest, write_manifest
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values, write_labels_csv
-from mrg_r1.labels.training import write_reports_csv
+from mrg_r1.labels.reports import write_reports_csv
 from mrg_r1.phantom.contact_sheet import contact_sheet, full_contact_sheet
 from mrg_r1.phantom.sampler import PRESETS, sample_balanced, sample_study
 from mrg_r1.phantom.study import PhantomStudy

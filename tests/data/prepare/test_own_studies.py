@@ -14,7 +14,7 @@ from PIL import Image
 from mrg_r1.data.prepare import own_studies
 from mrg_r1.data.prepare.own_studies import prepare_manifest
 from mrg_r1.data.study import ManifestError, check_images, read_manifest
-from mrg_r1.labels.training import read_reports_csv
+from mrg_r1.labels.reports import read_reports_csv
 from mrg_r1.types import Study
 from tests.shared_data import shared_data
 

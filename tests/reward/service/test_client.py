@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import mrg_r1.reward.service.client as client_module
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.reward.compute import RewardContext, RewardError, RewardFunction
 from mrg_r1.reward.reading import LabelError
 from mrg_r1.reward.service.client import OUTSTANDING, ServiceRewards
