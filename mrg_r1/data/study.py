@@ -154,18 +154,12 @@ def manifest_line(study: Study, folder: Path) -> str:
     return line
 
 
-def check_images(studies: Sequence[Study], *, sample: int | None = None) -> None:
+def check_images(studies: Sequence[Study]) -> None:
     """Read every image of the studies once: there, an image, whole.
-
-    Args:
-        studies: any number.
-        sample: check the images of only this many studies, evenly spread over the sequence; None checks all.
 
     Raises:
         ManifestError: one line a bad image, with the study's id, the file and the remedy.
     """
-    if sample is not None and sample < len(studies):
-        studies = [studies[i * len(studies) // sample] for i in range(sample)]
     images = [(image.path, study.id) for study in studies for image in study.images]
     problems: list[str] = []
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from mrg_r1.labels import teaching, training
+from mrg_r1.labels import fitting, teaching, training
 from mrg_r1.labels.chexbert import CheXbert
 from mrg_r1.labels.fitting import label_loss
 from mrg_r1.labels.labeler import Labeler
@@ -119,7 +119,7 @@ def test_each_teacher_starts_elsewhere_is_trained_and_then_left_alone(
         return average_answer(teachers, rows, pad=pad, device=device)
 
     monkeypatch.setattr(training, "random_model", started)
-    monkeypatch.setattr(training, "average_answer", answer)
+    monkeypatch.setattr(fitting, "average_answer", answer)
     reports, labels = write_toy(tmp_path, 40)
     train_labeler(reports, labels, tmp_path / "labeler", size="tiny")
     assert len(starts) == 2 and not torch.equal(starts[0], starts[1])
@@ -138,7 +138,7 @@ def test_a_model_learns_what_only_its_teachers_say(
         answer[:, 11] = torch.tensor([0.0, 1.0, 0.0, 0.0])
         return answer
 
-    monkeypatch.setattr(training, "average_answer", fracture)
+    monkeypatch.setattr(fitting, "average_answer", fracture)
     monkeypatch.setattr(training, "RANDOM_START", dataclasses.replace(training.RANDOM_START, passes=12, teachers=1))
     train_labeler(reports, labels, tmp_path / "labeler", size="tiny")
     rng = random.Random(1)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from mrg_r1.report_format import Mode
 from mrg_r1.reward.compute import TERM_NAMES, RewardContext, RewardFunction
-from mrg_r1.reward.service.interface import InProcessRewards
 from mrg_r1.tracking.completions import write_completions
+from tests.reward.in_process import InProcessRewards
 from tests.reward.keyword_labeler import KeywordLabeler
 
 TAGS = ["<think>", "</think>", "<report>", "</report>", "< think>", "<THINK>", "</report", "<report/>"]

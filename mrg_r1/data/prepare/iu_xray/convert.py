@@ -36,25 +36,6 @@ Report = Literal["findings", "impression", "both"]
 _NAMES = ("annotation.json", "indiana_reports.csv", "NLMCXR_reports.tgz")  # as the layouts are published
 
 
-def prepare_iu_xray(
-    source: Path,
-    images: Path | None,
-    output: Path,
-    *,
-    projections: Path | None = None,
-    report: Report = "findings",
-    split: str | None = None,
-    render_missing: Sequence[Path] = (),
-    side: int = 224,
-    seed: int = 0,
-) -> Counts:
-    """`read_iu_xray`, then `convert_iu_xray`."""
-    collection = read_iu_xray(source, projections)
-    return convert_iu_xray(
-        collection, images, output, report=report, split=split, render_missing=render_missing, side=side, seed=seed
-    )
-
-
 def read_iu_xray(source: Path, projections: Path | None = None) -> IuCollection:
     """Read one of the three layouts; which it is, is seen from the content.
 
