@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mrg_r1.data.images import image_problem
-from mrg_r1.data.progress import progress
+from mrg_r1.files import atomically
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
+from mrg_r1.progress import progress
 from mrg_r1.types import Study, StudyImage
 
 SHOWN_PROBLEMS = 10
@@ -127,16 +128,9 @@ def write_manifest(path: Path, studies: Iterable[Study]) -> None:
         OSError: the folder cannot be written.
     """
     folder = path.absolute().parent
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for study in studies:
-                file.write(json.dumps(_record_of(study, folder), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for study in studies:
+            file.write(json.dumps(_record_of(study, folder), ensure_ascii=False) + "\n")
 
 
 def manifest_line(study: Study, folder: Path) -> str:

@@ -13,6 +13,8 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,7 +25,8 @@ from mrg_r1.labels.augmentation import Augmentation, Example, SpecialIds, one_pa
 from mrg_r1.labels.chexbert import CheXbert
 from mrg_r1.labels.labeler import Labeler
 from mrg_r1.labels.observations import POSITIVE
-from mrg_r1.labels.teaching import TrainingBar, average_answer, taught_loss
+from mrg_r1.labels.teaching import average_answer, taught_loss
+from mrg_r1.progress import progress_bar
 
 BATCH = 16  # examples a step
 WARM_UP = 0.1  # share of the training
@@ -63,6 +66,40 @@ def kept_pass(micro_f1: Sequence[float], positives: int) -> int:
     best = max(micro_f1)
     error = math.sqrt(best * (1 - best) / max(positives, 1))
     return max(index for index, score in enumerate(micro_f1) if score >= best - error)
+
+
+class TrainingBar:
+    """One progress bar over several trainings, one after another."""
+
+    def __init__(self, work: Sequence[float]) -> None:
+        """The time that each training takes, in any unit."""
+        self._work = list(work)
+        self._begun = 0
+        self._progress = progress_bar()
+        self._task = self._progress.add_task("training the labeler", total=sum(self._work))
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def begin(self, description: str) -> None:
+        """The next training starts."""
+        self._begun += 1
+        self.describe(description)
+        self.update(0.0)
+
+    def update(self, done: float) -> None:
+        """So great a share of the present training is done."""
+        now = self._begun - 1
+        self._progress.update(self._task, completed=sum(self._work[:now]) + min(done, 1.0) * self._work[now])
+
+    def describe(self, description: str) -> None:
+        self._progress.update(self._task, description=description)
 
 
 class Fitting:

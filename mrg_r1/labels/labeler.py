@@ -7,8 +7,6 @@ licence forbids redistribution.
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -32,6 +28,7 @@ from mrg_r1.labels.tokenizer import (
     require_uncased,
     special_id,
 )
+from mrg_r1.progress import progress_bar
 
 # In one pass; bounds memory. On a CPU the activations of few tokens stay near the cache, and a product of 1,000 rows is
 # as fast as any.
@@ -141,7 +138,7 @@ class Labeler:
         Args:
             texts: N reports; whitespace is collapsed, an empty one is [CLS][SEP], a long one is cut at `max_tokens`
                 with [SEP] last, and any characters are allowed.
-            progress: show a bar while labelling (on a terminal, outside CI).
+            progress: show a bar while labelling, where somebody watches.
 
         Raises:
             TypeError: `texts` is one string, or an element is not a string.
@@ -159,8 +156,7 @@ class Labeler:
         # the largest batch first: memory runs out at once or never
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
         computed, done, allowed = [], 0, self.tokens_per_batch
-        quiet = not progress or "CI" in os.environ or not sys.stderr.isatty()
-        with Progress(console=Console(stderr=True), disable=quiet) as bar:
+        with progress_bar(quiet=not progress) as bar:
             task = bar.add_task(f"labelling with {self.name}", total=len(order))
             while done < len(order):
                 batch = _first_batch(

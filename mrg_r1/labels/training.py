@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 
 from mrg_r1.labels.augmentation import Augmentation, SpecialIds
 from mrg_r1.labels.chexbert import CheXbert
-from mrg_r1.labels.fitting import Fitting, Regime
+from mrg_r1.labels.fitting import Fitting, Regime, TrainingBar
 from mrg_r1.labels.labeler import Labeler
 from mrg_r1.labels.observations import OBSERVATIONS, POSITIVE
 from mrg_r1.labels.reports import read_labelled_reports
 from mrg_r1.labels.starting import SIZES, random_model, random_start, read_start
-from mrg_r1.labels.teaching import TEACHER_COST, TrainingBar
+from mrg_r1.labels.teaching import TEACHER_COST
 from mrg_r1.labels.tokenizer import special_id
 
 VALIDATION_SHARE = 0.05  # enough to tell a pass that broke; what is held out is not learned from

@@ -14,9 +14,9 @@ from transformers import BertConfig
 
 from mrg_r1.labels import fitting, teaching, training
 from mrg_r1.labels.chexbert import CheXbert
-from mrg_r1.labels.fitting import label_loss
+from mrg_r1.labels.fitting import TrainingBar, label_loss
 from mrg_r1.labels.labeler import Labeler
-from mrg_r1.labels.teaching import LABELS_SHARE, TrainingBar, average_answer, taught_loss
+from mrg_r1.labels.teaching import LABELS_SHARE, average_answer, taught_loss
 from mrg_r1.labels.training import train_labeler
 from tests.labels.test_training import toy_study, write_toy
 from tests.labels.tiny import tiny_model

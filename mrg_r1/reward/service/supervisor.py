@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal
 
+from mrg_r1.files import write_text_atomically
 from mrg_r1.reward.service.server import RANK_DIED
 
 RESTARTS = 3  # of one run; a service that dies again and again is not mended by a fifth start
@@ -248,6 +249,4 @@ class Supervisor:
 
     def _write(self, status: Literal["starting", "ready", "failed"], pid: int, **more: Any) -> None:
         state = ServiceState(generation=self._generation, status=status, pid=pid, **more)
-        temporary = self.directory / ".state.json"
-        temporary.write_text(json.dumps(asdict(state)), encoding="utf-8")
-        os.replace(temporary, self.directory / "state.json")
+        write_text_atomically(self.directory / "state.json", json.dumps(asdict(state)))
