@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
-from mrg_r1.phantom.findings import (
+from mrg_r1.phantom.findings import render
+from mrg_r1.phantom.sampler import FIVE_FINDINGS
+from mrg_r1.phantom.traits import (
     CARDIOMEGALY,
     EDEMA,
     ENLARGED_CARDIOMEDIASTINUM,
     LINE,
     SUPPORT_DEVICES,
     Trait,
-    render,
     sample_traits,
 )
-from mrg_r1.phantom.sampler import FIVE_FINDINGS
 from mrg_r1.phantom.views import FRONTAL, LATERAL, patient_traits, render_view
 
 SIDE = 224  # pixels of each radiograph

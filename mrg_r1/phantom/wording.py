@@ -11,7 +11,6 @@ from typing import TypeVar
 import numpy as np
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
-from mrg_r1.phantom.findings import LUNG_OPACITY, SUPPORT_DEVICES, Trait
 from mrg_r1.phantom.lexicon import (
     FIVE,
     IN_LUNG,
@@ -25,6 +24,7 @@ from mrg_r1.phantom.lexicon import (
     Noun,
     Vocabulary,
 )
+from mrg_r1.phantom.traits import LUNG_OPACITY, SUPPORT_DEVICES, Trait
 
 __all__ = ["SPLITS", "think_text", "write_report"]
 T = TypeVar("T")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from mrg_r1.labels.observations import NO_FINDING
 from mrg_r1.phantom import wording
-from mrg_r1.phantom.findings import Trait
 from mrg_r1.phantom.lexicon import FIVE, SPLITS, Lexicon
+from mrg_r1.phantom.traits import Trait
 from mrg_r1.phantom.wording import think_text
 
 _SAMPLES = (("upper", 0.1), ("mid", 0.5), ("lower", 0.9))  # zones and grades that bring out every word
