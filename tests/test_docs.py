@@ -127,7 +127,7 @@ def test_lines_of_prose_are_at_most_120_characters() -> None:
             is_prose = not (fence or fenced or line.lstrip().startswith("|") or re.match(r"\[[^\]]+\]: ", line))
             if is_prose and len(line) > 120:
                 long.append(f"{page.relative_to(ROOT)}:{number}")
-    assert long == []
+    assert not long, "\n".join(long)
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
