@@ -14,14 +14,14 @@ from PIL import Image
 
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.policy.lora import add_lora
 from mrg_r1.reward.compute import RewardFunction
-from mrg_r1.reward.service.interface import InProcessRewards
 from mrg_r1.training import rewards as rewarding
 from mrg_r1.types import Study, StudyImage
+from tests.reward.in_process import InProcessRewards
 from tests.world import World, build_world
 
 # A busy machine is no fault of an example: no test here asserts a time.

@@ -1,10 +1,9 @@
 """A procedural frontal chest radiograph: the normal anatomy on which `findings` draws.
 
 Coordinates: the chest's own frame, x from -1 (image left, the patient's right) to 1, y from -1 (top) to 1, before the
-    small
-shift, scale and tilt of the individual chest. The radiograph is kept as layers (air, vessels, bone, metal) until the
-end, because findings act on what they touch in life: fluid takes air away, a pneumothorax takes vessels away, a device
-is metal. Everything is numpy over cached grids. No image is taken from anywhere: nothing here needs a licence.
+small shift, scale and tilt of the individual chest. The radiograph is kept as layers (air, vessels, bone, metal) until
+the end, because findings act on what they touch in life: fluid takes air away, a pneumothorax takes vessels away, a
+device is metal. Everything is numpy over cached grids. No image is taken from anywhere: nothing here needs a licence.
 """
 
 from __future__ import annotations
@@ -205,6 +204,15 @@ def stroke(layers: Layers, target: Floats, points: Floats, radius: float, value:
     """
     columns, rows = layers.pixel(points[:, 0], points[:, 1])
     stroke_pixels(target, np.stack([columns, rows], axis=1), max(radius * layers.side / 2, 0.6), value)
+
+
+def blob(layers: Layers, x: float, y: float, half_width: float, half_height: float, edge: float, depth: float) -> None:
+    """Take the share `depth` of the air away inside an ellipse; `edge` is the soft share of its radius."""
+    rows, columns = layers.box(x - 1.3 * half_width, x + 1.3 * half_width, y - 1.3 * half_height, y + 1.3 * half_height)
+    across = (layers.x[rows, columns] - np.float32(x)) * np.float32(1 / half_width)
+    down = (layers.y[rows] - np.float32(y)) * np.float32(1 / half_height)
+    inside = ramp(np.float32(1) - across * across - down * down, 2 * edge)
+    layers.air[rows, columns] *= np.float32(1) - np.float32(depth) * inside
 
 
 def cage_half_width(chest: Chest, y: float) -> float:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from mrg_r1.labels import chexbert, inference
+from mrg_r1.labels import inference
+from mrg_r1.labels import labeler as labelers
 from mrg_r1.reward.service import server
 from tests.reward.keyword_labeler import KeywordLabeler
 
@@ -51,9 +52,9 @@ class Labeler(KeywordLabeler):
         return super().label(texts)
 
 
-def short_of_memory(path: str, **options: Any) -> chexbert.Labeler:
+def short_of_memory(path: str, **options: Any) -> labelers.Labeler:
     """The real labeler on a device on which `FAULT["tokens"]` fit."""
-    labeler, read = chexbert.Labeler.load(Path(path)), inference.read
+    labeler, read = labelers.Labeler.load(Path(path)), inference.read
 
     def failing(model: Any, packed: inference.Packed) -> Any:
         if len(packed.ids) > FAULT["tokens"]:

@@ -19,18 +19,24 @@ import pytest
 import torch
 
 import mrg_r1.reward.service.client as client_module
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.reward.compute import RewardContext, RewardError, RewardFunction
 from mrg_r1.reward.reading import LabelError
 from mrg_r1.reward.service.client import OUTSTANDING, ServiceRewards
-from mrg_r1.reward.service.interface import InProcessRewards, RewardServiceError, Ticket
+from mrg_r1.reward.service.interface import RewardServiceError, Ticket
 from mrg_r1.reward.service.supervisor import ServiceSettings, ServiceState, Supervisor, socket_of, visible_device
 from mrg_r1.types import Rewards
+from tests.reward.in_process import InProcessRewards
 from tests.reward.keyword_labeler import KeywordLabeler
 
 ROOT = Path(__file__).parents[3]
 STAGE = {"weights": {"mccs": 0.75, "format": 0.25, "rouge_l": 0.1, "bleu4": 0.0}, "mode": "think"}
-COMMAND = (sys.executable, "-m", "tests.reward.service.faulty_server")
+
+
+class FaultySupervisor(Supervisor):
+    command = (sys.executable, "-m", "tests.reward.service.faulty_server")
+
+
 ENDED = torch.ones(2, 2, dtype=torch.bool)
 TEXTS = [
     ["<think>a</think><report>edema, no effusion</report>", "<think>b</think><report>effusion \udc80 \x00</report>"],
@@ -65,7 +71,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     def make(kind: str = "", times: int = 1, tokens: int = 0, **changes: object) -> Supervisor:
         fault = {"kind": kind, "times": times, "tokens": tokens, "counter": str(tmp_path / "counter")}
         monkeypatch.setenv("FAULT", json.dumps(fault))
-        started.append(Supervisor(settings(**changes), log=tmp_path / "service.log", command=COMMAND))
+        started.append(FaultySupervisor(settings(**changes), log=tmp_path / "service.log"))
         started[-1].wait()
         return started[-1]
 
@@ -249,7 +255,7 @@ def test_it_leaves_when_a_rank_dies(start: Start) -> None:
 def test_it_dies_with_its_parent_and_leaves_nothing_behind(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from tests.reward.service.test_client import *\nsupervisor = "
-        f"Supervisor(settings(), log=Path({str(tmp_path)!r}) / 'log', command=COMMAND); "
+        f"FaultySupervisor(settings(), log=Path({str(tmp_path)!r}) / 'log'); "
         "supervisor.wait()\nprint(ServiceState.read(supervisor.directory).pid, supervisor.directory, flush=True); "
         "time.sleep(100)"
     )
@@ -350,8 +356,8 @@ def test_folders_of_runs_that_were_killed_are_swept(start, tmp_path, monkeypatch
     (tmp_path / "tmp").mkdir()
     living = start()
     code = (
-        "import time; from tests.reward.service.test_client import *; s = Supervisor(settings(), "
-        "log=Path('/dev/null'), command=COMMAND); s.wait()"
+        "import time; from tests.reward.service.test_client import *; s = FaultySupervisor(settings(), "
+        "log=Path('/dev/null')); s.wait()"
     )
     code += "; print(s.directory, ServiceState.read(s.directory).pid, flush=True); time.sleep(1000)"
     environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
