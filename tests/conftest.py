@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mrg_r1.reward.compute import RewardFunction
 from mrg_r1.reward.service.interface import InProcessRewards
 from mrg_r1.training import rewards as rewarding
 from mrg_r1.types import Study, StudyImage
+from tests.leftovers import end_with_parent, guard
 from tests.world import World, build_world
 
 # A busy machine is no fault of an example: no test here asserts a time.
@@ -37,9 +39,24 @@ TEXTS = [
 ]
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    end_with_parent()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two workers (`-n 2 --dist loadgroup`) one has all tests that start ranks: they share a pool, and two cores are
+    not enough for four ranks. Any other file stays together for its fixtures.
+    """
+    for item in items:
+        ranks = item.get_closest_marker("ranks") is not None
+        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.path.stem))
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _alone() -> None:
+    """One thread of torch, and no process left behind."""
     torch.set_num_threads(1)
+    guard()
 
 
 @pytest.fixture(scope="session")
