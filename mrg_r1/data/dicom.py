@@ -63,9 +63,8 @@ def read_dicom(data: bytes) -> NDArray[np.uint8]:
     """Pixels as a viewer shows them first.
 
     Grey: stored values (signed or not, unused bits left out), then the modality rescale or LUT, then the first VOI LUT
-        or window, 0
-    and 255 at its ends; without one, the image's own smallest and largest value become 0 and 255 (padding left out).
-    MONOCHROME1 is inverted, so that air is dark. Colour of 8 bits is taken as it is.
+    or window, 0 and 255 at its ends; without one, the image's own smallest and largest value become 0 and 255 (padding
+    left out). MONOCHROME1 is inverted, so that air is dark. Colour of 8 bits is taken as it is.
 
     Source: PS3.3 sections C.11.1 (modality), C.11.2 (VOI), C.7.6.3 (pixels), C.7.5.1.1.2 (padding).
 

@@ -1,10 +1,9 @@
 """A procedural frontal chest radiograph: the normal anatomy on which `findings` draws.
 
 Coordinates: the chest's own frame, x from -1 (image left, the patient's right) to 1, y from -1 (top) to 1, before the
-    small
-shift, scale and tilt of the individual chest. The radiograph is kept as layers (air, vessels, bone, metal) until the
-end, because findings act on what they touch in life: fluid takes air away, a pneumothorax takes vessels away, a device
-is metal. Everything is numpy over cached grids. No image is taken from anywhere: nothing here needs a licence.
+small shift, scale and tilt of the individual chest. The radiograph is kept as layers (air, vessels, bone, metal) until
+the end, because findings act on what they touch in life: fluid takes air away, a pneumothorax takes vessels away, a
+device is metal. Everything is numpy over cached grids. No image is taken from anywhere: nothing here needs a licence.
 """
 
 from __future__ import annotations

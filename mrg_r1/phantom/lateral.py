@@ -1,9 +1,8 @@
 """The lateral view of the chest that `findings` draws from the front: the same patient, turned.
 
 Coordinates: x from -1 (image left, the patient's front) to 1 (the back); y is the frontal view's, so that a zone, a
-    dome or a
-fluid level stands at one height in both. The layers are the frontal view's too. Both lungs lie over each other here, so
-what one of them holds takes about half of the air away.
+dome or a fluid level stands at one height in both. The layers are the frontal view's too. Both lungs lie over each
+other here, so what one of them holds takes about half of the air away.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Attention over packed sequences, and the group's attention to a prompt that it shares.
 
 Packed: the tokens of many sequences lie behind one another on a single axis, without padding. `attend` and its backward
-    are
-the device's own flash kernels; what is written here is how a completion sees its study's prompt and itself: two
+are the device's own flash kernels; what is written here is how a completion sees its study's prompt and itself: two
 attentions, merged by their log-sum-exp, so that the prompt is computed once and shared by its group.
 """
 

@@ -1,8 +1,8 @@
 """What wandb is given, and when: numbers by default, never a reason for a run to stop.
 
 Privacy: the recipe goes to wandb with its paths cut to base names; the machine's name, command line, user, git state,
-    code, console and
-probes do not. Texts and images go only where the recipe says so (`tracking.share_text`, `tracking.share_images`).
+code, console and probes do not. Texts and images go only where the recipe says so (`tracking.share_text`,
+`tracking.share_images`).
 """
 
 from __future__ import annotations
