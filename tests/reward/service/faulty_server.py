@@ -14,13 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from mrg_r1.labels import chexbert, inference
-from mrg_r1.reward.service import server
-from tests.reward.keyword_labeler import KeywordLabeler
-
 FAULT: dict[str, Any] = json.loads(os.environ.get("FAULT", "{}"))
+if FAULT.get("kind") != "memory":
+    import tests.reward.service.without_labeler  # noqa: F401
+
+import torch  # noqa: E402
+
+from mrg_r1.reward.service import server  # noqa: E402
+from tests.reward.keyword_labeler import KeywordLabeler  # noqa: E402
 
 
 def strikes(kind: str) -> bool:
@@ -51,11 +52,13 @@ class Labeler(KeywordLabeler):
         return super().label(texts)
 
 
-def short_of_memory(path: str, **options: Any) -> chexbert.Labeler:
+def short_of_memory(path: str, **options: Any) -> Any:
     """The real labeler on a device on which `FAULT["tokens"]` fit."""
+    from mrg_r1.labels import chexbert, inference
+
     labeler, read = chexbert.Labeler.load(Path(path)), inference.read
 
-    def failing(model: Any, packed: inference.Packed) -> Any:
+    def failing(model: Any, packed: Any) -> Any:
         if len(packed.ids) > FAULT["tokens"]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return read(model, packed)
