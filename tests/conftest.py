@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,11 @@ from PIL import Image
 
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.labels.chexbert import Labeler
 from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.policy.lora import add_lora
-from mrg_r1.reward.compute import RewardFunction
-from mrg_r1.reward.service.interface import InProcessRewards
-from mrg_r1.training import rewards as rewarding
 from mrg_r1.types import Study, StudyImage
+from tests.inline_rewards import score_inline
 from tests.leftovers import end_with_parent, guard
 from tests.world import World, build_world
 
@@ -39,8 +35,9 @@ TEXTS = [
 ]
 
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    end_with_parent()
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        end_with_parent()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -154,14 +151,5 @@ class OneRank(Ranks):
 
 @pytest.fixture
 def inline_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that are opened here score in this process: starting a service takes seconds."""
-
-    def opened(recipe: Any, ranks: Ranks, supervisor: None, studies: dict[str, list[Study]]) -> rewarding.RunRewards:
-        labeler = Labeler.load(recipe.reward.labeler)
-        service = InProcessRewards(RewardFunction(labeler, weights=recipe.reward.weights, mode=recipe.prompt.mode))
-        return rewarding.prepare(
-            recipe, ranks, service, {"name": labeler.name, "fingerprint": labeler.fingerprint}, None, studies
-        )
-
-    monkeypatch.setattr(rewarding, "start_service", lambda recipe, ranks: None)
-    monkeypatch.setattr(rewarding, "open_rewards", opened)
+    """Runs that are opened here start no reward service."""
+    score_inline(monkeypatch)
