@@ -27,8 +27,10 @@ from transformers import BertConfig
 from benchmarks import task as same
 from benchmarks.task import Task
 from benchmarks.workers import Channel, Phases, serve
-from mrg_r1.labels import chexbert
-from mrg_r1.labels.chexbert import MAX_TOKENS, CheXbert, Labeler, bert_tokenizer
+from mrg_r1.labels import labeler as labelers
+from mrg_r1.labels.chexbert import MAX_TOKENS, CheXbert
+from mrg_r1.labels.labeler import Labeler
+from mrg_r1.labels.tokenizer import bert_tokenizer
 from mrg_r1.phantom.sampler import sample_study
 
 VOCABULARY = 30522  # bert-base-uncased's
@@ -91,7 +93,7 @@ def label_padded(labeler: Labeler, texts: Sequence[str], length: int = MAX_TOKEN
 
 def label_every(labeler: Labeler, texts: Sequence[str]) -> Tensor:
     """As this project labels, but each text anew however often it stands there: classes [N, 14]."""
-    with patch.object(chexbert, "_distinct", lambda texts: (list(texts), list(range(len(texts))))):
+    with patch.object(labelers, "_distinct", lambda texts: (list(texts), list(range(len(texts))))):
         return torch.from_numpy(labeler.label(texts))
 
 

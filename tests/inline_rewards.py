@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.reward.compute import RewardFunction
-from mrg_r1.reward.service.interface import InProcessRewards
 from mrg_r1.training import rewards as rewarding
 from mrg_r1.types import Study
+from tests.reward.in_process import InProcessRewards
 
 
 def score_inline(monkeypatch: pytest.MonkeyPatch) -> None:

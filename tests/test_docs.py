@@ -116,6 +116,20 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [target for target in broken if Path(target).name not in PAGES_TO_COME] == []
 
 
+def test_lines_of_prose_are_at_most_120_characters() -> None:
+    """Outside of tables, fences and link references."""
+    long = []
+    for page in [*PAGES, ROOT / "benchmarks/README.md"]:
+        fenced = False
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            fence = line.lstrip().startswith("```")
+            fenced ^= fence
+            is_prose = not (fence or fenced or line.lstrip().startswith("|") or re.match(r"\[[^\]]+\]: ", line))
+            if is_prose and len(line) > 120:
+                long.append(f"{page.relative_to(ROOT)}:{number}")
+    assert not long, "\n".join(long)
+
+
 def test_every_page_is_in_the_table_of_contents() -> None:
     contents = (ROOT / "docs/README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[2:] if page.name != "README.md" and f"({page.name})" not in contents] == []

@@ -10,7 +10,8 @@ import yaml
 from mrg_r1.data.prepare.phantoms import write_phantoms
 from mrg_r1.data.study import read_manifest
 from mrg_r1.labels.observations import classes_of_values, write_labels_csv
-from mrg_r1.labels.training import train_labeler, write_reports_csv
+from mrg_r1.labels.reports import write_reports_csv
+from mrg_r1.labels.training import train_labeler
 from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mrg_r1.labels.chexbert import Labeler
+    from mrg_r1.labels.labeler import Labeler
 
 
 def described(make: Any, *names: str, examples: str, **keywords: Any) -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def load_labeler(arguments: argparse.Namespace) -> Labeler:
     """The labeler that the arguments of `add_labeler_arguments` name."""
     import torch
 
-    from mrg_r1.labels.chexbert import Labeler
+    from mrg_r1.labels.labeler import Labeler
 
     dtype = getattr(torch, arguments.dtype)
     return Labeler.load(arguments.labeler, tokenizer=arguments.tokenizer, device=arguments.device, dtype=dtype)

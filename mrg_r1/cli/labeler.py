@@ -128,7 +128,7 @@ def _labeler_convert(arguments: argparse.Namespace) -> None:
 
 def _label(arguments: argparse.Namespace) -> None:
     from mrg_r1.labels.observations import write_labels_csv
-    from mrg_r1.labels.training import read_reports_csv
+    from mrg_r1.labels.reports import read_reports_csv
 
     reports = read_reports_csv(arguments.reports)
     labeler = load_labeler(arguments)

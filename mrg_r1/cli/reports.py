@@ -13,7 +13,7 @@ from mrg_r1.cli.arguments import described, positive, seed
 if TYPE_CHECKING:
     from mrg_r1.config.recipe import Recipe
     from mrg_r1.data.loader import PromptBuilder
-    from mrg_r1.labels.chexbert import Labeler
+    from mrg_r1.labels.labeler import Labeler
     from mrg_r1.policy.load import Policy
     from mrg_r1.types import Study
 
@@ -219,7 +219,7 @@ def _device(name: str | None) -> str:
 def _labeler(arguments: argparse.Namespace, recipe: Recipe, device: str) -> Labeler:
     import torch
 
-    from mrg_r1.labels.chexbert import Labeler
+    from mrg_r1.labels.labeler import Labeler
 
     path = arguments.labeler or recipe.reward.labeler
     if not path.exists():

@@ -158,7 +158,6 @@ def _export(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     if not outputs:
         parser.error("nothing to write: give --merged DIR, --adapter DIR or both")
     from mrg_r1.config.recipe import check_checkpoint_directory, load_recipe
-    from mrg_r1.data.progress import progress
     from mrg_r1.policy.export.export import export
 
     recipe_file = arguments.folder / "config.yaml"
@@ -185,7 +184,6 @@ def _export(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         cold_start=cold_start,
         merged=arguments.merged,
         adapter=arguments.adapter,
-        progress=progress,
     )
     for path in outputs:
         print(f"{path}: written, {sum(file.stat().st_size for file in path.rglob('*')) / 1e6:,.1f} MB")

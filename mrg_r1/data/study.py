@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mrg_r1.data.images import image_problem
-from mrg_r1.data.progress import progress
+from mrg_r1.files import atomically
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
+from mrg_r1.progress import progress
 from mrg_r1.types import Study, StudyImage
 
 SHOWN_PROBLEMS = 10
@@ -127,16 +128,9 @@ def write_manifest(path: Path, studies: Iterable[Study]) -> None:
         OSError: the folder cannot be written.
     """
     folder = path.absolute().parent
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for study in studies:
-                file.write(json.dumps(_record_of(study, folder), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for study in studies:
+            file.write(json.dumps(_record_of(study, folder), ensure_ascii=False) + "\n")
 
 
 def manifest_line(study: Study, folder: Path) -> str:
@@ -154,18 +148,12 @@ def manifest_line(study: Study, folder: Path) -> str:
     return line
 
 
-def check_images(studies: Sequence[Study], *, sample: int | None = None) -> None:
+def check_images(studies: Sequence[Study]) -> None:
     """Read every image of the studies once: there, an image, whole.
-
-    Args:
-        studies: any number.
-        sample: check the images of only this many studies, evenly spread over the sequence; None checks all.
 
     Raises:
         ManifestError: one line a bad image, with the study's id, the file and the remedy.
     """
-    if sample is not None and sample < len(studies):
-        studies = [studies[i * len(studies) // sample] for i in range(sample)]
     images = [(image.path, study.id) for study in studies for image in study.images]
     problems: list[str] = []
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock

@@ -8,7 +8,6 @@ step and study, so the step is the whole state of the samplers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from mrg_r1.engine.state import MOMENTS, gather_state, optimizer_steps, scatter_state
 from mrg_r1.engine.zero import Engine
-from mrg_r1.files import sync, write_text_atomically
+from mrg_r1.files import sha256_of, sync, write_text_atomically
 
 
 class CheckpointError(ValueError):
@@ -130,7 +129,7 @@ def _write(directory: Path, step: int, state: dict[str, Tensor], record: dict[st
         shutil.rmtree(left)
     temporary.mkdir(parents=True)
     save_file(state, temporary / "state.safetensors")
-    described = {**record, "sha256": _digest(temporary / "state.safetensors")}
+    described = {**record, "sha256": sha256_of(temporary / "state.safetensors")}
     (temporary / "state.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
     for name in ("state.safetensors", "state.json"):
         sync(temporary / name)
@@ -175,11 +174,6 @@ def _fault_of(path: Path) -> str | None:
         record = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except ValueError as error:
         return f"state.json is damaged ({error})"
-    if record.get("sha256") != _digest(path / "state.safetensors"):
+    if record.get("sha256") != sha256_of(path / "state.safetensors"):
         return "state.safetensors is damaged (its digest is not the recorded one)"
     return None
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,11 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from mrg_r1.data.loader import PromptBuilder, prompts_ahead
-from mrg_r1.data.progress import progress
 from mrg_r1.engine.ranks import Ranks, shard
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import BLANK, NO_FINDING, POSITIVE, classes_of_values, values_of_classes
@@ -31,6 +29,7 @@ from mrg_r1.metrics.bootstrap import bootstrap_intervals
 from mrg_r1.metrics.clinical import clinical_scores, per_observation, support, truth_scores
 from mrg_r1.metrics.identity import ids_hash, labels_hash
 from mrg_r1.policy.load import Policy
+from mrg_r1.progress import progress
 from mrg_r1.reward.compute import RewardContext, RewardError
 from mrg_r1.reward.held_out import HeldOutLabeler
 from mrg_r1.reward.service.interface import RewardService, RewardsMissing
@@ -100,7 +99,7 @@ def evaluate(
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     rows: list[dict[str, Any]] = []
     with policy.whole_decoder(images=True):  # ranks have unequal numbers of batches
-        shown = track(batches, title, console=Console(stderr=True), disable=not ranks.is_main, transient=True)
+        shown = progress(batches, title, quiet=not ranks.is_main)
         for batch, prompts in zip(shown, prompts_ahead(build, batches), strict=True):
             ranks.beat(title)
             rows += _predict(
@@ -178,7 +177,7 @@ def _add_held_out_labels(
     if held_out is not None:
 
         def shown(starts: Sequence[int]) -> Iterator[int]:
-            for start in track(starts, "the held-out labeler reads", console=Console(stderr=True), transient=True):
+            for start in progress(starts, "the held-out labeler reads"):
                 ranks.beat("the held-out labeler reads")
                 yield start
 
@@ -303,7 +302,7 @@ def _lexical(predictions: Sequence[dict[str, Any]], cleaning: lexical.Cleaning) 
     """Lexical metrics of what may be labelled: the report inside its tags, nothing where it is malformed."""
 
     def shown(names: Sequence[str]) -> Iterable[str]:
-        return progress(names, "lexical metrics", len(names))
+        return progress(names, "lexical metrics")
 
     ordered = sorted(predictions, key=lambda row: str(row["id"]))  # as in a score card, so that both have one hash
     said, true = {row["id"]: row["report"] or "" for row in ordered}, {row["id"]: row["reference"] for row in ordered}

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from rich.console import Console, Group
-from rich.progress import track
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +20,7 @@ from mrg_r1.data.loader import PromptBuilder, prompts_ahead
 from mrg_r1.engine.ranks import Ranks, shard
 from mrg_r1.labels.observations import OBSERVATIONS, values_of_classes
 from mrg_r1.policy.load import Policy
+from mrg_r1.progress import progress
 from mrg_r1.report_format import Mode, parse
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.types import Completions, Study
@@ -56,7 +56,7 @@ def reports_of(
     mine = shard(studies, ranks)
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     rows: list[dict[str, Any]] = []
-    shown = track(batches, title, console=Console(stderr=True), disable=not ranks.is_main, transient=True)
+    shown = progress(batches, title, quiet=not ranks.is_main)
     for batch, prompts in zip(shown, prompts_ahead(build, batches), strict=True):
         ranks.beat(title)
         prompts = prompts.to(policy.device)
@@ -133,9 +133,7 @@ def add_labels(
 
 
 def _shown(batches: list[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
-    yield from track(
-        batches, "the labeler reads", console=Console(stderr=True), transient=True, disable=len(batches) < 2
-    )
+    yield from progress(batches, "the labeler reads", quiet=len(batches) < 2)
 
 
 def shown_report(row: dict[str, Any], *, title: str, mode: Mode, labeler: str | None) -> Group:

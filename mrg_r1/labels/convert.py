@@ -4,20 +4,20 @@ convert`.
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 
+from mrg_r1.files import atomically
 from mrg_r1.labels import loading
-from mrg_r1.labels.chexbert import CheXbert, Labeler
+from mrg_r1.labels.chexbert import CheXbert
+from mrg_r1.labels.labeler import Labeler
 
 
 def convert(source: Path, output: Path, *, tokenizer: str | None = None) -> str:
     """Write a CheXbert checkpoint as a directory of ours, or as one safetensors file.
 
-    The output is written under a temporary name beside its own and renamed when it is whole.
+    The output is there whole or not at all.
 
     Args:
         source: the published checkpoint file, or a `.safetensors` copy of it.
@@ -44,8 +44,7 @@ def convert(source: Path, output: Path, *, tokenizer: str | None = None) -> str:
             f"{output}: a safetensors file holds no tokenizer; leave it out, or name a directory as output"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    fresh = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
+    with atomically(output) as fresh:
         if as_file:
             config, state = loading.read_checkpoint(source)
             with torch.device("meta"):
@@ -56,9 +55,4 @@ def convert(source: Path, output: Path, *, tokenizer: str | None = None) -> str:
             labeler = Labeler.load(source, tokenizer=tokenizer)
             labeler.save(fresh)
             fingerprint = labeler.fingerprint
-        fresh.replace(output)
-    finally:
-        if fresh.is_dir():
-            shutil.rmtree(fresh)
-        fresh.unlink(missing_ok=True)
     return fingerprint

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import GELUActivation
 
-if TYPE_CHECKING:
-    from mrg_r1.labels.chexbert import CheXbert
+from mrg_r1.labels.chexbert import CheXbert
 
 # Padding that a row may get so that attention takes it together with longer ones: a CPU does as well with none, a GPU
 # wants few kernels.

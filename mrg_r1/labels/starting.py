@@ -22,9 +22,10 @@ from tokenizers import Tokenizer, models, normalizers, trainers
 from torch import Tensor
 from transformers import BertConfig
 
-from mrg_r1.labels.chexbert import MAX_TOKENS, SPECIAL_TOKENS, CheXbert, Labeler, bert_tokenizer
+from mrg_r1.labels.chexbert import MAX_TOKENS, CheXbert
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.labels.loading import load_strictly
-from mrg_r1.labels.tokenizer import read_tokenizer
+from mrg_r1.labels.tokenizer import SPECIAL_TOKENS, bert_tokenizer, read_tokenizer
 
 # What a checkpoint may hold beside BERT's encoder: its pooler and pre-training heads, which CheXbert lacks, and an old
 # buffer.

@@ -11,15 +11,9 @@ Source: Hinton et al., Distilling the Knowledge in a Neural Network (arXiv 1503.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from mrg_r1.labels import inference
@@ -27,41 +21,6 @@ from mrg_r1.labels.chexbert import CheXbert
 
 LABELS_SHARE = 0.3  # of the labels in what is learned; the rest is the teachers'
 TEACHER_COST = 0.3  # the time of one teacher's answer, of a training step without teachers
-
-
-class TrainingBar:
-    """One progress bar over several trainings, one after another (on a terminal, outside CI)."""
-
-    def __init__(self, work: Sequence[float]) -> None:
-        """The time that each training takes, in any unit."""
-        self._work = list(work)
-        self._begun = 0
-        quiet = "CI" in os.environ or not sys.stderr.isatty()
-        self._progress = Progress(console=Console(stderr=True), disable=quiet, transient=True)
-        self._task = self._progress.add_task("training the labeler", total=sum(self._work))
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def begin(self, description: str) -> None:
-        """The next training starts."""
-        self._begun += 1
-        self.describe(description)
-        self.update(0.0)
-
-    def update(self, done: float) -> None:
-        """So great a share of the present training is done."""
-        now = self._begun - 1
-        self._progress.update(self._task, completed=sum(self._work[:now]) + min(done, 1.0) * self._work[now])
-
-    def describe(self, description: str) -> None:
-        self._progress.update(self._task, description=description)
 
 
 def average_answer(

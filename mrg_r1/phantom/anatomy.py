@@ -206,6 +206,15 @@ def stroke(layers: Layers, target: Floats, points: Floats, radius: float, value:
     stroke_pixels(target, np.stack([columns, rows], axis=1), max(radius * layers.side / 2, 0.6), value)
 
 
+def blob(layers: Layers, x: float, y: float, half_width: float, half_height: float, edge: float, depth: float) -> None:
+    """Take the share `depth` of the air away inside an ellipse; `edge` is the soft share of its radius."""
+    rows, columns = layers.box(x - 1.3 * half_width, x + 1.3 * half_width, y - 1.3 * half_height, y + 1.3 * half_height)
+    across = (layers.x[rows, columns] - np.float32(x)) * np.float32(1 / half_width)
+    down = (layers.y[rows] - np.float32(y)) * np.float32(1 / half_height)
+    inside = ramp(np.float32(1) - across * across - down * down, 2 * edge)
+    layers.air[rows, columns] *= np.float32(1) - np.float32(depth) * inside
+
+
 def cage_half_width(chest: Chest, y: float) -> float:
     """Inner half-width of the rib cage at height `y`."""
     return float(_cage(chest, floats([[y]]))[0, 0])

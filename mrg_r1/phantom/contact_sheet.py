@@ -10,69 +10,57 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
-from mrg_r1.phantom.findings import (
+from mrg_r1.phantom.findings import render
+from mrg_r1.phantom.sampler import FIVE_FINDINGS
+from mrg_r1.phantom.traits import (
     CARDIOMEGALY,
     EDEMA,
     ENLARGED_CARDIOMEDIASTINUM,
     LINE,
     SUPPORT_DEVICES,
     Trait,
-    render,
     sample_traits,
 )
-from mrg_r1.phantom.sampler import FIVE_FINDINGS
 from mrg_r1.phantom.views import FRONTAL, LATERAL, patient_traits, render_view
 
+SIDE = 224  # pixels of each radiograph
 _CAPTION = 16  # pixels below each picture
 _NO_SIDE = (CARDIOMEGALY, EDEMA, ENLARGED_CARDIOMEDIASTINUM)
-_EXAMPLES = (1, 1, 1, -1)
+_EXAMPLES = (1, 1, 1, -1)  # the label value of each in a row: three positive, one uncertain
 _Cell = tuple[str, NDArray[np.uint8]]  # caption, pixels
 
 
-def contact_sheet(path: Path, *, side: int = 224, seed: int = 0, values: Sequence[int] | None = None) -> None:
+def contact_sheet(path: Path, *, seed: int = 0) -> None:
     """Write a PNG: a row of normal studies, then a row for each observation (the five of the preset first), captioned.
 
     Args:
         path: where the PNG goes; its folder must exist.
-        side: pixels of each radiograph, at least 32.
         seed: as `render`'s.
-        values: the label value of each example in a row, left to right, 1 or -1; default three positive and one
-            uncertain.
-
-    Raises:
-        ValueError: no values, another value than 1 and -1, or a side below 32.
     """
-    values = _EXAMPLES if values is None else tuple(values)
-    if not values or not set(values) <= {1, -1}:
-        raise ValueError(f"values {values}: give at least one example a row, each 1 (positive) or -1 (uncertain)")
     rows: list[int | None] = [None, *FIVE_FINDINGS, *(i for i in range(NO_FINDING) if i not in FIVE_FINDINGS)]
     cells: list[list[_Cell]] = []
     for r, observation in enumerate(rows):
         row = []
-        for c, value in enumerate(values):
-            index = r * len(values) + c
+        for c, value in enumerate(_EXAMPLES):
+            index = r * len(_EXAMPLES) + c
             drawn = _only(observation, value)
             caption = (
                 "normal"
                 if observation is None
                 else _caption(observation, value, sample_traits(seed, index)[observation])
             )
-            row.append((caption, render(drawn, seed=seed, index=index, side=side)))
+            row.append((caption, render(drawn, seed=seed, index=index, side=SIDE)))
         cells.append(row)
-    _write(path, side, cells)
+    _write(path, cells)
 
 
-def full_contact_sheet(path: Path, *, side: int = 224, seed: int = 0) -> None:
+def full_contact_sheet(path: Path, *, seed: int = 0) -> None:
     """Write a PNG of preset `full`: normal studies, then each observation mild on the right and severe on the left, in
     both views.
 
     Args:
         path: where the PNG goes; its folder must exist.
-        side: pixels of each radiograph, at least 32.
         seed: as `views.render_view`'s.
-
-    Raises:
-        ValueError: a side below 32.
     """
     cells: list[list[_Cell]] = []
     for observation in (None, *range(NO_FINDING)):
@@ -81,10 +69,10 @@ def full_contact_sheet(path: Path, *, side: int = 224, seed: int = 0) -> None:
             trait = None if observation is None else patient_traits(seed, patient)[observation]
             what = "normal" if observation is None or trait is None else _caption(observation, 1, trait)
             for view in (FRONTAL, LATERAL):
-                pixels = render_view(_only(observation, 1), view, seed=seed, index=patient, patient=patient, side=side)
+                pixels = render_view(_only(observation, 1), view, seed=seed, index=patient, patient=patient, side=SIDE)
                 row.append((what if view == FRONTAL else view, pixels))
         cells.append(row)
-    _write(path, side, cells)
+    _write(path, cells)
 
 
 def _mild_and_severe(seed: int, observation: int | None) -> tuple[int, int]:
@@ -112,7 +100,8 @@ def _only(observation: int | None, value: int) -> list[int | None]:
     return drawn
 
 
-def _write(path: Path, side: int, rows: Sequence[Sequence[_Cell]]) -> None:
+def _write(path: Path, rows: Sequence[Sequence[_Cell]]) -> None:
+    side = SIDE
     sheet = Image.new("L", (side * len(rows[0]), (side + _CAPTION) * len(rows)), color=255)
     write = ImageDraw.Draw(sheet)
     for r, row in enumerate(rows):

@@ -12,11 +12,11 @@ from math import sqrt
 import numpy as np
 
 from mrg_r1.labels.observations import NO_FINDING
-from mrg_r1.phantom.findings import LABELS_STREAM, PATIENT_STREAM, WORDING_STREAM, keyed_generator
 from mrg_r1.phantom.lexicon import SPLITS
 from mrg_r1.phantom.lexicon_full import COMPARED, FULL, INDICATIONS, NEUTRAL_INDICATIONS, REMARKS, TECHNIQUE
 from mrg_r1.phantom.prevalence import Doubles, label_model, prevalence
 from mrg_r1.phantom.study import PhantomStudy, no_finding
+from mrg_r1.phantom.traits import LABELS_STREAM, PATIENT_STREAM, WORDING_STREAM, keyed_generator
 from mrg_r1.phantom.views import FRONTAL, LATERAL, patient_traits
 from mrg_r1.phantom.wording import write_report
 

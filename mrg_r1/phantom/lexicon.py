@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mrg_r1.phantom.findings import (
+from mrg_r1.phantom.traits import (
     ATELECTASIS,
     CARDIOMEGALY,
     CONSOLIDATION,

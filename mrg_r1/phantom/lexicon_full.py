@@ -9,20 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mrg_r1.phantom.findings import (
-    ATELECTASIS,
-    CARDIOMEGALY,
-    CONSOLIDATION,
-    EDEMA,
-    ENLARGED_CARDIOMEDIASTINUM,
-    FRACTURE,
-    LUNG_LESION,
-    LUNG_OPACITY,
-    PLEURAL_EFFUSION,
-    PLEURAL_OTHER,
-    PNEUMONIA,
-    PNEUMOTHORAX,
-)
 from mrg_r1.phantom.lexicon import (
     CLAUSE_FRAMES,
     NEW,
@@ -37,6 +23,20 @@ from mrg_r1.phantom.lexicon import (
     Noun,
     Vocabulary,
     names,
+)
+from mrg_r1.phantom.traits import (
+    ATELECTASIS,
+    CARDIOMEGALY,
+    CONSOLIDATION,
+    EDEMA,
+    ENLARGED_CARDIOMEDIASTINUM,
+    FRACTURE,
+    LUNG_LESION,
+    LUNG_OPACITY,
+    PLEURAL_EFFUSION,
+    PLEURAL_OTHER,
+    PNEUMONIA,
+    PNEUMOTHORAX,
 )
 
 _SEVERITY = ("mild", "moderate", "severe")

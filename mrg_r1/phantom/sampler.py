@@ -15,7 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
-from mrg_r1.phantom.findings import (
+from mrg_r1.phantom.full import balanced_full, sample_full
+from mrg_r1.phantom.lexicon import SPLITS
+from mrg_r1.phantom.study import PhantomStudy, no_finding
+from mrg_r1.phantom.traits import (
     CARDIOMEGALY,
     LABELS_STREAM,
     LUNG_LESION,
@@ -26,9 +29,6 @@ from mrg_r1.phantom.findings import (
     keyed_generator,
     sample_traits,
 )
-from mrg_r1.phantom.full import balanced_full, sample_full
-from mrg_r1.phantom.lexicon import SPLITS
-from mrg_r1.phantom.study import PhantomStudy, no_finding
 from mrg_r1.phantom.wording import write_report
 
 PRESETS: tuple[str, ...] = ("five", "full")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mrg_r1.phantom.findings import SUPPORT_DEVICES
+from mrg_r1.phantom.traits import SUPPORT_DEVICES
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ from math import ceil, floor
 import numpy as np
 from numpy.typing import NDArray
 
-from mrg_r1.phantom.anatomy import RIB_PITCH, Layers, build_layers, cage_half_width, expose, sample_chest, stroke
-from mrg_r1.phantom.findings import (
+from mrg_r1.phantom.anatomy import RIB_PITCH, Layers, blob, build_layers, cage_half_width, expose, sample_chest, stroke
+from mrg_r1.phantom.findings import FRONTAL, LATERAL, paint
+from mrg_r1.phantom.lateral import build_lateral_layers
+from mrg_r1.phantom.traits import (
     ATELECTASIS,
     CARDIOMEGALY,
     CHEST_STREAM,
@@ -31,17 +33,13 @@ from mrg_r1.phantom.findings import (
     PNEUMONIA,
     PNEUMOTHORAX,
     Trait,
-    blob,
     keyed_generator,
-    paint_frontal,
     proportions,
     sample_traits,
     strengths_of,
 )
-from mrg_r1.phantom.lateral import build_lateral_layers, paint_lateral
 from mrg_r1.phantom.vessels import Floats, floats
 
-FRONTAL, LATERAL = "frontal", "lateral"
 # The share of findings on both sides; the other findings have one side, or none.
 _BOTH_SIDES: dict[int, float] = {
     EDEMA: 1.0,
@@ -124,7 +122,7 @@ def render_view(
         noise=film.noise,
     )
     layers = build_lateral_layers(chest, side) if is_lateral else build_layers(chest, side)
-    (paint_lateral if is_lateral else paint_frontal)(layers, traits, strengths)
+    paint(layers, view, traits, strengths)
     if strengths[FRACTURE] > 0 and not is_lateral:
         _bleeding(layers, traits[FRACTURE], strengths[FRACTURE])
     return expose(layers, _noise(rng, side))

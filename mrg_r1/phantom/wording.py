@@ -5,13 +5,12 @@ Where a word depends on what was drawn (side, size, zone, device) it comes from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
-from mrg_r1.phantom.findings import LUNG_OPACITY, SUPPORT_DEVICES, Trait
 from mrg_r1.phantom.lexicon import (
     FIVE,
     IN_LUNG,
@@ -25,12 +24,12 @@ from mrg_r1.phantom.lexicon import (
     Noun,
     Vocabulary,
 )
+from mrg_r1.phantom.traits import LUNG_OPACITY, SUPPORT_DEVICES, Trait
 
-__all__ = ["SPLITS", "think_text", "vocabulary_texts", "write_report"]
+__all__ = ["SPLITS", "think_text", "write_report"]
 T = TypeVar("T")
-_NOTHING_TOTHINK = "nothing of note"
+_NOTHING_TO_THINK = "nothing of note"
 _BEFORE, _AFTER, _NOWHERE = "before", "after", "nowhere"  # where a sentence says the place
-_SAMPLES = (("upper", 0.1), ("mid", 0.5), ("lower", 0.9))  # zones and grades that bring out every word
 
 
 def write_report(
@@ -143,60 +142,7 @@ def think_text(said: Sequence[int | None], preset_observations: Sequence[int]) -
         if value is not None:
             name, present, absent = THINK[observation]
             thoughts.append(f"{name} {({1: present, 0: absent, -1: 'possible'})[value]}")
-    return "; ".join(thoughts) or _NOTHING_TOTHINK
-
-
-def vocabulary_texts(lexicon: Lexicon = FIVE) -> list[str]:
-    """Sentences of every frame of both splits with every noun, and think texts: what a tokenizer is trained on."""
-    texts = list(dict.fromkeys(sentence for split in SPLITS for sentence in _all_sentences(lexicon, split)))
-    for value in (1, 0, -1):
-        for observation in range(NO_FINDING):
-            said: list[int | None] = [value] * NO_FINDING + [None]
-            texts.append(
-                think_text(said, [observation, (observation + 1) % NO_FINDING, (observation + 5) % NO_FINDING])
-            )
-    texts.append(_NOTHING_TOTHINK)
-    return texts
-
-
-def _all_sentences(lexicon: Lexicon, split: str) -> Iterator[str]:
-    yield from lexicon.normal[split]
-    traits = [Trait(side, zone, grade, 0, (0.0, 0.0)) for side in ("left", "right", "both") for zone, grade in _SAMPLES]
-    for observation, words in lexicon.vocabulary.items():
-        of_value = [
-            *lexicon.noun_frames[split].items(),
-            *((1, frames) for frames in lexicon.change_frames.get(split, {}).values()),
-        ]
-        for value, frames in of_value:
-            for frame in frames:
-                for noun in words.nouns if value else words.absent_nouns:
-                    for place in (_BEFORE, _AFTER, _NOWHERE) if value else (_NOWHERE,):
-                        for trait in traits if value else traits[:1]:
-                            for lung in (
-                                lexicon.lung_places
-                                if words.lung_zone and place != _NOWHERE
-                                else lexicon.lung_places[:1]
-                            ):
-                                yield _noun_sentence(
-                                    frame,
-                                    words,
-                                    noun,
-                                    trait,
-                                    place=place,
-                                    sized=value == 1 and place != _AFTER,
-                                    lung=lung,
-                                )
-        for value in (1, 0, -1):
-            for trait in traits:
-                for clause in _clauses(words, value, trait):
-                    for frame in _clause_frames(lexicon, split, clause, value):
-                        yield _clause_sentence(frame, clause, value, trait, adverb=_adverb(words, trait))
-        for other in lexicon.vocabulary:
-            if other != observation:
-                for frame in (*lexicon.pair_frames[split], *lexicon.triple_frames.get(split, ())):
-                    yield _list_sentence(
-                        frame, words.absent_nouns[0], lexicon.vocabulary[other].absent_nouns[-1], words.absent_nouns[-1]
-                    )
+    return "; ".join(thoughts) or _NOTHING_TO_THINK
 
 
 def _split(rng: np.random.Generator, wording: str) -> str:

@@ -22,7 +22,7 @@ _CLASS_COUNTS = np.array(CLASSES_PER_OBSERVATION)
 
 
 class Labeler(Protocol):
-    """What is needed of a labeler; `mrg_r1.labels.chexbert.Labeler` is one."""
+    """What is needed of a labeler; `mrg_r1.labels.labeler.Labeler` is one."""
 
     def label(self, texts: list[str]) -> NDArray[np.int64]:
         """[N, 14] classes of N texts."""
@@ -33,11 +33,10 @@ class LabelError(RuntimeError):
 
 
 class Reader:
-    """Labels texts, each once.
+    """Labels texts, each once as long as it is remembered: the one that was asked for longest ago is forgotten first.
 
     Args:
         labeler: reads the 14 classes out of texts.
-        remembered: texts whose labels are kept; the one that was asked for longest ago goes first.
 
     Attributes:
         asked: texts that were asked for.
@@ -45,9 +44,8 @@ class Reader:
         seconds: that it took to read them.
     """
 
-    def __init__(self, labeler: Labeler, *, remembered: int = REMEMBERED) -> None:
+    def __init__(self, labeler: Labeler) -> None:
         self.labeler = labeler
-        self.remembered = remembered
         self.asked = self.computed = 0
         self.seconds = 0.0
         self._known: OrderedDict[str, NDArray[np.int8]] = OrderedDict()
@@ -71,7 +69,7 @@ class Reader:
             if text in fresh:
                 self._known[text] = fresh[text]
             self._known.move_to_end(text)
-        while len(self._known) > self.remembered:
+        while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
         return np.stack(rows).astype(np.int64) if rows else np.empty((0, len(OBSERVATIONS)), dtype=np.int64)
 

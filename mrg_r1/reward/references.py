@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 
+from mrg_r1.files import atomically
 from mrg_r1.labels.observations import read_labels_csv, write_labels_csv
+from mrg_r1.progress import progress
 from mrg_r1.types import Study
 
 FOLDER = ".reference_labels"
@@ -50,9 +49,8 @@ def reference_labels(
     known = read_labels_csv(path) if path.is_file() else {}
     missing = [study for study in studies if study.id not in known]
     batches = [missing[start : start + _AT_ONCE] for start in range(0, len(missing), _AT_ONCE)]
-    quiet = len(batches) < 2 or "CI" in os.environ or not sys.stderr.isatty()
     saved = time.monotonic()
-    for batch in track(batches, "reading the references", console=Console(stderr=True), disable=quiet, transient=True):
+    for batch in progress(batches, "reading the references", quiet=len(batches) < 2):
         classes = label([study.report for study in batch])
         known |= {study.id: row for study, row in zip(batch, classes.tolist(), strict=True)}
         if time.monotonic() - saved > _SAVED_EVERY:
@@ -84,6 +82,5 @@ def _cache_file(manifest: Path, labeler: Mapping[str, str], fallback: Path) -> P
 
 def _save(path: Path, labels: Mapping[str, Sequence[int]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two runs may read the same manifest at once
-    write_labels_csv(temporary, dict(labels))
-    os.replace(temporary, path)
+    with atomically(path) as temporary:
+        write_labels_csv(temporary, dict(labels))

@@ -15,16 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrg_r1 import __version__
-from mrg_r1.data.progress import progress
 from mrg_r1.files import write_text_atomically
 from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import LEVEL, SAMPLES, bootstrap_intervals
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, per_observation, support
 from mrg_r1.metrics.identity import digits, ids_hash, labels_hash
+from mrg_r1.progress import progress
 from mrg_r1.score.reading import Side, read_side, require_same_studies
 
 FORMAT = "mrg-r1 score card 1"
-LoadLabeler = Callable[[], Any]  # a `labels.chexbert.Labeler`, whose module brings torch
+LoadLabeler = Callable[[], Any]  # a `labels.labeler.Labeler`, whose module brings torch
 
 
 def score_files(
@@ -153,7 +153,7 @@ def _clinical(
     """Classes, [N, 14] each and [M, 14], to the numbers of the JSON."""
 
     def shown(chunks: Sequence[int]) -> Iterable[int]:
-        return progress(chunks, "bootstrap", len(chunks))
+        return progress(chunks, "bootstrap")
 
     intervals = bootstrap_intervals(predicted, reference, samples=samples, seed=seed, shown=shown)
     return {
@@ -195,8 +195,6 @@ def _lexical(predicted: Side, reference: Side, ids: Sequence[str], cleaning: str
         {study: side.texts[study] for study in ids} for side in (predicted, reference) if side.texts is not None
     )
     return {
-        "lexical": lexical.described_scores(
-            said, true, named, shown=lambda names: progress(names, "lexical metrics", len(names))
-        ),
+        "lexical": lexical.described_scores(said, true, named, shown=lambda names: progress(names, "lexical metrics")),
         "lexical_reason": None,
     }

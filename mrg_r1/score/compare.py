@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from mrg_r1 import __version__
-from mrg_r1.data.progress import progress
 from mrg_r1.files import write_text_atomically
 from mrg_r1.metrics.bootstrap import LEVEL, SAMPLES, paired_differences
 from mrg_r1.metrics.clinical import check_classes
 from mrg_r1.metrics.identity import classes_of_digits, ids_hash, labels_hash
+from mrg_r1.progress import progress
 from mrg_r1.score.card import FORMAT, definitions_are
 
 HOW_TO_MAKE = "make one with `mrg-r1 score PREDICTED REFERENCE -o CARD.json`"
@@ -188,7 +188,7 @@ def compare_cards(first: Path, second: Path, *, samples: int = SAMPLES, seed: in
         of_first.reference,
         samples=samples,
         seed=seed,
-        shown=lambda chunks: progress(chunks, "bootstrap", len(chunks)),
+        shown=lambda chunks: progress(chunks, "bootstrap"),
     )
     a, b = of_first.card, of_second.card
     return {

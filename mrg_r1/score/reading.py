@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values, read_labels_csv
+from mrg_r1.labels.reports import read_reports_csv
 
 Role = Literal["predicted", "reference"]
 SHOWN_IDS = 10
@@ -135,7 +136,6 @@ def _read_csv(path: Path) -> Side:
             return Side(path, None, read_labels_csv(path, numbered=True), by_line=not has_id)
         if len(columns) == 1 and not has_id:
             return Side(path, _numbered(_read_column(path)), None, by_line=True)
-        from mrg_r1.labels.training import read_reports_csv  # it brings torch
 
         return Side(path, read_reports_csv(path), None)
     except csv.Error as error:

@@ -25,6 +25,7 @@ from mrg_r1.metrics.lexical import NAMES, SCORERS, lexical_scores
 from mrg_r1.tables.plan import Plan, RowRun, TableError
 
 Classes = NDArray[np.int64]
+SAMPLES = 1000  # of a bootstrap interval
 _CLINICAL = ("truth", "labeler", "held_out")
 
 
@@ -110,7 +111,7 @@ def check_columns(columns: Sequence[str]) -> None:
             raise TableError(f"column {column!r}: no lexical metric; there are {', '.join(NAMES)}")
 
 
-def build_table(plan: Plan, *, samples: int = 1000) -> BuiltTable:
+def build_table(plan: Plan) -> BuiltTable:
     """Compute a table from the finished runs of a plan.
 
     Raises:
@@ -150,7 +151,7 @@ def build_table(plan: Plan, *, samples: int = 1000) -> BuiltTable:
                 for column in spec.columns
             }
             kinds = {column.partition(":")[0] for column in spec.columns if compared[column] and _is_definition(column)}
-            pooled = {kind: _pooled(kind, spec.reference, row.name, done, read, samples) for kind in sorted(kinds)}
+            pooled = {kind: _pooled(kind, spec.reference, row.name, done, read) for kind in sorted(kinds)}
             for column, shared in compared.items():
                 if shared:
                     gains[column] = _gain(
@@ -286,7 +287,7 @@ def _is_definition(column: str) -> bool:
 
 
 def _pooled(
-    kind: str, reference: str, row: str, seeds: Sequence[int], read: Mapping[tuple[str, int], _Read], samples: int
+    kind: str, reference: str, row: str, seeds: Sequence[int], read: Mapping[tuple[str, int], _Read]
 ) -> dict[str, Difference]:
     """The row against the reference row over all seeds' studies together, by definition."""
     pairs = []
@@ -299,7 +300,7 @@ def _pooled(
                 )
             pairs.append((of_reference[0], of_row[0], of_row[1]))
     first, second, truth = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-    return paired_differences(first, second, truth, samples=samples)
+    return paired_differences(first, second, truth, samples=SAMPLES)
 
 
 def _commit(run: RowRun) -> str:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
+from mrg_r1.progress import progress_bar
 from mrg_r1.tables.plan import SCRIPTS, Plan, RowRun
 
 _LOG = "table_row.log"
@@ -54,7 +55,7 @@ def run_rows(plan: Plan, *, launch: str, parallel: int, console: Console) -> Non
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with Progress(*columns, console=console, transient=True) as shown:
+        with progress_bar(*columns, console=console) as shown:
             bar = shown.add_task("rows", total=len(waiting))
             while waiting or started:
                 ready = [run for run in waiting if all(folder in done for folder in run.waits_for)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -13,6 +12,8 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
+
+from mrg_r1.progress import watched
 
 _PLAIN_LINES = 20  # of a run, where nobody watches
 _LONG = ("validation", "checkpoint", "evaluation")  # phases that may show a bar of their own
@@ -37,10 +38,9 @@ class StepLine:
     """
 
     def __init__(self, *, active: bool, steps: int) -> None:
-        watched = sys.stderr.isatty() and not os.environ.get("CI")
         # a pipe or a log file has no width: wide enough for the closing table
         self.console = Console(stderr=True, quiet=not active, width=None if sys.stderr.isatty() else 120)
-        self.steps, self._live, self._shown = steps, active and watched, False
+        self.steps, self._live, self._shown = steps, active and watched(), False
         self._began, self._first = time.monotonic(), -1
         self._last_f1 = ""
 

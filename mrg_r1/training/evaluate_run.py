@@ -18,7 +18,7 @@ from mrg_r1.engine.ranks import Ranks
 from mrg_r1.evaluation.evaluate import print_evaluation, write_evaluation
 from mrg_r1.evaluation.generate import NOT_FOR_CLINICAL_USE, add_labels, reports_of
 from mrg_r1.files import write_text_atomically
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.policy.lora import load_adapter
 from mrg_r1.training.run import Run, open_run
 from mrg_r1.types import Study

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from torch.nn.functional import pad
 from mrg_r1.config.recipe import Recipe, RecipeError
 from mrg_r1.data.loader import PromptBuilder
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.files import write_text_atomically
+from mrg_r1.files import atomically, sha256_of, write_text_atomically
 from mrg_r1.training.resume import differences
 from mrg_r1.types import Completions, Prompts, Rewards, Sampled, Study
 
@@ -70,12 +69,11 @@ def write_step(
         tensors |= {f"term/{name}": values for name, values in rewards.terms.items()}
         tensors |= {f"constant/{name}": values for name, values in rewards.constant.items()}
     path = folder / f"step_{step:06d}_rank{ranks.rank}.safetensors"
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(
-        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
-        temporary,
-    )
-    os.replace(temporary, path)
+    stored = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    with atomically(path) as temporary:
+        save_file(stored, temporary)
     record = {
         "format": _FORMAT,
         "step": step,
@@ -90,7 +88,7 @@ def write_step(
         "own_weights": own_weights,
         **_fingerprints(recipe),
         "recipe": recipe.model_dump(mode="json"),
-        "sha256": _sha256(path),
+        "sha256": sha256_of(path),
     }
     write_text_atomically(path.with_suffix(".json"), json.dumps(record) + "\n")
 
@@ -313,7 +311,7 @@ def _read_part(folder: Path, step: int, rank: int) -> dict[str, Any]:
         raise RecipeError(f"{path}: damaged ({error}); sample the step again") from error
     if record.get("format") != _FORMAT:
         raise RecipeError(f"{path}: format {record.get('format')}, this version reads {_FORMAT}; sample the step again")
-    if record["sha256"] != _sha256(tensors):
+    if record["sha256"] != sha256_of(tensors):
         raise RecipeError(f"{tensors}: damaged (its digest is not the one in {path.name}); sample the step again")
     return record
 
@@ -371,7 +369,7 @@ def _file(folder: Path, step: int, rank: int, kind: str) -> Path:
 def _fingerprints(recipe: Recipe) -> dict[str, str]:
     """Of the manifest and of the policy as they are now."""
     policy = _policy_fingerprint(recipe.policy.path, recipe.policy.adapter)
-    return {"manifest": _sha256(recipe.data.manifest)[:16], "policy": policy}
+    return {"manifest": sha256_of(recipe.data.manifest)[:16], "policy": policy}
 
 
 def _policy_fingerprint(path: Path, adapter: Path | None) -> str:
@@ -388,8 +386,3 @@ def _policy_fingerprint(path: Path, adapter: Path | None) -> str:
                 file.seek(max(0, size - _BLOCK) * block // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
     return digest.hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ from pathlib import Path
 import mrg_r1
 from mrg_r1.config.recipe import Recipe, RecipeError
 from mrg_r1.engine.ranks import Ranks
+from mrg_r1.files import sha256_of
 from mrg_r1.training.resume import flat
 from mrg_r1.types import Study
 
@@ -163,8 +164,7 @@ def _content(paths: Sequence[Path]) -> str | None:
     for path in paths:
         if not path.is_file():
             return None
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(path)))
     return f"sha256 {digest.hexdigest()[:12]}"
 
 

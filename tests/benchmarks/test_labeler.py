@@ -16,7 +16,7 @@ from benchmarks.labeler import drawn, find_reports, make_labeler, make_unit
 from benchmarks.task import Task
 from benchmarks.workers import Worker
 from mrg_r1.labels import inference
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 
 
 @pytest.fixture(scope="module")

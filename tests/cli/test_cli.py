@@ -20,7 +20,7 @@ import yaml
 from mrg_r1 import cli
 from mrg_r1.data.study import read_manifest
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, read_labels_csv, write_labels_csv
-from mrg_r1.labels.training import read_reports_csv, write_reports_csv
+from mrg_r1.labels.reports import read_reports_csv, write_reports_csv
 from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.lora import save_adapter
 from tests.conftest import with_lora

@@ -277,12 +277,3 @@ def test_every_bad_image_is_named_with_its_study(tmp_path: Path) -> None:
     assert len(lines) == 3
     for line, study, what in zip(lines, (1, 3, 4), ("no such file", "truncated", "not an image"), strict=True):
         assert f"study 'study-{study}'" in line and f"{study}.png" in line and what in line
-
-
-def test_a_sample_reads_only_as_many_studies_as_asked(tmp_path: Path) -> None:
-    studies = with_images(tmp_path, 6)
-    for i in (1, 3, 5):
-        (tmp_path / f"{i}.png").unlink()
-    check_images(studies, sample=3)
-    with pytest.raises(ManifestError):
-        check_images(studies, sample=6)

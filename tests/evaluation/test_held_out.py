@@ -23,7 +23,7 @@ from mrg_r1.labels.observations import values_of_classes
 from mrg_r1.metrics import lexical
 from mrg_r1.reward.compute import RewardFunction
 from mrg_r1.reward.held_out import HeldOutLabeler
-from mrg_r1.reward.service.interface import InProcessRewards, RewardServiceError, RewardsMissing
+from mrg_r1.reward.service.interface import RewardServiceError, RewardsMissing
 from mrg_r1.reward.service.supervisor import ServiceState
 from mrg_r1.score.card import score_files
 from mrg_r1.tracking.gaps import GapWatch
@@ -31,6 +31,7 @@ from mrg_r1.training import rewards as rewarding
 from mrg_r1.training.run import open_run
 from mrg_r1.training.validation import keep_best, validate_before, warn_at_close
 from tests.conftest import OneRank
+from tests.reward.in_process import InProcessRewards
 from tests.reward.keyword_labeler import WORDS, KeywordLabeler
 
 JUDGE = {"name": "second", "fingerprint": "b" * 16}

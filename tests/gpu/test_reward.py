@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.reward.service.client import ServiceRewards
 from mrg_r1.reward.service.supervisor import ServiceSettings, Supervisor
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 from tests.labels.tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 

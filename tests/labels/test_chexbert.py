@@ -18,8 +18,10 @@ from tokenizers import models, pre_tokenizers
 from transformers import BertModel
 
 from mrg_r1.labels import inference
-from mrg_r1.labels.chexbert import CheXbert, Labeler, bert_tokenizer
+from mrg_r1.labels.chexbert import CheXbert
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.labels.observations import CLASSES_PER_OBSERVATION
+from mrg_r1.labels.tokenizer import bert_tokenizer
 from tests.labels.tiny import CLS, SEP, UNK, VOCABULARY, WORDS, tiny_config, tiny_model, tiny_tokenizer
 
 

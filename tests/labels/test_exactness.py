@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from mrg_r1.labels.chexbert import Labeler
 from mrg_r1.labels.convert import convert
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.labels.observations import CLASSES_PER_OBSERVATION
 from tests.shared_data import shared_data
 

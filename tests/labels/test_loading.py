@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from mrg_r1.labels import loading, tokenizer
-from mrg_r1.labels.chexbert import Labeler
 from mrg_r1.labels.convert import convert
+from mrg_r1.labels.labeler import Labeler
 from tests.labels.tiny import VOCABULARY, published_file, published_state, tiny_model
 
 

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForPreTraining, BertModel
 
-from mrg_r1.labels.chexbert import CheXbert, Labeler
+from mrg_r1.labels.chexbert import CheXbert
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.labels.starting import read_start, start_local, train_tokenizer
 from mrg_r1.labels.training import train_labeler
 from tests.labels.test_training import toy_study, write_toy

@@ -12,9 +12,11 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from mrg_r1.labels import teaching, training
-from mrg_r1.labels.chexbert import CheXbert, Labeler
-from mrg_r1.labels.teaching import LABELS_SHARE, TrainingBar, average_answer, taught_loss
+from mrg_r1.labels import fitting, teaching, training
+from mrg_r1.labels.chexbert import CheXbert
+from mrg_r1.labels.fitting import TrainingBar, label_loss
+from mrg_r1.labels.labeler import Labeler
+from mrg_r1.labels.teaching import LABELS_SHARE, average_answer, taught_loss
 from mrg_r1.labels.training import train_labeler
 from tests.labels.test_training import toy_study, write_toy
 from tests.labels.tiny import tiny_model
@@ -62,7 +64,7 @@ def test_where_the_teachers_agree_with_the_labels_it_is_the_plain_loss_with_its_
     classes = torch.tensor([[0, 1, 2, 3] * 3 + [1, 1], [3, 2, 1, 0] * 3 + [0, 0]])
     gradients = []
     for loss in (
-        training._loss,
+        label_loss,
         lambda logits, true: taught_loss(logits, true, torch.nn.functional.one_hot(true, 4).float()),
     ):
         model.zero_grad()
@@ -117,7 +119,7 @@ def test_each_teacher_starts_elsewhere_is_trained_and_then_left_alone(
         return average_answer(teachers, rows, pad=pad, device=device)
 
     monkeypatch.setattr(training, "random_model", started)
-    monkeypatch.setattr(training, "average_answer", answer)
+    monkeypatch.setattr(fitting, "average_answer", answer)
     reports, labels = write_toy(tmp_path, 40)
     train_labeler(reports, labels, tmp_path / "labeler", size="tiny")
     assert len(starts) == 2 and not torch.equal(starts[0], starts[1])
@@ -136,7 +138,7 @@ def test_a_model_learns_what_only_its_teachers_say(
         answer[:, 11] = torch.tensor([0.0, 1.0, 0.0, 0.0])
         return answer
 
-    monkeypatch.setattr(training, "average_answer", fracture)
+    monkeypatch.setattr(fitting, "average_answer", fracture)
     monkeypatch.setattr(training, "RANDOM_START", dataclasses.replace(training.RANDOM_START, passes=12, teachers=1))
     train_labeler(reports, labels, tmp_path / "labeler", size="tiny")
     rng = random.Random(1)

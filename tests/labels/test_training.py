@@ -16,10 +16,11 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
-from mrg_r1.labels import training
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.fitting import Fitting, kept_pass
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, classes_of_values, read_labels_csv, write_labels_csv
-from mrg_r1.labels.training import kept_pass, observation_scores, read_reports_csv, train_labeler, write_reports_csv
+from mrg_r1.labels.reports import read_reports_csv, write_reports_csv
+from mrg_r1.labels.training import observation_scores, train_labeler
 from mrg_r1.phantom.sampler import sample_study
 from tests.shared_data import shared_data
 
@@ -94,11 +95,11 @@ def test_the_kept_pass_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     scores = iter([0.2, 0.9, 0.9, 0.1, 0.1])
     seen: list[torch.Tensor] = []
 
-    def validate(run: training._Run, texts: object, classes: object) -> dict[str, float]:
+    def validate(run: Fitting, texts: object, classes: object) -> dict[str, float]:
         seen.append(run.model.linear_heads[0].get_parameter("weight").detach().clone())
         return {"micro_f1": next(scores), "validation_loss": 1.0, "classes_right": 0.0}
 
-    monkeypatch.setattr(training._Run, "_validate", validate)
+    monkeypatch.setattr(Fitting, "_validate", validate)
     reports, labels = write_toy(tmp_path, 40)
     summary = train_labeler(reports, labels, tmp_path / "labeler", size="tiny", passes=5)
     kept = Labeler.load(tmp_path / "labeler").model.linear_heads[0].get_parameter("weight")

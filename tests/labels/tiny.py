@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import BertConfig
 
-from mrg_r1.labels.chexbert import CheXbert, bert_tokenizer
+from mrg_r1.labels.chexbert import CheXbert
+from mrg_r1.labels.tokenizer import bert_tokenizer
 
 WORDS = (
     "no evidence of pleural effusion or pneumothorax the heart is enlarged lungs are clear left right mild edema "

@@ -27,7 +27,7 @@ def test_the_change_is_a_difference_of_differences():
     hit, missed = [1, 0, 0], [0, 0, 1]
     first = np.array([hit + hit, missed + missed])  # both read 2/3
     now = np.array([hit + missed, hit + hit])  # 1 by the first, 2/3 by the second
-    found = gap_change(first, now, samples=50)
+    found = gap_change(first, now)
     assert (found.first, found.now, found.change) == (pytest.approx(0), pytest.approx(1 / 3), pytest.approx(1 / 3))
 
 
@@ -49,7 +49,7 @@ def test_the_interval_is_that_of_the_binomial_where_f1_is_linear():
     first = np.tile([1, 0, 1, 1, 0, 1], (studies, 1))  # F1 = 2 / 3 by both
     now = first.copy()
     now[:lost, 3:] = [0, 2, 1]  # 2 tp + fp + fn stays 3: F1 falls by 2/3 a study lost, over all studies
-    found = gap_change(first, now, samples=5000)
+    found = gap_change(first, now)
     share, normal = lost / studies, 2.5758
     half = normal * 2 / 3 * np.sqrt(share * (1 - share) / studies)
     assert found.change == pytest.approx(2 / 3 * share) and found.ci == pytest.approx(

@@ -6,27 +6,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mrg_r1.phantom import contact_sheet as sheets
 from mrg_r1.phantom.contact_sheet import contact_sheet, full_contact_sheet
 from mrg_r1.phantom.findings import render
 from mrg_r1.phantom.views import render_view
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sheets, "SIDE", 64)
+
+
 def test_the_sheet_has_a_normal_row_and_one_for_every_observation(tmp_path: Path) -> None:
-    contact_sheet(tmp_path / "sheet.png", side=64, values=(1, -1))
+    contact_sheet(tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert sheet.shape == (14 * (64 + 16), 2 * 64)
+    assert sheet.shape == (14 * (64 + 16), 4 * 64)
     assert (sheet[:64, :64] == render([None] * 14, seed=0, index=0, side=64)).all()
-    contact_sheet(tmp_path / "again.png", side=64, values=(1, -1))
+    contact_sheet(tmp_path / "again.png")
     assert (tmp_path / "sheet.png").read_bytes() == (tmp_path / "again.png").read_bytes()
 
 
-def test_examples_that_show_nothing_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one example"):
-        contact_sheet(tmp_path / "sheet.png", values=(0,))
-
-
 def test_the_sheet_of_full_shows_each_finding_twice_in_two_views(tmp_path: Path) -> None:
-    full_contact_sheet(tmp_path / "sheet.png", side=64)
+    full_contact_sheet(tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert sheet.shape == (14 * (64 + 16), 4 * 64)
     for column, (view, patient) in enumerate((v, p) for p in (0, 1) for v in ("frontal", "lateral")):

@@ -14,8 +14,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mrg_r1.labels.observations import OBSERVATIONS
-from mrg_r1.phantom.findings import render, sample_traits
+from mrg_r1.phantom.findings import render
 from mrg_r1.phantom.sampler import FIVE_FINDINGS, sample_study
+from mrg_r1.phantom.traits import sample_traits
 
 SIDE = 112
 

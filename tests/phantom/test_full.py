@@ -14,8 +14,9 @@ from mrg_r1.phantom.lexicon_full import COMPARED, FULL, INDICATIONS, NEUTRAL_IND
 from mrg_r1.phantom.sampler import sample_balanced, sample_study
 from mrg_r1.phantom.study import PhantomStudy
 from mrg_r1.phantom.views import patient_traits
-from mrg_r1.phantom.wording import SPLITS, vocabulary_texts, write_report
+from mrg_r1.phantom.wording import SPLITS, write_report
 from tests.phantom.keyword_reader import read_report
+from tests.phantom.vocabulary import vocabulary_texts
 
 SEED = 4
 FRACTURE, SUPPORT_DEVICES = 11, 12

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
-from mrg_r1.phantom.findings import LINE, sample_traits
 from mrg_r1.phantom.sampler import FIVE_FINDINGS, PRESETS, sample_study
 from mrg_r1.phantom.study import PhantomStudy
+from mrg_r1.phantom.traits import LINE, sample_traits
 from tests.phantom.keyword_reader import read_report
 
 SUPPORT_DEVICES = OBSERVATIONS.index("Support Devices")

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from mrg_r1.phantom.findings import sample_traits
 from mrg_r1.phantom.lexicon import CLAUSE_FRAMES, NORMAL, NOUN_FRAMES, PAIR_FRAMES
 from mrg_r1.phantom.sampler import FIVE_FINDINGS, sample_study
-from mrg_r1.phantom.wording import SPLITS, think_text, vocabulary_texts, write_report
+from mrg_r1.phantom.traits import sample_traits
+from mrg_r1.phantom.wording import SPLITS, think_text, write_report
 from tests.phantom.keyword_reader import read_report
+from tests.phantom.vocabulary import vocabulary_texts
 
 
 def sentences(observation: int, value: int, wording: str, count: int = 60) -> list[str]:

@@ -37,7 +37,7 @@ def test_every_name_logged_is_documented_and_the_other_way_round(pool, world, tm
         for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines():
             logged |= json.loads(line).keys() - {"step"}
     plain = [name for name in DOCUMENTED if name != "time/PHASE"]
-    phases = re.search(r"rank 0 \(([^)]*)\)", TEXT).group(1).split(", ")
+    phases = re.split(r",\s+", re.search(r"rank 0 \(([^)]*)\)", TEXT).group(1))
     unknown = [name for name in logged if not any(re.fullmatch(pattern(one), name) for one in plain)]
     assert sorted(name for name in unknown if name.removeprefix("time/") not in phases) == []
     missing = [

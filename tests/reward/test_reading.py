@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mrg_r1.labels.observations import read_labels_csv
-from mrg_r1.reward import references
+from mrg_r1.reward import reading, references
 from mrg_r1.reward.reading import LabelError, Reader
 from mrg_r1.reward.references import FOLDER, reference_labels
 from mrg_r1.types import Study
@@ -30,9 +30,10 @@ def test_a_text_is_read_once_and_keeps_its_place() -> None:
     assert (reader.asked, reader.computed) == (6, 3) and reader.label([]).shape == (0, 14)
 
 
-def test_the_text_asked_for_longest_ago_is_forgotten_first() -> None:
+def test_the_text_asked_for_longest_ago_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "REMEMBERED", 2)
     labeler = KeywordLabeler()
-    reader = Reader(labeler, remembered=2)
+    reader = Reader(labeler)
     reader.label(["a", "b"])
     reader.label(["a"])  # a is fresh again
     reader.label(["c"])

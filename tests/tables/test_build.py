@@ -46,7 +46,7 @@ def plan(table, tmp_path):
 def test_cells_are_the_mean_and_spread_of_the_seeds(plan):
     _finish(plan.runs["Four", 0], 4)
     _finish(plan.runs["Four", 1], 10)
-    built = build_table(plan, samples=50)
+    built = build_table(plan)
     rows = {row.name: row for row in built.rows}
     cell = rows["Four"].cells["truth:disease_micro13"]
     a, b = _f1(4, truth=True), _f1(10, truth=True)
@@ -64,15 +64,11 @@ def test_differences_are_paired_by_seed(plan):
     for seed, (four, eight) in enumerate(((4, 6), (5, 6))):
         _finish(plan.runs["Four", seed], four)
         _finish(plan.runs["Eight & more", seed], eight)
-    gain = next(row for row in build_table(plan, samples=200).rows if row.name == "Eight & more").gains[
-        "labeler:Pleural Effusion"
-    ]
+    gain = next(row for row in build_table(plan).rows if row.name == "Eight & more").gains["labeler:Pleural Effusion"]
     differences = [_f1(6, truth=False) - _f1(4, truth=False), _f1(6, truth=False) - _f1(5, truth=False)]
     # of an observation there is no bootstrap
     assert gain.mean == pytest.approx(np.mean(differences)) and gain.studies_interval is None
-    truth = next(row for row in build_table(plan, samples=200).rows if row.name == "Eight & more").gains[
-        "truth:disease_micro13"
-    ]
+    truth = next(row for row in build_table(plan).rows if row.name == "Eight & more").gains["truth:disease_micro13"]
     pooled = [2 * hits / (hits + 18) for hits in (9, 12)]
     assert truth.studies_difference == pytest.approx(pooled[1] - pooled[0])
     low, high = truth.studies_interval
@@ -92,14 +88,14 @@ def test_rows_evaluated_on_other_references_are_not_compared(plan):
     path = plan.runs["Eight & more", 0].folder / "evaluation" / "test_predictions.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
     with pytest.raises(TableError, match="other studies or references"):
-        build_table(plan, samples=50)
+        build_table(plan)
 
 
 def test_a_column_that_the_runs_cannot_give_says_why(table, tmp_path):
     plan = plan_table(table(columns=["held_out:example14"]), rows_folder=tmp_path / "rows")
     _finish(plan.runs["Four", 0], 4)
     with pytest.raises(TableError, match="only a recipe with evaluation.held_out_labeler"):
-        build_table(plan, samples=50)
+        build_table(plan)
 
 
 def test_every_layout_names_definition_origin_and_what_is_missing(table, tmp_path):
@@ -114,7 +110,7 @@ def test_every_layout_names_definition_origin_and_what_is_missing(table, tmp_pat
     for seed in (0, 1):
         _finish(plan.runs["Four", seed], 4 + seed)
         _finish(plan.runs["Eight & more", seed], 8)
-    built = build_table(plan, samples=50)
+    built = build_table(plan)
     text = table_as_markdown(built)
     assert (
         "disease_micro13 F1, drawn truth" in text

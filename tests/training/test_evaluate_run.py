@@ -16,7 +16,7 @@ from mrg_r1.config.recipe import RecipeError, dump_recipe, load_recipe
 from mrg_r1.data.loader import PromptError
 from mrg_r1.data.study import ManifestError, read_manifest, write_manifest
 from mrg_r1.evaluation.generate import NOT_FOR_CLINICAL_USE, add_labels, shown_report
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
 from mrg_r1.policy.load import Policy, load_policy
 from mrg_r1.policy.lora import save_adapter

@@ -13,12 +13,13 @@ from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.grpo.advantages import group_advantages
 from mrg_r1.policy.logprobs import group_logprobs
 from mrg_r1.reward.compute import NotFiniteError, RewardContext, RewardError, RewardFunction
-from mrg_r1.reward.service.interface import InProcessRewards, RewardsMissing, RewardsNotFinite
+from mrg_r1.reward.service.interface import RewardsMissing, RewardsNotFinite
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.tracking.log import Clock
 from mrg_r1.training.validation import warn_of_gap
 from mrg_r1.types import Experience, Rewards
 from tests.conftest import OneRank
+from tests.reward.in_process import InProcessRewards
 
 
 class PlainEngine:

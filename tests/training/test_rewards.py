@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mrg_r1.config.recipe import RecipeError, load_recipe
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.labels.observations import signed_vector
 from mrg_r1.reward.references import FOLDER
 from mrg_r1.reward.terms import ccs, inverse_prevalence, mccs

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mrg_r1.data.prepare.rendering import Rendering, claim_folder, render_files
-from mrg_r1.data.progress import progress
 from mrg_r1.data.study import read_manifest, write_manifest
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values, write_labels_csv
-from mrg_r1.labels.training import write_reports_csv
+from mrg_r1.labels.reports import write_reports_csv
 from mrg_r1.phantom.contact_sheet import contact_sheet, full_contact_sheet
 from mrg_r1.phantom.sampler import PRESETS, sample_balanced, sample_study
 from mrg_r1.phantom.study import PhantomStudy
+from mrg_r1.progress import progress
 from mrg_r1.types import Study, StudyImage
 
 LABELER_TEXTS = 10_000  # reports to train a labeler on: texts are cheap, and wording this varied wants many
@@ -83,10 +83,7 @@ def write_phantoms(
     if manifest.is_file() and all(image.path.is_file() for study in read_manifest(manifest) for image in study.images):
         return manifest
 
-    phantoms = [
-        sample_study(preset, seed, index, prevalence=prevalence)
-        for index in progress(split_of, "sampling", total=len(split_of))
-    ]
+    phantoms = [sample_study(preset, seed, index, prevalence=prevalence) for index in progress(split_of, "sampling")]
     paths = {phantom.index: _paths(output / "images" / split_of[phantom.index], phantom) for phantom in phantoms}
     renderings = [
         Rendering(path, phantom.shown, phantom.index, view, phantom.patient)

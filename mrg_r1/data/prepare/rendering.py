@@ -21,10 +21,11 @@ import numpy as np
 from PIL import Image
 
 from mrg_r1 import __version__
-from mrg_r1.data.progress import progress
+from mrg_r1.files import atomically, write_text_atomically
 from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.phantom.findings import render
 from mrg_r1.phantom.views import render_view
+from mrg_r1.progress import progress
 
 SETTINGS_FILE = "prepare.json"
 _CHUNK = 32  # images a worker takes at a time
@@ -124,7 +125,7 @@ def render_files(renderings: Sequence[Rendering], *, seed: int, side: int, worke
     workers = min(workers, len(missing) // _WORTH_A_WORKER)
     if workers <= 1:
         _keep_memory()
-        for rendering in progress(missing, "rendering", total=len(missing)):
+        for rendering in progress(missing, "rendering"):
             job(rendering)
         return len(missing)
     # spawn: a process that has run torch holds threads that do not survive a fork
@@ -136,12 +137,7 @@ def render_files(renderings: Sequence[Rendering], *, seed: int, side: int, worke
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _begin_worker() -> None:
@@ -183,9 +179,5 @@ def _render(rendering: Rendering, *, seed: int, side: int) -> None:
         pixels = render_view(
             rendering.drawn, rendering.view, seed=seed, index=rendering.index, patient=rendering.patient, side=side
         )
-    temporary = rendering.path.with_name(f"{rendering.path.name}.{os.getpid()}.tmp")
-    try:
+    with atomically(rendering.path, synced=False) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG", compress_level=_COMPRESSION)
-        os.replace(temporary, rendering.path)
-    finally:
-        temporary.unlink(missing_ok=True)

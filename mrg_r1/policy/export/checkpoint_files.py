@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
@@ -21,6 +21,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from mrg_r1.progress import progress
 
 SHARD_BYTES = 5 * 10**9  # a single file larger than this is written in parts; a checkpoint in parts keeps its own
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -57,8 +59,6 @@ class StoredTensor:
 
 
 Placed = tuple[str, StoredTensor]  # the file that a tensor is written to
-# a bar around what is iterated over: the items, a title, their number
-Progress = Callable[[Iterable[Placed], str, int], Iterable[Placed]]
 
 
 def read_layout(directory: Path) -> dict[str, list[StoredTensor]]:
@@ -128,21 +128,19 @@ def write_checkpoint(
     output: Path,
     *,
     change: Callable[[StoredTensor], Tensor | None],
-    progress: Progress,
 ) -> None:
     """Write the checkpoint of `source` into the empty folder `output`.
 
     Args:
         layout: `read_layout(source)`.
         change: the tensor to write in place of a stored one, of its dtype and shape, or None: its bytes are copied.
-        progress: wraps the (file name, tensor) pairs as they are written.
     """
     for path in files_beside(source):
         (output / path).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / path, output / path)
     plan = _in_parts(layout)
     placed = [(name, tensor) for name, tensors in plan.items() for tensor in tensors]
-    for name, group in groupby(progress(placed, "writing the weights", len(placed)), key=itemgetter(0)):
+    for name, group in groupby(progress(placed, "writing the weights"), key=itemgetter(0)):
         with open(output / name, "wb") as file:
             file.write(_header(plan[name]))
             for _, tensor in group:

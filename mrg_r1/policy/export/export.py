@@ -8,7 +8,6 @@ held.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -26,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mrg_r1 import __version__
+from mrg_r1.files import sha256_of
 from mrg_r1.policy.export.checkpoint_files import (
-    Progress,
     StoredTensor,
     checkpoint_bytes,
     read_layout,
@@ -79,11 +78,9 @@ class Adapter:
 
     def describe(self) -> dict[str, Any]:
         """What the record of an export says of it."""
-        with open(self.directory / _WEIGHTS, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {
             "path": str(self.directory),
-            "sha256": digest,
+            "sha256": sha256_of(self.directory / _WEIGHTS),
             "rank": self.config["r"],
             "alpha": self.config["lora_alpha"],
             "modules": len(self.modules),
@@ -97,7 +94,6 @@ def export(
     cold_start: Path | None,
     merged: Path | None,
     adapter: Path | None,
-    progress: Progress,
 ) -> None:
     """Write what `run` has learned as a whole checkpoint, as an adapter, or as both. Each output is there whole or not
     at all.
@@ -108,7 +104,6 @@ def export(
         cold_start: the adapter that it merged before training, if any.
         merged: folder to make: the checkpoint with every adapter added to its weights, rounded once to its own dtype.
         adapter: folder to make: one adapter for the checkpoint as it was published.
-        progress: a bar around the tensors of the merged checkpoint.
 
     Raises:
         FileExistsError: an output, or its temporary folder, is there already.
@@ -138,7 +133,7 @@ def export(
             _write_json(folder / _RECORD, {"kind": "adapter", **record})
     if merged is not None:
         with _new_folder(merged) as folder:
-            write_checkpoint(policy, layout, folder, change=_merging(adapters), progress=progress)
+            write_checkpoint(policy, layout, folder, change=_merging(adapters))
             _write_json(folder / _RECORD, {"kind": "merged", **record})
 
 

@@ -137,24 +137,6 @@ def reward_card(
     )
 
 
-def best_constant(vectors: NDArray[np.int8], margin: float) -> tuple[NDArray[np.int8], float]:
-    """The signed vector that earns the most when every study is answered with it.
-
-    Args:
-        vectors: [N, 13] int8 signed vectors of the references.
-        margin: 0 <= m < 1.
-
-    Returns:
-        [13] int8, the best of all 3^13, and its mean MCCS. Of equals the one that names the fewest observations. About
-        2 s.
-
-    Raises:
-        ValueError: no vectors, another shape, values outside -1, 0, 1, or a margin outside [0, 1).
-    """
-    best = earned_by_constants(distinct(vectors), [margin]).best[0]
-    return best, _constant(best, vectors, margin).mean
-
-
 def best_real_constant(classes: NDArray[np.int64], texts: Sequence[str], margin: float) -> tuple[int, float]:
     """The reference that earns the most when every study is answered with it.
 

@@ -1,13 +1,12 @@
-"""Rewards as tickets: texts are handed in, work goes on elsewhere, rewards are fetched (architecture.md).
+"""Rewards as tickets: texts are handed in, work goes on elsewhere, rewards are fetched (docs/architecture.md).
 
-The trainer submits the completions, scores the reference model meanwhile, and then redeems the ticket. `RewardService`
-is that interface. `reward.client.ServiceRewards` keeps it with a process of its own on the labeler's device;
-`InProcessRewards` keeps it without one, for tests and for tools.
+The trainer submits the completions, computes the frozen model's log-probs meanwhile, and then waits for the ticket's
+rewards. `RewardService` is that interface; `reward.service.client.ServiceRewards` keeps it with a process of its own on
+the labeler's device.
 """
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mrg_r1.reward.compute import RewardContext, RewardError, RewardFunction
+from mrg_r1.reward.compute import RewardContext, RewardError
 from mrg_r1.types import Rewards
 
 
@@ -100,74 +99,3 @@ def unknown_ticket(ticket: Ticket) -> ValueError:
         f"ticket {ticket.id} (studies {', '.join(ticket.study_ids[:8])}) is unknown here or was redeemed before; "
         "each ticket is good once, at the service that gave it out"
     )
-
-
-class InProcessRewards:
-    """A `RewardService` that scores in the caller's own process: the work is done inside `submit`.
-
-    Args:
-        stage: what scores a batch.
-    """
-
-    def __init__(self, stage: RewardFunction) -> None:
-        self.stage = stage
-        self._outcomes: dict[str, Rewards | Exception] = {}
-        self._seen = (0, 0)
-        self._busy = 0.0
-
-    def submit(
-        self,
-        texts: Sequence[Sequence[str]],
-        ended: Tensor,
-        study_ids: Sequence[str],
-        references: Sequence[str],
-        context_of: RewardContext = RewardContext(),  # noqa: B008 (frozen)
-    ) -> Ticket:
-        """Score the batch now; a failure is kept for `result`.
-
-        Args:
-            texts: B groups of G decoded completions.
-            ended: [B, G] bool, an EOS was sampled.
-            study_ids: B.
-            references: B texts of the radiologists.
-            judging: this batch's margin, weights, known labels and constant report.
-        """
-        ticket = Ticket(study_ids=tuple(study_ids))
-        began = time.perf_counter()
-        try:
-            self._outcomes[ticket.id] = self.stage.score(texts, ended, references, context_of, study_ids=study_ids)
-        except Exception as error:  # raised by `result`, where every service raises
-            self._outcomes[ticket.id] = error
-        self._busy += time.perf_counter() - began
-        return ticket
-
-    def hint(self, texts: Sequence[str]) -> None:
-        """Nothing: there is no other process that could begin."""
-
-    def result(self, ticket: Ticket) -> Rewards:
-        """The rewards of a submitted batch.
-
-        Raises:
-            RewardError, ValueError: what `RewardFunction.score` raised on it.
-            ValueError: a ticket of another service, or one that was redeemed before.
-        """
-        if ticket.id not in self._outcomes:
-            raise unknown_ticket(ticket)
-        outcome = self._outcomes.pop(ticket.id)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    def label(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """[N, 14] int64 classes of N reports; LabelError where the labeler fails."""
-        return self.stage.reader.label(texts)
-
-    def health(self) -> Health:
-        """Seconds inside `submit`, and texts."""
-        reader, (asked, computed) = self.stage.reader, self._seen
-        health = Health(busy=self._busy, asked=reader.asked - asked, computed=reader.computed - computed)
-        self._seen, self._busy = (reader.asked, reader.computed), 0.0
-        return health
-
-    def close(self) -> None:
-        """Nothing to end."""

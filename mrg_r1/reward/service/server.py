@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.reward.compute import NotFiniteError, RewardError, RewardFunction
 from mrg_r1.reward.reading import LabelError
 from mrg_r1.reward.service import wire

@@ -21,14 +21,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, ClassVar, Literal
 
+from mrg_r1.files import write_text_atomically
 from mrg_r1.reward.service.server import RANK_DIED
 
 RESTARTS = 3  # of one run; a service that dies again and again is not mended by a fifth start
 START_SECONDS = 900  # in which a labeler must be loaded
 _PREFIX = "mrg-r1-reward-"
-COMMAND = (sys.executable, "-m", "mrg_r1.reward.service.server")
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,15 @@ class Supervisor:
     Args:
         settings: of the service.
         log: where its stderr goes, appended; it names studies and never quotes reports.
-        command: what is started; tests put faults in here.
 
     Attributes:
         directory: for `reward.client.ServiceRewards`.
     """
 
-    def __init__(self, settings: ServiceSettings, *, log: Path, command: Sequence[str] = COMMAND) -> None:
-        self.settings, self.log, self.command = settings, log, tuple(command)
+    command: ClassVar[Sequence[str]] = (sys.executable, "-m", "mrg_r1.reward.service.server")
+
+    def __init__(self, settings: ServiceSettings, *, log: Path) -> None:
+        self.settings, self.log = settings, log
         self.directory, self._folder_lock = _short_folder()
         self._key = secrets.token_hex(32)
         descriptor = os.open(self.directory / "key", os.O_WRONLY | os.O_CREAT, 0o600)
@@ -248,6 +249,4 @@ class Supervisor:
 
     def _write(self, status: Literal["starting", "ready", "failed"], pid: int, **more: Any) -> None:
         state = ServiceState(generation=self._generation, status=status, pid=pid, **more)
-        temporary = self.directory / ".state.json"
-        temporary.write_text(json.dumps(asdict(state)), encoding="utf-8")
-        os.replace(temporary, self.directory / "state.json")
+        write_text_atomically(self.directory / "state.json", json.dumps(asdict(state)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mrg_r1.data.progress import progress
+from mrg_r1.progress import progress
 from mrg_r1.tracking.page.cards import card, sample
 from mrg_r1.tracking.page.reading import letters, number, read_lines
 from mrg_r1.types import Study
@@ -43,7 +43,7 @@ def read_sampled(run: Path, studies: Mapping[str, Study], references: Mapping[st
     files = _files(run / "completions")
     steps = _evenly(sorted(files), _STEPS_READ)
     seen: dict[str, dict[int, None]] = {}
-    for step in progress(steps, "page: which studies were sampled", total=len(steps)):
+    for step in progress(steps, "page: which studies were sampled"):
         for path in files[step]:
             for where, row in read_lines(path, _COMPLETION):
                 if not isinstance(row["study"], str):
@@ -53,7 +53,7 @@ def read_sampled(run: Path, studies: Mapping[str, Study], references: Mapping[st
                 seen.setdefault(row["study"], {})[step] = None
     shown = {study_id: set(_evenly(list(seen[study_id]), _STEPS_SHOWN)) for study_id in _chosen(seen)}
     cards: dict[str, dict[str, Any]] = {}
-    for step in progress(steps, "page: what was sampled", total=len(steps)):
+    for step in progress(steps, "page: what was sampled"):
         for path in files[step]:
             for where, row in read_lines(path, _COMPLETION):
                 if step in shown.get(row["study"], ()) and number(row["member"], where, "member") < _MEMBERS:

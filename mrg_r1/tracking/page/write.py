@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mrg_r1.data.progress import progress
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import OBSERVATIONS
+from mrg_r1.progress import progress
 from mrg_r1.tracking.page import clinical
 from mrg_r1.tracking.page.cards import Pictures, prediction_cards, within
 from mrg_r1.tracking.page.curves import Curves, read_curves, sections
@@ -212,7 +212,7 @@ def _studies(
     candidates = list(evaluated.values())
     first = candidates[: max(_WITH_IMAGES - _TRAINING_WITH_IMAGES, _WITH_IMAGES - len(training))]
     wanted = [own for own in (*first, *training, *candidates[len(first) :]) if own["id"] in studies][:_WITH_IMAGES]
-    for own in progress(wanted, "page: radiographs", total=len(wanted)):
+    for own in progress(wanted, "page: radiographs"):
         own["images"] = pictures.add(studies[own["id"]])
     test = within(candidates, room - size_of(training) - size_of(pictures.data))
     sets = [

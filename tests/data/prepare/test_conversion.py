@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mrg_r1.data.prepare.conversion import JOURNAL_FILE, Conversion, outcome_table
 from mrg_r1.data.study import ManifestError, read_manifest
-from mrg_r1.labels.training import read_reports_csv
+from mrg_r1.labels.reports import read_reports_csv
 from mrg_r1.types import Study, StudyImage
 
 SETTINGS = {"dataset": "test", "text": "findings", "shape": (1, 2)}

@@ -12,7 +12,7 @@ from mrg_r1.data.prepare import phantoms
 from mrg_r1.data.prepare.phantoms import write_phantoms
 from mrg_r1.data.study import check_images, read_manifest
 from mrg_r1.labels.observations import UNCERTAIN, classes_of_values, read_labels_csv
-from mrg_r1.labels.training import read_reports_csv
+from mrg_r1.labels.reports import read_reports_csv
 from mrg_r1.phantom.findings import render
 from mrg_r1.phantom.sampler import sample_balanced, sample_study
 from mrg_r1.phantom.views import render_view

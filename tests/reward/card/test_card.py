@@ -27,11 +27,12 @@ from mrg_r1.labels.observations import (
     values_of_classes,
     write_labels_csv,
 )
-from mrg_r1.reward.card.card import MARGINS, best_constant, best_real_constant, reward_card, says
+from mrg_r1.reward.card.card import MARGINS, best_real_constant, reward_card, says
 from mrg_r1.reward.card.search import distinct, earned_by_constants
 from mrg_r1.reward.terms import ccs, mccs
 from mrg_r1.types import Study, StudyImage
 from tests.conftest import World
+from tests.reward.card.constants import best_constant
 from tests.shared_data import shared_data
 
 CLASS_OF_SIGN = {0: 0, 1: 1, -1: 2}

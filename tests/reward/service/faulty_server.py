@@ -54,9 +54,9 @@ class Labeler(KeywordLabeler):
 
 def short_of_memory(path: str, **options: Any) -> Any:
     """The real labeler on a device on which `FAULT["tokens"]` fit."""
-    from mrg_r1.labels import chexbert, inference
+    from mrg_r1.labels import inference, labeler
 
-    labeler, read = chexbert.Labeler.load(Path(path)), inference.read
+    loaded, read = labeler.Labeler.load(Path(path)), inference.read
 
     def failing(model: Any, packed: Any) -> Any:
         if len(packed.ids) > FAULT["tokens"]:
@@ -64,7 +64,7 @@ def short_of_memory(path: str, **options: Any) -> Any:
         return read(model, packed)
 
     inference.read = failing
-    return labeler
+    return loaded
 
 
 answer = server.Server._answer

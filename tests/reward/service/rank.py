@@ -16,12 +16,16 @@ from mrg_r1.reward.service.client import ServiceRewards  # noqa: E402
 from mrg_r1.reward.service.supervisor import ServiceSettings, ServiceState, Supervisor  # noqa: E402
 
 STAGE = {"weights": {"mccs": 0.75, "format": 0.25, "rouge_l": 0.1, "bleu4": 0.0}, "mode": "think"}
-COMMAND = (sys.executable, "-m", "tests.reward.service.faulty_server")
 SETTINGS = ServiceSettings(labeler="keywords", tokenizer=None, device="cpu", dtype="float32", stage=STAGE, threads=1)
+
+
+class FaultySupervisor(Supervisor):
+    command = (sys.executable, "-m", "tests.reward.service.faulty_server")
+
 
 if __name__ == "__main__":
     if sys.argv[1] == "keep":
-        supervisor = Supervisor(SETTINGS, log=Path(sys.argv[2]), command=COMMAND)
+        supervisor = FaultySupervisor(SETTINGS, log=Path(sys.argv[2]))
         supervisor.wait()
         print(ServiceState.read(supervisor.directory).pid, supervisor.directory, flush=True)
     else:

@@ -21,16 +21,17 @@ import pytest
 import torch
 
 import mrg_r1.reward.service.client as client_module
-from mrg_r1.labels.chexbert import Labeler
+from mrg_r1.labels.labeler import Labeler
 from mrg_r1.reward.compute import RewardContext, RewardError, RewardFunction
 from mrg_r1.reward.reading import LabelError
 from mrg_r1.reward.service import server
 from mrg_r1.reward.service.client import OUTSTANDING, ServiceRewards
-from mrg_r1.reward.service.interface import InProcessRewards, RewardServiceError, Ticket
+from mrg_r1.reward.service.interface import RewardServiceError, Ticket
 from mrg_r1.reward.service.supervisor import ServiceState, Supervisor, socket_of, visible_device
 from mrg_r1.types import Rewards
+from tests.reward.in_process import InProcessRewards
 from tests.reward.keyword_labeler import KeywordLabeler
-from tests.reward.service.rank import COMMAND, SETTINGS, STAGE
+from tests.reward.service.rank import SETTINGS, STAGE, FaultySupervisor
 
 ROOT = Path(__file__).parents[3]
 ENDED = torch.ones(2, 2, dtype=torch.bool)
@@ -55,7 +56,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     def make(kind: str = "", times: int = 1, tokens: int = 0, **changes: object) -> Supervisor:
         fault = {"kind": kind, "times": times, "tokens": tokens, "counter": str(tmp_path / "counter")}
         monkeypatch.setenv("FAULT", json.dumps(fault))
-        started.append(Supervisor(replace(SETTINGS, **changes), log=tmp_path / "service.log", command=COMMAND))
+        started.append(FaultySupervisor(replace(SETTINGS, **changes), log=tmp_path / "service.log"))
         started[-1].wait()
         return started[-1]
 

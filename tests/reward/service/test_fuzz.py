@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from mrg_r1.report_format import Mode
 from mrg_r1.reward.compute import TERM_NAMES, RewardContext, RewardFunction
-from mrg_r1.reward.service.interface import InProcessRewards
 from mrg_r1.tracking.completions import write_completions
+from tests.reward.in_process import InProcessRewards
 from tests.reward.keyword_labeler import KeywordLabeler
 
 TAGS = ["<think>", "</think>", "<report>", "</report>", "< think>", "<THINK>", "</report", "<report/>"]
@@ -100,7 +100,7 @@ LONG = "no effusion. " * 8000  # 104,000 characters
 def test_odd_completions_pass_the_real_labeler_and_are_written_down(
     text: str, mode: Mode, world: Any, tmp_path: Path
 ) -> None:
-    from mrg_r1.labels.chexbert import Labeler
+    from mrg_r1.labels.labeler import Labeler
 
     service = InProcessRewards(RewardFunction(Labeler.load(world.folder / "labeler"), weights=WEIGHTS, mode=mode))
     ended = torch.ones(1, 2, dtype=torch.bool)

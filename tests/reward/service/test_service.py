@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from mrg_r1.reward.compute import RewardError, RewardFunction
-from mrg_r1.reward.service.interface import InProcessRewards, RewardService, Ticket
+from mrg_r1.reward.service.interface import RewardService, Ticket
+from tests.reward.in_process import InProcessRewards
 from tests.reward.keyword_labeler import KeywordLabeler
 
 ENDED = torch.ones(1, 2, dtype=torch.bool)

@@ -3,4 +3,4 @@
 import sys
 from types import SimpleNamespace
 
-sys.modules["mrg_r1.labels.chexbert"] = SimpleNamespace(Labeler=None)  # type: ignore[assignment]
+sys.modules["mrg_r1.labels.labeler"] = SimpleNamespace(Labeler=None)  # type: ignore[assignment]

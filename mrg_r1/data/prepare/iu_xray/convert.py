@@ -27,32 +27,13 @@ from mrg_r1.data.prepare.iu_xray.splits import published_split, seeded_split
 from mrg_r1.data.prepare.iu_xray.study import IuCollection, IuStudy, study_number, with_views
 from mrg_r1.data.prepare.rendering import Rendering, claim_folder, render_files
 from mrg_r1.data.prepare.rows import csv_columns
-from mrg_r1.data.progress import progress
 from mrg_r1.data.study import ManifestError
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, UNCERTAIN, read_labels_csv, values_of_classes
+from mrg_r1.progress import progress
 from mrg_r1.types import Study, StudyImage
 
 Report = Literal["findings", "impression", "both"]
 _NAMES = ("annotation.json", "indiana_reports.csv", "NLMCXR_reports.tgz")  # as the layouts are published
-
-
-def prepare_iu_xray(
-    source: Path,
-    images: Path | None,
-    output: Path,
-    *,
-    projections: Path | None = None,
-    report: Report = "findings",
-    split: str | None = None,
-    render_missing: Sequence[Path] = (),
-    side: int = 224,
-    seed: int = 0,
-) -> Counts:
-    """`read_iu_xray`, then `convert_iu_xray`."""
-    collection = read_iu_xray(source, projections)
-    return convert_iu_xray(
-        collection, images, output, report=report, split=split, render_missing=render_missing, side=side, seed=seed
-    )
 
 
 def read_iu_xray(source: Path, projections: Path | None = None) -> IuCollection:
@@ -281,9 +262,7 @@ def _with_split(collection: IuCollection, split: str | None, seed: int) -> tuple
         return seeded_split(collection, seed), "seeded"
     path = Path(split or "")
     split_of = read_split_ids(path)
-    return published_split(collection, split_of, path), hashlib.sha256(
-        json.dumps(sorted(split_of.items())).encode()
-    ).hexdigest()[:16]
+    return published_split(collection, split_of, path), _fingerprint(split_of)
 
 
 def _merge_labels(paths: Sequence[Path]) -> dict[str, tuple[Path, list[int]]]:
@@ -323,8 +302,8 @@ def _labels_of_studies(
     return found
 
 
-def _fingerprint(labels: Mapping[str, Sequence[int]]) -> str:
-    return hashlib.sha256(json.dumps(sorted(labels.items())).encode()).hexdigest()[:16]
+def _fingerprint(by_id: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(sorted(by_id.items())).encode()).hexdigest()[:16]
 
 
 def _only_layout(folder: Path) -> Path:

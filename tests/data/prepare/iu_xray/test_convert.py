@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mrg_r1.data.prepare.iu_xray.convert import prepare_iu_xray
 from mrg_r1.data.study import ManifestError, check_images, read_manifest
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, UNCERTAIN, read_labels_csv, write_labels_csv
-from mrg_r1.labels.training import read_reports_csv
+from mrg_r1.labels.reports import read_reports_csv
 from mrg_r1.types import Study
+from tests.data.prepare.iu_xray.prepared import prepare_iu_xray
 from tests.shared_data import shared_data
 
 REPORT = "Heart size normal. XXXX opacity,  maybe\nedema. "

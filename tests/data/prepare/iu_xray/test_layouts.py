@@ -15,11 +15,12 @@ from PIL import Image
 
 from mrg_r1.data.prepare.conversion import JOURNAL_FILE
 from mrg_r1.data.prepare.iu_xray import convert as iu_xray
-from mrg_r1.data.prepare.iu_xray.convert import prepare_iu_xray, read_iu_xray
+from mrg_r1.data.prepare.iu_xray.convert import read_iu_xray
 from mrg_r1.data.study import ManifestError, check_images, read_manifest
 from mrg_r1.labels.observations import read_labels_csv, write_labels_csv
-from mrg_r1.labels.training import read_reports_csv
+from mrg_r1.labels.reports import read_reports_csv
 from mrg_r1.types import Study
+from tests.data.prepare.iu_xray.prepared import prepare_iu_xray
 from tests.data.prepare.iu_xray.test_open_i import archive, report
 from tests.shared_data import shared_data
 

@@ -23,7 +23,7 @@ from mrg_r1.data.prepare import conversion
 from mrg_r1.data.prepare.mimic_cxr.convert import Choices, Prepared, prepare_mimic_cxr
 from mrg_r1.data.study import check_images, read_manifest
 from mrg_r1.labels.observations import OBSERVATIONS
-from mrg_r1.labels.training import read_reports_csv
+from mrg_r1.labels.reports import read_reports_csv
 from mrg_r1.types import Study
 from tests.data.prepare.mimic_cxr.mimic_tree import (
     CHEXPERT_COLUMNS,

@@ -1,0 +1,81 @@
+"""Report texts by id, as CSV: `id,report`, alone or joined with the table of their labels.
+
+Paths enter, texts (and [N, 14] classes) leave.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mrg_r1.labels.observations import read_labels_csv
+
+
+def read_reports_csv(path: Path) -> dict[str, str]:
+    """Read `id,report` (any other columns are passed over) into reports by id. A report may be empty.
+
+    Raises:
+        ValueError: a missing column, an empty or repeated id, or a row cut short; names file and line.
+    """
+    reports: dict[str, str] = {}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        id_column = next((name for name in columns if name.strip().lower() == "id"), None)
+        report_column = next((name for name in columns if name.strip().lower() == "report"), None)
+        if id_column is None or report_column is None:
+            raise ValueError(f"{path}: the columns are {columns}; `id` and `report` are needed")
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            study_id = (row[id_column] or "").strip()
+            if not study_id:
+                raise ValueError(f"{where}: empty id")
+            if study_id in reports:
+                raise ValueError(f"{where}: id {study_id!r} stands twice; keep one of the rows")
+            if None in row.values():
+                raise ValueError(f"{where}, id {study_id!r}: the row ends before its last column")
+            if None in row:
+                raise ValueError(
+                    f"{where}, id {study_id!r}: more fields than columns; a report with a comma stands in quotes"
+                )
+            reports[study_id] = row[report_column]
+    return reports
+
+
+def write_reports_csv(path: Path, reports: Mapping[str, str]) -> None:
+    """Write reports by id as `id,report`."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "report"])
+        writer.writerows(reports.items())
+
+
+def read_labelled_reports(reports: Path, labels: Path) -> tuple[list[str], NDArray[np.int64]]:
+    """Texts and [N, 14] classes in the order of `reports`; every id must stand in both files."""
+    texts, classes = read_reports_csv(reports), read_labels_csv(labels)
+    for ids, path, others, other_path in ((texts, reports, classes, labels), (classes, labels, texts, reports)):
+        lonely = [study_id for study_id in ids if study_id not in others]
+        if lonely:
+            raise ValueError(
+                f"{path}, line {_line_of(path, lonely[0])}: id {lonely[0]!r} is not in {other_path} ({len(lonely)} "
+                "such ids); every report needs its labels and every row of labels its report"
+            )
+    for study_id, text in texts.items():
+        if not text.strip():
+            raise ValueError(
+                f"{reports}, line {_line_of(reports, study_id)}: the report of id {study_id!r} is empty; leave the "
+                "study out"
+            )
+    return list(texts.values()), np.array([classes[study_id] for study_id in texts], dtype=np.int64)
+
+
+def _line_of(path: Path, study_id: str) -> int:
+    """The line on which the row of `study_id` ends, for an error message."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        column = next(name for name in reader.fieldnames or [] if name.strip().lower() == "id")
+        return next(reader.line_num for row in reader if row[column].strip() == study_id)

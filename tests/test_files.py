@@ -1,0 +1,51 @@
+"""Files are there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from mrg_r1.files import atomically, sha256_of, write_text_atomically
+
+
+def test_a_file_appears_when_its_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with atomically(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_block_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path, folder: bool) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomically(path) as temporary:
+        if folder:
+            temporary.mkdir()
+            (temporary / "half").write_text("half")
+        else:
+            temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_appears_with_all_its_files(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()  # empty, so it is replaced
+    with atomically(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "one").write_text("1")
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["folder", "folder/one"]
+
+
+def test_half_a_character_is_written_as_its_escape(tmp_path: Path) -> None:
+    write_text_atomically(tmp_path / "file", "\ud800é")
+    assert (tmp_path / "file").read_bytes() == "\\ud800é".encode()
+
+
+def test_the_digest_is_the_contents(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 100_000)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(b"x" * 100_000).hexdigest()
