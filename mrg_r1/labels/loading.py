@@ -24,9 +24,8 @@ from transformers import BertConfig
 
 from mrg_r1.labels.observations import OBSERVATIONS
 
-HEAD_DIM = (
-    64  # of every BERT published by its authors; a checkpoint's tensors do not tell the number of attention heads
-)
+# of every BERT published by its authors; a checkpoint's tensors do not tell the number of attention heads
+HEAD_DIM = 64
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # in the published file but in no part of CheXbert's forward pass: BERT's pooler, and a buffer that older versions
 # stored
