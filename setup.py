@@ -90,9 +90,9 @@ setup(
         "pycocoevalcap>=1.2",
         "jinja2>=3.1",
         "matplotlib>=3.8",
+        "wandb>=0.31",
     ],
     extras_require={
-        "wandb": ["wandb>=0.31"],
         "dev": [
             "pytest>=8",
             "hypothesis>=6",
@@ -102,7 +102,6 @@ setup(
             "scikit-learn>=1.5",
             "selenium>=4.20",
             "types-PyYAML",
-            "wandb>=0.31",
         ],
     },
     entry_points={"console_scripts": ["mrg-r1=mrg_r1.cli:main"]},

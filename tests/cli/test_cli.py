@@ -315,7 +315,7 @@ def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch: pytest.Monk
     def broken(*_: object, **__: object) -> None:
         raise KeyError("fault")
 
-    monkeypatch.setattr(cli.prepare, "_prepare_phantom", broken)
+    monkeypatch.setattr(cli.prepare.phantom, "_prepare_phantom", broken)
     with pytest.raises(KeyError):
         cli.main(["prepare", "phantom", "-o", str(tmp_path)])
 

@@ -30,7 +30,7 @@ from tests.reward.in_process import InProcessRewards
 from tests.reward.keyword_labeler import KeywordLabeler
 
 ROOT = Path(__file__).parents[3]
-STAGE = {"weights": {"mccs": 0.75, "format": 0.25, "rouge_l": 0.1, "bleu4": 0.0}, "mode": "think"}
+FUNCTION = {"weights": {"mccs": 0.75, "format": 0.25, "rouge_l": 0.1, "bleu4": 0.0}, "mode": "think"}
 
 
 class FaultySupervisor(Supervisor):
@@ -52,7 +52,7 @@ def settings(**changes: object) -> ServiceSettings:
         "tokenizer": None,
         "device": "cpu",
         "dtype": "float32",
-        "stage": STAGE,
+        "reward_function": FUNCTION,
         "threads": 1,
     }
     return ServiceSettings(**{**values, **changes})  # type: ignore[arg-type]
@@ -85,10 +85,10 @@ def connected(supervisor: Supervisor, *, timeout: float = 60.0) -> ServiceReward
     return ServiceRewards(supervisor.directory, keeper=os.getpid(), timeout=timeout)
 
 
-def expected(context_of: RewardContext = RewardContext()) -> Rewards:  # noqa: B008 (frozen)
-    """What the same stage makes of the batch in this process."""
-    service = InProcessRewards(RewardFunction(KeywordLabeler(), **STAGE))  # type: ignore[arg-type]
-    return service.result(service.submit(*BATCH, context_of))
+def expected(context: RewardContext = RewardContext()) -> Rewards:  # noqa: B008 (frozen)
+    """What the same function makes of the batch in this process."""
+    service = InProcessRewards(RewardFunction(KeywordLabeler(), **FUNCTION))  # type: ignore[arg-type]
+    return service.result(service.submit(*BATCH, context))
 
 
 def same(one: Rewards, two: Rewards) -> bool:
@@ -117,12 +117,12 @@ def test_a_service_answers_what_the_stage_in_this_process_answers(start: Start) 
     """
     supervisor = start()
     one, two = connected(supervisor), connected(supervisor)
-    context_of = RewardContext(np.ones((2, 14), dtype=np.int64), 0.25, np.full((13, 2), 2.0), "no pneumothorax")
-    assert same(one.result(one.submit(*BATCH, context_of)), expected(context_of))
-    first, second = one.submit(*BATCH), one.submit(*BATCH, context_of)
-    assert same(one.result(second), expected(context_of)) and same(one.result(first), expected())
+    context = RewardContext(np.ones((2, 14), dtype=np.int64), 0.25, np.full((13, 2), 2.0), "no pneumothorax")
+    assert same(one.result(one.submit(*BATCH, context)), expected(context))
+    first, second = one.submit(*BATCH), one.submit(*BATCH, context)
+    assert same(one.result(second), expected(context)) and same(one.result(first), expected())
     for ticket in (first, Ticket(("CXR9",)), two.submit(*BATCH)):
-        with pytest.raises(ValueError, match="unknown here or was redeemed before"):
+        with pytest.raises(ValueError, match="unknown here or was waited for before"):
             one.result(ticket)
 
     wrong: list[str] = []
@@ -154,7 +154,7 @@ def test_a_service_answers_what_the_stage_in_this_process_answers(start: Start) 
 
 def test_hints_are_read_before_their_batch(start: Start) -> None:
     service = connected(start())
-    context_of = RewardContext(np.ones((2, 14), dtype=np.int64))
+    context = RewardContext(np.ones((2, 14), dtype=np.int64))
     service.hint([text for group in TEXTS for text in group])
     deadline = time.monotonic() + 10
     read = 0
@@ -162,9 +162,7 @@ def test_hints_are_read_before_their_batch(start: Start) -> None:
         service.result(service.submit([["<think>a</think><report>x</report>"]], ENDED[:1, :1], ["CXR3"], ["x"]))
         read += service.health().computed
         assert time.monotonic() < deadline
-    assert same(
-        service.result(service.submit(TEXTS, ENDED, ["CXR1", "CXR2"], REFERENCES, context_of)), expected(context_of)
-    )
+    assert same(service.result(service.submit(TEXTS, ENDED, ["CXR1", "CXR2"], REFERENCES, context)), expected(context))
     health = service.health()
     assert (health.asked, health.computed, health.restarts) == (3, 0, 0) and health.busy > 0
     service.close()
@@ -286,7 +284,7 @@ def test_nobody_without_the_key_is_served(start: Start) -> None:
     ("changes", "message"),
     [
         ({"labeler": "/no/such/labeler"}, "/no/such/labeler: no labeler here"),
-        ({"stage": {"weights": {"mcss": 1.0}}}, "'mcss' is unknown"),
+        ({"reward_function": {"weights": {"mcss": 1.0}}}, "'mcss' is unknown"),
         ({"device": "cuda:7"}, r"reward.device cuda:7: this node has no such GPU \(CUDA_VISIBLE_DEVICES=7 shows 0\)"),
     ],
 )
