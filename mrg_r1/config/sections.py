@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from mrg_r1.reward.terms import BUILT_IN, require_known
+
 THINK_INSTRUCTION = (
     "Write the findings of this chest X-ray. First reason inside <think></think>, then give the report inside "
     "<report></report>."
@@ -191,7 +193,9 @@ class RewardSection(Section):
     )
     weights: dict[str, float] = Field(
         {"mccs": 0.75, "format": 0.25},
-        description="Terms and weights: mccs, ccs, ce_f1, bleu4, rouge_l, length, format, module:function. paper",
+        description="Weights of the terms of the reward, as {mccs: 0.75, format: 0.25}; module:function is one of yours"
+        + "".join(f"\n        {name}: {term.description}" for name, term in BUILT_IN.items())
+        + ". paper",
     )
     margin: float = Field(
         0.5,
@@ -214,6 +218,12 @@ class RewardSection(Section):
     normalise: Literal["total", "per_term"] = Field(
         "total", description="Normalise the weighted sum, or each term in its group before summing. ours"
     )
+
+    @field_validator("weights")
+    @classmethod
+    def _known_terms(cls, weights: dict[str, float]) -> dict[str, float]:
+        require_known(weights)
+        return weights
 
     @model_validator(mode="after")
     def _annealed(self) -> RewardSection:

@@ -1,1 +1,1 @@
-"""The reward stage: texts in, rewards out."""
+"""Rewards: texts of completions and references enter, one number a completion leaves (`compute.RewardFunction`)."""

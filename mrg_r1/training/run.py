@@ -90,7 +90,7 @@ class Run:
             self.policy,
             studies,
             build=self.build,
-            rewards=self.rewarding.service,
+            reward_service=self.rewarding.service,
             context_of=self.rewarding.context_of,
             ranks=self.ranks,
             max_new_tokens=self.recipe.rollout.max_new_tokens,

@@ -181,3 +181,9 @@ def test_recipes_that_come_along_are_valid():
     assert len(recipes) >= 3
     for path in recipes:
         load_recipe(path)
+
+
+def test_a_reward_term_that_nobody_wrote_is_refused_by_its_field(recipe_file):
+    with pytest.raises(RecipeError, match=r"reward\.weights: .*'mcss'"):
+        load_recipe(recipe_file, ["reward.weights={mcss: 1.0}"])
+    assert load_recipe(recipe_file, ["reward.weights={'mine:term': 1.0}"]).reward.weights == {"mine:term": 1.0}
