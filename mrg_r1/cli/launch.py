@@ -83,6 +83,9 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
     log.take_over()  # of DeepSpeed's logger too, which is there now
     node = ranks.node.number
     log.write_to(recipe.output_dir / ("launch.log" if node == 0 else f"launch_node{node}.log"))
+    if ranks.is_main:
+        many = f"{ranks.world_size} {'rank' if ranks.world_size == 1 else 'ranks'} on {ranks.device.type}"
+        print(f"{Path(sys.argv[0]).name} {arguments.recipe}: {many}, into {recipe.output_dir}", file=sys.stderr)
     rank = ranks.name([ranks.rank])
     watch = Watch(ranks, store=shared_store(), timeout=recipe.engine.hang_timeout)
 

@@ -24,7 +24,9 @@ def print_evaluation(console: Console, result: dict[str, Any], title: str) -> No
     console.print(evaluation_table(result))
     others = other_readers_table(result)
     if others is not None:
+        console.print()
         console.print(others)
+    console.print()
     for line in evaluation_notes(result):
         console.print(line, markup=False, highlight=False)
     words = lexical_table(result)
@@ -61,15 +63,15 @@ def other_readers_table(result: dict[str, Any]) -> Table | None:
 def evaluation_notes(result: dict[str, Any]) -> list[str]:
     """What stands under the tables, a line each."""
     titles = {
-        "constant_normal": "normal: every report No Finding",
-        "blank": "blank: every report blank",
-        "random_train": "random: a random training report",
-        "reference": "itself: the references",
+        "constant_normal": "normal = every report No Finding",
+        "blank": "blank = every report blank",
+        "random_train": "random = a random training report",
+        "reference": "itself = the references",
     }
     shown = [title for name, title in titles.items() if result["baselines"][name] is not None]
-    notes = [f"F1 of other reports beside it: {'; '.join(shown)}"] if shown else []
+    notes = [f"right, the F1 of other reports: {', '.join(shown)}"] if shown else []
     if result.get("truth"):
-        notes.append("truth: what the phantoms were drawn from, in place of the labeler's reading of the references")
+        notes.append("truth = what the phantoms were drawn from, in place of the labeler's reading of the references")
     if result["constant"]:
         constant = result["constant"]["total"]
         notes.append(f"mean reward {result['mean_reward']:.3f}; of the best constant training report {constant:.3f}")

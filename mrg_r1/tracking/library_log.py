@@ -91,9 +91,8 @@ class LibraryLog(logging.Handler):
         if Path(filename).resolve().is_relative_to(_OURS):
             print(f"warning: {message}", file=sys.stderr, flush=True)
         else:
-            self.handle(
-                logging.LogRecord(category.__name__, logging.WARNING, filename, lineno, str(message), None, None)
-            )
+            where = f"{filename}:{lineno}: {message}"
+            self.handle(logging.LogRecord(category.__name__, logging.WARNING, filename, lineno, where, None, None))
 
 
 def _prints(handler: logging.Handler) -> bool:

@@ -114,9 +114,9 @@ class StepLine:
 
 
 def where_time_went(totals: Mapping[str, float], tokens_per_second: float | None) -> str:
-    """Seconds by phase, longest first, in one sentence; phases of less than a hundredth are one."""
+    """Seconds by phase, longest first, in one line; what is short beside the whole comes together at its end."""
     everything = sum(totals.values()) or 1.0
-    shown = {name: seconds for name, seconds in totals.items() if seconds >= 0.01 * everything}
+    shown = {name: seconds for name, seconds in totals.items() if seconds >= max(0.01 * everything, 0.5)}
     phases = [f"{name} {seconds:.0f}" for name, seconds in sorted(shown.items(), key=lambda item: -item[1])]
     rest = everything - sum(shown.values())
     phases += [f"the rest {rest:.0f}"] if len(shown) < len(totals) and rest >= 0.5 else []
