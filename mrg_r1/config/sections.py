@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from mrg_r1.metrics.clinical import DEFINITIONS
 from mrg_r1.reward.terms import BUILT_IN, require_known
 
 THINK_INSTRUCTION = (
@@ -334,11 +335,20 @@ class EvaluationSection(Section):
         "METEOR (docs/scores.md); off: none of them. ours",
     )
     bootstrap_samples: int = Field(1000, ge=100, description="Bootstrap samples of the 95 % intervals. ours")
-    select: Literal["disease_micro13", "disease_macro13", "example14", "r2gen_micro14", "mean_reward"] = Field(
-        "disease_micro13", description="Validation score that chooses the best adapter. ours"
+    select: str = Field(
+        "disease_micro13",
+        description="Validation score that chooses the best adapter: a definition of clinical efficacy "
+        "(docs/ce-definitions.md), or mean_reward. ours",
     )
 
     _bare_off = field_validator("lexical", mode="before")(_off_is_a_word)
+
+    @field_validator("select")
+    @classmethod
+    def _one_that_is_scored(cls, select: str) -> str:
+        if select not in (*DEFINITIONS, "mean_reward"):
+            raise ValueError(f"{select!r} is no score of a validation; there are {', '.join(DEFINITIONS)}, mean_reward")
+        return select
 
 
 class TrackingSection(Section):
