@@ -98,7 +98,7 @@ setup(
             "hypothesis>=6",
             "ruff",
             "mypy",
-            "import-linter>=2",
+            "import-linter>=2.16",
             "scikit-learn>=1.5",
             "selenium>=4.20",
             "types-PyYAML",

@@ -205,10 +205,8 @@ def main() -> None:
     threading.Thread(
         target=_leave_with, args=(settings["parent"], Path(settings["address"]).parent), daemon=True
     ).start()
-    for number in (
-        signal.SIGTERM,
-        signal.SIGUSR1,
-    ):  # for the ranks, which finish a step that needs rewards; this process leaves with them
+    # for the ranks, which finish a step that needs rewards; this process leaves with them
+    for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a user's own term prints goes to the log
