@@ -91,7 +91,8 @@ class RunLog:
         for backend in self._backends:
             backend.close()
         if self.active and self._clock is not None and self._clock.totals:
-            self.say(where_time_went(self._clock.totals, self._terminal.tokens_per_second))
+            self._terminal.clear()
+            self.console.print(where_time_went(self._clock.totals, self._terminal.tokens_per_second), highlight=False)
 
 
 class Clock:

@@ -17,16 +17,16 @@ from mrg_r1.progress import watched
 PIPE_WIDTH = 100  # columns of what has no width of its own: a pipe, a file, a CI's log
 _PLAIN_LINES = 10  # of a run, where nobody watches
 _LONG = ("validation", "checkpoint", "evaluation")  # phases that may show a bar of their own
-_LINE = {  # what is shown of a step, as far as the line reaches: title -> metric
-    "reward": "reward/total",
-    "constant": "reward/constant",
-    "mccs": "reward/mccs",
-    "kl": "policy/kl",
-    "length": "groups/length",
-    "loss": "loss",
-    "zero-signal": "groups/zero_signal",
-    "tok/s": "time/tokens_per_second",
-}
+_LINE = (  # what is shown of a step, as far as the line reaches: title, metric, columns of its value
+    ("reward", "reward/total", 5),
+    ("constant", "reward/constant", 5),
+    ("mccs", "reward/mccs", 6),
+    ("kl", "policy/kl", 7),
+    ("length", "groups/length", 5),
+    ("loss", "loss", 8),
+    ("tok/s", "time/tokens_per_second", 6),
+    ("zero-signal", "groups/zero_signal", 5),
+)
 _VALIDATION = ("disease_micro13", "mean_reward", "held_out_disease_micro13", "hacking_gap")
 
 
@@ -76,7 +76,7 @@ class StepLine:
             self.say(line)
         validated = {name: metrics.get(f"validation/{name}") for name in _VALIDATION}
         if validated["disease_micro13"] is not None:
-            self._last_validation = f"val disease_micro13 {_short(validated['disease_micro13'])}"
+            self._last_validation = f"val micro13 {_short(validated['disease_micro13'])}"
             shown = [f"{name} {_short(value)}" for name, value in validated.items() if value is not None]
             self.say(f"{self._counted(step)}  validation: {'  '.join(shown)}")
 
@@ -85,7 +85,11 @@ class StepLine:
         done = step - self._first + 1
         left = int((time.monotonic() - self._began) / done * (self.steps - step - 1))
         begins, ends = self._counted(step), f"  {left // 60}:{left % 60:02d} left"
-        parts = [f"  {title} {_short(metrics[name])}" for title, name in _LINE.items() if metrics.get(name) is not None]
+        parts = [
+            f"  {title} {_short(metrics[name]):>{columns}}"
+            for title, name, columns in _LINE
+            if metrics.get(name) is not None
+        ]
         if self._live and self._last_validation:
             parts.insert(2, f"  {self._last_validation}")
         for part in parts:
@@ -124,7 +128,11 @@ def where_time_went(totals: Mapping[str, float], tokens_per_second: float | None
     return f"{everything:.0f} s: {', '.join(phases)}{rate}"
 
 
-def _short(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+def _short(value: float) -> str:
+    """A number in at most 7 characters and a sign, of which three or four are its digits."""
+    size = abs(value)
+    if isinstance(value, int) or size == 0:
+        return f"{value:,.0f}"
+    if size >= 10:
+        return f"{value:,.0f}" if size >= 100 else f"{value:.1f}"
+    return f"{value:.3f}" if size >= 0.01 else f"{value:.1e}"
