@@ -7,12 +7,10 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mrg_r1.files import write_text_atomically
-
-if TYPE_CHECKING:
-    from mrg_r1.tracking.backends import Tracked
+from mrg_r1.tracking.tracked import Tracked
 
 
 class MetricsFile:

@@ -10,14 +10,12 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mrg_r1.files import write_text_atomically
 from mrg_r1.tracking.metrics_file import last_logged
 from mrg_r1.tracking.sharing import Shared, what_is_shared
-
-if TYPE_CHECKING:
-    from mrg_r1.tracking.backends import Tracked
+from mrg_r1.tracking.tracked import Tracked
 
 # What a tracker raises must not end a run, and wandb raises plain Exceptions of private classes where its process has
 # died.
