@@ -15,8 +15,9 @@ from PIL import Image
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
-from mrg_r1.policy.load import Policy, load_image_processor, load_policy
+from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import add_lora
+from mrg_r1.policy.policy import Policy
 from mrg_r1.types import Study, StudyImage
 from tests.inline_rewards import score_inline
 from tests.leftovers import end_with_parent, guard
@@ -118,7 +119,7 @@ def build(tiny_policy_directory: Path) -> Callable[[Policy], PromptBuilder]:
         return PromptBuilder(
             tokenizer=policy.tokenizer,
             image_processor=processor,
-            positions=policy.positions,
+            layout=policy.layout,
             words=PromptWords(**{"instruction": "Write the findings of this chest X-ray.", **words}),  # type: ignore[arg-type]
         )
 

@@ -198,10 +198,12 @@ def test_image_tokens_match_the_grid(policy, studies, build):
     prompts = build(policy)(studies)
     start = 0
     for row, count in enumerate(prompts.images_per_study):
-        grids = prompts.image_grid_thw[start : start + count]
+        grids = prompts.images.tensors["image_grid_thw"][start : start + count]
         assert int((prompts.input_ids[row] == policy.image_token_id).sum()) == int(grids.prod(dim=1).sum()) // 4
         start += count
-    assert prompts.pixel_values.shape[0] == int(prompts.image_grid_thw.prod(dim=1).sum())
+    assert prompts.images.tensors["pixel_values"].shape[0] == int(
+        prompts.images.tensors["image_grid_thw"].prod(dim=1).sum()
+    )
 
 
 def test_an_error_of_the_loading_thread_reaches_the_step(policy, studies, build):

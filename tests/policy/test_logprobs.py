@@ -36,8 +36,8 @@ def plain_forward_logp(policy, prompts, completions, *, banned, temperature):
                 input_ids=ids[None],
                 attention_mask=torch.ones_like(ids)[None],
                 mm_token_type_ids=kinds,
-                pixel_values=one.pixel_values,
-                image_grid_thw=one.image_grid_thw,
+                pixel_values=one.images.tensors["pixel_values"],
+                image_grid_thw=one.images.tensors["image_grid_thw"],
             ).logits[0, len(prompt) - 1 : -1]
             logits[:, banned] = -torch.inf
             picked = (logits / temperature).log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
@@ -280,10 +280,13 @@ def test_positions_are_those_of_the_model(policy, studies, build):
     model: Qwen2_5_VLForConditionalGeneration = policy.base
     kinds = (prompts.input_ids == policy.image_token_id).int()
     positions, deltas = model.model.get_rope_index(
-        prompts.input_ids, kinds, image_grid_thw=prompts.image_grid_thw, attention_mask=prompts.attention_mask
+        prompts.input_ids,
+        kinds,
+        image_grid_thw=prompts.images.tensors["image_grid_thw"],
+        attention_mask=prompts.attention_mask,
     )
     kept = prompts.attention_mask.bool()
-    assert torch.equal(prompts.position_ids[:, kept], positions[:, kept])
+    assert torch.equal(prompts.positions[kept], positions[:, kept].t())
     assert torch.equal(prompts.next_position, prompts.attention_mask.sum(1) + deltas[:, 0])
 
 
@@ -291,7 +294,7 @@ def test_a_cut_image_is_refused(policy, studies, build):
     prompts = build(policy)(studies[:1])
     cut = int((prompts.input_ids[0] == policy.image_token_id).nonzero()[4, 0])
     with pytest.raises(ValueError, match="the prompt was cut inside them"):
-        policy.positions(prompts.input_ids[:, :cut], prompts.attention_mask[:, :cut], prompts.image_grid_thw)
+        policy.layout.positions(prompts.input_ids[:, :cut], prompts.attention_mask[:, :cut], prompts.images)
 
 
 @pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
