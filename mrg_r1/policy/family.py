@@ -51,6 +51,10 @@ class Family:
 
     The decoder is read anew after each update, so readings are cheap; weights under ZeRO-3 are there only inside the
     blocks in which a reading is called.
+
+    Outside the seam stands the attention: every layer sees all tokens before, and a prompt's image tokens see no later
+    ones. A family whose layers see a window only (Gemma 3) is exact while prompt and completion fit into it, and one
+    whose image tokens see one another is not, until `attention.attend` knows of it.
     """
 
     # The checkpoint directory.

@@ -1,4 +1,4 @@
-"""The raw reading of the language model: LoRA, merging, and weights that are never changed by it."""
+"""Layers read as raw tensors: LoRA, merging, and weights that are never changed by it."""
 
 from __future__ import annotations
 
