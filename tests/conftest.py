@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from tests.inline_rewards import score_inline
 from tests.leftovers import end_with_parent, guard
 from tests.world import World, build_world
 
-# A busy machine is no fault of an example: no test here asserts a time.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# A busy machine is no fault of an example: no test here asserts a time. What names no number of its own takes 25
+# examples, and hypothesis' 100 where CI is set.
+settings.register_profile("quick", deadline=None, max_examples=25)
+settings.register_profile("full", deadline=None)
+settings.load_profile("full" if os.environ.get("CI") else "quick")
 
 TEXTS = [
     "The heart is enlarged. No pleural effusion.",

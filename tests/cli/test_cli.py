@@ -14,16 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import yaml
 
 from mrg_r1 import cli
 from mrg_r1.data.study import read_manifest
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, read_labels_csv, write_labels_csv
 from mrg_r1.labels.reports import read_reports_csv, write_reports_csv
-from mrg_r1.policy.load import load_policy
-from mrg_r1.policy.lora import save_adapter
-from tests.conftest import with_lora
+from mrg_r1.metrics import lexical
+from tests.cli.command import refused, run, usage_error
 from tests.labels.tiny import published_file, published_state, tiny_model, tiny_tokenizer
 from tests.world import few_texts
 
@@ -40,25 +37,6 @@ DEFINITIONS = {
     "disease_macro13",
 }
 EFFUSION = OBSERVATIONS.index("Pleural Effusion")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = cli.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def usage_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    code, _, message = run(capsys, *arguments)
-    assert code == 2 and message.startswith("mrg-r1: ") and "Traceback" not in message
-    return message
 
 
 @pytest.mark.parametrize(
@@ -203,8 +181,9 @@ def test_convert_writes_labelers_that_read_as_the_published_file_does(
 
 
 def test_score_labels_reports_where_it_is_given_reports(
-    capsys: pytest.CaptureFixture[str], phantoms: Path, labeler: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, phantoms: Path, labeler: Path, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(lexical, "why_no_meteor", lambda: "starting Java takes seconds")
     reports = phantoms / "heldout_reports.csv"
     code, out, _ = run(
         capsys, "score", reports, reports, "--labeler", labeler, "--train", reports, "--json", tmp_path / "scores.json"
@@ -344,77 +323,3 @@ def test_scores_do_not_depend_on_the_order_of_rows(capsys: pytest.CaptureFixture
             == 0
         )
     assert (tmp_path / "predicted.json").read_text() == (tmp_path / "turned.json").read_text()
-
-
-@pytest.fixture
-def trained(capsys: pytest.CaptureFixture[str], tiny_policy_directory: Path, tmp_path: Path) -> Path:
-    """RUN of a recipe with a cold start, as far as an export reads it."""
-    run = tmp_path / "run"
-    for directory in (run / "adapter", tmp_path / "cold"):
-        save_adapter(with_lora(load_policy(tiny_policy_directory, dtype=torch.float32)), directory)
-    policy = {"path": str(tiny_policy_directory), "adapter": str(tmp_path / "cold")}
-    recipe = {
-        "output_dir": str(run),
-        "steps": 1,
-        "data": {"manifest": "m.jsonl"},
-        "policy": policy,
-        "reward": {"labeler": "labeler"},
-    }
-    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
-    capsys.readouterr()  # transformers' bars
-    return run
-
-
-def test_export_writes_a_checkpoint_and_an_adapter(
-    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
-) -> None:
-    code, output, _ = run(
-        capsys, "export", trained, "--merged", tmp_path / "out/merged", "--adapter", tmp_path / "out/adapter"
-    )
-    assert code == 0 and f"{tmp_path}/out/merged: written" in output and f"{tmp_path}/out/adapter: written" in output
-    assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["r"] == 8, (
-        "cold start and adapter, rank 4 each"
-    )
-    assert "exists already" in refused(capsys, "export", trained, "--merged", tmp_path / "out/merged")
-    load_policy(tmp_path / "out/merged", dtype=torch.float32)
-
-
-def test_export_finds_what_has_moved_where_it_is_told(
-    capsys: pytest.CaptureFixture[str], trained: Path, tiny_policy_directory: Path, tmp_path: Path
-) -> None:
-    recipe = yaml.safe_load((trained / "config.yaml").read_text())
-    recipe["policy"]["path"] = str(tmp_path / "gone")
-    (trained / "config.yaml").write_text(yaml.safe_dump(recipe))
-    (tmp_path / "cold").rename(tmp_path / "moved")
-    command = ["export", trained, "--adapter", tmp_path / "out"]
-    message = refused(capsys, *command)
-    assert f"{tmp_path}/gone: no such folder (policy.path" in message and "--policy" in message
-    command += ["--policy", tiny_policy_directory]
-    message = refused(capsys, *command)
-    assert f"{tmp_path}/cold: no such folder (policy.adapter" in message and "--cold-start" in message
-    assert run(capsys, *command, "--cold-start", tmp_path / "moved")[0] == 0
-    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(
-        tiny_policy_directory
-    )
-
-
-def test_export_of_what_cannot_be_exported_is_refused(
-    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
-) -> None:
-    assert "give --merged DIR, --adapter DIR or both" in usage_error(capsys, "export", trained)
-    assert "no config.yaml" in refused(capsys, "export", tmp_path, "--merged", tmp_path / "out")
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    (pickled / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
-    (pickled / "pytorch_model.bin").touch()
-    assert "pickle (not loaded)" in refused(
-        capsys, "export", trained, "--merged", tmp_path / "out", "--policy", pickled
-    )
-    (trained / "adapter").rename(trained / "other")
-    assert "no adapter/ in it" in refused(capsys, "export", trained, "--merged", tmp_path / "out")
-    recipe = yaml.safe_load((trained / "config.yaml").read_text())
-    del recipe["policy"]["adapter"]
-    (trained / "config.yaml").write_text(yaml.safe_dump(recipe))
-    unused = refused(capsys, "export", trained, "--merged", tmp_path / "out", "--cold-start", tmp_path / "cold")
-    assert "names no policy.adapter; leave it out" in unused
-    assert not (tmp_path / "out").exists()
