@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     not enough for four ranks. Any other file stays together for its fixtures.
     """
     for item in items:
-        ranks = item.get_closest_marker("ranks") is not None
+        ranks = item.get_closest_marker("ranks") is not None or item.path.parent.name == "launches"
         item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.path.stem))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ def test_help_waits_for_no_heavy_import() -> None:
 def test_it_runs_as_a_module_too() -> None:
     command = [sys.executable, "-m", "mrg_r1.cli", "score", "nowhere.csv", "nowhere.csv"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert ended.returncode == 2 and ended.stderr == "mrg-r1: nowhere.csv: No such file or directory\n"
+    assert ended.returncode == 2 and ended.stderr.startswith("mrg-r1: nowhere.csv: ") and ended.stderr.count("\n") == 1
 
 
 def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,8 +117,8 @@ def test_another_preset_or_seed_in_the_same_folder_is_refused(
     capsys: pytest.CaptureFixture[str], phantoms: Path
 ) -> None:
     same = ("prepare", "phantom", "-o", phantoms, "--splits", "train=40,val=2", "--side", "32")
-    assert "`seed` was 7, asked for 0" in refused(capsys, *same)
-    assert "the presets are" in refused(capsys, "prepare", "phantom", "-o", phantoms, "--preset", "six")
+    assert "`seed`" in refused(capsys, *same)
+    assert "five, full" in refused(capsys, "prepare", "phantom", "-o", phantoms, "--preset", "six")
 
 
 def test_prepare_tiny_policy_learns_its_words_from_the_train_reports(phantoms: Path, tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_convert_writes_labelers_that_read_as_the_published_file_does(
     }
     said = run(capsys, "labeler", "convert", source, "-o", formats["folder"][0], "--tokenizer", words)[1]
     said += run(capsys, "labeler", "convert", source, "-o", formats["copy"][0])[1]
-    assert len({line.rpartition(" ")[2] for line in said.splitlines()}) == 1 and said.count("written, fingerprint") == 2
+    assert len({line.rpartition(" ")[2] for line in said.splitlines()}) == 1 and len(said.splitlines()) == 2
     labels = []
     for name, (path, tokenizer) in formats.items():
         more = [] if tokenizer is None else ["--tokenizer", tokenizer]
@@ -177,7 +178,7 @@ def test_convert_writes_labelers_that_read_as_the_published_file_does(
         capsys, "label", reports, "--labeler", formats["folder"][0], "--dtype", "bfloat16", "-o", tmp_path / "half.csv"
     )
     assert half[0] == 0 and (tmp_path / "half.csv").read_text().count("\n") == 4
-    assert "not overwritten" in refused(capsys, "labeler", "convert", source, "-o", formats["copy"][0])
+    assert "chexbert.safetensors" in refused(capsys, "labeler", "convert", source, "-o", formats["copy"][0])
 
 
 def test_score_labels_reports_where_it_is_given_reports(
@@ -197,7 +198,7 @@ def test_score_labels_reports_where_it_is_given_reports(
 
 def test_reports_without_a_labeler_are_refused(capsys: pytest.CaptureFixture[str], phantoms: Path) -> None:
     message = refused(capsys, "score", phantoms / "reports.csv", phantoms / "reports.csv")
-    assert "reports.csv: holds reports" in message and "--labeler" in message
+    assert "reports.csv" in message and "--labeler" in message
 
 
 def label_files(folder: Path) -> tuple[Path, Path]:
@@ -250,8 +251,8 @@ def test_a_study_missing_on_either_side_is_an_error_that_names_it(
         del labels[gone]
         write_labels_csv(path, labels)  # type: ignore[arg-type]
     message = refused(capsys, "score", predicted, reference, "--json", tmp_path / "scores.json")
-    assert "predicted.csv: 1 studies of the other file are missing: b" in message
-    assert "reference.csv: 1 studies of the other file are missing: c" in message
+    assert re.search(r"predicted\.csv: 1 .*: b\b", message)
+    assert re.search(r"reference\.csv: 1 .*: c\b", message)
     assert not (tmp_path / "scores.json").exists()
 
 
@@ -260,9 +261,7 @@ def test_a_label_file_short_of_a_column_is_not_taken_for_reports(
 ) -> None:
     with open(tmp_path / "short.csv", "w", newline="") as file:
         csv.writer(file).writerows([["id", *OBSERVATIONS[:-1]], ["a", *[1] * 13]])
-    assert "missing observation columns ['No Finding']" in refused(
-        capsys, "score", tmp_path / "short.csv", tmp_path / "short.csv"
-    )
+    assert "['No Finding']" in refused(capsys, "score", tmp_path / "short.csv", tmp_path / "short.csv")
 
 
 def test_files_that_are_not_there_are_named_without_a_traceback(
@@ -286,8 +285,8 @@ def test_files_that_are_not_there_are_named_without_a_traceback(
 def test_a_control_that_cannot_be_shown_is_refused_and_not_left_out(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert "no summary.json" in refused(capsys, "summary", tmp_path, "--control", tmp_path / "nowhere")
-    assert "goes with one run" in refused(capsys, "summary", tmp_path, tmp_path, "--control", tmp_path)
+    assert "nowhere" in refused(capsys, "summary", tmp_path, "--control", tmp_path / "nowhere")
+    assert "--control" in refused(capsys, "summary", tmp_path, tmp_path, "--control", tmp_path)
 
 
 def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
