@@ -44,8 +44,8 @@ def save_checkpoint(
         CheckpointError: it cannot be written (a full disk), on every rank; what was there before is untouched.
     """
     state = gather_state(engine)
-    problem = None
-    if engine.ranks.is_main:
+
+    def write() -> None:
         record = {
             "step": step,
             "optimizer_steps": optimizer_steps(engine),
@@ -60,13 +60,12 @@ def save_checkpoint(
             shutil.rmtree(directory / f".step_{step}.tmp", ignore_errors=True)
             last = latest_step(directory)
             there = "there is no earlier one" if last is None else f"step_{last} is whole and is what a resume takes"
-            problem = (
+            raise CheckpointError(
                 f"{directory}/step_{step}: the checkpoint could not be written ({error}); {there}; free some disk "
                 "and start again"
-            )
-    problem = engine.ranks.agree(problem)  # the others would wait for a rank that has given up
-    if problem is not None:
-        raise CheckpointError(problem)
+            ) from error
+
+    engine.ranks.from_main(write, CheckpointError)
 
 
 def latest_step(directory: Path) -> int | None:
@@ -101,12 +100,8 @@ def load_checkpoint(engine: Engine, directory: Path, *, say: Callable[[str], Non
     Raises:
         CheckpointError: none of them is whole, or it is of another set of parameters; on every rank.
     """
-    found: tuple[str | None, str | None] = (None, None)  # the checkpoint's name, and what is wrong
-    if engine.ranks.is_main and latest_step(directory) is not None:
-        found = _newest_whole(directory, say)
-    name, problem = engine.ranks.agree(found)  # one verdict: ranks that read a shared disk a moment apart could see two
-    if problem is not None:
-        raise CheckpointError(problem)
+    # one verdict: ranks that read a shared disk a moment apart could see two
+    name = engine.ranks.from_main(lambda: _newest_whole(directory, say), CheckpointError)
     if name is None:
         return None
     path = directory / name
@@ -146,23 +141,26 @@ def _prune(directory: Path, *, keep: int, best: int | None) -> None:
             shutil.rmtree(directory / f"step_{step}")
 
 
-def _newest_whole(directory: Path, say: Callable[[str], None]) -> tuple[str | None, str | None]:
-    """The name of the newest checkpoint that is whole, beginning with the one that `latest` names; or what is wrong
-    with all of them.
+def _newest_whole(directory: Path, say: Callable[[str], None]) -> str | None:
+    """The name of the newest checkpoint that is whole, beginning with the one that `latest` names; None where there is
+    no `latest`.
+
+    Raises:
+        CheckpointError: none of them is whole; says what is wrong with each.
     """
     first = latest_step(directory)
-    steps = {int(path.name.removeprefix("step_")) for path in directory.glob("step_*")} | (
-        {first} if first is not None else set()
-    )
+    if first is None:
+        return None
+    steps = {int(path.name.removeprefix("step_")) for path in directory.glob("step_*")} | {first}
     faults: list[str] = []
     for step in sorted(steps, key=lambda step: (step != first, -step)):
         fault = _fault_of(directory / f"step_{step}")
         if fault is None:
             for passed in faults:
                 say(f"{passed}; step_{step} is used instead")
-            return f"step_{step}", None
+            return f"step_{step}"
         faults.append(f"{directory / f'step_{step}'}: {fault}")
-    return None, "\n".join([*faults, "no whole checkpoint is left: remove the folder to begin again"])
+    raise CheckpointError("\n".join([*faults, "no whole checkpoint is left: remove the folder to begin again"]))
 
 
 def _fault_of(path: Path) -> str | None:

@@ -9,11 +9,13 @@ import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Answer = TypeVar("Answer")
 
 MAX_SUFFIX = "_max"  # metrics with this ending are reduced by maximum
 MEET_WITHIN = 900  # seconds in which the ranks of all nodes must have been started
@@ -111,6 +113,28 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def from_main(self, work: Callable[[], Answer], *errors: type[Exception]) -> Answer:
+        """What rank 0 alone finds or does, on every rank: the answer of `work`, a plain Python value, or its error.
+
+        Args:
+            work: called on rank 0.
+            errors: those that are everybody's, so that nobody waits for a rank that has given up. Any other error is
+                rank 0's own failure, of which the others hear by `engine.faults`.
+
+        Raises:
+            One of `errors`, on all ranks alike.
+        """
+        answer, problem = None, None
+        if self.is_main:
+            try:
+                answer = work()
+            except errors as error:
+                problem = error
+        answer, problem = self.agree((answer, problem))
+        if problem is not None:
+            raise problem
+        return cast(Answer, answer)
 
     def barrier(self) -> None:
         dist.barrier()

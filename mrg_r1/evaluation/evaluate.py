@@ -1,5 +1,5 @@
-"""Evaluation: greedy reports over the ranks, then every definition of clinical efficacy with its baselines (spec
-section 4).
+"""Evaluation: greedy reports over the ranks, then every definition of clinical efficacy with its baselines
+(docs/method.md §4).
 
 Beside the rewarded labeler stand those that the policy is not paid by: a held-out labeler where there is one, and what
 a phantom was drawn from.
@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
-from mrg_r1.data.loader import PromptBuilder, prompts_ahead
-from mrg_r1.engine.ranks import Ranks, shard
+from mrg_r1.data.loader import PromptBuilder
+from mrg_r1.engine.ranks import Ranks
+from mrg_r1.evaluation.generate import Row, greedy_rows
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import BLANK, NO_FINDING, POSITIVE, classes_of_values, values_of_classes
 from mrg_r1.metrics import lexical
@@ -33,8 +31,7 @@ from mrg_r1.progress import progress
 from mrg_r1.reward.compute import RewardContext, RewardError
 from mrg_r1.reward.held_out import HeldOutLabeler
 from mrg_r1.reward.service.interface import RewardService, RewardsMissing
-from mrg_r1.rollout.decode import greedy
-from mrg_r1.types import Prompts, Study
+from mrg_r1.types import Completions, Prompts, Rewards, Study
 
 SUMMARY_KEYS = (
     "disease_micro13",
@@ -53,13 +50,12 @@ HACKING_GAP_IS = (
 )
 
 
-@torch.no_grad()
 def evaluate(
     policy: Policy,
     studies: Sequence[Study],
     *,
     build: PromptBuilder,
-    rewards: RewardService,
+    reward_service: RewardService,
     context_of: Callable[[Sequence[str]], RewardContext],
     labeler: Mapping[str, str],
     ranks: Ranks,
@@ -95,26 +91,27 @@ def evaluate(
             "no studies to evaluate: the split is empty; set data.val_split or data.test_split to one that the "
             "manifest has"
         )
-    mine = shard(studies, ranks)
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    rows: list[dict[str, Any]] = []
-    with policy.whole_decoder(images=True):  # ranks have unequal numbers of batches
-        shown = progress(batches, title, quiet=not ranks.is_main)
-        for batch, prompts in zip(shown, prompts_ahead(build, batches), strict=True):
-            ranks.beat(title)
-            rows += _predict(
-                policy,
-                batch,
-                prompts.to(policy.device),
-                rewards=rewards,
-                context_of=context_of,
-                max_new_tokens=max_new_tokens,
-            )
-            if held_out is not None:
-                # read while the next batch is written
-                held_out.service.hint([row["text"] for row in rows[-len(batch) :]])
-    by_id = {row["id"]: row for part in ranks.gather(rows) for row in part}
-    predictions = [by_id[study.id] for study in studies]
+
+    def rewarded(batch: list[Study], prompts: Prompts, completions: Completions) -> list[Row]:
+        context = context_of(prompts.study_ids)
+        ticket = reward_service.submit(
+            completions.texts, completions.ended.cpu(), prompts.study_ids, prompts.references, context
+        )
+        rows = _predictions(batch, completions, reward_service.result(ticket))
+        if held_out is not None:
+            held_out.service.hint([row["text"] for row in rows])  # read while the next batch is written
+        return rows
+
+    predictions = greedy_rows(
+        policy,
+        studies,
+        rewarded,
+        build=build,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        ranks=ranks,
+        title=title,
+    )
     by_held_out = _add_held_out_labels(predictions, held_out, ranks)
     result: dict[str, Any] | None = None
     if ranks.is_main:
@@ -131,33 +128,21 @@ def evaluate(
     return ranks.agree(result), predictions
 
 
-def _predict(
-    policy: Policy,
-    batch: list[Study],
-    prompts: Prompts,
-    *,
-    rewards: RewardService,
-    context_of: Callable[[Sequence[str]], RewardContext],
-    max_new_tokens: int,
-) -> list[dict[str, Any]]:
-    completions = greedy(policy, prompts, policy.encode_images(prompts), max_new_tokens=max_new_tokens)
-    ids = prompts.study_ids
-    judged = rewards.result(
-        rewards.submit(completions.texts, completions.ended.cpu(), ids, prompts.references, context_of(ids))
-    )
+def _predictions(batch: list[Study], completions: Completions, rewards: Rewards) -> list[Row]:
+    """What is kept of each report: a line of evaluation/SPLIT_predictions.jsonl, without the held-out labeler's."""
     return [
         {
             "id": study.id,
             "text": completions.texts[b][0],
-            "report": judged.report_texts[b][0],
+            "report": rewards.report_texts[b][0],
             "reference": study.report,
             "ended": bool(completions.ended[b, 0]),
-            "total": float(judged.total[b, 0]),
-            "terms": {name: float(values[b, 0]) for name, values in judged.terms.items()},
+            "total": float(rewards.total[b, 0]),
+            "terms": {name: float(values[b, 0]) for name, values in rewards.terms.items()},
             # a malformed report says nothing: blank labels count as misses, never left out
-            "constant": {name: float(values[b]) for name, values in judged.constant.items()},
-            "labels": values_of_classes(judged.labels[b, 0].clamp_min(BLANK).tolist()),
-            "reference_labels": values_of_classes(judged.reference_labels[b].tolist()),
+            "constant": {name: float(values[b]) for name, values in rewards.constant.items()},
+            "labels": values_of_classes(rewards.labels[b, 0].clamp_min(BLANK).tolist()),
+            "reference_labels": values_of_classes(rewards.reference_labels[b].tolist()),
             "drawn": None if study.drawn is None else list(study.drawn),
         }
         for b, study in enumerate(batch)
@@ -173,25 +158,25 @@ def _add_held_out_labels(
     Raises:
         RewardsMissing: it cannot read; never a silent null.
     """
-    answer, problem = None, None
-    if held_out is not None:
 
-        def shown(starts: Sequence[int]) -> Iterator[int]:
-            for start in progress(starts, "the held-out labeler reads"):
-                ranks.beat("the held-out labeler reads")
-                yield start
+    def shown(starts: Sequence[int]) -> Iterator[int]:
+        for start in progress(starts, "the held-out labeler reads"):
+            ranks.beat("the held-out labeler reads")
+            yield start
 
+    def read() -> tuple[dict[str, str], list[list[int]], list[Sequence[int]]] | None:
+        if held_out is None:
+            return None
         try:
             classes = held_out.read([row["report"] for row in predictions], shown)
-            answer = (held_out.labeler, classes.tolist(), [held_out.references[row["id"]] for row in predictions])
         except RewardError as error:
-            problem = str(error)
-    answer, problem = ranks.agree((answer, problem))
-    if problem is not None:
-        raise RewardsMissing(
-            f"evaluation.held_out_labeler: {problem}; the same command goes on, with "
-            "evaluation.held_out_labeler=null without a held-out labeler"
-        )
+            raise RewardsMissing(
+                f"evaluation.held_out_labeler: {error}; the same command goes on, with "
+                "evaluation.held_out_labeler=null without a held-out labeler"
+            ) from error
+        return held_out.labeler, classes.tolist(), [held_out.references[row["id"]] for row in predictions]
+
+    answer = ranks.from_main(read, RewardsMissing)
     for number, row in enumerate(predictions):
         row["held_out_labels"] = None if answer is None else values_of_classes(answer[1][number])
         row["held_out_reference_labels"] = None if answer is None else values_of_classes(answer[2][number])
@@ -324,73 +309,3 @@ def write_evaluation(directory: Path, name: str, result: dict[str, Any], predict
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions),
     )
     write_text_atomically(directory / f"{name}.json", json.dumps(result, indent=1) + "\n")
-
-
-def evaluation_table(result: dict[str, Any], title: str) -> Table:
-    """Every definition with its interval, beside the baselines; under it the drawn truth and the held-out labeler,
-    where there are any.
-    """
-    table = Table(
-        title=f"{title}: F1 by definition, {result['n']} studies"
-        + (", rendered phantoms" if result["rendered"] else "")
-    )
-    table.add_column("definition", no_wrap=True)
-    for name in ("P", "R", "F1", "95 % of F1", "normal", "blank", "random", "itself"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.caption = (
-        "right: F1 of every report No Finding, every report blank, a random training report, the references "
-        "against themselves"
-    )
-    if result["constant"]:
-        constant = result["constant"]["total"]
-        table.caption += (
-            f"\nmean reward {result['mean_reward']:.3f}; of the best constant training report {constant:.3f}"
-        )
-    for name, score in result["definitions"].items():
-        compared = [result["baselines"][key] for key in ("constant_normal", "blank", "random_train", "reference")]
-        low, high = score["f1_ci"]
-        table.add_row(
-            name,
-            *(f"{score[key]:.3f}" for key in ("precision", "recall", "f1")),
-            f"{low:.3f}-{high:.3f}",
-            *("-" if entry is None else f"{entry[name]['f1']:.3f}" for entry in compared),
-        )
-    for name, score in result.get("truth", {}).items():
-        table.add_row(f"{name} (truth)", *(f"{score[key]:.3f}" for key in ("precision", "recall", "f1")), *["-"] * 5)
-    held_out = result.get("held_out")
-    if held_out is not None:
-        table.add_section()
-        for name, score in held_out["definitions"].items():
-            low, high = score["f1_ci"]
-            cells = (f"{score[key]:.3f}" for key in ("precision", "recall", "f1"))
-            table.add_row(f"{name} (held-out)", *cells, f"{low:.3f}-{high:.3f}", *["-"] * 4)
-        table.caption += (
-            f"\nhacking gap {result['hacking_gap']:+.3f}: disease_micro13 by {result['labeler']['name']}, which is "
-            f"rewarded, minus by the held-out labeler {held_out['labeler']['name']}; they agree on "
-            f"{held_out['agreement_on_references']:.1%} of the references' classes"
-        )
-    return table
-
-
-def lexical_table(result: dict[str, Any]) -> Table | None:
-    """The lexical metrics under their cleaning's name; None where there are none."""
-    found = result.get("lexical")
-    if found is None:
-        return None
-    table = Table(title=f"Lexical metrics, cleaning {found['cleaning']}, {found['package']}, {result['n']} studies")
-    for name in found["scores"]:
-        table.add_column(lexical.TITLES[name], justify="right", no_wrap=True)
-    table.add_row(*(f"{value:.4f}" for value in found["scores"].values()))
-    lines = [f"cleaning {found['cleaning']}: {found['cleaning_is']}", *found["left_out"].values()]
-    if found["empty_predictions"]:
-        lines.append(f"{found['empty_predictions']} reports are empty or malformed; they count")
-    table.caption = "\n".join(lines)
-    return table
-
-
-def print_evaluation(console: Console, result: dict[str, Any], title: str) -> None:
-    """A closing evaluation's tables."""
-    console.print(evaluation_table(result, title))
-    words = lexical_table(result)
-    if words is not None:
-        console.print(words)

@@ -23,7 +23,7 @@ from mrg_r1.policy.load import Policy
 from mrg_r1.progress import progress
 from mrg_r1.report_format import Mode, parse
 from mrg_r1.rollout.decode import greedy, rollout
-from mrg_r1.types import Completions, Study
+from mrg_r1.types import Completions, Prompts, Study
 
 NOT_FOR_CLINICAL_USE = "Not for clinical use: written by a model under research, read by no radiologist."
 _WORDS: dict[int | None, Text] = {
@@ -33,10 +33,46 @@ _WORDS: dict[int | None, Text] = {
 }
 _LABELLED_AT_ONCE = 256
 
+Row = dict[str, Any]
+RowsOf = Callable[[list[Study], Prompts, Completions], list[Row]]
 Label = Callable[[Sequence[str]], NDArray[Any]]  # N texts -> [N, 14] classes
 
 
 @torch.no_grad()
+def greedy_rows(
+    policy: Policy,
+    studies: Sequence[Study],
+    rows_of: RowsOf,
+    *,
+    build: PromptBuilder,
+    max_new_tokens: int,
+    batch_size: int,
+    ranks: Ranks,
+    title: str,
+) -> list[Row]:
+    """One greedy report a study, spread over the ranks. All ranks call it, and all get a row a study, in the order of
+    `studies`.
+
+    Args:
+        rows_of: a batch of studies, their prompts and completions [B, 1, C] to one row (plain Python values) a study,
+            `id` among them.
+        batch_size: studies decoded together on each rank.
+        title: of the bar, and of what the ranks are at.
+    """
+    mine = shard(studies, ranks)
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    rows: list[Row] = []
+    with policy.whole_decoder(images=True):  # ranks have unequal numbers of batches
+        shown = progress(batches, title, quiet=not ranks.is_main)
+        for batch, prompts in zip(shown, prompts_ahead(build, batches), strict=True):
+            ranks.beat(title)
+            prompts = prompts.to(policy.device)
+            completions = greedy(policy, prompts, policy.encode_images(prompts), max_new_tokens=max_new_tokens)
+            rows += rows_of(batch, prompts, completions)
+    by_id = {row["id"]: row for part in ranks.gather(rows) for row in part}
+    return [by_id[study.id] for study in studies]
+
+
 def reports_of(
     policy: Policy,
     studies: Sequence[Study],
@@ -47,23 +83,26 @@ def reports_of(
     batch_size: int,
     ranks: Ranks,
     title: str = "writing reports",
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """One greedy report a study, spread over the ranks, not yet labelled.
 
     All ranks call it, and all get the rows in the order of `studies`: id, text, report, think, labels (None),
     truncated, malformed.
     """
-    mine = shard(studies, ranks)
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    rows: list[dict[str, Any]] = []
-    shown = progress(batches, title, quiet=not ranks.is_main)
-    for batch, prompts in zip(shown, prompts_ahead(build, batches), strict=True):
-        ranks.beat(title)
-        prompts = prompts.to(policy.device)
-        completions = greedy(policy, prompts, policy.encode_images(prompts), max_new_tokens=max_new_tokens)
-        rows += [{"id": study.id} | row[0] for study, row in zip(batch, _rows(completions, mode), strict=True)]
-    by_id = {row["id"]: row for part in ranks.gather(rows) for row in part}
-    return [by_id[study.id] for study in studies]
+
+    def taken_apart(batch: list[Study], prompts: Prompts, completions: Completions) -> list[Row]:
+        return [{"id": study.id} | row[0] for study, row in zip(batch, _rows(completions, mode), strict=True)]
+
+    return greedy_rows(
+        policy,
+        studies,
+        taken_apart,
+        build=build,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        ranks=ranks,
+        title=title,
+    )
 
 
 @torch.no_grad()
@@ -76,7 +115,7 @@ def reports_of_one(
     max_new_tokens: int,
     samples: int | None = None,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """The greedy report of one study, or `samples` of them from the distribution that training samples, at the policy's
     temperature.
 
@@ -94,7 +133,7 @@ def reports_of_one(
     return _rows(completions, mode)[0]
 
 
-def _rows(completions: Completions, mode: Mode) -> list[list[dict[str, Any]]]:
+def _rows(completions: Completions, mode: Mode) -> list[list[Row]]:
     """Completions [B, G] taken apart: the text as it was decoded, report and think text in it, and what is wrong with
     it.
     """
@@ -117,9 +156,7 @@ def _rows(completions: Completions, mode: Mode) -> list[list[dict[str, Any]]]:
     return answer
 
 
-def add_labels(
-    rows: Sequence[dict[str, Any]], label: Label, *, beat: Callable[[str], None] = lambda doing: None
-) -> None:
+def add_labels(rows: Sequence[Row], label: Label, *, beat: Callable[[str], None] = lambda doing: None) -> None:
     """Put the labeler's reading into every row that has a report: 14 values in CheXbert's order. A malformed one says
     nothing, so null.
     """
@@ -132,11 +169,11 @@ def add_labels(
             row["labels"] = values_of_classes(classes.tolist())
 
 
-def _shown(batches: list[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+def _shown(batches: list[list[Row]]) -> Iterator[list[Row]]:
     yield from progress(batches, "the labeler reads", quiet=len(batches) < 2)
 
 
-def shown_report(row: dict[str, Any], *, title: str, mode: Mode, labeler: str | None) -> Group:
+def shown_report(row: Row, *, title: str, mode: Mode, labeler: str | None) -> Group:
     """One row for the terminal: what was written, what is wrong with it, and the findings that the labeler reads in it.
 
     Args:

@@ -100,31 +100,26 @@ def next_step(run: Path, recipe: Recipe, ranks: Ranks) -> int:
     Raises:
         RecipeError: what is there was made under another recipe, and `resume.allow_changes` is false.
     """
-    step, problem, folder = 0, None, run / "experience"
-    if ranks.is_main:
-        metrics = run / "metrics.jsonl"
-        # a kill can come between a step and its line
-        logged = metrics.read_text(encoding="utf-8").count("\n") if metrics.is_file() else 0
-        while step < min(recipe.steps, logged):
-            try:
-                parts = _read_parts(folder, step)
-            except RecipeError:
-                break
-            changed = [
-                line for line in differences(parts[0]["recipe"], recipe) if not line.startswith(_NOT_SAMPLED_UNDER)
-            ]
-            if changed and not recipe.resume.allow_changes:
-                listed = "\n".join(f"  {line}" for line in changed)
-                problem = (
-                    f"{folder}: step {step} was sampled under another recipe:\n{listed}\n"
-                    "take the old values back, set another output_dir, or go on with resume.allow_changes=true"
-                )
-                break
-            step += 1
-    step, problem = ranks.agree((step, problem))
-    if problem is not None:
-        raise RecipeError(problem)
-    return step
+    return ranks.from_main(lambda: _first_missing(run, recipe), RecipeError)
+
+
+def _first_missing(run: Path, recipe: Recipe) -> int:
+    folder, metrics = run / "experience", run / "metrics.jsonl"
+    # a kill can come between a step and its line
+    logged = metrics.read_text(encoding="utf-8").count("\n") if metrics.is_file() else 0
+    for step in range(min(recipe.steps, logged)):
+        try:
+            parts = _read_parts(folder, step)
+        except RecipeError:
+            return step
+        changed = [line for line in differences(parts[0]["recipe"], recipe) if not line.startswith(_NOT_SAMPLED_UNDER)]
+        if changed and not recipe.resume.allow_changes:
+            listed = "\n".join(f"  {line}" for line in changed)
+            raise RecipeError(
+                f"{folder}: step {step} was sampled under another recipe:\n{listed}\n"
+                "take the old values back, set another output_dir, or go on with resume.allow_changes=true"
+            )
+    return min(recipe.steps, logged)
 
 
 @dataclass(frozen=True)

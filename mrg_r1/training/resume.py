@@ -34,21 +34,20 @@ def check_changes(recipe: Recipe, ranks: Ranks) -> None:
         RecipeError: it differs in what decides the result, and `resume.allow_changes` is false; every change with both
             values.
     """
-    problem = None
-    if ranks.is_main:
-        before = recorded_recipe(recipe.output_dir / "checkpoints")
-        changed = (
-            [] if before is None else [line for line in differences(before, recipe) if not _starts(line, _ROUNDING)]
+    ranks.from_main(lambda: _refuse_changes(recipe), RecipeError)
+
+
+def _refuse_changes(recipe: Recipe) -> None:
+    before = recorded_recipe(recipe.output_dir / "checkpoints")
+    if before is None or recipe.resume.allow_changes:
+        return
+    changed = [line for line in differences(before, recipe) if not _starts(line, _ROUNDING)]
+    if changed:
+        listed = "\n".join(f"  {line}" for line in changed)
+        raise RecipeError(
+            f"{recipe.output_dir}: holds a checkpoint of a run with another recipe:\n{listed}\ntake the old values "
+            "back, set another output_dir, or go on as another run with resume.allow_changes=true"
         )
-        if changed and not recipe.resume.allow_changes:
-            listed = "\n".join(f"  {line}" for line in changed)
-            problem = (
-                f"{recipe.output_dir}: holds a checkpoint of a run with another recipe:\n{listed}\ntake the old "
-                "values back, set another output_dir, or go on as another run with resume.allow_changes=true"
-            )
-    problem = ranks.agree(problem)
-    if problem is not None:
-        raise RecipeError(problem)
 
 
 def differences(before: dict[str, Any], recipe: Recipe) -> list[str]:

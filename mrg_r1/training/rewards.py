@@ -87,7 +87,7 @@ def start_service(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
         tokenizer=reward.tokenizer,
         device=reward.device,
         dtype=reward.dtype,
-        stage={
+        reward_function={
             "weights": reward.weights,
             "margin": reward.margin,
             "format_style": reward.format,
@@ -175,7 +175,7 @@ def start_held_out(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
         tokenizer=evaluation.held_out_tokenizer,
         device=evaluation.held_out_device,
         dtype=JUDGE_DTYPE,
-        stage={"mode": recipe.prompt.mode},  # nothing is scored there; hints are taken apart
+        reward_function={"mode": recipe.prompt.mode},  # nothing is scored there; hints are taken apart
         threads=max(1, min(16, len(os.sched_getaffinity(0)) - ranks.node.size)),
         name="held_out",
         device_field="evaluation.held_out_device",
@@ -206,29 +206,26 @@ def open_held_out(
     """
     if recipe.evaluation.held_out_labeler is None:
         return None
-    held_out, problem, failure = None, None, None
-    if supervisor is not None:
+    held_out: HeldOutLabeler | None = None
+
+    def connect() -> None:
+        nonlocal held_out
+        if supervisor is None:
+            return
         try:
             supervisor.wait()
             service = ServiceRewards(
                 supervisor.directory, keeper=os.getpid(), timeout=recipe.reward.timeout, name=supervisor.settings.name
             )
             held_out = prepare_held_out(recipe, service, service.labeler, supervisor, studies, rewarded=rewarded)
-        except ValueError as error:
-            problem = (
-                str(error)
-                if isinstance(error, RecipeError)
-                else f"evaluation.held_out_labeler {recipe.evaluation.held_out_labeler}: {error}"
-            )
-        except RewardError as error:
-            failure = f"evaluation.held_out_labeler {recipe.evaluation.held_out_labeler}: {error}"
-    problem, failure = ranks.agree((problem, failure))
-    if (problem or failure) and supervisor is not None:
-        supervisor.close()
-    if problem is not None:
-        raise RecipeError(problem)
-    if failure is not None:
-        raise RewardsMissing(failure)
+        except (ValueError, RewardError) as error:
+            supervisor.close()
+            if isinstance(error, RecipeError):
+                raise
+            kind = RecipeError if isinstance(error, ValueError) else RewardsMissing
+            raise kind(f"evaluation.held_out_labeler {recipe.evaluation.held_out_labeler}: {error}") from error
+
+    ranks.from_main(connect, RecipeError, RewardsMissing)
     return held_out
 
 

@@ -24,15 +24,17 @@ from mrg_r1.doctor.inputs import check_disk, check_stage, read_splits
 from mrg_r1.engine.partition import RankPartition
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
-from mrg_r1.evaluation.evaluate import evaluate, print_evaluation, short_summary, write_evaluation
+from mrg_r1.evaluation.evaluate import evaluate, short_summary, write_evaluation
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import values_of_classes
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.policy.lora import merge_adapter
 from mrg_r1.reward.held_out import HeldOutLabeler
+from mrg_r1.tracking.evaluation_tables import print_evaluation
 from mrg_r1.tracking.log import Clock, RunLog, write_environment
 from mrg_r1.tracking.page import write_page
-from mrg_r1.tracking.wandb_run import Sample, check_wandb
+from mrg_r1.tracking.sharing import Sample
+from mrg_r1.tracking.wandb_run import check_wandb
 from mrg_r1.training import nodes
 from mrg_r1.training import rewards as rewarding
 from mrg_r1.training.resume import check_changes, what_rounds_otherwise
@@ -88,7 +90,7 @@ class Run:
             self.policy,
             studies,
             build=self.build,
-            rewards=self.rewarding.service,
+            reward_service=self.rewarding.service,
             context_of=self.rewarding.context_of,
             ranks=self.ranks,
             max_new_tokens=self.recipe.rollout.max_new_tokens,
@@ -302,18 +304,14 @@ def open_loader(run: Run, record: dict[str, Any], *, batch_size: int) -> StudyLo
 
 def open_log(run: Run, start: int, clock: Clock) -> RunLog:
     """The run's log on rank 0, silent on the others."""
-    tracking = run.recipe.tracking
     return RunLog(
         run.directory,
         active=run.ranks.is_main,
         steps=run.recipe.steps,
-        wandb_mode=tracking.wandb,
-        wandb_project=tracking.wandb_project,
+        options=run.recipe.tracking,
         config=run.recipe.model_dump(mode="json"),
         start_step=start,
         clock=clock,
-        share_text=tracking.share_text,
-        share_images=tracking.share_images,
     )
 
 

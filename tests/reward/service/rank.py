@@ -15,8 +15,10 @@ if __name__ == "__main__":
 from mrg_r1.reward.service.client import ServiceRewards  # noqa: E402
 from mrg_r1.reward.service.supervisor import ServiceSettings, ServiceState, Supervisor  # noqa: E402
 
-STAGE = {"weights": {"mccs": 0.75, "format": 0.25, "rouge_l": 0.1, "bleu4": 0.0}, "mode": "think"}
-SETTINGS = ServiceSettings(labeler="keywords", tokenizer=None, device="cpu", dtype="float32", stage=STAGE, threads=1)
+FUNCTION = {"weights": {"mccs": 0.75, "format": 0.25, "rouge_l": 0.1, "bleu4": 0.0}, "mode": "think"}
+SETTINGS = ServiceSettings(
+    labeler="keywords", tokenizer=None, device="cpu", dtype="float32", reward_function=FUNCTION, threads=1
+)
 
 
 class FaultySupervisor(Supervisor):

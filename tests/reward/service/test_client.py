@@ -31,7 +31,7 @@ from mrg_r1.reward.service.supervisor import ServiceState, Supervisor, socket_of
 from mrg_r1.types import Rewards
 from tests.reward.in_process import InProcessRewards
 from tests.reward.keyword_labeler import KeywordLabeler
-from tests.reward.service.rank import SETTINGS, STAGE, FaultySupervisor
+from tests.reward.service.rank import FUNCTION, SETTINGS, FaultySupervisor
 
 ROOT = Path(__file__).parents[3]
 ENDED = torch.ones(2, 2, dtype=torch.bool)
@@ -70,10 +70,10 @@ def connected(supervisor: Supervisor, *, timeout: float = 60.0) -> ServiceReward
     return ServiceRewards(supervisor.directory, keeper=os.getpid(), timeout=timeout)
 
 
-def expected(context_of: RewardContext = RewardContext()) -> Rewards:  # noqa: B008 (frozen)
-    """What the same stage makes of the batch in this process."""
-    service = InProcessRewards(RewardFunction(KeywordLabeler(), **STAGE))  # type: ignore[arg-type]
-    return service.result(service.submit(*BATCH, context_of))
+def expected(context: RewardContext = RewardContext()) -> Rewards:  # noqa: B008 (frozen)
+    """What the same function makes of the batch in this process."""
+    service = InProcessRewards(RewardFunction(KeywordLabeler(), **FUNCTION))  # type: ignore[arg-type]
+    return service.result(service.submit(*BATCH, context))
 
 
 def same(one: Rewards, two: Rewards) -> bool:
@@ -102,16 +102,16 @@ def gone(pid: int, *, within: float) -> bool:
     return False
 
 
-def test_a_service_answers_what_the_stage_in_this_process_answers(start: Start) -> None:
+def test_a_service_answers_what_the_function_in_this_process_answers(start: Start) -> None:
     """Lone surrogates and control characters too, to the bit; in any order; for two ranks at once; more batches than
     may wait.
     """
     supervisor = start()
     one, two = connected(supervisor), connected(supervisor)
-    context_of = RewardContext(np.ones((2, 14), dtype=np.int64), 0.25, np.full((13, 2), 2.0), "no pneumothorax")
-    assert same(one.result(one.submit(*BATCH, context_of)), expected(context_of))
-    first, second = one.submit(*BATCH), one.submit(*BATCH, context_of)
-    assert same(one.result(second), expected(context_of)) and same(one.result(first), expected())
+    context = RewardContext(np.ones((2, 14), dtype=np.int64), 0.25, np.full((13, 2), 2.0), "no pneumothorax")
+    assert same(one.result(one.submit(*BATCH, context)), expected(context))
+    first, second = one.submit(*BATCH), one.submit(*BATCH, context)
+    assert same(one.result(second), expected(context)) and same(one.result(first), expected())
     for ticket in (first, Ticket(("CXR9",)), two.submit(*BATCH)):
         with pytest.raises(ValueError, match="CXR"):
             one.result(ticket)
@@ -145,7 +145,7 @@ def test_a_service_answers_what_the_stage_in_this_process_answers(start: Start) 
 
 def test_hints_are_read_before_their_batch(start: Start) -> None:
     service = connected(start())
-    context_of = RewardContext(np.ones((2, 14), dtype=np.int64))
+    context = RewardContext(np.ones((2, 14), dtype=np.int64))
     service.hint([text for group in TEXTS for text in group])
     deadline = time.monotonic() + 10
     read = 0
@@ -153,9 +153,7 @@ def test_hints_are_read_before_their_batch(start: Start) -> None:
         service.result(service.submit([["<think>a</think><report>x</report>"]], ENDED[:1, :1], ["CXR3"], ["x"]))
         read += service.health().computed
         assert time.monotonic() < deadline
-    assert same(
-        service.result(service.submit(TEXTS, ENDED, ["CXR1", "CXR2"], REFERENCES, context_of)), expected(context_of)
-    )
+    assert same(service.result(service.submit(TEXTS, ENDED, ["CXR1", "CXR2"], REFERENCES, context)), expected(context))
     health = service.health()
     assert (health.asked, health.computed, health.restarts) == (3, 0, 0) and health.busy > 0
     service.close()
@@ -265,7 +263,7 @@ def test_nobody_without_the_key_is_served(start: Start) -> None:
     ("changes", "named"),
     [
         ({"labeler": "/no/such/labeler"}, "/no/such/labeler"),
-        ({"stage": {"weights": {"mcss": 1.0}}}, "mcss"),
+        ({"reward_function": {"weights": {"mcss": 1.0}}}, "mcss"),
         ({"device": "cuda:7"}, "reward.device cuda:7"),
     ],
 )

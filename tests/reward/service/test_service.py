@@ -19,7 +19,7 @@ def plain_rewards() -> RewardService:
     return InProcessRewards(RewardFunction(KeywordLabeler(), mode="plain"))
 
 
-def test_tickets_are_redeemed_in_any_order() -> None:
+def test_tickets_are_waited_for_in_any_order() -> None:
     service = plain_rewards()
     first = service.submit([["edema", "effusion"]], ENDED, ["CXR1"], ["edema"])
     second = service.submit([["edema", "effusion"]], ENDED, ["CXR2"], ["effusion"])
@@ -44,7 +44,7 @@ class DeadLabeler:
         raise RuntimeError("device lost")
 
 
-def test_errors_are_raised_where_the_ticket_is_redeemed() -> None:
+def test_errors_are_raised_where_the_ticket_is_waited_for() -> None:
     """Trap 22: the batch has no reward, and the run is told so."""
     service = InProcessRewards(RewardFunction(DeadLabeler(), mode="plain"))
     ticket = service.submit([["edema", "effusion"]], ENDED, ["CXR1"], ["edema"])

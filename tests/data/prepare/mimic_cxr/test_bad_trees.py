@@ -1,4 +1,4 @@
-"""`prepare mimic-cxr` on a tree with something wrong: its study is refused by file, line and column, or the whole run."""
+"""`prepare mimic-cxr` on a tree with something wrong: the study is refused by file, line and column, or all is."""
 
 from __future__ import annotations
 
