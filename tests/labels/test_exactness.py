@@ -151,11 +151,6 @@ def test_labels_and_logits_are_the_plain_implementations(published: Published) -
         torch.testing.assert_close(logits[:, index, : expected.shape[1]], expected, rtol=1e-5, atol=GAP / 2)
 
 
-def test_labels_in_bfloat16_agree(published: Published) -> None:
-    labeler = Labeler.load(published.path, tokenizer=str(published.vocabulary), dtype=torch.bfloat16)
-    check(published, labeler.logits(published.texts), agreement=0.995)
-
-
 @pytest.mark.slow
 def test_more_than_a_hundred_reports_in_every_dtype_and_format(tmp_path: Path) -> None:
     one = publish(tmp_path, 120)

@@ -143,9 +143,9 @@ def test_many_studies_take_seconds() -> None:
     rng = np.random.default_rng(0)
     classes = rng.choice(4, p=[0.6, 0.15, 0.2, 0.05], size=(50_000, 14))
     classes[:, 13] = 0
-    start = time.monotonic()
+    start = time.process_time()
     best_real_constant(classes, ["text"] * len(classes), 0.5)
-    assert time.monotonic() - start < 60  # about 2 s on one core; a pass over all pairs takes an hour
+    assert time.process_time() - start < 20  # about 2 s on one core; a pass over all pairs takes minutes
 
 
 def test_of_the_studies_that_say_the_same_the_most_frequent_text_is_shown() -> None:
