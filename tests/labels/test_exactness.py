@@ -126,6 +126,7 @@ def publish(folder: Path, count: int) -> Published:
     return Published(folder / "chexbert.pth", folder / "words", texts, [head(cls) for head in heads])
 
 
+# Of bert-base's size, since that is what is loaded: seconds, once.
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     return publish(tmp_path_factory.mktemp("published"), 24)

@@ -25,6 +25,7 @@ def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_
     a run leaves.
     """
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    # the first whole run of the pool: its time is the start of the ranks, of a reward service, and eight steps
     pool.run("train", recipe=str(world.recipe(straight)), overrides=["evaluation.every=2"], service=True)
     recipe = str(world.recipe(stopped, name="other.yaml"))
     pool.run("train", recipe=recipe, overrides=["evaluation.every=2", "steps=2", "evaluation.test=false"])
