@@ -55,14 +55,29 @@ def test_help_teaches_by_an_example(capsys: pytest.CaptureFixture[str], command:
     assert f"examples:\n  mrg-r1 {command}".rstrip() in capsys.readouterr().out
 
 
-def test_help_waits_for_no_heavy_import() -> None:
-    code = "import sys; from mrg_r1 import cli\nfor arguments in ([], ['prepare', 'phantom'], ['reward-card']):\n"
-    code += "    try: cli.main([*arguments, '--help'])\n    except SystemExit: pass\n"
-    code += "print([name for name in ('torch', 'transformers', 'numpy', 'PIL') if name in sys.modules])"
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    ).stdout
-    assert output.splitlines()[-1] == "[]"
+LIGHT = """
+import sys
+from mrg_r1 import cli
+
+def loaded(*names):
+    return [name for name in names if name in sys.modules]
+
+for command in ([], ["prepare", "phantom"], ["prepare", "iu-xray"], ["prepare", "manifest"], ["reward-card"]):
+    try:
+        cli.main([*command, "--help"])
+    except SystemExit:
+        pass
+after_help = loaded("torch", "transformers", "numpy", "PIL")
+cli.main(["score", *sys.argv[1:], "--samples", "2"])
+print(after_help, loaded("torch", "deepspeed", "peft", "transformers"))
+"""
+
+
+def test_help_and_scores_of_labels_wait_for_no_heavy_import(tmp_path: Path) -> None:
+    files = [str(path) for path in label_files(tmp_path)]
+    command = [sys.executable, "-c", LIGHT, *files]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert ended.stdout.splitlines()[-1] == "[] []"
 
 
 def test_it_runs_as_a_module_too() -> None:

@@ -267,26 +267,3 @@ def test_a_card_that_was_changed_is_refused(tmp_path: Path, changes: dict[str, A
     first, second = cards(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         compare_cards(first, second, samples=2)
-
-
-def test_scoring_labels_loads_neither_torch_nor_deepspeed(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    reference = labels(tmp_path / "r.csv", IDS, 0)
-    code = (
-        f"import sys; from mrg_r1 import cli; cli.main(['score', {str(reference)!r}, {str(reference)!r}, "
-        "'--samples', '2'])\n"
-    )
-    code += "print([name for name in ('torch', 'deepspeed', 'peft', 'transformers') if name in sys.modules])"
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    )
-    assert ended.stdout.splitlines()[-1] == "[]"
-
-
-def test_what_version_0_1_0_wrote_is_scored_and_compared(tmp_path: Path) -> None:
-    old = Path(__file__).parent / "version_0_1_0"
-    write_card(tmp_path / "new.json", score_files(old / "test_predictions.jsonl", samples=2))
-    same = compare_cards(old / "card.json", tmp_path / "new.json", samples=2)
-    assert all(entry["difference"] == 0 for entry in same["definitions"].values())
