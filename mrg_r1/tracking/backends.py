@@ -1,40 +1,10 @@
-"""Where a run's numbers go: one class a backend, and one line for each in `open_backends`.
-
-A backend is written for rank 0 alone. It is given what it may pass on and nothing else: the recipe with its paths cut
-to their last parts, and of a validation's studies what the recipe shares (`tracking.sharing`).
-"""
+"""Where a run's numbers go: a line for each backend, whose class stands in a file of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
-
+from mrg_r1.tracking.backend import Backend, Tracked
 from mrg_r1.tracking.metrics_file import MetricsFile
-from mrg_r1.tracking.sharing import Shared
-from mrg_r1.tracking.tracked import Tracked
 from mrg_r1.tracking.wandb_run import WandbRun
-
-Metrics = Mapping[str, float | int | None]
-
-
-class Backend(Protocol):
-    """What is told of a run's steps. A failure that is no reason to stop is its own affair: it says so, and is silent
-    from there on.
-    """
-
-    def log(self, step: int, metrics: Metrics, shared: Sequence[Shared]) -> None:
-        """Take in the step just taken, counted from 0.
-
-        Args:
-            metrics: numbers by name; None where nothing was counted, and not always finite.
-            shared: of a validation's studies, what the recipe shares; empty at other steps.
-        """
-
-    def sync(self) -> None:
-        """Bring what was logged to the disk, where that is the backend's to do: a checkpoint follows."""
-
-    def close(self) -> None:
-        """The run has ended."""
 
 
 def open_backends(run: Tracked) -> list[Backend]:

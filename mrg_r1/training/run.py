@@ -27,8 +27,9 @@ from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluation.evaluate import evaluate, short_summary, write_evaluation
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import values_of_classes
-from mrg_r1.policy.load import Policy, load_image_processor, load_policy
+from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import merge_adapter
+from mrg_r1.policy.policy import Policy
 from mrg_r1.reward.held_out import HeldOutLabeler
 from mrg_r1.tracking.evaluation_tables import print_evaluation
 from mrg_r1.tracking.log import Clock, RunLog, write_environment
@@ -192,7 +193,7 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Literal["grpo", "sft", "eval
     build = PromptBuilder(
         tokenizer=policy.tokenizer,
         image_processor=processor,
-        positions=policy.positions,
+        layout=policy.layout,
         words=words,
         workers=(2 if ranks.device.type == "cuda" else 0) if recipe.data.workers is None else recipe.data.workers,
     )
