@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from tests.inline_rewards import score_inline
 from tests.leftovers import end_with_parent, guard
 from tests.world import World, build_world
 
-# A busy machine is no fault of an example: no test here asserts a time.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# A busy machine is no fault of an example: no test here asserts a time. What names no number of its own takes 25
+# examples, and hypothesis' 100 where CI is set.
+settings.register_profile("quick", deadline=None, max_examples=25)
+settings.register_profile("full", deadline=None)
+settings.load_profile("full" if os.environ.get("CI") else "quick")
 
 TEXTS = [
     "The heart is enlarged. No pleural effusion.",
@@ -46,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     not enough for four ranks. Any other file stays together for its fixtures.
     """
     for item in items:
-        ranks = item.get_closest_marker("ranks") is not None
+        ranks = item.get_closest_marker("ranks") is not None or item.path.parent.name == "launches"
         item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.path.stem))
 
 

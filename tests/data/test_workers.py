@@ -1,4 +1,6 @@
-"""Images read by processes of their own: the same prompts, in the same order, and nobody left behind."""
+"""Images read by processes of their own: the same prompts, in the same order, and nobody left behind. A worker imports
+torch: its start is what these tests take.
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import mrg_r1.evaluation.evaluate as evaluate_module
+import mrg_r1.evaluation.generate as generate_module
 import mrg_r1.reward.service.supervisor as supervisor_module
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.study import read_manifest
@@ -87,7 +88,7 @@ def writes(monkeypatch, run, text_of):
             ended=torch.ones(len(prompts), 1, dtype=torch.bool),
         )
 
-    monkeypatch.setattr(evaluate_module, "greedy", greedy)
+    monkeypatch.setattr(generate_module, "greedy", greedy)
 
 
 def effusion(study):
