@@ -60,10 +60,12 @@ def recipe_findings(recipe: Recipe, *, task: Task, world_size: int, devices: lis
     images = most_images([study for part in splits.values() for study in part])
     findings += static_findings(recipe, task=task, place=place, images=images)
     findings += [
-        examined("output_dir", lambda: f"{recipe.output_dir} can be written ({check_output(recipe)} is there)")
+        examined(
+            "output_dir", lambda: f"{recipe.output_dir} can be written ({check_output(recipe.output_dir)} is there)"
+        )
     ]
     if findings[-1].state == "ok":
-        findings.append(examined("disk", lambda: check_disk(recipe, check_output(recipe))))
+        findings.append(examined("disk", lambda: _disk(recipe)))
     return [*findings, wandb_finding(recipe)]
 
 
@@ -96,6 +98,11 @@ def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
     if findings[0].state == "ok" and recipe.engine.deepspeed.is_file():
         findings += memory_findings(recipe, task=task, place=place, images=images)
     return findings
+
+
+def _disk(recipe: Recipe) -> str:
+    trains_all, keep = recipe.sft.trainable == "all", recipe.checkpoint.keep
+    return check_disk(recipe.output_dir, policy=recipe.policy.path, trains_all=trains_all, keep=keep)
 
 
 def _deepspeed(recipe: Recipe, task: Task) -> str:

@@ -35,7 +35,7 @@ def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
     name = ranks.agree(evaluation_name(recipe))  # before an untrained RUN is given its config.yaml
     run = open_run(recipe, ranks, task="evaluate")
     studies = run.studies["test"][: recipe.evaluation.max_test_studies]
-    scored = run.rewards is not None
+    scored = run.rewards_if_any is not None
     path = run.directory / "evaluation" / f"{name}{'_predictions' if scored else '_reports'}.jsonl"
     if name != recipe.data.test_split:
         _keep_others(path, studies, recipe)

@@ -15,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import mrg_r1.evaluation.evaluate as evaluate_module
+import mrg_r1.evaluation.generate as generate_module
 import mrg_r1.reward.service.supervisor as supervisor_module
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.study import read_manifest
@@ -86,7 +87,7 @@ def writes(monkeypatch, run, text_of):
             ended=torch.ones(len(prompts), 1, dtype=torch.bool),
         )
 
-    monkeypatch.setattr(evaluate_module, "greedy", greedy)
+    monkeypatch.setattr(generate_module, "greedy", greedy)
 
 
 def effusion(study):
@@ -129,7 +130,7 @@ def test_agreement_is_the_share_of_equal_classes_of_the_references(world, tmp_pa
     run = opened(world, tmp_path)
     writes(monkeypatch, run, lambda study: "clear.")
     for number, study in enumerate(run.studies["test"]):
-        other = list(run.rewarding.labels[study.id])
+        other = list(run.rewards.labels[study.id])
         other[2] = (other[2] + 1) % 3 if number < 3 else other[2]
         run.held_out.references[study.id] = other
     result, _ = run.evaluate(run.studies["test"], title="")
@@ -272,7 +273,7 @@ def test_a_held_out_labeler_in_its_own_process_reads_and_is_missed_when_it_is_go
     run = opened(world, tmp_path, f"evaluation.held_out_labeler={other}")
     assert (tmp_path / "run" / "held_out_service.log").is_file() and run.held_out.labeler[
         "fingerprint"
-    ] != run.rewarding.labeler["fingerprint"]
+    ] != run.rewards.labeler["fingerprint"]
     writes(monkeypatch, run, lambda study: study.report)
     result, _ = run.evaluate(run.studies["test"], title="")
     assert result["held_out"]["labeler"] == run.held_out.labeler and result["hacking_gap"] is not None

@@ -17,6 +17,7 @@ from PIL import Image
 from mrg_r1.config.recipe import RecipeError, check_recipe, load_recipe
 from mrg_r1.data.study import read_manifest
 from mrg_r1.training import grpo as trainer
+from mrg_r1.training import state as state_module
 from mrg_r1.training.experience import (
     adapter_folder,
     keep_newest_adapters,
@@ -325,16 +326,16 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 def test_a_rollout_only_run_goes_on_at_the_first_step_that_is_not_whole(world, tmp_path, inline_rewards, monkeypatch):
     """No engine, no weights; the same bytes whether it was interrupted or not; another recipe is refused."""
-    monkeypatch.setattr(trainer, "build_engine", lambda run: pytest.fail("an engine was built"))
+    monkeypatch.setattr(state_module, "build_engine", lambda run: pytest.fail("an engine was built"))
     monkeypatch.setattr(trainer, "Signals", lambda: type("Signals", (), {"received": None, "deferring": False})())
     path, run = world.recipe(tmp_path / "run"), tmp_path / "run"
 
     def start(*overrides: str) -> list[int]:
         (run / "summary.json").unlink(missing_ok=True)
         taken = []
-        inner = trainer.grpo_step
+        inner = trainer.rollout_step
         with monkeypatch.context() as patched:
-            patched.setattr(trainer, "grpo_step", lambda step, **rest: taken.append(step) or inner(step, **rest))
+            patched.setattr(trainer, "rollout_step", lambda step, **rest: taken.append(step) or inner(step, **rest))
             trainer.train(load_recipe(path, ["phases=rollout", "steps=3", *overrides]), OneRank())
         return taken
 
