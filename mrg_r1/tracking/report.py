@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mrg_r1.metrics.renamed import todays_names
+
 
 def read_summary(run: Path) -> dict[str, Any]:
     """RUN/summary.json.
@@ -21,7 +23,7 @@ def read_summary(run: Path) -> dict[str, Any]:
     path = run / "summary.json"
     if not path.is_file():
         raise ValueError(f"{run}: no summary.json; the run has not ended, or this is not a run's folder")
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    summary: dict[str, Any] = todays_names(json.loads(path.read_text(encoding="utf-8")))
     if summary.get("after") is None:
         raise ValueError(
             f"{run}: its summary has no `after`; the recipe did not evaluate the test split (evaluation.test)"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mrg_r1.config.recipe import Recipe, RecipeError, load_recipe, with_trained_policy
+from mrg_r1.config.recipe import Recipe, RecipeError, load_run, with_trained_policy
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.evaluation.evaluate import print_evaluation, write_evaluation
 from mrg_r1.evaluation.generate import NOT_FOR_CLINICAL_USE, add_labels, reports_of
@@ -59,7 +59,7 @@ def evaluation_name(recipe: Recipe) -> str:
     `data/iu/manifest.jsonl`, as `mrg-r1 prepare` calls it, is named after its folder.
     """
     split, manifest, trained = recipe.data.test_split, recipe.data.manifest, recipe.output_dir / "config.yaml"
-    if not trained.is_file() or load_recipe(trained).data.manifest.resolve() == manifest.resolve():
+    if not trained.is_file() or load_run(recipe.output_dir).data.manifest.resolve() == manifest.resolve():
         return split
     return f"{manifest.resolve().parent.name if manifest.stem == 'manifest' else manifest.stem}_{split}"
 

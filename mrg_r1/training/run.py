@@ -16,6 +16,7 @@ from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluation.evaluate import evaluate, write_evaluation
 from mrg_r1.files import write_text_atomically
+from mrg_r1.metrics.renamed import todays_names
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.policy.lora import merge_adapter
 from mrg_r1.reward.held_out import HeldOutLabeler
@@ -92,7 +93,7 @@ class Run:
         path = self.directory / "evaluation" / f"{name}.json"
         done = self.ranks.agree(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
         if done is not None:
-            result: dict[str, Any] = done
+            result: dict[str, Any] = todays_names(done)
             return result
         result, predictions = self.evaluate(
             self.studies["test"][: self.recipe.evaluation.max_test_studies], title=title

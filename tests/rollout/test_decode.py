@@ -14,9 +14,9 @@ from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.rollout.sampling import Sampling, keyed_uniforms, sample_tokens
 
 
-def sample(policy, prompts, **changes):
+def sample(policy, prompts, on_ended=None, **changes):
     options = {"group_size": 4, "max_new_tokens": 10, "seed": 0, "step": 0} | changes
-    return rollout(policy, prompts, policy.encode_images(prompts), Sampling(**options))
+    return rollout(policy, prompts, policy.encode_images(prompts), Sampling(**options), on_ended=on_ended)
 
 
 def test_near_greedy_generation_config_is_not_obeyed(policy, studies, build):
