@@ -81,7 +81,7 @@ def recipe(world: World, tmp_path):
     )
 
 
-def sampled_of(studies: list[Study], *, first: int, length: int, step: int = 0, rewards: bool = True) -> Sampled:
+def sampled_of(studies: list[Study], *, first: int, length: int, step: int = 0, rewarded: bool = True) -> Sampled:
     """Studies number `first` and on: every number says its study and member."""
     rows = len(studies)
     ids = (
@@ -105,7 +105,7 @@ def sampled_of(studies: list[Study], *, first: int, length: int, step: int = 0, 
     texts = [[f"{study.id}-{g}\ud800" for g in range(3)] for study in studies]
     done = Completions(ids, mask, -ids.float(), mask.all(-1), texts)
     return Sampled(
-        FakeBuild()(studies), done, rewards if rewards else None, reference_logp=ids.float(), old_logp=ids.float() + 1
+        FakeBuild()(studies), done, rewards if rewarded else None, reference_logp=ids.float(), old_logp=ids.float() + 1
     )
 
 
@@ -113,7 +113,7 @@ def write(folder: Path, studies: list[Study], recipe, *, ranks: int = 2, step: i
     share = len(studies) // ranks
     for rank in range(ranks):
         part = studies[rank * share : (rank + 1) * share]
-        sampled = sampled_of(part, first=rank * share, length=4 + rank, step=step, rewards="problem" not in options)
+        sampled = sampled_of(part, first=rank * share, length=4 + rank, step=step, rewarded="problem" not in options)
         write_step(folder, step, sampled, recipe=recipe, ranks=Numbered(rank, ranks), **options)
 
 
