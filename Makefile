@@ -4,7 +4,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-control demo-seeds start starts iu-phantom tables-phantom bench bench-gpu wheelhouse soak browser test test-slow test-gpu lint clean
+.PHONY: help setup demo demo-control demo-seeds start starts iu-phantom tables-phantom full-start \
+	bench bench-gpu wheelhouse soak browser test test-slow test-gpu lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,97 +28,128 @@ ifeq ($(shell command -v nvidia-smi),)
 export DS_ACCELERATOR := cpu
 endif
 LAUNCH ?= $(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(shell shuf -i 20000-29999 -n 1)
+MRG := $(BIN)/mrg-r1
+
+# A stage says in a line what it does, and what it runs says what came out. `make -n TARGET` shows the commands.
+SAY := @printf '\n%s\n'
+
+# $(call launch,RUN,what launch/ is given): the launcher's own lines go to RUN/launch.log. A rank that fails has spoken
+# itself; of one that was killed only the launcher knows.
+define launch
+@mkdir -p $(1)
+@$(LAUNCH) launch/$(2) >> $(1)/launch.log || { code=$$?; test $$code -lt 128 || \
+	{ tail -n 3 $(1)/launch.log; echo "exit code $$code: a rank was killed; more in $(1)/launch.log"; } >&2; exit $$code; }
+endef
 
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+	@sed -nE 's/^##: ([^:]+): /\1\t/p; s/^([a-z0-9-]+):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
+		printf '%-19s %s\n' "$$name" "$$text"; done
 
 setup: $(READY)  ## the virtual environment in .venv
 
 # DeepSpeed is a source distribution whose build imports torch: torch first, and no isolated build.
 $(READY): setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { sudo -n apt-get install -y python3-venv || apt-get install -y python3-venv; $(PYTHON) -m venv $(VENV); }
-	$(BIN)/python -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
-	$(BIN)/pip install --quiet -c constraints.txt setuptools wheel ninja packaging torch numpy
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
-	touch $@
+	$(SAY) 'setup: torch, DeepSpeed and what else is needed, into $(VENV) (a few minutes, once)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ sudo -n apt-get install -y python3-venv || apt-get install -y python3-venv; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "make PYTHON=python3.11, or newer")'
+	@$(BIN)/pip install --quiet -c constraints.txt setuptools wheel ninja packaging torch numpy
+	@$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
+	@$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
 
 # ---- the demo: phantoms -> labeler -> tiny policy -> SFT stopped early -> GRPO -> table. Finished stages are not run again.
 
 demo: $(DEMO)/summary.json  ## train and evaluate a tiny policy on phantoms, from nothing to a table
-	@$(BIN)/mrg-r1 summary $(DEMO) $(if $(wildcard $(DEMO)/control/summary.json),--control $(DEMO)/control)
+	$(SAY) 'What GRPO changed:'
+	@$(MRG) summary $(DEMO) $(if $(wildcard $(DEMO)/control/summary.json),--control $(DEMO)/control)
 
-demo-control: $(DEMO)/summary.json $(DEMO)/control/summary.json  ## the same start, studies and time by further SFT, printed beside the demo
-	@$(BIN)/mrg-r1 summary $(DEMO) --control $(DEMO)/control
+demo-control: $(DEMO)/summary.json $(DEMO)/control/summary.json  ## the same start, studies and time by further SFT
+	$(SAY) 'What GRPO changed, and what further SFT did in the same time:'
+	@$(MRG) summary $(DEMO) --control $(DEMO)/control
 
 demo-seeds:  ## the demo and its control over three seeds, and the mean gain
-	for seed in 0 1 2; do $(MAKE) --no-print-directory demo-control SEED=$$seed; done
-	$(BIN)/mrg-r1 summary runs/demo runs/demo-seed1 runs/demo-seed2
+	@for seed in 0 1 2; do $(MAKE) --no-print-directory demo-control SEED=$$seed; done
+	@$(MRG) summary runs/demo runs/demo-seed1 runs/demo-seed2
 
-$(DEMO)/phantoms/manifest.jsonl: | $(READY)
+PHANTOMS := $(DEMO)/phantoms/manifest.jsonl
+
+$(PHANTOMS): | $(READY)
+	$(SAY) '1/5 Phantoms: chest radiographs are drawn from findings, and reports written that name them'
 	@mkdir -p $(DEMO)
-	$(BIN)/mrg-r1 prepare phantom -o $(DEMO)/phantoms --preset five --splits sft=4000,train=1920,val=256,test=512 --side 84 --seed $(SEED)
+	@$(MRG) prepare phantom -o $(DEMO)/phantoms --preset five --splits sft=4000,train=1920,val=256,test=512 \
+		--side 84 --seed $(SEED)
 
-$(DEMO)/labeler/training.json: $(DEMO)/phantoms/manifest.jsonl
-	$(BIN)/mrg-r1 labeler train $(DEMO)/phantoms/reports.csv $(DEMO)/phantoms/labels.csv -o $(DEMO)/labeler --seed $(SEED) --passes 5
+$(DEMO)/labeler/training.json: $(PHANTOMS)
+	$(SAY) '2/5 Labeler: a small BERT learns to read findings out of reports; its reading will be the reward'
+	@$(MRG) labeler train $(DEMO)/phantoms/reports.csv $(DEMO)/phantoms/labels.csv -o $(DEMO)/labeler \
+		--seed $(SEED) --passes 5
 
-$(DEMO)/tiny-policy/config.json: $(DEMO)/phantoms/manifest.jsonl
-	$(BIN)/mrg-r1 prepare tiny-policy -o $(DEMO)/tiny-policy --manifest $(DEMO)/phantoms/manifest.jsonl --side 84 --seed $(SEED)
+$(DEMO)/tiny-policy/config.json: $(PHANTOMS)
+	$(SAY) '3/5 Policy: a tiny vision-language model with random weights'
+	@$(MRG) prepare tiny-policy -o $(DEMO)/tiny-policy --manifest $(PHANTOMS) --side 84 --seed $(SEED)
 
-DEMO_KEYS = seed=$(SEED) data.manifest=$(DEMO)/phantoms/manifest.jsonl reward.labeler=$(DEMO)/labeler
+DEMO_KEYS = seed=$(SEED) data.manifest=$(PHANTOMS) reward.labeler=$(DEMO)/labeler
 
 $(DEMO)/sft/summary.json: $(DEMO)/labeler/training.json $(DEMO)/tiny-policy/config.json
-	$(LAUNCH) launch/sft.py launch/recipes/demo_sft.yaml output_dir=$(DEMO)/sft policy.path=$(DEMO)/tiny-policy $(DEMO_KEYS)
+	$(SAY) '4/5 Cold start: SFT teaches it to write reports, and stops early so that GRPO has work left'
+	$(call launch,$(DEMO)/sft,sft.py launch/recipes/demo_sft.yaml output_dir=$(DEMO)/sft \
+		policy.path=$(DEMO)/tiny-policy $(DEMO_KEYS))
 
 $(DEMO)/summary.json: $(DEMO)/sft/summary.json
-	$(LAUNCH) launch/train.py launch/recipes/demo.yaml output_dir=$(DEMO) policy.path=$(DEMO)/sft/policy $(DEMO_KEYS)
+	$(SAY) '5/5 GRPO: it samples eight reports a study and learns from what the labeler reads in them'
+	$(call launch,$(DEMO),train.py launch/recipes/demo.yaml output_dir=$(DEMO) policy.path=$(DEMO)/sft/policy $(DEMO_KEYS))
 
 $(DEMO)/control/summary.json: $(DEMO)/summary.json
-	$(LAUNCH) launch/sft.py launch/recipes/demo_control.yaml output_dir=$(DEMO)/control policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) \
-		sft.max_seconds=$$($(BIN)/mrg-r1 summary $(DEMO) --training-seconds)
+	$(SAY) 'Control: from the same start, further SFT for as many seconds as GRPO took'
+	$(call launch,$(DEMO)/control,sft.py launch/recipes/demo_control.yaml output_dir=$(DEMO)/control \
+		policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) sft.max_seconds=$$($(MRG) summary $(DEMO) --training-seconds))
 
-# ---- tables: rows are recipes over seeds; finished rows are kept, an interrupted table goes on. On phantoms two rows at a time, one rank each.
-# ---- On reports: make table-main-iu TABLE_KEYS='data.manifest=... policy.path=... reward.labeler=...' TABLE_LAUNCH='deepspeed --num_gpus 8'
+# ---- tables: rows are recipes over seeds; finished rows are kept, an interrupted table goes on. On phantoms two rows at a
+# ---- time, one rank each. On reports:
+# ---- make table-main-iu TABLE_KEYS='data.manifest=... policy.path=... reward.labeler=...' TABLE_LAUNCH='deepspeed --num_gpus 8'
 
 TABLES := launch/recipes/tables
 TABLE_KEYS ?=
 TABLE_PARALLEL ?= 1
 TABLE_LAUNCH ?= $(BIN)/deepspeed --num_gpus 1
-TABLE = $(BIN)/mrg-r1 table $(TABLES)/$(1).yaml $(TABLE_KEYS) --launch '$(TABLE_LAUNCH)' --parallel
+TABLE = @$(MRG) table $(TABLES)/$(1).yaml $(TABLE_KEYS) --launch '$(TABLE_LAUNCH)' --parallel
 RARE = Cardiomegaly=0.08,Pneumothorax=0.08
 FULL := runs/tables/full-phantoms-seed$(SEED)
 
 start: $(DEMO)/sft/summary.json
 
 starts:  ## the cold starts of three seeds, from which the phantom tables go on
-	for seed in 0 1 2; do $(MAKE) --no-print-directory start SEED=$$seed; done
+	@for seed in 0 1 2; do $(MAKE) --no-print-directory start SEED=$$seed; done
 
+##: table-NAME-phantom: rewards, margin, format, advantages, rare or context, on phantoms
 table-rewards-phantom table-margin-phantom table-format-phantom table-advantages-phantom: table-%: starts
 	$(call TABLE,$*) 2
 
 table-rare-phantom: starts
-	for seed in 0 1 2; do $(BIN)/mrg-r1 prepare phantom -o runs/tables/rare-phantoms-seed$$seed --splits train=1920,val=32,test=2048 --side 84 \
-		--seed $$seed --prevalence $(RARE); done
+	@for seed in 0 1 2; do $(MRG) prepare phantom -o runs/tables/rare-phantoms-seed$$seed \
+		--splits train=1920,val=32,test=2048 --side 84 --seed $$seed --prevalence $(RARE); done
 	$(call TABLE,rare-phantom) 2
 
 full-start: $(FULL)/labeler/training.json $(FULL)/tiny-policy/config.json
 
 $(FULL)/manifest.jsonl: | $(READY)
-	$(BIN)/mrg-r1 prepare phantom -o $(FULL) --preset full --splits sft=4000,train=1920,val=64,test=512 --side 84 --seed $(SEED)
+	@$(MRG) prepare phantom -o $(FULL) --preset full --splits sft=4000,train=1920,val=64,test=512 --side 84 --seed $(SEED)
 
 $(FULL)/labeler/training.json: $(FULL)/manifest.jsonl
-	$(BIN)/mrg-r1 labeler train $(FULL)/reports.csv $(FULL)/labels.csv -o $(FULL)/labeler --seed $(SEED) --passes 5
+	@$(MRG) labeler train $(FULL)/reports.csv $(FULL)/labels.csv -o $(FULL)/labeler --seed $(SEED) --passes 5
 
 $(FULL)/tiny-policy/config.json: $(FULL)/manifest.jsonl
-	$(BIN)/mrg-r1 prepare tiny-policy -o $(FULL)/tiny-policy --manifest $(FULL)/manifest.jsonl --side 84 --seed $(SEED)
+	@$(MRG) prepare tiny-policy -o $(FULL)/tiny-policy --manifest $(FULL)/manifest.jsonl --side 84 --seed $(SEED)
 
 table-context-phantom:
-	for seed in 0 1 2; do $(MAKE) --no-print-directory full-start SEED=$$seed; done
+	@for seed in 0 1 2; do $(MAKE) --no-print-directory full-start SEED=$$seed; done
 	$(call TABLE,context-phantom) 2
 
-tables-phantom: table-rewards-phantom table-margin-phantom table-rare-phantom table-format-phantom  ## the tables that docs/findings.md reports
+tables-phantom: table-rewards-phantom table-margin-phantom table-rare-phantom table-format-phantom  ## the four tables that docs/findings.md reports
 
-table-main-iu table-main-mimic table-rewards table-margin table-format table-advantages table-context: table-%: $(READY)  ## (TABLE_KEYS=...)
+##: table-NAME: main-iu, main-mimic, rewards, margin, format, advantages or context, on reports (TABLE_KEYS=)
+table-main-iu table-main-mimic table-rewards table-margin table-format table-advantages table-context: table-%: $(READY)
 	$(call TABLE,$*) $(TABLE_PARALLEL)
 
 # ---- real IU X-Ray reports over rendered radiographs: IU holds annotation.json and chexbert_labels_train_val.csv
@@ -125,34 +157,43 @@ table-main-iu table-main-mimic table-rewards table-margin table-format table-adv
 IUP := runs/iu-phantom
 
 iu-phantom: $(IUP)/summary.json  ## the same on real IU X-Ray reports, their radiographs rendered from labels (IU=folder)
-	@$(BIN)/mrg-r1 summary $(IUP)
+	$(SAY) 'What GRPO changed:'
+	@$(MRG) summary $(IUP)
 
 # First for its report CSVs: the test reports have no labels yet, so their studies are refused here.
 $(IUP)/texts/reports.csv: | $(READY)
-	test -f $(IU)/annotation.json || { echo "IU=$(IU): no annotation.json there; give the folder of R2Gen's IU X-Ray files: make iu-phantom IU=..." >&2; exit 2; }
-	$(BIN)/mrg-r1 prepare iu-xray $(IU)/annotation.json -o $(IUP)/texts --side 56 --render-missing $(IU)/chexbert_labels_train_val.csv
-	cp $(IUP)/texts/reports_train.csv $(IUP)/texts/reports_labelled.csv
-	tail -n +2 $(IUP)/texts/reports_val.csv >> $(IUP)/texts/reports_labelled.csv
+	@test -f $(IU)/annotation.json || \
+		{ echo "IU=$(IU): no annotation.json; name the folder of R2Gen's IU X-Ray files: make iu-phantom IU=..." >&2; exit 2; }
+	$(SAY) '1/6 Reports: for the labeler (studies of the test split have no labels yet and are refused here)'
+	@$(MRG) prepare iu-xray $(IU)/annotation.json -o $(IUP)/texts --side 56 \
+		--render-missing $(IU)/chexbert_labels_train_val.csv
+	@cp $(IUP)/texts/reports_train.csv $(IUP)/texts/reports_labelled.csv
+	@tail -n +2 $(IUP)/texts/reports_val.csv >> $(IUP)/texts/reports_labelled.csv
 
 $(IUP)/labeler/training.json: $(IUP)/texts/reports.csv
-	$(BIN)/mrg-r1 labeler train $(IUP)/texts/reports_labelled.csv $(IU)/chexbert_labels_train_val.csv -o $(IUP)/labeler
+	$(SAY) '2/6 Labeler: a small BERT learns to read findings out of reports; its reading will be the reward'
+	@$(MRG) labeler train $(IUP)/texts/reports_labelled.csv $(IU)/chexbert_labels_train_val.csv -o $(IUP)/labeler
 
-# Nobody publishes the test labels: the labeler reads them, and the radiographs of the test split are rendered from what it read.
+# Nobody publishes the test labels: the labeler reads them, and the test split's radiographs are rendered from its reading.
 $(IUP)/texts/test_labels.csv: $(IUP)/labeler/training.json
-	$(BIN)/mrg-r1 label $(IUP)/texts/reports_test.csv --labeler $(IUP)/labeler -o $@
+	@$(MRG) label $(IUP)/texts/reports_test.csv --labeler $(IUP)/labeler -o $@
 
 $(IUP)/data/manifest.jsonl: $(IUP)/texts/test_labels.csv
-	$(BIN)/mrg-r1 prepare iu-xray $(IU)/annotation.json -o $(IUP)/data --side 112 \
+	$(SAY) '3/6 Studies: a radiograph is rendered for every report, from its labels'
+	@$(MRG) prepare iu-xray $(IU)/annotation.json -o $(IUP)/data --side 112 \
 		--render-missing $(IU)/chexbert_labels_train_val.csv --render-missing $(IUP)/texts/test_labels.csv
 
 $(IUP)/tiny-policy/config.json: $(IUP)/data/manifest.jsonl
-	$(BIN)/mrg-r1 prepare tiny-policy -o $(IUP)/tiny-policy --manifest $(IUP)/data/manifest.jsonl
+	$(SAY) '4/6 Policy: a tiny vision-language model with random weights'
+	@$(MRG) prepare tiny-policy -o $(IUP)/tiny-policy --manifest $(IUP)/data/manifest.jsonl
 
 $(IUP)/sft/summary.json: $(IUP)/tiny-policy/config.json
-	$(LAUNCH) launch/sft.py launch/recipes/iu_phantom_sft.yaml
+	$(SAY) '5/6 Cold start: SFT teaches it to write reports'
+	$(call launch,$(IUP)/sft,sft.py launch/recipes/iu_phantom_sft.yaml)
 
 $(IUP)/summary.json: $(IUP)/sft/summary.json
-	$(LAUNCH) launch/train.py launch/recipes/iu_phantom.yaml
+	$(SAY) '6/6 GRPO: it samples reports and learns from what the labeler reads in them'
+	$(call launch,$(IUP),train.py launch/recipes/iu_phantom.yaml)
 
 # ---- bench: TRL in an environment of its own, so that neither side bends to the other's requirements
 
@@ -164,7 +205,7 @@ $(TRL_VENV)/.ready: benchmarks/trl-constraints.txt | $(READY)
 	$(TRL_VENV)/bin/pip install --quiet -c benchmarks/trl-constraints.txt trl transformers peft datasets accelerate pillow
 	touch $@
 
-bench: $(READY) $(TRL_VENV)/.ready  ## our step beside TRL's, our rollout beside generate, and how the step grows (at most 20 minutes)
+bench: $(READY) $(TRL_VENV)/.ready  ## our step beside TRL's, our rollout beside generate (at most 20 minutes)
 	$(BIN)/python -m benchmarks.bench --out runs/bench --minutes 20 --trl-python $(TRL_VENV)/bin/python
 
 # ---- bench-gpu: one CUDA card, and the machine's own torch, which knows its driver. Without a network: WHEELHOUSE=folder, filled
@@ -199,12 +240,12 @@ $(GPU_VENV)/.ready: setup.py constraints.txt benchmarks/trl-constraints.txt
 	$(GPU_VENV)/bin/python -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
 	touch $@
 
-bench-gpu: $(GPU_VENV)/.ready  ## our step beside TRL's at 7B shapes on one CUDA card, 10 minutes (WHEELHOUSE=folder without a network)
+bench-gpu: $(GPU_VENV)/.ready  ## our step beside TRL's at 7B shapes on one CUDA card (WHEELHOUSE=folder without a network)
 	env -u OMP_NUM_THREADS $(GPU_VENV)/bin/python -m benchmarks.gpu --out runs/bench-gpu --minutes 10 $(GPU_ARGS)
 
 # DeepSpeed is a source distribution whose build imports torch; everything else is a wheel for the other machine's Python. pycocoevalcap loses
 # METEOR's and SPICE's files, nine tenths of 100 MB: the bench calls neither. WHEELS and WHEELS_TRL can be cut to what that machine lacks.
-wheelhouse: $(READY)  ## fill WHEELHOUSE with what bench-gpu needs on a machine without a network (GPU_PYTHON=3.12, torch is not in it)
+wheelhouse: $(READY)  ## fill WHEELHOUSE with what bench-gpu needs on a machine without a network (GPU_PYTHON=3.12)
 	test -n "$(WHEELHOUSE)" || { echo "name the folder: make wheelhouse WHEELHOUSE=wheelhouse" >&2; exit 2; }
 	mkdir -p $(WHEELHOUSE)
 	pinned() { for name in "$$@"; do grep -ihE "^$${name//[-_]/[-_]}==" constraints.txt benchmarks/trl-constraints.txt | head -n 1 | grep . || { echo "$$name is pinned nowhere" >&2; return 1; }; done; }; \
@@ -240,7 +281,7 @@ test-slow: $(READY)  ## tests of minutes: training a labeler, a run end to end
 test-gpu: $(READY)  ## what needs a CUDA device: kernels, captured graphs, bf16
 	$(BIN)/python -m pytest -m gpu
 
-soak: $(READY)  ## kill a run of two ranks 30 times (KILLS=30), each time at a random moment, and compare it with an undisturbed one
+soak: $(READY)  ## kill a run of two ranks 30 times (KILLS=30) and compare it with an undisturbed one
 	rm -rf runs/soak
 	$(BIN)/python -m tests.soak --kills $(KILLS) -o runs/soak
 

@@ -61,7 +61,7 @@ class WordOverlapRewards:
         ended: Tensor,
         study_ids: Sequence[str],
         references: Sequence[str],
-        context_of: RewardContext = RewardContext(),  # noqa: B008 (frozen)
+        context: RewardContext = RewardContext(),  # noqa: B008 (frozen)
     ) -> Ticket:
         total = torch.tensor(
             [

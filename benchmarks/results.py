@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Quantity, Ratio
+from mrg_r1.files import write_text_atomically
 
 HOW = (
     "After one warm-up unit each, the contenders of a case take turns, one unit at a time, one thread each. "
@@ -221,6 +222,4 @@ def _number(value: float | None, form: str) -> str:
 
 def replace_file(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(path)
+    write_text_atomically(path, text)

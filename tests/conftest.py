@@ -14,14 +14,12 @@ from PIL import Image
 
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.labels.labeler import Labeler
 from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
 from mrg_r1.policy.load import Policy, load_image_processor, load_policy
 from mrg_r1.policy.lora import add_lora
-from mrg_r1.reward.compute import RewardFunction
-from mrg_r1.training import rewards as rewarding
 from mrg_r1.types import Study, StudyImage
-from tests.reward.in_process import InProcessRewards
+from tests.inline_rewards import score_inline
+from tests.leftovers import end_with_parent, guard
 from tests.world import World, build_world
 
 # A busy machine is no fault of an example: no test here asserts a time.
@@ -37,9 +35,25 @@ TEXTS = [
 ]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        end_with_parent()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two workers (`-n 2 --dist loadgroup`) one has all tests that start ranks: they share a pool, and two cores are
+    not enough for four ranks. Any other file stays together for its fixtures.
+    """
+    for item in items:
+        ranks = item.get_closest_marker("ranks") is not None
+        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.path.stem))
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _alone() -> None:
+    """One thread of torch, and no process left behind."""
     torch.set_num_threads(1)
+    guard()
 
 
 @pytest.fixture(scope="session")
@@ -137,14 +151,5 @@ class OneRank(Ranks):
 
 @pytest.fixture
 def inline_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that are opened here score in this process: starting a service takes seconds."""
-
-    def opened(recipe: Any, ranks: Ranks, supervisor: None, studies: dict[str, list[Study]]) -> rewarding.RunRewards:
-        labeler = Labeler.load(recipe.reward.labeler)
-        service = InProcessRewards(RewardFunction(labeler, weights=recipe.reward.weights, mode=recipe.prompt.mode))
-        return rewarding.prepare(
-            recipe, ranks, service, {"name": labeler.name, "fingerprint": labeler.fingerprint}, None, studies
-        )
-
-    monkeypatch.setattr(rewarding, "start_service", lambda recipe, ranks: None)
-    monkeypatch.setattr(rewarding, "open_rewards", opened)
+    """Runs that are opened here start no reward service."""
+    score_inline(monkeypatch)

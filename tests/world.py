@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import yaml
 
+from mrg_r1.data.prepare import phantoms
 from mrg_r1.data.prepare.phantoms import write_phantoms
 from mrg_r1.data.study import read_manifest
 from mrg_r1.labels.observations import classes_of_values, write_labels_csv
 from mrg_r1.labels.reports import write_reports_csv
 from mrg_r1.labels.training import train_labeler
 from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
+
+
+@contextmanager
+def few_texts() -> Iterator[None]:
+    """Data sets of phantoms come with 400 texts for a labeler and 40 that it was not taught: 10,000 take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantoms, "LABELER_TEXTS", 400)
+        patch.setattr(phantoms, "HELD_OUT_TEXTS", 40)
+        yield
 
 
 @dataclass(frozen=True)
@@ -60,9 +73,9 @@ class World:
 
 def build_world(folder: Path) -> World:
     """Write everything into a new folder; seconds."""
-    write_phantoms(
-        folder / "phantoms", preset="five", seed=0, side=56, splits={"train": 16, "val": 8, "test": 8}, workers=1
-    )
+    splits = {"train": 16, "val": 8, "test": 8}
+    with few_texts():
+        write_phantoms(folder / "phantoms", preset="five", seed=0, side=56, splits=splits, workers=1)
     studies = read_manifest(folder / "phantoms/manifest.jsonl")
     reports = {study.id: study.report for study in studies}
     write_reports_csv(folder / "reports.csv", reports)

@@ -10,7 +10,6 @@ import socket
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from mrg_r1.engine.faults import REQUEUE, NotFinite, Requeue, Watch, describe, i
 from mrg_r1.engine.ranks import MEET_WITHIN, Ranks, finish_ranks, on_one_node, start_ranks
 from mrg_r1.reward.compute import RewardError
 from mrg_r1.reward.service.interface import RewardsMissing
+from mrg_r1.tracking.library_log import LibraryLog
 from mrg_r1.training.nodes import agree_on_recipe
 
 
@@ -36,10 +36,11 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
 
     A bad recipe or bad data prints its message once (before the ranks have met, once a node) and exits with 2, a step
     without rewards with 3, a hanging rank with 4, a signal or a rank that is gone with 75; anything else keeps its
-    traceback. Whichever rank fails, it speaks last, and all leave with its code.
+    traceback. Whichever rank fails, it speaks last, and all leave with its code. What libraries say goes to
+    RUN/launch.log.
     """
-    # torch's and transformers' own calls of their own old names
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    log = LibraryLog(f"rank {os.environ.get('RANK', '0')}")
+    log.take_over()
     transformers_logging.disable_progress_bar()
     parser = argparse.ArgumentParser(
         description=description,
@@ -79,26 +80,41 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
             f"address, port and number of ranks, and is the port open and free? exit code {REQUEUE}",
             code=REQUEUE,
         )
+    log.take_over()  # of DeepSpeed's logger too, which is there now
+    node = ranks.node.number
+    log.write_to(recipe.output_dir / ("launch.log" if node == 0 else f"launch_node{node}.log"))
+    if ranks.is_main:
+        many = f"{ranks.world_size} {'rank' if ranks.world_size == 1 else 'ranks'} on {ranks.device.type}"
+        print(f"{Path(sys.argv[0]).name} {arguments.recipe}: {many}, into {recipe.output_dir}", file=sys.stderr)
     rank = ranks.name([ranks.rank])
     watch = Watch(ranks, store=shared_store(), timeout=recipe.engine.hang_timeout)
+
+    def fail(text: str, *, code: int) -> NoReturn:
+        mention = log.mention()
+        log.write(text)
+        watch.fail(mention + text, code=code)
+        raise AssertionError("Watch.fail has ended this process")
+
     try:
         task(recipe, replace(ranks, beat=watch.beat))
     except Requeue as stopped:
-        watch.fail(f"{stopped}; exit code {REQUEUE}: the same command goes on", code=REQUEUE)
+        fail(f"{stopped}; exit code {REQUEUE}: the same command goes on", code=REQUEUE)
     except (RecipeError, ManifestError, CheckpointError) as error:
-        watch.fail(f"error: {error}", code=2)
+        fail(f"error: {error}", code=2)
     except (ImageError, PromptError) as error:  # on the rank that met the study
-        watch.fail(f"error on {rank}: {error}", code=2)
+        fail(f"error on {rank}: {error}", code=2)
     except RewardsMissing as error:  # on all ranks, with a checkpoint where something was learned
-        watch.fail(f"error: no rewards: {error}", code=3)
+        fail(f"error: no rewards: {error}", code=3)
     except NotFinite as error:
-        watch.fail(f"error: {error}", code=3)
+        fail(f"error: {error}", code=3)
     except RewardError as error:
-        watch.fail(f"error on {rank}: no rewards: {error}", code=3)
+        fail(f"error on {rank}: no rewards: {error}", code=3)
     except (ValueError, OSError) as error:
-        watch.fail(describe(error, traceback.format_exc(), who=rank), code=2)
+        fail(describe(error, traceback.format_exc(), who=rank), code=2)
     except Exception as error:  # whatever it is, the other ranks must hear of it, and it keeps its traceback
-        watch.fail_unexpectedly(error, traceback.format_exc())
+        trace, mention = traceback.format_exc(), log.mention()
+        log.write(trace)
+        watch.fail_unexpectedly(error, mention + trace)
     ranks.barrier()  # a rank that stops its watch before the others have done their work would be missed
     watch.stop()
     finish_ranks()

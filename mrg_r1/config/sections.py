@@ -7,6 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from mrg_r1.metrics.clinical import DEFINITIONS
+from mrg_r1.reward.terms import BUILT_IN, require_known
+
 THINK_INSTRUCTION = (
     "Write the findings of this chest X-ray. First reason inside <think></think>, then give the report inside "
     "<report></report>."
@@ -191,7 +194,9 @@ class RewardSection(Section):
     )
     weights: dict[str, float] = Field(
         {"mccs": 0.75, "format": 0.25},
-        description="Terms and weights: mccs, ccs, ce_f1, bleu4, rouge_l, length, format, module:function. paper",
+        description="Weights of the terms of the reward, as {mccs: 0.75, format: 0.25}; module:function is one of yours"
+        + "".join(f"\n        {name}: {term.description}" for name, term in BUILT_IN.items())
+        + ". paper",
     )
     margin: float = Field(
         0.5,
@@ -214,6 +219,12 @@ class RewardSection(Section):
     normalise: Literal["total", "per_term"] = Field(
         "total", description="Normalise the weighted sum, or each term in its group before summing. ours"
     )
+
+    @field_validator("weights")
+    @classmethod
+    def _known_terms(cls, weights: dict[str, float]) -> dict[str, float]:
+        require_known(weights)
+        return weights
 
     @model_validator(mode="after")
     def _annealed(self) -> RewardSection:
@@ -324,11 +335,20 @@ class EvaluationSection(Section):
         "METEOR (docs/scores.md); off: none of them. ours",
     )
     bootstrap_samples: int = Field(1000, ge=100, description="Bootstrap samples of the 95 % intervals. ours")
-    select: Literal["disease_micro13", "disease_macro13", "example14", "r2gen_micro14", "mean_reward"] = Field(
-        "disease_micro13", description="Validation score that chooses the best adapter. ours"
+    select: str = Field(
+        "disease_micro13",
+        description="Validation score that chooses the best adapter: a definition of clinical efficacy "
+        "(docs/ce-definitions.md), or mean_reward. ours",
     )
 
     _bare_off = field_validator("lexical", mode="before")(_off_is_a_word)
+
+    @field_validator("select")
+    @classmethod
+    def _one_that_is_scored(cls, select: str) -> str:
+        if select not in (*DEFINITIONS, "mean_reward"):
+            raise ValueError(f"{select!r} is no score of a validation; there are {', '.join(DEFINITIONS)}, mean_reward")
+        return select
 
 
 class TrackingSection(Section):

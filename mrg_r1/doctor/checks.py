@@ -179,8 +179,8 @@ def wandb_finding(recipe: Recipe) -> Finding:
         return Finding("wandb", "ok", "off")
     version = wandb_version()
     if version is None:
-        text = f"tracking.wandb {mode}: wandb is not installed, numbers go to metrics.jsonl only"
-        return Finding("wandb", "warning", text, "pip install 'mrg-r1[wandb]', or tracking.wandb=off")
+        text = f"tracking.wandb {mode}: wandb is not installed"
+        return Finding("wandb", "failure", text, "pip install wandb, or tracking.wandb=off")
     text = f"{mode}, version {version}"
     if mode == "online" and not _has_key():
         return Finding(

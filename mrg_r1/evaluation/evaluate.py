@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from mrg_r1.data.loader import PromptBuilder
 from mrg_r1.engine.ranks import Ranks
@@ -311,73 +309,3 @@ def write_evaluation(directory: Path, name: str, result: dict[str, Any], predict
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions),
     )
     write_text_atomically(directory / f"{name}.json", json.dumps(result, indent=1) + "\n")
-
-
-def evaluation_table(result: dict[str, Any], title: str) -> Table:
-    """Every definition with its interval, beside the baselines; under it the drawn truth and the held-out labeler,
-    where there are any.
-    """
-    table = Table(
-        title=f"{title}: F1 by definition, {result['n']} studies"
-        + (", rendered phantoms" if result["rendered"] else "")
-    )
-    table.add_column("definition", no_wrap=True)
-    for name in ("P", "R", "F1", "95 % of F1", "normal", "blank", "random", "itself"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.caption = (
-        "right: F1 of every report No Finding, every report blank, a random training report, the references "
-        "against themselves"
-    )
-    if result["constant"]:
-        constant = result["constant"]["total"]
-        table.caption += (
-            f"\nmean reward {result['mean_reward']:.3f}; of the best constant training report {constant:.3f}"
-        )
-    for name, score in result["definitions"].items():
-        compared = [result["baselines"][key] for key in ("constant_normal", "blank", "random_train", "reference")]
-        low, high = score["f1_ci"]
-        table.add_row(
-            name,
-            *(f"{score[key]:.3f}" for key in ("precision", "recall", "f1")),
-            f"{low:.3f}-{high:.3f}",
-            *("-" if entry is None else f"{entry[name]['f1']:.3f}" for entry in compared),
-        )
-    for name, score in result.get("truth", {}).items():
-        table.add_row(f"{name} (truth)", *(f"{score[key]:.3f}" for key in ("precision", "recall", "f1")), *["-"] * 5)
-    held_out = result.get("held_out")
-    if held_out is not None:
-        table.add_section()
-        for name, score in held_out["definitions"].items():
-            low, high = score["f1_ci"]
-            cells = (f"{score[key]:.3f}" for key in ("precision", "recall", "f1"))
-            table.add_row(f"{name} (held-out)", *cells, f"{low:.3f}-{high:.3f}", *["-"] * 4)
-        table.caption += (
-            f"\nhacking gap {result['hacking_gap']:+.3f}: disease_micro13 by {result['labeler']['name']}, which is "
-            f"rewarded, minus by the held-out labeler {held_out['labeler']['name']}; they agree on "
-            f"{held_out['agreement_on_references']:.1%} of the references' classes"
-        )
-    return table
-
-
-def lexical_table(result: dict[str, Any]) -> Table | None:
-    """The lexical metrics under their cleaning's name; None where there are none."""
-    found = result.get("lexical")
-    if found is None:
-        return None
-    table = Table(title=f"Lexical metrics, cleaning {found['cleaning']}, {found['package']}, {result['n']} studies")
-    for name in found["scores"]:
-        table.add_column(lexical.TITLES[name], justify="right", no_wrap=True)
-    table.add_row(*(f"{value:.4f}" for value in found["scores"].values()))
-    lines = [f"cleaning {found['cleaning']}: {found['cleaning_is']}", *found["left_out"].values()]
-    if found["empty_predictions"]:
-        lines.append(f"{found['empty_predictions']} reports are empty or malformed; they count")
-    table.caption = "\n".join(lines)
-    return table
-
-
-def print_evaluation(console: Console, result: dict[str, Any], title: str) -> None:
-    """A closing evaluation's tables."""
-    console.print(evaluation_table(result, title))
-    words = lexical_table(result)
-    if words is not None:
-        console.print(words)

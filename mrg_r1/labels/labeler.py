@@ -114,9 +114,8 @@ class Labeler:
             raise FileNotFoundError(
                 f"{path}: no labeler here; give a directory made by `labeler train` or a CheXbert checkpoint file"
             )
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # initialising weights that are about to be replaced must not move the caller's seeds
+        # initialising weights that are about to be replaced must not move the caller's seeds
+        with torch.random.fork_rng(devices=[]):
             model = CheXbert(config)
         loading.load_strictly(model, state, path)
         return cls(model, words, name=path.resolve().name, device=device, dtype=dtype)

@@ -24,9 +24,8 @@ from transformers import BertConfig
 
 from mrg_r1.labels.observations import OBSERVATIONS
 
-HEAD_DIM = (
-    64  # of every BERT published by its authors; a checkpoint's tensors do not tell the number of attention heads
-)
+# of every BERT published by its authors; a checkpoint's tensors do not tell the number of attention heads
+HEAD_DIM = 64
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # in the published file but in no part of CheXbert's forward pass: BERT's pooler, and a buffer that older versions
 # stored
@@ -40,7 +39,7 @@ def read_directory(directory: Path) -> tuple[BertConfig, dict[str, Tensor]]:
         FileNotFoundError: config.json or model.safetensors is missing.
         ValueError: config.json describes another model, or model.safetensors is no safetensors file.
     """
-    return _read_config(directory / CONFIG), _read_safetensors(directory / WEIGHTS)
+    return _read_config(directory / CONFIG), read_safetensors(directory / WEIGHTS)
 
 
 def read_checkpoint(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
@@ -51,8 +50,46 @@ def read_checkpoint(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
         ValueError: a pickled object, a file of another kind, a name that stands twice, or tensors whose sizes are no
             BERT's.
     """
-    state = _stripped(_read_safetensors(path) if path.suffix == ".safetensors" else _read_published(path), path)
+    state = _stripped(read_safetensors(path) if path.suffix == ".safetensors" else _read_published(path), path)
     return _config_of_tensors(state, path), state
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file of another kind, or one cut short.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; the directory is incomplete, train or copy the labeler again")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a safetensors file ({error}); train, convert or copy the weights again"
+        ) from error
+
+
+def read_pickled(path: Path) -> Any:
+    """What torch.save wrote, read as tensors in plain containers and nothing else.
+
+    Raises:
+        ValueError: a pickled object of another kind, or no such file format.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        # torch's own message recommends loading such a file without the safeguard, so it is not passed on
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = (
+            f"it holds the pickled object {found.group(1)}"
+            if found
+            else f"it cannot be read as tensors ({type(error).__name__})"
+        )
+        raise ValueError(
+            f"{path}: refused: {what}; a checkpoint may hold tensors only, because unpickling runs code"
+        ) from None
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -137,32 +174,9 @@ def _read_config(path: Path) -> BertConfig:
     return BertConfig.from_dict(stored)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; the directory is incomplete, train or copy the labeler again")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: not a safetensors file ({error}); train, convert or copy the labeler again"
-        ) from error
-
-
 def _read_published(path: Path) -> Mapping[Any, Any]:
-    """What stands under `model_state_dict`, read as tensors and nothing else."""
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        # torch's own message recommends loading such a file without the safeguard, so it is not passed on
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = (
-            f"it holds the pickled object {found.group(1)}"
-            if found
-            else f"it cannot be read as tensors ({type(error).__name__})"
-        )
-        raise ValueError(
-            f"{path}: refused: {what}; a checkpoint may hold tensors only, because unpickling runs code"
-        ) from None
+    """What stands under `model_state_dict`."""
+    stored = read_pickled(path)
     state = stored.get("model_state_dict") if isinstance(stored, dict) else None
     if not isinstance(state, Mapping):
         found_keys = sorted(map(str, stored))[:8] if isinstance(stored, dict) else type(stored).__name__

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, trainers
 from torch import Tensor
 from transformers import BertConfig
 
 from mrg_r1.labels.chexbert import MAX_TOKENS, CheXbert
 from mrg_r1.labels.labeler import Labeler
-from mrg_r1.labels.loading import load_strictly
+from mrg_r1.labels.loading import load_strictly, read_pickled, read_safetensors
 from mrg_r1.labels.tokenizer import SPECIAL_TOKENS, bert_tokenizer, read_tokenizer
 
 # What a checkpoint may hold beside BERT's encoder: its pooler and pre-training heads, which CheXbert lacks, and an old
@@ -111,28 +108,14 @@ def _read_bert_config(path: Path) -> dict[str, object]:
 
 def _read_weights(folder: Path) -> Mapping[str, Tensor]:
     if (folder / "model.safetensors").is_file():
-        try:
-            return load_file(folder / "model.safetensors")
-        except SafetensorError as error:
-            raise ValueError(
-                f"{folder / 'model.safetensors'}: not a safetensors file ({error}); copy the checkpoint again"
-            ) from error
+        return read_safetensors(folder / "model.safetensors")
     path = folder / "pytorch_model.bin"
     if not path.is_file():
         raise FileNotFoundError(
             f"{folder}: neither model.safetensors nor pytorch_model.bin in it; a sharded checkpoint is saved again "
             "whole"
         )
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        RuntimeError,
-    ) as error:  # torch's message recommends loading without the safeguard
-        raise ValueError(
-            f"{path}: refused: it cannot be read as tensors alone ({type(error).__name__}), and unpickling runs code"
-        ) from None
+    stored = read_pickled(path)
     if not isinstance(stored, Mapping) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
         raise ValueError(f"{path}: not a state dict of tensors; save the model with transformers' save_pretrained")
     return stored

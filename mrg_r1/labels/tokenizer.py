@@ -17,9 +17,8 @@ PUBLISHED_VOCABULARY = "bert-base-uncased"
 _PUBLISHED_VOCABULARY_SIZE = 30522
 _PUBLISHED_SPECIAL_IDS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102}
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: Python's strings may hold one, the tokenizer's may not
-_CHARACTERS_A_PIECE = (
-    16  # more than a piece has on average, so that the first part of a long text is nearly always enough
-)
+# more than a piece has on average, so that the first part of a long text is nearly always enough
+_CHARACTERS_A_PIECE = 16
 
 
 def clean(text: str) -> str:

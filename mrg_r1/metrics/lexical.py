@@ -120,12 +120,8 @@ def lexical_scores(
         else:
             try:
                 scores["meteor"] = _meteor(predicted, reference)
-            except (
-                ValueError,
-                IndexError,
-                OSError,
-                subprocess.SubprocessError,
-            ) as error:  # the others are not lost with it
+            except (ValueError, IndexError, OSError, subprocess.SubprocessError) as error:
+                # the others are not lost with it
                 left_out["meteor"] = f"METEOR left out: java ended while it scored ({error}); it needs 2 GB of memory"
     return Lexical({name: scores[name] for name in NAMES if name in scores}, left_out)
 

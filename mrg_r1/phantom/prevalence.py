@@ -67,9 +67,8 @@ NEGATIVE_PAIRS: tuple[tuple[int, ...], ...] = (
     (0, 0),
     (0,),
 )
-_PSEUDO_COUNT = (
-    0.5  # studies added to what is seen and to what independence expects: rare pairs are not taken at their word
-)
+# studies added to what is seen and to what independence expects: rare pairs are not taken at their word
+_PSEUDO_COUNT = 0.5
 _WIDEST = 0.95  # no correlation is stronger
 
 Doubles = NDArray[np.float64]

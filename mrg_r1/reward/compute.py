@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mrg_r1.labels.observations import OBSERVATIONS, signed_vector
+from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.report_format import Mode, Style, format_score, parse
 from mrg_r1.reward import terms
 from mrg_r1.reward.reading import Labeler, LabelError, Reader, problem_of
@@ -27,8 +27,6 @@ Normalise = Literal["total", "per_term"]
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {"mccs": 0.75, "format": 0.25}  # arXiv 2512.16145
 DEFAULT_MARGIN = 0.5  # ours: docs/method.md §2, the reward card
-# and any `module:function`
-TERM_NAMES: tuple[str, ...] = ("mccs", "ccs", "ce_f1", "bleu4", "rouge_l", "length", "format")
 
 
 class RewardError(RuntimeError):
@@ -45,7 +43,7 @@ class RewardContext:
 
     Attributes:
         reference_labels: [B, 14] classes of the references where they are known; None lets the labeler read them.
-        margin: m of `mccs` at this step; None takes the stage's.
+        margin: m of `mccs` at this step; None takes the function's.
         ccs_weights: [13, 2] of `terms.ccs`, for `ccs` and `mccs`; None: equal.
         constant: a report that is given to every study beside the completions, to see what can be earned without
             looking.
@@ -62,8 +60,8 @@ class RewardFunction:
 
     Args:
         labeler: reads the 14 classes out of texts.
-        weights: term -> weight. Names from TERM_NAMES or `module:function` (`terms.load_callable`). A term of weight 0
-            is computed and logged but does not count.
+        weights: term -> weight. Names from `terms.BUILT_IN` or `module:function` (`terms.load_callable`). A term
+            of weight 0 is computed and logged but does not count.
         margin: m of `mccs`, 0 <= m < 1.
         format_style: of the `format` term, `binary` or `graded`.
         mode: what the prompt asks for, `think` or `plain`.
@@ -94,9 +92,8 @@ class RewardFunction:
                 raise ValueError(f"{name} {value!r}; allowed are {allowed}")
         if not 0 <= margin < 1:
             raise ValueError(f"margin {margin}; expected 0 <= margin < 1")
+        terms.require_known(weights)
         for name, weight in weights.items():
-            if name not in TERM_NAMES and ":" not in name:
-                raise ValueError(f"reward term {name!r} is unknown; allowed are {TERM_NAMES} and 'module:function'")
             if not math.isfinite(weight):
                 raise ValueError(f"reward term {name!r}: weight {weight}; expected a finite number")
         if not any(weights.values()):
@@ -114,7 +111,7 @@ class RewardFunction:
         texts: Sequence[Sequence[str]],
         ended: Tensor,
         references: Sequence[str],
-        context_of: RewardContext = RewardContext(),  # noqa: B008 (frozen)
+        context: RewardContext = RewardContext(),  # noqa: B008 (frozen)
         *,
         study_ids: Sequence[str] | None = None,
     ) -> Rewards:
@@ -127,7 +124,7 @@ class RewardFunction:
             texts: B groups of G decoded completions.
             ended: [B, G] bool, an EOS was sampled.
             references: B texts of the radiologists.
-            judging: this batch's margin, weights, known labels and constant report.
+            context: this batch's margin, weights, known labels and constant report.
             study_ids: B names for error messages; None numbers the studies.
 
         Returns:
@@ -138,23 +135,23 @@ class RewardFunction:
                 studies.
             ValueError: shapes that disagree, or a margin outside [0, 1).
         """
-        groups, members = _checked_shape(texts, ended, references, context_of.reference_labels, study_ids)
+        groups, members = _checked_shape(texts, ended, references, context.reference_labels, study_ids)
         ids = list(study_ids) if study_ids is not None else [f"number {b}" for b in range(groups)]
-        constants = [] if context_of.constant is None else [context_of.constant]
+        constants = [] if context.constant is None else [context.constant]
 
         parsed = [parse(text, self.mode) for group in texts for text in group]  # N = B * G, row-major
         reports = [one.report for one in parsed]
         labels, per_study, constant_labels = self._label(
-            reports, list(references), constants, context_of.reference_labels, ids
+            reports, list(references), constants, context.reference_labels, ids
         )
         ends = ended.flatten().tolist()
         formats = [format_score(one, self.format_style, ended=end) for one, end in zip(parsed, ends, strict=True)]
-        total, scored = self._score(reports, labels, formats, list(references), per_study, context_of, ids, members)
+        total, scored = self._score(reports, labels, formats, list(references), per_study, context, ids, members)
         constant: dict[str, Tensor] = {}
         if constants:
             rows = np.repeat(constant_labels, groups, axis=0)
             its_total, its_terms = self._score(
-                constants * groups, rows, [1.0] * groups, list(references), per_study, context_of, ids, 1
+                constants * groups, rows, [1.0] * groups, list(references), per_study, context, ids, 1
             )
             constant = {name: values.squeeze(1) for name, values in {"total": its_total, **its_terms}.items()}
         return Rewards(
@@ -205,21 +202,25 @@ class RewardFunction:
         formats: list[float],
         references: list[str],
         reference_labels: NDArray[np.int64],
-        context_of: RewardContext,
+        context: RewardContext,
         ids: list[str],
         members: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum and each term, [B, members] float32, of B * members reports."""
-        row_references = [reference for reference in references for _ in range(members)]
-        row_labels = np.repeat(reference_labels, members, axis=0)  # [N, 14]
+        every_row = terms.Scored(
+            texts=[report or "" for report in reports],
+            references=[reference for reference in references for _ in range(members)],
+            labels=labels,
+            reference_labels=np.repeat(reference_labels, members, axis=0),
+            format=np.array(formats, dtype=np.float32),
+            margin=self.margin if context.margin is None else context.margin,
+            ccs_weights=context.ccs_weights,
+        )
         scored: dict[str, Tensor] = {}
         total = torch.zeros(len(ids), members, dtype=torch.float64)
         for name, weight in self.weights.items():
             try:
-                if name == "format":
-                    values = np.array(formats, dtype=np.float32)
-                else:
-                    values = self._term(name, reports, row_references, labels, row_labels, context_of)
+                values = self._term(name, reports, every_row)
             except Exception as error:
                 raise RewardError(
                     f"reward term {name!r} failed on studies {_shortened(ids)}: {type(error).__name__}: {error}"
@@ -236,39 +237,27 @@ class RewardFunction:
             total += weight * scored[name].double()
         return total.float(), scored
 
-    def _term(
-        self,
-        name: str,
-        reports: Sequence[str | None],
-        references: list[str],
-        labels: NDArray[np.int64],
-        reference_labels: NDArray[np.int64],
-        context_of: RewardContext,
-    ) -> NDArray[np.float32]:
-        """[N] float32; rows without a report are 0 for the terms of this package."""
+    def _term(self, name: str, reports: Sequence[str | None], every_row: terms.Scored) -> NDArray[np.float32]:
+        """[N] float32 of one term."""
         if name in self._custom:
-            return self._custom[name](list(reports), list(references), labels.copy(), reference_labels.copy())
+            return self._custom[name](
+                list(reports), list(every_row.references), every_row.labels.copy(), every_row.reference_labels.copy()
+            )
+        term = terms.BUILT_IN[name]
+        if term.scores_malformed:
+            return term.score(every_row)
         rows = [row for row, report in enumerate(reports) if report is not None]
-        texts = [report for report in reports if report is not None]
-        text_references = [references[row] for row in rows]
-        generated, reference = labels[rows], reference_labels[rows]
         values = np.zeros(len(reports), dtype=np.float32)
-        match name:
-            case "ccs":
-                values[rows] = terms.ccs(signed_vector(generated), signed_vector(reference), context_of.ccs_weights)
-            case "mccs":
-                cosine = terms.ccs(signed_vector(generated), signed_vector(reference), context_of.ccs_weights)
-                values[rows] = terms.mccs(cosine, self.margin if context_of.margin is None else context_of.margin)
-            case "ce_f1":
-                values[rows] = terms.ce_f1(generated, reference)
-            case "bleu4":
-                values[rows] = terms.bleu4(texts, text_references)
-            case "rouge_l":
-                values[rows] = terms.rouge_l(texts, text_references)
-            case "length":
-                values[rows] = terms.length(texts, text_references)
-            case _:
-                raise ValueError(f"no such term; allowed are {TERM_NAMES} and 'module:function'")
+        values[rows] = term.score(
+            replace(
+                every_row,
+                texts=[every_row.texts[row] for row in rows],
+                references=[every_row.references[row] for row in rows],
+                labels=every_row.labels[rows],
+                reference_labels=every_row.reference_labels[rows],
+                format=every_row.format[rows],
+            )
+        )
         return values
 
 

@@ -1,13 +1,14 @@
 """Reward terms: labels and texts in, one float32 a report out (docs/method.md §2). No torch, no labeler, no policy.
 
-Each function is pure and scores N reports against N references, row by row. A report that is missing (malformed) never
-gets here: the stage gives it 0. Negative findings count: see `ccs`.
+Each function is pure and scores N reports against N references, row by row. Negative findings count: see `ccs`.
+A term is added here and nowhere else: its function, and its entry in `BUILT_IN`.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +19,44 @@ from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, signe
 
 Floats = NDArray[np.float32]
 CustomTerm = Callable[[list[str | None], list[str], NDArray[np.int64], NDArray[np.int64]], Floats]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a built-in term may read of N reports.
+
+    Attributes:
+        texts: N report texts; "" where a completion is malformed, which only a term with `scores_malformed` sees.
+        references: N texts of the radiologists.
+        labels: [N, 14] int64 classes of the reports; -1 throughout a malformed row.
+        reference_labels: [N, 14] int64 classes of the references.
+        format: [N] float32, how far each completion keeps the grammar (`report_format.format_score`).
+        margin: m of `mccs`.
+        ccs_weights: [13, 2] of `ccs`; None: equal.
+    """
+
+    texts: Sequence[str]
+    references: Sequence[str]
+    labels: NDArray[np.int64]
+    reference_labels: NDArray[np.int64]
+    format: Floats
+    margin: float
+    ccs_weights: NDArray[np.float64] | None
+
+
+@dataclass(frozen=True)
+class Term:
+    """A built-in term.
+
+    Attributes:
+        score: [N] float32 of N reports.
+        description: a line for `--help`.
+        scores_malformed: False: a malformed completion earns 0 and is not shown to `score`.
+    """
+
+    score: Callable[[Scored], Floats]
+    description: str
+    scores_malformed: bool = False
 
 
 def ccs(generated: NDArray[np.int8], reference: NDArray[np.int8], weights: NDArray[np.float64] | None = None) -> Floats:
@@ -206,6 +245,34 @@ def length(generated: Sequence[str], references: Sequence[str]) -> Floats:
     return np.array([min(pair) / max(pair) if max(pair) else 1.0 for pair in counts], dtype=np.float32)
 
 
+def _ccs_of(scored: Scored) -> Floats:
+    return ccs(signed_vector(scored.labels), signed_vector(scored.reference_labels), scored.ccs_weights)
+
+
+BUILT_IN: Mapping[str, Term] = {
+    "mccs": Term(lambda s: mccs(_ccs_of(s), s.margin), "what of ccs is above reward.margin, 0 to 1"),
+    "ccs": Term(_ccs_of, "cosine of what the two reports affirm (+1) and deny (-1) of 13 observations, -1 to 1"),
+    "ce_f1": Term(lambda s: ce_f1(s.labels, s.reference_labels), "F1 of one report's positive findings, 0 to 1"),
+    "bleu4": Term(lambda s: bleu4(s.texts, s.references), "sentence BLEU-4 against the reference, 0 to 1"),
+    "rouge_l": Term(lambda s: rouge_l(s.texts, s.references), "ROUGE-L against the reference, 0 to 1"),
+    "length": Term(lambda s: length(s.texts, s.references), "shorter over longer of report and reference, 0 to 1"),
+    "format": Term(lambda s: s.format, "the completion keeps the prompt's grammar, 0 to 1", scores_malformed=True),
+}
+
+
+def require_known(names: Iterable[str]) -> None:
+    """Refuse a name that is neither built in nor `module:function`.
+
+    Raises:
+        ValueError: names it and those that are allowed.
+    """
+    for name in names:
+        if name not in BUILT_IN and ":" not in name:
+            raise ValueError(
+                f"reward term {name!r} is unknown; allowed are {', '.join(BUILT_IN)} and 'module:function'"
+            )
+
+
 def load_callable(name: str) -> CustomTerm:
     """A user's own term, named `module:function`.
 
@@ -251,8 +318,8 @@ def load_callable(name: str) -> CustomTerm:
 
 
 def _as_floats(name: str, answer: ArrayLike, expected: int) -> Floats:
-    """A user's answer as [expected] float32. Whether the numbers are finite is for the stage, which knows the
-    studies.
+    """A user's answer as [expected] float32. Whether the numbers are finite is for the caller, which knows
+    the studies.
     """
     try:
         values = np.asarray(answer, dtype=np.float64)

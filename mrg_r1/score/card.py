@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mrg_r1 import __version__
 from mrg_r1.files import write_text_atomically
+from mrg_r1.metrics import lexical
 from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import LEVEL, SAMPLES, bootstrap_intervals
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, per_observation, support
@@ -186,8 +187,6 @@ def _lexical(predicted: Side, reference: Side, ids: Sequence[str], cleaning: str
             "lexical": None,
             "lexical_reason": f"the {which} file has labels and no reports; give reports on both sides",
         }
-    from mrg_r1.metrics import lexical
-
     named = next((name for name in lexical.CLEANINGS if name == cleaning), None)
     if named is None:
         raise ValueError(f"cleaning {cleaning!r}; there are {', '.join(lexical.CLEANINGS)}")

@@ -9,17 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mrg_r1.metrics.lexical import TITLES
+
 PIPE_WIDTH = 120  # a pipe has no width, and a table cut to 80 columns loses figures
 _COMPARED = {"constant_normal": "normal", "blank": "blank", "random_train": "random", "reference": "itself"}
-_TITLES = {
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "rouge_l": "ROUGE-L",
-    "cider": "CIDEr",
-    "meteor": "METEOR",
-}
 _HASH = 12  # digits shown; the card has them all
 UNCERTAIN = "uncertain counts as positive in chexbert_*, as not positive in all others; 0/0 = 0"
 
@@ -53,7 +46,7 @@ def print_card(card: Mapping[str, Any]) -> None:
         lexical = card["lexical"]
         table = _table("metric", "value", "what it is")
         for name, value in lexical["scores"].items():
-            table.add_row(_TITLES[name], f"{value:.4f}", lexical["scores_are"][name])
+            table.add_row(TITLES[name], f"{value:.4f}", lexical["scores_are"][name])
         _print_table(console, f"Lexical metrics, cleaning {lexical['cleaning']}, {lexical['package']}", table)
         lines = [f"cleaning {lexical['cleaning']}: {lexical['cleaning_is']}", *lexical["left_out"].values()]
         if lexical["empty_predictions"]:
@@ -87,7 +80,7 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
         table = _table("metric", "first", "second", "difference")
         for name, found in lexical["scores"].items():
             table.add_row(
-                _TITLES[name], f"{found['first']:.4f}", f"{found['second']:.4f}", f"{found['difference']:+.4f}"
+                TITLES[name], f"{found['first']:.4f}", f"{found['second']:.4f}", f"{found['difference']:+.4f}"
             )
         _print_table(
             console, f"Lexical metrics, cleaning {lexical['cleaning']}, {lexical['package']}; without intervals", table

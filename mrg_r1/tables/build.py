@@ -194,6 +194,11 @@ def _read(run: RowRun, name: str) -> _Read:
         raise TableError(
             f"{folder}: {name}: not whole JSON ({error}); remove {run.folder} to run the row again"
         ) from error
+    if any(row.get("judge_labels") is not None for row in predictions):
+        raise TableError(
+            f"{folder}: {name}: written by mrg-r1 0.1.0, in which the held-out labeler was called the judge; remove "
+            f"{run.folder} to run the row again"
+        )
     predicted = _classes(predictions, "labels")
     classes = {"labeler": (predicted, _classes(predictions, "reference_labels"))}
     if all(row["drawn"] is not None for row in predictions):

@@ -14,7 +14,7 @@ from mrg_r1.metrics.clinical import DEFINITIONS
 from mrg_r1.tables.build import BuiltTable, Cell, Gain, as_json
 from mrg_r1.tables.plan import Plan
 
-_AGAINST = {"truth": "drawn truth", "labeler": "rewarded labeler", "held_out": "held_out"}
+_AGAINST = {"truth": "drawn truth", "labeler": "rewarded labeler", "held_out": "held-out labeler"}
 _WORDS = {
     "evaluation:distinct_share": "distinct reports, share",
     "evaluation:format_rate": "format reward",

@@ -1,17 +1,15 @@
-"""The run as it happens: one JSON object a step, a line on the terminal, numbers to wandb.
+"""The run as it happens: its steps to the backends and the terminal, and where its time went.
 
-Only rank 0 writes. wandb gets numbers (`tracking.wandb_run`); it is offline unless the recipe says otherwise, and a run
-goes on without it.
+Only rank 0 writes. The backends are listed in `tracking.backends`; wandb, one of them, is offline unless the recipe
+says otherwise, and a run goes on without it.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -24,22 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrg_r1.files import write_text_atomically
-from mrg_r1.tracking.terminal import StepLine, phase_table
-from mrg_r1.tracking.wandb_run import Sample, WandbMode, WandbRun
+from mrg_r1.tracking.backends import Backend, Tracked, TrackingOptions, open_backends
+from mrg_r1.tracking.sharing import Sample, shared_of, without_paths
+from mrg_r1.tracking.terminal import StepLine, where_time_went
 
 _OUTSIDE_TRAINING = ("start", "validation", "checkpoint", "evaluation")
 
 
 class RunLog:
-    """Writes RUN/metrics.jsonl, the terminal and wandb; silent on every rank but the first.
+    """Tells the terminal and the backends of each step; silent on every rank but the first.
 
     Args:
         directory: RUN.
         active: True on rank 0.
         steps: outer steps of the run, for the time left.
-        wandb_mode: off, offline or online.
-        start_step: steps already done; later lines of an interrupted run are cut off, since they will be written again.
+        options: the recipe's section `tracking`.
+        config: the recipe, as plain values; backends are given it without its paths.
+        start_step: steps already done; later ones that an interrupted run has logged come again.
         clock: of the run, for the closing table of phases.
     """
 
@@ -49,86 +48,51 @@ class RunLog:
         *,
         active: bool,
         steps: int,
-        wandb_mode: WandbMode,
-        wandb_project: str,
+        options: TrackingOptions,
         config: dict[str, Any],
         start_step: int = 0,
         clock: Clock | None = None,
-        share_text: bool = False,
-        share_images: bool = False,
     ) -> None:
-        self.directory, self.active, self._clock = directory, active, clock
+        self.active, self._options, self._clock = active, options, clock
         self._terminal = StepLine(active=active, steps=steps)
         self.console = self._terminal.console
-        self._wandb: WandbRun | None = None
-        self._rates: list[float] = []
-        if not active:
-            return
-        if clock is not None:
-            clock.entering = self._terminal.entering
-        path, logged = directory / "metrics.jsonl", -1
-        if path.exists():
-            whole = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_whole(line)]
-            logged = max((json.loads(line)["step"] for line in whole), default=-1)
-        if wandb_mode != "off":  # before the cut: what wandb has of the steps that are cut off is known from them alone
-            self._wandb = WandbRun(
-                directory,
-                mode=wandb_mode,
-                project=wandb_project,
-                config=config,
-                start_step=start_step,
-                logged=logged,
-                share_text=share_text,
-                share_images=share_images,
-                say=self.say,
-            )
-        if path.exists():
-            kept = [line for line in whole if json.loads(line)["step"] < start_step]
-            # killed here, a run loses none of its steps
-            write_text_atomically(path, "".join(f"{line}\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")
+        self._backends: list[Backend] = []
+        if active:
+            if clock is not None:
+                clock.entering = self._terminal.entering
+            self._backends = open_backends(Tracked(directory, options, without_paths(config), start_step, self.say))
 
     def log(self, step: int, metrics: dict[str, float | int | None], samples: Sequence[Sample] = ()) -> None:
-        """Write one step's metrics; the step is the one just taken, counted from 0.
+        """Tell one step's metrics; the step is the one just taken, counted from 0.
 
         Args:
             samples: of the step's validation; they leave only where the recipe shares them.
         """
         if not self.active:
             return
-        written = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **written}) + "\n")  # NaN is no JSON
-        self._file.flush()
-        if self._wandb is not None:
-            if "validation/mean_reward" in metrics:  # a validation before training belongs to no step
-                self._wandb.share(step, samples)
-            self._wandb.log(step, metrics)
-        rate = metrics.get("time/tokens_per_second")
-        if rate is not None:
-            self._rates.append(rate)
+        # a validation before training belongs to no step
+        seen = samples if "validation/mean_reward" in metrics else ()
+        shared = shared_of(seen, text=self._options.share_text, images=self._options.share_images)
+        for backend in self._backends:
+            backend.log(step, metrics, shared)
         self._terminal.step(step, metrics)
 
     def sync(self) -> None:
-        """Bring the steps logged so far to the disk: a checkpoint that survives a crash of the machine must not survive
-        its metrics.
-        """
-        if self.active:
-            os.fsync(self._file.fileno())
+        """Bring the steps logged so far to the disk."""
+        for backend in self._backends:
+            backend.sync()
 
     def say(self, text: str) -> None:
         """One line on the terminal."""
         self._terminal.say(text)
 
     def close(self) -> None:
-        """Where the time went, and the end of wandb's run."""
-        if not self.active:
-            return
-        self._file.close()
-        if self._clock is not None and self._clock.totals:
+        """The end of the backends, and where the time went."""
+        for backend in self._backends:
+            backend.close()
+        if self.active and self._clock is not None and self._clock.totals:
             self._terminal.clear()
-            self.console.print(phase_table(self._clock.totals, statistics.median(self._rates) if self._rates else None))
-        if self._wandb is not None:
-            self._wandb.close()
+            self.console.print(where_time_went(self._clock.totals, self._terminal.tokens_per_second), highlight=False)
 
 
 class Clock:
@@ -229,12 +193,3 @@ def _commit() -> str | None:
         ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or None
-
-
-def _is_whole(line: str) -> bool:
-    """A line that a crash cut in the middle is not JSON; it will be written again."""
-    try:
-        json.loads(line)
-    except json.JSONDecodeError:
-        return False
-    return True

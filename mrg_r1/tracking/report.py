@@ -8,10 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich import box
 from rich.table import Table
 
 from mrg_r1.metrics.renamed import todays_names
+from mrg_r1.tracking.terminal import where_time_went, wide_console
+
+_LEGEND = (
+    "micro13, macro13: F1 of 13 diseases, pooled and averaged, as the labeler reads reports and references; _truth: "
+    "against what a phantom was drawn from; held_out: by a labeler that is not rewarded"
+)
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -37,19 +43,21 @@ def print_report(runs: Sequence[Path], *, control: Path | None = None) -> None:
     Raises:
         ValueError: as `read_summary`.
     """
-    console = Console()
+    console = wide_console()
     summaries = [read_summary(run) for run in runs]
     for run, summary in zip(runs, summaries, strict=True):
         # a run keeps its control in RUN/control
         beside = control if control is not None and len(runs) == 1 else run / "control"
-        console.print(
-            _before_after(run, summary, read_summary(beside) if (beside / "summary.json").is_file() else None)
-        )
-        seconds = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
+        compared = read_summary(beside) if (beside / "summary.json").is_file() else None
+        console.print(_before_after(run, summary, compared))
         stage = f", ZeRO-{summary['zero_stage']}" if summary["zero_stage"] else ""  # none where nothing was learned
-        console.print(f"seconds by phase: {seconds}; {summary['world_size']} ranks{stage}, seed {summary['seed']}")
-        if summary["note"]:
-            console.print(summary["note"])
+        page = run / "page" / "index.html"
+        lines = [_LEGEND, f"{summary['world_size']} ranks{stage}, seed {summary['seed']}; seconds by phase: "]
+        lines[-1] += where_time_went(summary["seconds"], None)
+        lines += [summary["note"]] if summary["note"] else []
+        lines += [f"its reports beside the radiographs: {page}, in any browser"] if page.is_file() else []
+        for line in lines:
+            console.print(line, markup=False, highlight=False)
     if len(runs) > 1:
         controls = [read_summary(run / "control") for run in runs if (run / "control" / "summary.json").is_file()]
         console.print(_gains(summaries, controls if len(controls) == len(runs) else None))
@@ -61,31 +69,37 @@ def training_seconds(run: Path) -> float:
 
 
 def _before_after(run: Path, summary: dict[str, Any], control: dict[str, Any] | None) -> Table:
-    table = Table(title=f"{run}: test split, greedy reports")
-    table.add_column("")
-    for name in ("before", "after", "change", *(("control: further SFT", "change") if control else ())):
+    table = _table(f"{run}: test split, greedy reports", "before", "after", "change")
+    for name in ("control: further SFT", "change") if control else ():
         table.add_column(name, justify="right")
     for key, after in summary["after"].items():
         before = (summary["before"] or {}).get(key)
         cells = [_number(before), _number(after), _change(before, after)]
         if control:
             cells += [_number(control["after"].get(key)), _change(before, control["after"].get(key))]
-        table.add_row(key, *cells)
+        if set(cells) != {"-"}:  # no held-out labeler, no drawn truth
+            table.add_row(key, *cells)
     return table
 
 
 def _gains(summaries: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]] | None) -> Table:
-    table = Table(title=f"gain over {len(summaries)} seeds: mean (least to most)")
-    table.add_column("")
-    table.add_column("GRPO", justify="right")
-    if controls:
-        table.add_column("control: further SFT", justify="right")
+    columns = ["GRPO", *(["control: further SFT"] if controls else [])]
+    table = _table(f"gain over {len(summaries)} seeds: mean (least to most)", *columns)
     for key in summaries[0]["after"]:
         cells = [_spread([(summary["before"].get(key), summary["after"].get(key)) for summary in summaries])]
         if controls:
             pairs = zip(summaries, controls, strict=True)
             cells.append(_spread([(summary["before"].get(key), one["after"].get(key)) for summary, one in pairs]))
-        table.add_row(key, *cells)
+        if set(cells) != {"-"}:
+            table.add_row(key, *cells)
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
     return table
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import sys
+import os
+import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,66 +11,94 @@ from typing import Any
 from rich.console import Console
 from rich.control import Control
 from rich.segment import ControlType
-from rich.table import Table
-from rich.text import Text
 
 from mrg_r1.progress import watched
 
-_PLAIN_LINES = 20  # of a run, where nobody watches
+PIPE_WIDTH = 100  # columns of what has no width of its own: a pipe, a file, a CI's log
+_PLAIN_LINES = 10  # of a run, where nobody watches
 _LONG = ("validation", "checkpoint", "evaluation")  # phases that may show a bar of their own
-_LINE = {  # what is shown of a step: title -> metric
-    "reward": "reward/total",
-    "constant": "reward/constant",
-    "mccs": "reward/mccs",
-    "loss": "loss",
-    "kl": "policy/kl",
-    "length": "groups/length",
-    "zero-signal": "groups/zero_signal",
-    "tok/s": "time/tokens_per_second",
-    "| val disease_micro13": "validation/disease_micro13",
-    "val reward": "validation/mean_reward",
-}
+_LINE = (  # what is shown of a step, as far as the line reaches: title, metric, columns of its value
+    ("reward", "reward/total", 5),
+    ("constant", "reward/constant", 5),
+    ("mccs", "reward/mccs", 6),
+    ("kl", "policy/kl", 7),
+    ("length", "groups/length", 5),
+    ("loss", "loss", 8),
+    ("tok/s", "time/tokens_per_second", 6),
+    ("zero-signal", "groups/zero_signal", 5),
+)
+_VALIDATION = ("disease_micro13", "mean_reward", "held_out_disease_micro13", "hacking_gap")
+
+
+def wide_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console as wide as its terminal; of `PIPE_WIDTH` columns where it is none, or the width that COLUMNS asks."""
+    console = Console(stderr=stderr, quiet=quiet)
+    return (
+        console
+        if console.is_terminal or "COLUMNS" in os.environ
+        else Console(stderr=stderr, quiet=quiet, width=PIPE_WIDTH)
+    )
 
 
 class StepLine:
     """A line a step on a terminal, rewritten in place; a line that stays at validations.
 
-    Piped or under `CI`: the first step, the last, each validation and every twentieth of the run.
+    Piped or under `CI`: the first step, the last, each validation and every tenth of the run.
     """
 
     def __init__(self, *, active: bool, steps: int) -> None:
-        # a pipe or a log file has no width: wide enough for the closing table
-        self.console = Console(stderr=True, quiet=not active, width=None if sys.stderr.isatty() else 120)
-        self.steps, self._live, self._shown = steps, active and watched(), False
+        self.console = wide_console(stderr=True, quiet=not active)
+        self.steps, self._shown = steps, False
+        self._live = active and watched()
         self._began, self._first = time.monotonic(), -1
-        self._last_f1 = ""
+        self._last_validation = ""
+        self._rates: list[float] = []
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The median over the steps shown; None where they had none."""
+        return statistics.median(self._rates) if self._rates else None
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the step just taken, counted from 0."""
         self._first = step if self._first < 0 else self._first
-        parts = [f"{title} {_short(metrics[name])}" for title, name in _LINE.items() if metrics.get(name) is not None]
-        validated = metrics.get("validation/disease_micro13") is not None
-        if validated:
-            self._last_f1 = f"last val disease_micro13 {_short(metrics['validation/disease_micro13'])}"
-        elif self._last_f1 and self._live:
-            parts.append(self._last_f1)
-        left = int((time.monotonic() - self._began) / (step - self._first + 1) * (self.steps - step - 1))
-        line = f"step {step + 1}/{self.steps}  {'  '.join(parts)}  {left // 60}:{left % 60:02d} left"
+        if metrics.get("time/tokens_per_second") is not None:
+            self._rates.append(metrics["time/tokens_per_second"])
         last = step + 1 == self.steps
-        if self._live and not (validated or last):
+        tenth = (step + 1) % max(self.steps // _PLAIN_LINES, 1) == 0
+        line = self._line(step, metrics)
+        if self._live and not last:
             self.clear()
-            shown = Text(line)
-            shown.truncate(max(self.console.width - 1, 1), overflow="ellipsis")
-            self.console.print(shown, end="\r")  # whatever comes next begins at the left, on this line
+            # whatever comes next begins at the left, on this line
+            self.console.print(line, end="\r", highlight=False, markup=False, no_wrap=True, overflow="crop")
             self._shown = True
-        elif (
-            self._live
-            or validated
-            or last
-            or step == self._first
-            or (step + 1) % max(self.steps // _PLAIN_LINES, 1) == 0
-        ):
+        elif last or tenth or step == self._first:
             self.say(line)
+        validated = {name: metrics.get(f"validation/{name}") for name in _VALIDATION}
+        if validated["disease_micro13"] is not None:
+            self._last_validation = f"val micro13 {_short(validated['disease_micro13'])}"
+            shown = [f"{name} {_short(value)}" for name, value in validated.items() if value is not None]
+            self.say(f"{self._counted(step)}  validation: {'  '.join(shown)}")
+
+    def _line(self, step: int, metrics: Mapping[str, Any]) -> str:
+        """The step in one line of the console's width; what does not fit is left to metrics.jsonl."""
+        done = step - self._first + 1
+        left = int((time.monotonic() - self._began) / done * (self.steps - step - 1))
+        begins, ends = self._counted(step), f"  {left // 60}:{left % 60:02d} left"
+        parts = [
+            f"  {title} {_short(metrics[name]):>{columns}}"
+            for title, name, columns in _LINE
+            if metrics.get(name) is not None
+        ]
+        if self._live and self._last_validation:
+            parts.insert(2, f"  {self._last_validation}")
+        for part in parts:
+            if len(begins) + len(part) + len(ends) < self.console.width:
+                begins += part
+        return begins + ends
+
+    def _counted(self, step: int) -> str:
+        return f"step {step + 1:{len(str(self.steps))}}/{self.steps}"
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -88,18 +117,22 @@ class StepLine:
             self._shown = False
 
 
-def phase_table(totals: Mapping[str, float], tokens_per_second: float | None) -> Table:
-    """Seconds and share by phase, longest first."""
+def where_time_went(totals: Mapping[str, float], tokens_per_second: float | None) -> str:
+    """Seconds by phase, longest first, in one line; what is short beside the whole comes together at its end."""
     everything = sum(totals.values()) or 1.0
-    rate = "" if tokens_per_second is None else f", {tokens_per_second:.0f} tokens/s in the steps"
-    table = Table(title=f"where {everything:.0f} s went{rate}")
-    table.add_column("phase")
-    table.add_column("seconds", justify="right")
-    table.add_column("share", justify="right")
-    for name, seconds in sorted(totals.items(), key=lambda item: -item[1]):
-        table.add_row(name, f"{seconds:.1f}", f"{seconds / everything:.1%}")
-    return table
+    shown = {name: seconds for name, seconds in totals.items() if seconds >= max(0.01 * everything, 0.5)}
+    phases = [f"{name} {seconds:.0f}" for name, seconds in sorted(shown.items(), key=lambda item: -item[1])]
+    rest = everything - sum(shown.values())
+    phases += [f"the rest {rest:.0f}"] if len(shown) < len(totals) and rest >= 0.5 else []
+    rate = "" if tokens_per_second is None else f"; {tokens_per_second:,.0f} tokens/s in the steps"
+    return f"{everything:.0f} s: {', '.join(phases)}{rate}"
 
 
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _short(value: float) -> str:
+    """A number in at most 7 characters and a sign, of which three or four are its digits."""
+    size = abs(value)
+    if isinstance(value, int) or size == 0:
+        return f"{value:,.0f}"
+    if size >= 10:
+        return f"{value:,.0f}" if size >= 100 else f"{value:.1f}"
+    return f"{value:.3f}" if size >= 0.01 else f"{value:.1e}"

@@ -1,45 +1,41 @@
 """What wandb is given, and when: numbers by default, never a reason for a run to stop.
 
-Privacy: the recipe goes to wandb with its paths cut to base names; the machine's name, command line, user, git state,
-code, console and probes do not. Texts and images go only where the recipe says so (`tracking.share_text`,
-`tracking.share_images`).
+Privacy: the machine's name, command line, user, git state, code, console and probes do not go to wandb. wandb itself is
+imported where a run opens it.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from mrg_r1.data.images import load_image
 from mrg_r1.files import write_text_atomically
-from mrg_r1.types import Study
+from mrg_r1.tracking.metrics_file import last_logged
+from mrg_r1.tracking.sharing import Shared, what_is_shared
 
-WandbMode = Literal["off", "offline", "online"]
-Sample = tuple[Study, Mapping[str, Any]]  # a study of the validation split, and its prediction
+if TYPE_CHECKING:
+    from mrg_r1.tracking.backends import Tracked
 
 # What a tracker raises must not end a run, and wandb raises plain Exceptions of private classes where its process has
 # died.
 _ANYTHING = Exception
-_SHARED = 8  # reports or studies a validation
-_SIDE = 224  # pixels of a shared radiograph
 # their summary is the best
 _UP = ("reward/total", "validation/mean_reward", "validation/disease_micro13", "validation/disease_macro13")
 
 
-def check_wandb(mode: WandbMode) -> None:
+def check_wandb(mode: Literal["off", "offline", "online"]) -> None:
     """Before anything is loaded.
 
     Raises:
-        ValueError: wandb was asked for by name and is not there.
+        ValueError: wandb is wanted and is not there.
     """
-    if mode == "online" and find_spec("wandb") is None:
+    if mode != "off" and find_spec("wandb") is None:
         raise ValueError(
-            "tracking.wandb 'online': the package wandb is not installed; pip install 'mrg-r1[wandb]', or "
-            "tracking.wandb=offline"
+            f"tracking.wandb {mode!r}: the package wandb, which mrg-r1 depends on, is not installed here; "
+            "pip install wandb, or tracking.wandb=off"
         )
 
 
@@ -51,46 +47,31 @@ class WandbRun:
     repeated ones have the same values.
 
     Args:
-        logged: the last step in metrics.jsonl before it was cut, -1 where there is none.
-        start_step: 0 begins a new wandb run; another one goes on with RUN's.
-        say: prints a line.
+        run: with start_step 0, a new wandb run is begun; else RUN's goes on. RUN/metrics.jsonl is read, and must not
+            have been cut to the checkpoint yet.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        mode: Literal["offline", "online"],
-        project: str,
-        config: Mapping[str, Any],
-        start_step: int,
-        logged: int,
-        share_text: bool,
-        share_images: bool,
-        say: Callable[[str], None],
-    ) -> None:
-        self._say, self._run, self.problem = say, None, ""
-        self._text, self._images = share_text, share_images
+    def __init__(self, run: Tracked) -> None:
+        options, directory = run.options, run.directory
+        mode: Literal["offline", "online"] = "online" if options.wandb == "online" else "offline"
+        self._say, self._run, self.problem = run.say, None, ""
         record = directory / "wandb_run.json"
-        known = json.loads(record.read_text(encoding="utf-8")) if start_step and record.is_file() else None
+        known = json.loads(record.read_text(encoding="utf-8")) if run.start_step and record.is_file() else None
         self._id: str = known["id"] if known else uuid.uuid4().hex[:12]
-        self._last: int = max(known["last_step"], logged) if known else start_step - 1
+        self._last: int = max(known["last_step"], last_logged(directory)) if known else run.start_step - 1
         write_text_atomically(record, json.dumps({"id": self._id, "last_step": self._last}) + "\n")
-        try:
-            import wandb
-        except ImportError:
-            say("wandb is not installed (pip install 'mrg-r1[wandb]'): metrics go to metrics.jsonl only")
-            return
+        import wandb
+
         self._wandb = wandb
         try:
             self._run = wandb.init(
-                project=project,
+                project=options.wandb_project,
                 name=directory.name,
                 id=self._id,
                 resume="allow" if mode == "online" else None,  # offline parts share the id
                 dir=directory,
                 mode=mode,
-                config=without_paths(config),
+                config=dict(run.config),
                 settings=wandb.Settings(
                     console="off",
                     disable_code=True,
@@ -111,40 +92,32 @@ class WandbRun:
                 self._run.define_metric(name, step_metric="step", summary="max")
         except _ANYTHING as error:
             self._give_up(error)
-        if self._run is not None and (share_text or share_images):
-            self._announce(project, mode, directory)
+        if self._run is not None and (options.share_text or options.share_images):
+            what = what_is_shared(text=options.share_text, images=options.share_images)
+            where = (
+                f"to wandb, project {options.wandb_project}, now"
+                if mode == "online"
+                else f"into {directory / 'wandb'}, and to wandb when that is synced"
+            )
+            run.say(f"tracking.share_text / share_images: at each validation {what} go {where}")
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Hand over the step's numbers, unless wandb has the step from before an interruption."""
+    def log(self, step: int, metrics: Mapping[str, float | int | None], shared: Sequence[Shared]) -> None:
+        """Hand over the step's numbers, and before them what is shared, unless wandb has the step from before an
+        interruption.
+        """
         if self._run is None or step <= self._last:
             return
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        samples = self._samples(shared)
         try:
+            if samples:
+                self._run.log({"step": step, **samples}, step=step)
             self._run.log({"step": step, **numbers}, step=step)
         except _ANYTHING as error:
             self._give_up(error)
 
-    def share(self, step: int, samples: Sequence[Sample]) -> None:
-        """A table of a validation's reports or images, where the recipe shares them. Call it before `log` of the same
-        step.
-        """
-        if self._run is None or not samples or not (self._text or self._images) or step <= self._last:
-            return
-        shown: dict[str, Any] = {}  # numbered, without the studies' ids, which may be patients'
-        if self._text:
-            rows = [[number, row["text"], study.report] for number, (study, row) in enumerate(samples[:_SHARED])]
-            shown["samples/reports"] = self._wandb.Table(columns=["study", "report", "reference"], data=rows)
-        if self._images:
-            images = [load_image(study.images[0].path, study.id) for study, _ in samples[:_SHARED]]
-            for image in images:
-                image.thumbnail((_SIDE, _SIDE))
-            shown["samples/images"] = [
-                self._wandb.Image(image, caption=str(number)) for number, image in enumerate(images)
-            ]
-        try:
-            self._run.log({"step": step, **shown}, step=step)
-        except _ANYTHING as error:
-            self._give_up(error)
+    def sync(self) -> None:
+        """wandb's own process writes its files as it goes."""
 
     def close(self) -> None:
         """End the wandb run; says again where it had failed."""
@@ -156,29 +129,17 @@ class WandbRun:
         if self.problem:
             self._say(f"wandb has only a part of this run ({self.problem}); metrics.jsonl has all of it")
 
+    def _samples(self, shared: Sequence[Shared]) -> dict[str, Any]:
+        """A table of a validation's reports, and its radiographs, as far as they are shared."""
+        samples: dict[str, Any] = {}
+        rows = [[one.number, one.report, one.reference] for one in shared if one.report is not None]
+        images = [self._wandb.Image(one.image(), caption=str(one.number)) for one in shared if one.has_image]
+        if rows:
+            samples["samples/reports"] = self._wandb.Table(columns=["study", "report", "reference"], data=rows)
+        if images:
+            samples["samples/images"] = images
+        return samples
+
     def _give_up(self, error: Exception) -> None:
         self.problem, self._run = f"{type(error).__name__}: {error}", None
         self._say(f"wandb failed ({self.problem}); the run goes on, metrics go to metrics.jsonl only")
-
-    def _announce(self, project: str, mode: str, directory: Path) -> None:
-        what = [f"sampled reports and their references of up to {_SHARED} studies"] if self._text else []
-        what += [f"radiographs (at most {_SIDE} pixels) of up to {_SHARED} studies"] if self._images else []
-        where = (
-            f"to wandb, project {project}, now"
-            if mode == "online"
-            else f"into {directory / 'wandb'}, and to wandb when that is synced"
-        )
-        self._say(f"tracking.share_text / share_images: at each validation {' and '.join(what)} go {where}")
-
-
-def without_paths(value: Any, key: str = "") -> Any:
-    """A recipe in which every path is cut to its last part: folders may be named after patients. The prompt's
-    instruction stays.
-    """
-    if isinstance(value, Mapping):
-        return {without_paths(str(name)): without_paths(part, str(name)) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_paths(part) for part in value]
-    if isinstance(value, str) and key != "instruction" and ("/" in value or "\\" in value):
-        return PurePath(value.replace("\\", "/")).name
-    return value

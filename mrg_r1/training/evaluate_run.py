@@ -11,15 +11,16 @@ import json
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from mrg_r1.config.recipe import Recipe, RecipeError, load_run, with_trained_policy
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.evaluation.evaluate import print_evaluation, write_evaluation
+from mrg_r1.evaluation.evaluate import write_evaluation
 from mrg_r1.evaluation.generate import NOT_FOR_CLINICAL_USE, add_labels, reports_of
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.labeler import Labeler
 from mrg_r1.policy.lora import load_adapter
+from mrg_r1.tracking.evaluation_tables import print_evaluation
+from mrg_r1.tracking.terminal import wide_console
 from mrg_r1.training.run import Run, open_run
 from mrg_r1.types import Study
 
@@ -46,7 +47,7 @@ def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
         result, predictions = run.evaluate(studies, title=f"evaluating {name}")
         if ranks.is_main:
             write_evaluation(path.parent, name, result | {"manifest": str(recipe.data.manifest)}, predictions)
-            print_evaluation(Console(), result, f"{name} split")
+            print_evaluation(wide_console(), result, f"{name} split")
     else:
         _write_reports(run, studies, path)
     run.close()

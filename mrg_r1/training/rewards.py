@@ -87,7 +87,7 @@ def start_service(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
         tokenizer=reward.tokenizer,
         device=reward.device,
         dtype=reward.dtype,
-        stage={
+        reward_function={
             "weights": reward.weights,
             "margin": reward.margin,
             "format_style": reward.format,
@@ -175,7 +175,7 @@ def start_held_out(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
         tokenizer=evaluation.held_out_tokenizer,
         device=evaluation.held_out_device,
         dtype=_HELD_OUT_DTYPE,
-        stage={"mode": recipe.prompt.mode},  # nothing is scored there; hints are taken apart
+        reward_function={"mode": recipe.prompt.mode},  # nothing is scored there; hints are taken apart
         threads=max(1, min(16, len(os.sched_getaffinity(0)) - ranks.node.size)),
         name="held_out",
         device_field="evaluation.held_out_device",

@@ -17,10 +17,11 @@ from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluation.evaluate import evaluate, write_evaluation
 from mrg_r1.files import write_text_atomically
 from mrg_r1.metrics.renamed import todays_names
-from mrg_r1.policy.load import Policy, load_image_processor, load_policy
+from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import merge_adapter
+from mrg_r1.policy.policy import Policy
 from mrg_r1.reward.held_out import HeldOutLabeler
-from mrg_r1.tracking.wandb_run import Sample
+from mrg_r1.tracking.sharing import Sample
 from mrg_r1.training import rewards
 from mrg_r1.training.preflight import DTYPES, Task, preflight
 from mrg_r1.training.rewards import RunRewards
@@ -194,7 +195,7 @@ def _open_builder(recipe: Recipe, ranks: Ranks, policy: Policy) -> PromptBuilder
     return PromptBuilder(
         tokenizer=policy.tokenizer,
         image_processor=processor,
-        positions=policy.positions,
+        layout=policy.layout,
         words=words,
         workers=(2 if ranks.device.type == "cuda" else 0) if workers is None else workers,
     )

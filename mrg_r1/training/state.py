@@ -16,9 +16,10 @@ from mrg_r1.engine.checkpoint import latest_step, load_checkpoint, save_checkpoi
 from mrg_r1.engine.faults import NotFinite, Requeue, Signals, any_signal
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
-from mrg_r1.evaluation.evaluate import print_evaluation, short_summary
+from mrg_r1.evaluation.evaluate import short_summary
 from mrg_r1.labels.observations import values_of_classes
 from mrg_r1.reward.service.interface import RewardsMissing
+from mrg_r1.tracking.evaluation_tables import print_evaluation
 from mrg_r1.tracking.log import Clock, RunLog
 from mrg_r1.tracking.page import write_page
 from mrg_r1.training.preflight import Task
@@ -304,16 +305,12 @@ def open_loader(run: Run, record: dict[str, Any], *, batch_size: int) -> StudyLo
 
 def _open_log(run: Run, start: int, clock: Clock) -> RunLog:
     """The run's log on rank 0, silent on the others."""
-    tracking = run.recipe.tracking
     return RunLog(
         run.directory,
         active=run.ranks.is_main,
         steps=run.recipe.steps,
-        wandb_mode=tracking.wandb,
-        wandb_project=tracking.wandb_project,
+        options=run.recipe.tracking,
         config=run.recipe.model_dump(mode="json"),
         start_step=start,
         clock=clock,
-        share_text=tracking.share_text,
-        share_images=tracking.share_images,
     )

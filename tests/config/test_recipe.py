@@ -213,3 +213,15 @@ def test_the_recipe_of_an_older_run_is_read(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(MINIMAL | {"evaluation": {"jugde": None}}))
     with pytest.raises(RecipeError, match="evaluation.jugde"):
         load_run(tmp_path)
+
+
+def test_a_reward_term_that_nobody_wrote_is_refused_by_its_field(recipe_file):
+    with pytest.raises(RecipeError, match=r"reward\.weights: .*'mcss'"):
+        load_recipe(recipe_file, ["reward.weights={mcss: 1.0}"])
+    assert load_recipe(recipe_file, ["reward.weights={'mine:term': 1.0}"]).reward.weights == {"mine:term": 1.0}
+
+
+def test_the_score_that_chooses_is_one_that_is_computed(recipe_file):
+    with pytest.raises(RecipeError, match=r"evaluation\.select: "):
+        load_recipe(recipe_file, ["evaluation.select=f1"])
+    assert load_recipe(recipe_file, ["evaluation.select=chexbert_macro5"]).evaluation.select == "chexbert_macro5"

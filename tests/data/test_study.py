@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mrg_r1.data.study import ManifestError, check_images, read_manifest, write_manifest
+from mrg_r1.data.study import ManifestError, check_images, manifest_line, read_manifest, write_manifest
 from mrg_r1.types import Study, StudyImage
 
 BLANK: list[int | None] = [None] * 14
@@ -277,3 +277,12 @@ def test_every_bad_image_is_named_with_its_study(tmp_path: Path) -> None:
     assert len(lines) == 3
     for line, study, what in zip(lines, (1, 3, 4), ("no such file", "truncated", "not an image"), strict=True):
         assert f"study 'study-{study}'" in line and f"{study}.png" in line and what in line
+
+
+def test_a_manifest_of_version_0_1_0_is_read() -> None:
+    """Written by `mrg-r1 prepare phantom --preset full` of that version; every key and kind of value is in it."""
+    path = Path(__file__).parent / "version_0_1_0" / "manifest.jsonl"
+    studies = read_manifest(path)
+    assert [study.split for study in studies] == ["train", "train", "train", "val"]
+    assert all(study.rendered and study.said and study.drawn and len(study.images) == 2 for study in studies)
+    assert [manifest_line(study, path.parent) for study in studies] == path.read_text(encoding="utf-8").splitlines()

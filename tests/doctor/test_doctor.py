@@ -241,12 +241,13 @@ def test_wandb_online_without_a_key(
     assert examine(world, tmp_path / "run", capsys, "tracking.wandb=online")[0] == 0
 
 
-def test_wandb_that_is_asked_for_and_missing_is_a_warning(
+def test_wandb_that_is_asked_for_and_missing_is_a_failure(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "wandb_version", lambda: None)
     code, findings = examine(world, tmp_path / "run", capsys, "tracking.wandb=offline")
-    assert code == 0 and findings["wandb"]["state"] == "warning" and "pip install" in findings["wandb"]["remedy"]
+    assert code == 1 and findings["wandb"]["state"] == "failure" and "tracking.wandb" in findings["wandb"]["remedy"]
+    assert examine(world, tmp_path / "run", capsys, "tracking.wandb=off")[1]["wandb"]["state"] == "ok"
 
 
 def test_a_launch_stops_before_the_policy_is_loaded_and_names_every_failure(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mrg_r1.config.recipe import load_recipe
-from mrg_r1.evaluation.evaluate import SUMMARY_KEYS, evaluation_table, short_summary, summarise
+from mrg_r1.evaluation.evaluate import SUMMARY_KEYS, short_summary, summarise
 from mrg_r1.labels.observations import values_of_classes
 from mrg_r1.metrics.clinical import DEFINITIONS
+from mrg_r1.tracking.evaluation_tables import evaluation_table, other_readers_table
 from mrg_r1.training.run import open_run
 from mrg_r1.types import Study
 from tests.conftest import OneRank
@@ -71,7 +72,9 @@ def test_every_definition_stands_with_interval_and_baselines(world, tmp_path, in
     assert result["labeler"]["name"] == "labeler" and len(result["labeler"]["fingerprint"]) == 16
     assert [row["id"] for row in predictions] == [study.id for study in run.studies["test"]]
     assert set(short_summary(result)) == set(SUMMARY_KEYS)
-    assert evaluation_table(result, "test").row_count == len(DEFINITIONS) + 2
+    assert evaluation_table(result).row_count == len(DEFINITIONS)
+    others = other_readers_table(result)
+    assert others is not None and others.row_count == 2
 
 
 def test_batches_do_not_change_the_reports(world, tmp_path, inline_rewards):

@@ -19,7 +19,7 @@ import mrg_r1.evaluation.generate as generate_module
 import mrg_r1.reward.service.supervisor as supervisor_module
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.study import read_manifest
-from mrg_r1.evaluation.evaluate import print_evaluation, short_summary, write_evaluation
+from mrg_r1.evaluation.evaluate import short_summary, write_evaluation
 from mrg_r1.labels.observations import values_of_classes
 from mrg_r1.metrics import lexical
 from mrg_r1.reward.compute import RewardFunction
@@ -27,6 +27,7 @@ from mrg_r1.reward.held_out import HeldOutLabeler
 from mrg_r1.reward.service.interface import RewardServiceError, RewardsMissing
 from mrg_r1.reward.service.supervisor import ServiceState
 from mrg_r1.score.card import score_files
+from mrg_r1.tracking.evaluation_tables import print_evaluation
 from mrg_r1.tracking.gaps import GapWatch
 from mrg_r1.training import rewards as rewarding
 from mrg_r1.training.run import open_run

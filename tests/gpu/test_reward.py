@@ -33,7 +33,7 @@ def test_the_service_takes_the_physical_device_whatever_the_ranks_see(world, tmp
         tokenizer=None,
         device="cuda:0",
         dtype="float32",
-        stage={"weights": {"mccs": 1.0}, "mode": "plain"},
+        reward_function={"weights": {"mccs": 1.0}, "mode": "plain"},
         threads=1,
     )
     supervisor = Supervisor(settings, log=tmp_path / "log")

@@ -66,6 +66,7 @@ def test_bad_recipe_ends_all_ranks_with_one_message(world, tmp_path, override, w
     done = launch("train", world.recipe(tmp_path / "run"), override)
     output = done.stdout + done.stderr
     assert done.returncode != 0 and output.count(words) == 1 and "Traceback" not in output
+    assert words in done.stderr.rpartition("error:")[2], "nothing is said after it"
 
 
 def test_killed_run_goes_on_and_ends_as_if_nothing_had_happened(world, tmp_path):
@@ -127,6 +128,9 @@ def test_a_reward_service_that_dies_costs_no_step_and_one_that_keeps_dying_leave
     output = stopped.stdout + stopped.stderr
     assert stopped.returncode != 0 and output.count("no rewards: rank 0: the reward service has died 4 times") == 1
     assert "killed by SIGKILL" in output and "Traceback" not in output
+    # the failing rank speaks last, and the run keeps its words
+    assert "no rewards" in stopped.stderr.rpartition("error:")[2]
+    assert "no rewards" in (dead / "launch.log").read_text()
     assert (dead / "checkpoints" / "latest").read_text() == "step_2" and len(steps_of(dead)) == 2
     again = train(dead, at=0, times=0)
     assert again.returncode == 0 and "resuming" in again.stdout + again.stderr

@@ -188,7 +188,7 @@ def test_what_cannot_be_rendered_is_refused_by_name() -> None:
             render_view([1] * 13, view, seed=0, index=0, patient=0, side=64)
 
 
-TRAIN, TEST = 900, 600
+TRAIN, TEST = 900, 600  # with fewer a probe misses the faint ones, opacity and lesion from the side
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -31,6 +32,7 @@ from mrg_r1.training.sft import train as train_sft
 from mrg_r1.training.update import update
 from mrg_r1.types import Experience, Prompts, Rewards, VisionFeatures
 from tests.conftest import make_study, with_lora
+from tests.inline_rewards import score_inline
 
 GROUP = 4
 SIDES = [[(84, 84)], [(84, 56), (112, 112)], [(56, 112)], [(112, 84)]]
@@ -293,14 +295,19 @@ def unequal_rollouts(ranks: Ranks, *, directory: str, images: str, repeats: int 
     return answer
 
 
-def train(ranks: Ranks, *, recipe: str, overrides: list[str]) -> None:
-    """A GRPO recipe, as launch/train.py runs it."""
-    train_grpo(load_recipe(Path(recipe), overrides), ranks)
+def train(ranks: Ranks, *, recipe: str, overrides: list[str], service: bool = False) -> None:
+    """A GRPO recipe, as launch/train.py runs it with a reward service; without one, rewards are computed here."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not service:
+            score_inline(patch)
+        train_grpo(load_recipe(Path(recipe), overrides), ranks)
 
 
 def sft(ranks: Ranks, *, recipe: str, overrides: list[str]) -> None:
-    """An SFT recipe, as launch/sft.py runs it."""
-    train_sft(load_recipe(Path(recipe), overrides), ranks)
+    """An SFT recipe, as launch/sft.py runs it, without a reward service."""
+    with pytest.MonkeyPatch.context() as patch:
+        score_inline(patch)
+        train_sft(load_recipe(Path(recipe), overrides), ranks)
 
 
 def indices(ranks: Ranks, *, step: int) -> list[int]:
@@ -358,8 +365,7 @@ def train_with_fault(ranks: Ranks, *, recipe: str, overrides: list[str], fault: 
         calls += 1
         return inner(experience, engine=engine, **rest)
 
-    trainer.update = faulty
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "update", faulty)
+        score_inline(patch)
         train_grpo(load_recipe(Path(recipe), overrides), ranks)
-    finally:
-        trainer.update = inner

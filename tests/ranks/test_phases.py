@@ -32,9 +32,8 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def train(pool, world, run: Path, *overrides: str, **fault: Any) -> Path:
-    task = "train_with_fault" if fault else "train"
-    pool.run(task, recipe=str(world.recipe(run, name=f"{run.name}.yaml")), overrides=[*QUIET, *overrides], **fault)
+def train(pool, world, run: Path, *overrides: str, task: str = "train", **more: Any) -> Path:
+    pool.run(task, recipe=str(world.recipe(run, name=f"{run.name}.yaml")), overrides=[*QUIET, *overrides], **more)
     return run
 
 
@@ -50,9 +49,9 @@ def train(pool, world, run: Path, *overrides: str, **fault: Any) -> Path:
 def test_a_rollout_and_an_update_are_a_step(pool, world, tmp_path, setting):
     """To the last bit: all metrics and the adapter. The update knows no labeler, and no service is started for it."""
     whole = train(pool, world, tmp_path / "whole", "steps=1", *setting)
-    sampled = train(pool, world, tmp_path / "sampled", "steps=1", "phases=rollout", *setting)
+    sampled = train(pool, world, tmp_path / "sampled", "steps=1", "phases=rollout", *setting, service=True)
     given = [f"experience={sampled}/experience", NO_LABELER]
-    learned = train(pool, world, tmp_path / "learned", "steps=1", "phases=update", *given, *setting)
+    learned = train(pool, world, tmp_path / "learned", "steps=1", "phases=update", *given, *setting, service=True)
     (row,) = rows_of(whole)
     assert rows_of(learned) == [row] and row["loss"] != 0 and row["policy/skipped_updates"] == 0
     assert equal(adapter_of(learned), adapter_of(whole))
@@ -93,7 +92,7 @@ def test_a_batch_that_could_not_be_learned_from_replays_to_the_same_loss(pool, w
     The faults: one NaN among the reference's log-probs, of one rank; a weight that is infinite, from the update on.
     """
     zero = f"engine.deepspeed=ds_configs/zero{stage}.json"
-    run = train(pool, world, tmp_path / "run", "steps=2", zero, fault=fault, step=1)
+    run = train(pool, world, tmp_path / "run", "steps=2", zero, task="train_with_fault", fault=fault, step=1)
     first, failed = rows_of(run)
     assert first["loss"] is not None and failed["loss"] is None and failed["policy/skipped_updates"] == 1
     file = run / "not_finite" / "step_000001_rank1.json"

@@ -25,11 +25,11 @@ def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_
     a run leaves.
     """
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    pool.run("train", recipe=str(world.recipe(straight)), overrides=["evaluation.every=2"])
+    pool.run("train", recipe=str(world.recipe(straight)), overrides=["evaluation.every=2"], service=True)
     recipe = str(world.recipe(stopped, name="other.yaml"))
     pool.run("train", recipe=recipe, overrides=["evaluation.every=2", "steps=2", "evaluation.test=false"])
     (stopped / "summary.json").unlink()  # the run was killed before it could say that it had ended
-    pool.run("train", recipe=recipe, overrides=["evaluation.every=2"])
+    pool.run("train", recipe=recipe, overrides=["evaluation.every=2"])  # that it has no service must not be seen
 
     assert metrics(straight) == metrics(stopped) and len(metrics(straight)) == 4
     assert completions(straight) == completions(stopped) and len(completions(straight)) == 8

@@ -29,7 +29,7 @@ class InProcessRewards:
         ended: Tensor,
         study_ids: Sequence[str],
         references: Sequence[str],
-        context_of: RewardContext = RewardContext(),  # noqa: B008 (frozen)
+        context: RewardContext = RewardContext(),  # noqa: B008 (frozen)
     ) -> Ticket:
         """Score the batch now; a failure is kept for `result`.
 
@@ -38,12 +38,12 @@ class InProcessRewards:
             ended: [B, G] bool, an EOS was sampled.
             study_ids: B.
             references: B texts of the radiologists.
-            context_of: this batch's margin, weights, known labels and constant report.
+            context: this batch's margin, weights, known labels and constant report.
         """
         ticket = Ticket(study_ids=tuple(study_ids))
         began = time.perf_counter()
         try:
-            self._outcomes[ticket.id] = self.function.score(texts, ended, references, context_of, study_ids=study_ids)
+            self._outcomes[ticket.id] = self.function.score(texts, ended, references, context, study_ids=study_ids)
         except Exception as error:  # raised by `result`, where every service raises
             self._outcomes[ticket.id] = error
         self._busy += time.perf_counter() - began
@@ -57,7 +57,7 @@ class InProcessRewards:
 
         Raises:
             RewardError, ValueError: what `RewardFunction.score` raised on it.
-            ValueError: a ticket of another service, or one that was redeemed before.
+            ValueError: a ticket of another service, or one that was waited for before.
         """
         if ticket.id not in self._outcomes:
             raise unknown_ticket(ticket)

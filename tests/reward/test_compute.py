@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from mrg_r1.reward.compute import (
     DEFAULT_MARGIN,
     DEFAULT_WEIGHTS,
-    TERM_NAMES,
     RewardContext,
     RewardError,
     RewardFunction,
 )
+from mrg_r1.reward.terms import BUILT_IN
 from tests.reward.keyword_labeler import KeywordLabeler
 
 CUSTOM = "tests.reward.custom_terms:"
@@ -37,13 +37,13 @@ REFERENCES = ["cardiomegaly. no effusion", "edema. no pneumothorax"]
 ENDED = torch.ones(2, 3, dtype=torch.bool)
 
 
-def stage(labeler: Any = None, **arguments: Any) -> RewardFunction:
+def function_of(labeler: Any = None, **arguments: Any) -> RewardFunction:
     return RewardFunction(labeler or KeywordLabeler(), **arguments)
 
 
 def test_the_default_reward_by_hand() -> None:
     assert (DEFAULT_WEIGHTS, DEFAULT_MARGIN) == ({"mccs": 0.75, "format": 0.25}, 0.5)
-    rewards = stage().score(TEXTS, ENDED, REFERENCES)
+    rewards = function_of().score(TEXTS, ENDED, REFERENCES)
     # study 1: equal; one of two flipped, CCS 0; no tags, no report. Study 2: -1 / sqrt 2; 1 / sqrt 2; -1 / sqrt 2.
     half = (1 / math.sqrt(2) - 0.5) / 0.5
     assert rewards.terms["mccs"].flatten().tolist() == pytest.approx([1, 0, 0, 0, half, 0])
@@ -54,7 +54,7 @@ def test_the_default_reward_by_hand() -> None:
 
 
 def test_labels_are_kept_and_unlabelled_rows_are_marked() -> None:
-    rewards = stage().score(TEXTS, ENDED, REFERENCES)
+    rewards = function_of().score(TEXTS, ENDED, REFERENCES)
     assert rewards.labels.shape == (2, 3, 14) and rewards.labels.dtype == torch.int64
     assert rewards.labels[0, 2].tolist() == [-1] * 14
     assert rewards.labels[0, 1].tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
@@ -63,10 +63,10 @@ def test_labels_are_kept_and_unlabelled_rows_are_marked() -> None:
 
 
 def test_every_term_by_hand() -> None:
-    weights = {name: 1.0 for name in TERM_NAMES} | {CUSTOM + "brevity": -0.5}
+    weights = {name: 1.0 for name in BUILT_IN} | {CUSTOM + "brevity": -0.5}
     texts = [[think("cardiomegaly. no effusion"), think("cardiomegaly"), "", "<think>a</think><report> </report>"]]
     ended = torch.tensor([[True, False, True, True]])
-    rewards = stage(weights=weights, margin=0.2, format_style="graded").score(
+    rewards = function_of(weights=weights, margin=0.2, format_style="graded").score(
         texts, ended, ["cardiomegaly. no effusion"]
     )
     cosine = 1 / math.sqrt(2)
@@ -90,7 +90,7 @@ def test_every_term_by_hand() -> None:
 def test_terms_are_reported_before_their_weights_and_with_weight_zero() -> None:
     """Trap 24: format saturates while findings stand still; only terms that are logged apart show it."""
     texts = [[think("no edema"), think("no effusion")], [think("cardiomegaly"), think("edema")]]
-    rewards = stage(weights={"mccs": 0.75, "format": 0.25, "ccs": 0.0}, margin=0.0).score(
+    rewards = function_of(weights={"mccs": 0.75, "format": 0.25, "ccs": 0.0}, margin=0.0).score(
         texts, torch.ones(2, 2, dtype=torch.bool), ["edema", "edema"]
     )
     assert rewards.terms["format"].mean().item() == 1.0
@@ -101,20 +101,20 @@ def test_terms_are_reported_before_their_weights_and_with_weight_zero() -> None:
 
 def test_one_call_labels_each_text_once_and_never_the_thoughts() -> None:
     labeler = KeywordLabeler()
-    reward_stage = stage(labeler)
-    reward_stage.score(TEXTS, ENDED, REFERENCES)
+    function = function_of(labeler)
+    function.score(TEXTS, ENDED, REFERENCES)
     assert len(labeler.calls) == 1
     generated = ["cardiomegaly. effusion", "cardiomegaly. no effusion", "edema", "no edema"]
     # the first reference is one of them
     assert sorted(labeler.calls[0]) == sorted([*generated, "edema. no pneumothorax"])
-    reward_stage.score([[think("effusion"), think("effusion")]], torch.ones(1, 2, dtype=torch.bool), REFERENCES[:1])
+    function.score([[think("effusion"), think("effusion")]], torch.ones(1, 2, dtype=torch.bool), REFERENCES[:1])
     assert labeler.calls[1:] == [["effusion"]]  # the reference is remembered
 
 
 def test_nothing_is_labelled_when_nothing_is_there() -> None:
     labeler = KeywordLabeler()
     known = np.zeros((1, 14), dtype=np.int64)
-    rewards = stage(labeler).score(
+    rewards = function_of(labeler).score(
         [["a", "b"]], torch.ones(1, 2, dtype=torch.bool), ["x"], RewardContext(reference_labels=known)
     )
     assert labeler.calls == [] and rewards.total.tolist() == [[0, 0]]
@@ -125,7 +125,7 @@ def test_known_reference_labels_take_the_labelers_place() -> None:
     known = np.zeros((1, 14), dtype=np.int64)
     known[0, 9] = 1
     texts = [[think("effusion"), think("edema")]]
-    rewards = stage(labeler).score(
+    rewards = function_of(labeler).score(
         texts, torch.ones(1, 2, dtype=torch.bool), ["edema"], RewardContext(reference_labels=known)
     )
     assert rewards.terms["mccs"].tolist() == [[1, 0]]
@@ -134,7 +134,8 @@ def test_known_reference_labels_take_the_labelers_place() -> None:
 
 
 def test_plain_mode_labels_the_whole_text_and_wants_its_end() -> None:
-    rewards = stage(mode="plain").score([[" edema ", "edema", "  "]], torch.tensor([[True, False, True]]), ["edema"])
+    function = function_of(mode="plain")
+    rewards = function.score([[" edema ", "edema", "  "]], torch.tensor([[True, False, True]]), ["edema"])
     assert rewards.terms["mccs"].tolist() == [[1, 1, 0]]
     assert rewards.terms["format"].tolist() == [[1, 0, 0]]
     assert rewards.report_texts == [["edema", "edema", None]]
@@ -143,7 +144,7 @@ def test_plain_mode_labels_the_whole_text_and_wants_its_end() -> None:
 def test_rows_stay_with_their_own_study() -> None:
     words = ["cardiomegaly", "edema", "consolidation", "pneumothorax"]
     texts = [[think(word) for word in words] for _ in words]
-    rewards = stage(weights={"mccs": 1.0, "rouge_l": 1.0}).score(texts, torch.ones(4, 4, dtype=torch.bool), words)
+    rewards = function_of(weights={"mccs": 1.0, "rouge_l": 1.0}).score(texts, torch.ones(4, 4, dtype=torch.bool), words)
     assert torch.equal(rewards.terms["mccs"], torch.eye(4)) and torch.equal(rewards.terms["rouge_l"], torch.eye(4))
 
 
@@ -154,7 +155,7 @@ def test_the_step_decides_the_margin_and_the_weights() -> None:
         ["edema. effusion"],
     )
     scored = [
-        stage().score(texts, ended, references, RewardContext(margin=margin)).terms["mccs"][0, 1].item()
+        function_of().score(texts, ended, references, RewardContext(margin=margin)).terms["mccs"][0, 1].item()
         for margin in (0.0, 0.5, 0.9)
     ]
     cosine = 0.5**0.5
@@ -162,7 +163,7 @@ def test_the_step_decides_the_margin_and_the_weights() -> None:
     weights = np.ones((13, 2))
     weights[4, 0] = 9.0  # edema
     heavy = (
-        stage(weights={"ccs": 1.0, "mccs": 1.0})
+        function_of(weights={"ccs": 1.0, "mccs": 1.0})
         .score(texts, ended, references, RewardContext(margin=0.2, ccs_weights=weights))
         .terms
     )
@@ -173,9 +174,9 @@ def test_the_step_decides_the_margin_and_the_weights() -> None:
 
 def test_a_constant_report_is_scored_beside_every_study() -> None:
     weights = {"mccs": 0.75, "format": 0.25, "rouge_l": 0.0, CUSTOM + "brevity": 0.5}
-    known = stage(weights=weights).score(TEXTS, ENDED, REFERENCES, RewardContext(constant=REFERENCES[1]))
-    alone = stage(weights=weights).score(TEXTS, ENDED, REFERENCES)
-    as_completion = stage(weights=weights, mode="plain").score([[REFERENCES[1]]] * 2, ENDED[:, :1], REFERENCES)
+    known = function_of(weights=weights).score(TEXTS, ENDED, REFERENCES, RewardContext(constant=REFERENCES[1]))
+    alone = function_of(weights=weights).score(TEXTS, ENDED, REFERENCES)
+    as_completion = function_of(weights=weights, mode="plain").score([[REFERENCES[1]]] * 2, ENDED[:, :1], REFERENCES)
     assert torch.equal(known.total, alone.total) and not alone.constant
     assert torch.equal(known.constant["total"], as_completion.total[:, 0]) and known.constant.keys() == {
         "total",
@@ -222,7 +223,7 @@ def classes_with(value: int, column: int) -> Any:
 )
 def test_a_failing_labeler_stops_the_run_and_names_the_studies(answer: Any, message: str) -> None:
     with pytest.raises(RewardError, match=message):
-        stage(BrokenLabeler(answer)).score(TEXTS, ENDED, REFERENCES, study_ids=["CXR7", "CXR8"])
+        function_of(BrokenLabeler(answer)).score(TEXTS, ENDED, REFERENCES, study_ids=["CXR7", "CXR8"])
 
 
 @pytest.mark.parametrize(
@@ -235,15 +236,15 @@ def test_a_failing_labeler_stops_the_run_and_names_the_studies(answer: Any, mess
     ],
 )
 def test_a_failing_term_stops_the_run_and_names_itself_and_the_studies(term: str, message: str) -> None:
-    reward_stage = stage(weights={"mccs": 1.0, CUSTOM + term: 0.0})
+    function = function_of(weights={"mccs": 1.0, CUSTOM + term: 0.0})
     texts = [[think("edema")], [think("broken")]]
     with pytest.raises(RewardError, match=message):
-        reward_stage.score(texts, torch.ones(2, 1, dtype=torch.bool), REFERENCES, study_ids=["CXR7", "CXR8"])
+        function.score(texts, torch.ones(2, 1, dtype=torch.bool), REFERENCES, study_ids=["CXR7", "CXR8"])
 
 
 def test_a_users_term_cannot_change_what_the_others_see() -> None:
     weights = {CUSTOM + "spoils_its_inputs": 1.0, "mccs": 1.0, CUSTOM + "agreement": 0.0}
-    rewards = stage(weights=weights).score(TEXTS, ENDED, REFERENCES)
+    rewards = function_of(weights=weights).score(TEXTS, ENDED, REFERENCES)
     assert rewards.terms["mccs"][0].tolist() == [1, 0, 0]
     assert rewards.terms[CUSTOM + "agreement"][0].tolist() == pytest.approx([1, 13 / 14, 0])
     assert rewards.report_texts[0][2] is None and rewards.labels[0, 2, 0].item() == -1
@@ -265,7 +266,7 @@ def test_a_users_term_cannot_change_what_the_others_see() -> None:
 )
 def test_settings_that_make_no_reward_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        stage(**arguments)
+        function_of(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -276,9 +277,9 @@ def test_settings_that_make_no_reward_are_refused(arguments: dict[str, Any], mes
         ({"ended": torch.ones(3, 2, dtype=torch.bool)}, "ended of shape"),
         ({"references": ["one"]}, "1 references for 2"),
         ({"study_ids": ["one"]}, "1 study ids for 2"),
-        ({"judging": RewardContext(reference_labels=np.zeros((2, 13), dtype=np.int64))}, "reference_labels: shape"),
+        ({"context": RewardContext(reference_labels=np.zeros((2, 13), dtype=np.int64))}, "reference_labels: shape"),
         (
-            {"judging": RewardContext(reference_labels=np.full((2, 14), -1, dtype=np.int64))},
+            {"context": RewardContext(reference_labels=np.full((2, 14), -1, dtype=np.int64))},
             "reference_labels: class -1",
         ),
     ],
@@ -286,4 +287,4 @@ def test_settings_that_make_no_reward_are_refused(arguments: dict[str, Any], mes
 def test_batches_that_do_not_fit_together_are_refused(change: dict[str, Any], message: str) -> None:
     batch: dict[str, Any] = {"texts": TEXTS, "ended": ENDED, "references": REFERENCES} | change
     with pytest.raises(ValueError, match=message):
-        stage().score(**batch)
+        function_of().score(**batch)

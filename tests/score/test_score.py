@@ -283,3 +283,10 @@ def test_scoring_labels_loads_neither_torch_nor_deepspeed(tmp_path: Path) -> Non
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
     assert ended.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_version_0_1_0_wrote_is_scored_and_compared(tmp_path: Path) -> None:
+    old = Path(__file__).parent / "version_0_1_0"
+    write_card(tmp_path / "new.json", score_files(old / "test_predictions.jsonl", samples=2))
+    same = compare_cards(old / "card.json", tmp_path / "new.json", samples=2)
+    assert all(entry["difference"] == 0 for entry in same["definitions"].values())

@@ -98,6 +98,16 @@ def test_a_column_that_the_runs_cannot_give_says_why(table, tmp_path):
         build_table(plan)
 
 
+def test_a_run_of_version_0_1_0_with_a_judge_is_to_be_run_again(table, tmp_path):
+    plan = plan_table(table(columns=["held_out:example14"]), rows_folder=tmp_path / "rows")
+    _finish(plan.runs["Four", 0], 4)
+    path = plan.runs["Four", 0].folder / "evaluation" / "test_predictions.jsonl"
+    rows = [json.loads(line) | {"judge_labels": [None] * 14} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(TableError, match=r"0\.1\.0.*run the row again"):
+        build_table(plan)
+
+
 def test_every_layout_names_definition_origin_and_what_is_missing(table, tmp_path):
     paper = {
         "system": "A paper",

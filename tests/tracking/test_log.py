@@ -1,14 +1,22 @@
-"""metrics.jsonl through interruption, the clock, and the closing table."""
+"""The run's log and its backends through interruption, the clock, and the closing table."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
+from PIL import Image
 
+from mrg_r1.config.sections import TrackingSection
+from mrg_r1.tracking import log as log_module
 from mrg_r1.tracking.log import Clock, RunLog
 from mrg_r1.tracking.report import print_report, read_summary, training_seconds
+from mrg_r1.types import Study, StudyImage
+
+OFF = TrackingSection(wandb="off")
 
 
 def lines(directory):
@@ -16,7 +24,7 @@ def lines(directory):
 
 
 def open_log(directory, *, start=0, active=True):
-    return RunLog(directory, active=active, steps=5, wandb_mode="off", wandb_project="p", config={}, start_step=start)
+    return RunLog(directory, active=active, steps=5, options=OFF, config={}, start_step=start)
 
 
 def test_a_resumed_run_writes_each_step_once(tmp_path):
@@ -37,6 +45,83 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     log.log(0, {"loss": 1.0})
     log.close()
     assert not list(tmp_path.iterdir()) and capsys.readouterr().err == ""
+
+
+class Recorded:
+    """A backend, as somebody else would write one."""
+
+    def __init__(self, run):
+        self.run, self.told = run, []
+
+    def log(self, step, metrics, shared):
+        self.told.append((step, dict(metrics), list(shared)))
+
+    def sync(self):
+        self.told.append("sync")
+
+    def close(self):
+        self.told.append("close")
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """The one backend of every log that is opened."""
+    made = []
+
+    def opened(run):
+        made.append(Recorded(run))
+        return made
+
+    monkeypatch.setattr(log_module, "open_backends", opened)
+    return made
+
+
+def test_a_backend_is_told_everything_in_order(tmp_path, backend):
+    log = open_log(tmp_path, start=2)
+    log.log(2, {"loss": 1.0})
+    log.sync()
+    log.close()
+    assert backend[0].told == [(2, {"loss": 1.0}, []), "sync", "close"]
+    assert backend[0].run.start_step == 2 and backend[0].run.directory == tmp_path
+
+
+def test_a_backend_is_given_nothing_of_a_patient_unless_the_recipe_shares_it(tmp_path, backend, study_and_row):
+    study, row = study_and_row
+    config = {"data": {"manifest": f"{tmp_path}/smith_john/manifest.jsonl"}}
+    for options in (
+        OFF,
+        TrackingSection(wandb="off", share_text=True),
+        TrackingSection(wandb="off", share_images=True),
+    ):
+        backend.clear()
+        log = RunLog(tmp_path, active=True, steps=5, options=options, config=config)
+        assert backend[0].run.config == {"data": {"manifest": "manifest.jsonl"}}
+        log.log(0, {"loss": 1.0}, [(study, row)] * 20)  # a validation before training is no step's
+        log.log(1, {"validation/mean_reward": 0.5}, [(study, row)] * 20)
+        first, (_, _, shared) = backend[0].told
+        assert first[2] == [] and len(shared) == (8 if options.share_text or options.share_images else 0)
+        for one in shared:
+            assert (one.report == row["text"], one.reference == study.report) == (options.share_text,) * 2
+            assert one.has_image == options.share_images and study.id not in (one.report, one.reference, one.number)
+            if one.has_image:
+                assert max(one.image().size) <= 224
+            else:
+                with pytest.raises(ValueError, match="share_images"):
+                    one.image()
+
+
+@pytest.fixture
+def study_and_row(tmp_path):
+    path = tmp_path / "image.png"
+    Image.new("L", (300, 250), 100).save(path)
+    study = Study("patient-17", "p", (StudyImage(path),), "Heart grossly enlarged.", "val")
+    return study, {"text": "Lungs are clear zebra."}
+
+
+def test_importing_the_project_does_not_import_wandb():
+    code = "import sys, mrg_r1.training.grpo, mrg_r1.cli.launch; print('wandb' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "False"
 
 
 def test_clock_adds_phases_and_counts_only_training(capsys):
@@ -89,6 +174,27 @@ def test_report_prints_the_gain_beside_the_control(tmp_path, capsys):
     assert "+0.075 (+0.050 to +0.100)" in text  # control, from the same start
     assert "phantoms" in text
     assert training_seconds(tmp_path / "run0") == 7.5
+
+
+def test_rows_in_which_nobody_has_a_number_are_left_out(tmp_path, capsys):
+    for name in ("run", "other"):
+        (tmp_path / name).mkdir()
+        content = summary(0.5, 0.6)
+        content["before"]["hacking_gap"] = content["after"]["hacking_gap"] = None
+        (tmp_path / name / "summary.json").write_text(json.dumps(content))
+    print_report([tmp_path / "run", tmp_path / "other"])
+    text = capsys.readouterr().out
+    assert "hacking_gap" not in text and text.count("+0.100") == 5  # two tables, and the mean with its range
+
+
+def test_report_fits_a_pipe(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    run = tmp_path / "run"
+    (run / "control").mkdir(parents=True)
+    for folder in (run, run / "control"):
+        (folder / "summary.json").write_text(json.dumps(summary(0.5, 0.6)))
+    print_report([run])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
 
 
 def test_report_of_an_unfinished_run_is_refused(tmp_path):

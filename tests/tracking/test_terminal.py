@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from mrg_r1.tracking.terminal import StepLine, phase_table
+from mrg_r1.tracking.terminal import StepLine, where_time_went, wide_console
 
 ERASE = "\x1b[2K"
 
@@ -37,10 +37,54 @@ def test_on_a_terminal_a_step_is_written_over_the_last_one_and_a_validation_stay
     line.step(1, {"reward/total": 0.6})
     assert "\n" not in tty.getvalue() and tty.getvalue().count(ERASE) == 1 and tty.getvalue().endswith("\r")
     line.step(2, {"reward/total": 0.7, "validation/disease_micro13": 0.8})
-    assert tty.getvalue().count("\n") == 1 and "val disease_micro13 0.8" in tty.getvalue().splitlines()[-1]
+    stays = tty.getvalue().split(ERASE)[-1]
+    assert stays.count("\n") == 1 and "validation" in stays and "disease_micro13 0.8" in stays
     line.step(3, {"reward/total": 0.7})
     line.say("something")
-    assert tty.getvalue().endswith("something\n") and tty.getvalue().count(ERASE) == 3
+    assert tty.getvalue().endswith("something\n") and tty.getvalue().count("\n") == 2
+
+
+ALL = {
+    "reward/total": 0.123456,
+    "reward/constant": 0.123456,
+    "reward/mccs": -0.123456,
+    "loss": -1.23e-09,
+    "policy/kl": 1.23e-05,
+    "groups/length": 123.4,
+    "groups/zero_signal": 0.0625,
+    "time/tokens_per_second": 12345.6,
+    "validation/disease_micro13": 0.123456,
+    "validation/mean_reward": 0.123456,
+    "validation/held_out_disease_micro13": 0.123456,
+    "validation/hacking_gap": -0.123456,
+}
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "100", None])
+def test_a_line_fits_its_screen_or_100_columns_of_a_pipe(columns, screen_of, monkeypatch):
+    screen = screen_of(io.StringIO() if columns is None else Tty())
+    if columns is None:
+        monkeypatch.delenv("COLUMNS")
+    else:
+        monkeypatch.setenv("COLUMNS", columns)
+    line = StepLine(active=True, steps=100000)
+    for step in range(3):
+        line.step(step, {name: value for name, value in ALL.items() if "validation" not in name})
+    text = screen.getvalue().replace("\x1b[2K", "")
+    lines = [one for one in text.replace("\r", "\n").splitlines() if one]
+    assert lines and all(len(one) < int(columns or 101) for one in lines)
+    assert all("reward 0.123" in one and one.endswith("left") for one in lines)
+    line.step(3, ALL)
+    assert "hacking_gap -0.123" in screen.getvalue()
+
+
+def test_a_pipe_is_100_columns_wide_and_a_terminal_as_wide_as_it_is(screen_of, monkeypatch):
+    screen_of(Tty())
+    monkeypatch.setenv("COLUMNS", "70")
+    assert wide_console(stderr=True).width == 70
+    screen_of(io.StringIO())
+    monkeypatch.delenv("COLUMNS")
+    assert wide_console(stderr=True).width == 100
 
 
 def test_a_bar_finds_the_line_cleared(screen_of):
@@ -54,7 +98,7 @@ def test_a_bar_finds_the_line_cleared(screen_of):
 
 
 @pytest.mark.parametrize("where", ["pipe", "CI"])
-def test_piped_or_under_ci_about_twenty_plain_lines_are_left(where, screen_of, monkeypatch):
+def test_piped_or_under_ci_about_ten_plain_lines_are_left(where, screen_of, monkeypatch):
     screen = screen_of(Tty() if where == "CI" else io.StringIO())
     if where == "CI":
         monkeypatch.setenv("CI", "true")
@@ -62,12 +106,9 @@ def test_piped_or_under_ci_about_twenty_plain_lines_are_left(where, screen_of, m
     for step in range(200):
         line.step(step, {"loss": 1.0} | ({"validation/disease_micro13": 0.5} if step == 104 else {}))
     lines = screen.getvalue().splitlines()
-    assert len(lines) == 22 and "\r" not in screen.getvalue()  # twenty, the first and the validation
-    assert (
-        lines[0].startswith("step 1/200")
-        and lines[-1].startswith("step 200/200")
-        and any("val disease_micro13" in one for one in lines)
-    )
+    assert len(lines) == 12 and "\r" not in screen.getvalue()  # ten, the first and the validation
+    assert lines[0].startswith("step   1/200") and lines[-1].startswith("step 200/200")
+    assert [one for one in lines if "validation" in one and "disease_micro13 0.5" in one]
 
 
 def test_other_ranks_are_silent(screen_of):
@@ -79,7 +120,6 @@ def test_other_ranks_are_silent(screen_of):
     assert tty.getvalue() == ""
 
 
-def test_the_phase_table_has_the_longest_first_and_shares_of_the_whole():
-    table = phase_table({"load": 1.0, "update": 3.0}, 25.0)
-    assert list(table.columns[0].cells) == ["update", "load"] and list(table.columns[2].cells) == ["75.0%", "25.0%"]
-    assert "25 tokens/s" in str(table.title)
+def test_time_is_told_by_phase_the_longest_first():
+    told = where_time_went({"load": 20.0, "update": 60.0, "vision": 0.001}, 2500.0)
+    assert told.index("update 60") < told.index("load 20") and "vision" not in told and "2,500 tokens/s" in told

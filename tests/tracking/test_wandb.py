@@ -8,21 +8,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import wandb
 from PIL import Image
 
 import mrg_r1.tracking.wandb_run as wandb_run
+from mrg_r1.config.sections import TrackingSection
 from mrg_r1.tracking.log import Clock, RunLog
-from mrg_r1.tracking.wandb_run import check_wandb, without_paths
+from mrg_r1.tracking.sharing import without_paths
+from mrg_r1.tracking.wandb_run import check_wandb
 from mrg_r1.types import Study, StudyImage
 
-wandb = pytest.importorskip("wandb")
 CONFIG = {"data": {"manifest": "/data/smith_john/manifest.jsonl"}, "prompt": {"instruction": "Findings / impression."}}
 
 
 def open_log(directory, *, start=0, mode="offline", **share):
-    return RunLog(
-        directory, active=True, steps=9, wandb_mode=mode, wandb_project="p", config=CONFIG, start_step=start, **share
-    )
+    options = TrackingSection(wandb=mode, wandb_project="p", **share)
+    return RunLog(directory, active=True, steps=9, options=options, config=CONFIG, start_step=start)
 
 
 class FakeRun:
@@ -98,16 +99,20 @@ def test_a_failing_wandb_is_said_once_and_at_the_end(tmp_path, runs, capsys):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_without_the_package_offline_says_so_and_online_is_refused(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_without_the_package_a_run_that_wants_it_is_refused(monkeypatch, mode):
+    monkeypatch.setattr(wandb_run, "find_spec", lambda name: None)
+    check_wandb("off")
+    with pytest.raises(ValueError, match="tracking.wandb"):
+        check_wandb(mode)
+
+
+def test_off_opens_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    log = open_log(tmp_path)
+    log = open_log(tmp_path, mode="off")
     log.log(0, {"loss": 1.0})
     log.close()
-    assert capsys.readouterr().err.count("wandb is not installed") == 1
-    monkeypatch.setattr(wandb_run, "find_spec", lambda name: None)
-    check_wandb("offline")
-    with pytest.raises(ValueError, match="tracking.wandb 'online'.*not installed"):
-        check_wandb("online")
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_offline_files_hold_numbers_and_no_patient(tmp_path, sample):

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from rich.console import Console
 from rich.table import Table
 
 from mrg_r1 import __version__
@@ -354,3 +355,11 @@ def outcome_table(title: str, counts: Counts) -> Table:
     table.add_section()
     table.add_row("total", *(f"{sum(count[column] for count in counts.values()):,}" for column in columns))
     return table
+
+
+def print_outcome(title: str, counts: Counts, output: Path) -> None:
+    """The table of what a converter read, kept and refused, and where it stands."""
+    Console().print(outcome_table(title, counts))
+    print(f"{output / 'manifest.jsonl'}: written")
+    if any(count["refused"] for count in counts.values()):
+        print(f"{output / 'refused.jsonl'}: why each was refused")

@@ -35,7 +35,7 @@ _SILENCE = 60.0  # seconds in which it must answer that: the thread that does ha
 
 
 class ServiceRewards:
-    """A `RewardService` that hands everything to the process of `reward.supervisor`.
+    """A `RewardService` that hands everything to the process of `reward.service.supervisor`.
 
     Args:
         directory: the supervisor's.
@@ -70,11 +70,11 @@ class ServiceRewards:
         ended: Tensor,
         study_ids: Sequence[str],
         references: Sequence[str],
-        context_of: RewardContext = RewardContext(),  # noqa: B008 (frozen)
+        context: RewardContext = RewardContext(),  # noqa: B008 (frozen)
     ) -> Ticket:
         """Hand in a batch. Returns at once unless `OUTSTANDING` batches wait for their answers."""
         ticket = Ticket(study_ids=tuple(study_ids))
-        self._ask(wire.score_request(ticket.id, texts, ended, study_ids, references, context_of))
+        self._ask(wire.score_request(ticket.id, texts, ended, study_ids, references, context))
         return ticket
 
     def hint(self, texts: Sequence[str]) -> None:
@@ -90,7 +90,7 @@ class ServiceRewards:
 
         Raises:
             RewardError: it could not be scored, or the service is gone for good.
-            ValueError: a ticket of another service, or one that was redeemed before.
+            ValueError: a ticket of another service, or one that was waited for before.
         """
         if ticket.id not in self._answers and ticket.id not in self._unanswered:
             raise unknown_ticket(ticket)

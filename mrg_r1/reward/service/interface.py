@@ -65,7 +65,7 @@ class RewardService(Protocol):
       it.
     - `result` waits for that batch. Whatever went wrong with it, at any time, is raised there and nowhere else, so that
       the fault surfaces at the same line for every service.
-    - Tickets may be redeemed in any order, each once; a ticket that is unknown or spent is a ValueError.
+    - Tickets may be waited for in any order, each once; a ticket that is unknown or spent is a ValueError.
     """
 
     def submit(
@@ -74,7 +74,7 @@ class RewardService(Protocol):
         ended: Tensor,
         study_ids: Sequence[str],
         references: Sequence[str],
-        context_of: RewardContext = ...,
+        context: RewardContext = ...,
     ) -> Ticket:
         """Hand in B groups of G completions, [B, G] bool ended, B study ids and B references."""
 
@@ -96,6 +96,6 @@ class RewardService(Protocol):
 
 def unknown_ticket(ticket: Ticket) -> ValueError:
     return ValueError(
-        f"ticket {ticket.id} (studies {', '.join(ticket.study_ids[:8])}) is unknown here or was redeemed before; "
+        f"ticket {ticket.id} (studies {', '.join(ticket.study_ids[:8])}) is unknown here or was waited for before; "
         "each ticket is good once, at the service that gave it out"
     )

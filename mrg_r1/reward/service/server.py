@@ -1,8 +1,8 @@
-"""The reward service's process: `python -m mrg_r1.reward.service.server`, started by `reward.supervisor`, one a node.
+"""The reward service's process: `python -m mrg_r1.reward.service.server`, one a node.
 
-It loads the labeler on its own device, then serves the node's ranks. A thread a connection reads requests, another
-writes answers, and the main thread works: it takes whatever has come in from all ranks, labels the texts of it in one
-batch, and answers in order. It ends with its parent, and when a rank dies.
+`supervisor` starts it. It loads the labeler on its own device, then serves the node's ranks. A thread a connection
+reads requests, another writes answers, and the main thread works: it takes whatever has come in from all ranks, labels
+the texts of it in one batch, and answers in order. It ends with its parent, and when a rank dies.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class Server:
     """Serves a `RewardFunction` to the ranks of a node.
 
     Args:
-        stage: what scores a batch.
+        function: what scores a batch.
         listener: where the ranks connect.
     """
 
-    def __init__(self, stage: RewardFunction, listener: Listener) -> None:
-        self.stage, self.listener = stage, listener
+    def __init__(self, function: RewardFunction, listener: Listener) -> None:
+        self.function, self.listener = function, listener
         self.jobs: list[Job] = []
         self.hints: deque[tuple[Peer, str]] = deque(maxlen=HINTS_KEPT)
         self.working: list[Job] = []
@@ -96,7 +96,7 @@ class Server:
         texts = [self._texts(job.request) for job in jobs]
         if len(jobs) > 1:
             try:
-                self.stage.reader.label([text for part in texts for text in part])
+                self.function.reader.label([text for part in texts for text in part])
             except LabelError:
                 pass  # one by one below: the job that it comes from gets it, with the names of its studies
         share = (time.perf_counter() - began) / max(len(jobs), 1)
@@ -105,9 +105,9 @@ class Server:
             answer = self._answer(job.request)
             answer["busy"] = share + time.perf_counter() - began + job.peer.hint_seconds
             answer["asked"] = len(asked)
-            answer["computed"] = self.stage.reader.computed - self.computed
+            answer["computed"] = self.function.reader.computed - self.computed
             answer["notes"] = self.notes
-            job.peer.hint_seconds, self.computed, self.notes = 0.0, self.stage.reader.computed, []
+            job.peer.hint_seconds, self.computed, self.notes = 0.0, self.function.reader.computed, []
             # the answer is queued before the job is forgotten: whoever hears that it is unknown has been sent the
             # answer before
             with self.changed:
@@ -118,20 +118,20 @@ class Server:
         """The texts whose labels a request needs."""
         if request["kind"] == "label":
             return list(request["texts"])
-        reports = self.stage.reports_of([text for group in request["texts"] for text in group])
-        context_of = wire.judging_of(request)
-        constant = [] if context_of.constant is None else [context_of.constant]
-        return reports + (request["references"] if context_of.reference_labels is None else []) + constant
+        reports = self.function.reports_of([text for group in request["texts"] for text in group])
+        context = wire.context_of(request)
+        constant = [] if context.constant is None else [context.constant]
+        return reports + (request["references"] if context.reference_labels is None else []) + constant
 
     def _answer(self, request: wire.Message) -> wire.Message:
         try:
             if request["kind"] == "label":
-                return {"id": request["id"], "classes": self.stage.reader.label(request["texts"]).tolist()}
-            rewards = self.stage.score(
+                return {"id": request["id"], "classes": self.function.reader.label(request["texts"]).tolist()}
+            rewards = self.function.score(
                 request["texts"],
                 torch.tensor(request["ended"]),
                 request["references"],
-                wire.judging_of(request),
+                wire.context_of(request),
                 study_ids=request["study_ids"],
             )
             return {"id": request["id"], "rewards": wire.rewards_message(rewards)}
@@ -144,7 +144,7 @@ class Server:
     def _read_ahead(self, hinted: list[tuple[Peer, str]]) -> None:
         began = time.perf_counter()
         try:
-            self.stage.reader.label(self.stage.reports_of([text for _, text in hinted]))
+            self.function.reader.label(self.function.reports_of([text for _, text in hinted]))
         except LabelError as error:
             print(f"read ahead: {error}; it will be raised where the batch is scored", file=sys.stderr, flush=True)
         seconds = (time.perf_counter() - began) / len(hinted)
@@ -205,27 +205,25 @@ def main() -> None:
     threading.Thread(
         target=_leave_with, args=(settings["parent"], Path(settings["address"]).parent), daemon=True
     ).start()
-    for number in (
-        signal.SIGTERM,
-        signal.SIGUSR1,
-    ):  # for the ranks, which finish a step that needs rewards; this process leaves with them
+    # for the ranks, which finish a step that needs rewards; this process leaves with them
+    for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     said = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a user's own term prints goes to the log
     torch.set_num_threads(settings["threads"])
     try:
-        labeler, stage = _load(settings)
+        labeler, function = _load(settings)
         listener = Listener(settings["address"], "AF_UNIX", backlog=64, authkey=bytes.fromhex(settings["key"]))
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         traceback.print_exc()
         print(json.dumps({"error": str(error)}), file=said, flush=True)
         sys.exit(2)
     print(json.dumps({"ready": {"name": labeler.name, "fingerprint": labeler.fingerprint}}), file=said, flush=True)
-    Server(stage, listener).serve()
+    Server(function, listener).serve()
 
 
 def _load(settings: dict[str, Any]) -> tuple[Labeler, RewardFunction]:
-    """The labeler on its device, having read one text, and the stage around it.
+    """The labeler on its device, having read one text, and the reward function around it.
 
     Raises:
         ValueError, OSError, RuntimeError: a labeler or a term that cannot be loaded, or a GPU that is not there; never
@@ -244,7 +242,7 @@ def _load(settings: dict[str, Any]) -> tuple[Labeler, RewardFunction]:
         settings["labeler"], tokenizer=settings["tokenizer"], device=device, dtype=_DTYPES[settings["dtype"]]
     )
     labeler.label(["No acute cardiopulmonary abnormality."])  # kernels and memory, before a run depends on them
-    return labeler, RewardFunction(labeler, **settings["stage"])
+    return labeler, RewardFunction(labeler, **settings["reward_function"])
 
 
 def _leave_with(parent: int, directory: Path) -> None:

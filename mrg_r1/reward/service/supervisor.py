@@ -40,7 +40,7 @@ class ServiceSettings:
         tokenizer: as in `Labeler.load`.
         device: physical: `cpu`, `cuda:N` in nvidia-smi's count, or a UUID.
         dtype: float32, bfloat16 or float16.
-        stage: the keyword arguments of `RewardFunction`.
+        reward_function: the keyword arguments of `RewardFunction`.
         threads: of the labeler on a CPU.
         name: what it is called in messages.
         device_field: the recipe's field that names the device.
@@ -50,7 +50,7 @@ class ServiceSettings:
     tokenizer: str | None
     device: str
     dtype: str
-    stage: Mapping[str, Any]
+    reward_function: Mapping[str, Any]
     threads: int
     name: str = "reward service"
     device_field: str = "reward.device"
@@ -125,7 +125,7 @@ class Supervisor:
         log: where its stderr goes, appended; it names studies and never quotes reports.
 
     Attributes:
-        directory: for `reward.client.ServiceRewards`.
+        directory: for `reward.service.client.ServiceRewards`.
     """
 
     command: ClassVar[Sequence[str]] = (sys.executable, "-m", "mrg_r1.reward.service.server")

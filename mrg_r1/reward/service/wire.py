@@ -1,10 +1,12 @@
 """What the reward service and its ranks say to each other: JSON over a Unix socket. No pickle, and any string survives.
 
 Requests of a rank, each answered on the same connection, answers in the order of the requests:
-    {"kind": "score", "id", "texts", "ended", "study_ids", "references", "judging"} -> {"id", "rewards", "busy",
-    "asked", "computed"} {"kind": "label", "id", "texts"} -> {"id", "classes", "busy", "asked", "computed"} either ->
-    {"id", "error", "not_finite", ...} where it failed; every answer has "notes", warnings to print
-and, answered at once by another thread or not at all:
+    {"kind": "score", "id", "texts", "ended", "study_ids", "references", "context"}
+        -> {"id", "rewards", "busy", "asked", "computed"}
+    {"kind": "label", "id", "texts"}
+        -> {"id", "classes", "busy", "asked", "computed"}
+Either is answered with {"id", "error", "not_finite", ...} where it failed; every answer has "notes", warnings to print.
+And, answered at once by another thread or not at all:
     {"kind": "ping"} -> {"pong": ids that are queued or at work, "working": seconds}
     {"kind": "hint", "texts"}, {"kind": "bye"}
 """
@@ -41,10 +43,10 @@ def score_request(
     ended: Tensor,
     study_ids: Sequence[str],
     references: Sequence[str],
-    context_of: RewardContext,
+    context: RewardContext,
 ) -> Message:
     """A batch as a request."""
-    labels, weights = context_of.reference_labels, context_of.ccs_weights
+    labels, weights = context.reference_labels, context.ccs_weights
     return {
         "kind": "score",
         "id": id,
@@ -52,18 +54,18 @@ def score_request(
         "ended": ended.tolist(),
         "study_ids": list(study_ids),
         "references": list(references),
-        "judging": {
+        "context": {
             "reference_labels": None if labels is None else np.asarray(labels).tolist(),
-            "margin": context_of.margin,
+            "margin": context.margin,
             "ccs_weights": None if weights is None else weights.tolist(),
-            "constant": context_of.constant,
+            "constant": context.constant,
         },
     }
 
 
-def judging_of(request: Message) -> RewardContext:
-    """The request's judging as the stage takes it."""
-    stored = request["judging"]
+def context_of(request: Message) -> RewardContext:
+    """The request's context as the reward function takes it."""
+    stored = request["context"]
     labels, weights = stored["reference_labels"], stored["ccs_weights"]
     return RewardContext(
         reference_labels=None if labels is None else np.array(labels, dtype=np.int64),

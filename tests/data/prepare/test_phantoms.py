@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,16 @@ from mrg_r1.phantom.findings import render
 from mrg_r1.phantom.sampler import sample_balanced, sample_study
 from mrg_r1.phantom.views import render_view
 from mrg_r1.types import Study
+from tests.world import few_texts
 
 SPLITS = {"train": 12, "val": 3, "test": 4}
 SIDE = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few() -> Iterator[None]:
+    with few_texts():
+        yield
 
 
 def write(output: Path, **changes: object) -> Path:
@@ -167,12 +175,8 @@ def test_bad_settings_are_refused_before_anything_is_written(
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantoms, "LABELER_TEXTS", 20)
-        patch.setattr(phantoms, "HELD_OUT_TEXTS", 10)
-        return write(
-            tmp_path_factory.mktemp("phantoms") / "full", preset="full", splits={"train": 31, "val": 9, "test": 10}
-        ).parent
+    splits = {"train": 31, "val": 9, "test": 10}
+    return write(tmp_path_factory.mktemp("phantoms") / "full", preset="full", splits=splits).parent
 
 
 def test_full_shows_both_views_of_what_the_manifest_says(full: Path) -> None:
@@ -212,10 +216,7 @@ def test_a_lost_view_of_full_comes_back(full: Path) -> None:
     before = tree(full)
     lost = next(study.images[1].path for study in read_manifest(full / "manifest.jsonl") if len(study.images) == 2)
     lost.unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantoms, "LABELER_TEXTS", 20)
-        patch.setattr(phantoms, "HELD_OUT_TEXTS", 10)
-        write(full, preset="full", splits={"train": 31, "val": 9, "test": 10})
+    write(full, preset="full", splits={"train": 31, "val": 9, "test": 10})
     assert tree(full) == before
     with pytest.raises(ValueError, match="made with other settings .`preset` was 'full'"):
         write(full, splits={"train": 31, "val": 9, "test": 10})

@@ -141,11 +141,11 @@ def test_every_reference_earns_what_the_reward_gives_it_over_all_13_observations
 
 def test_many_studies_take_seconds() -> None:
     rng = np.random.default_rng(0)
-    classes = rng.choice(4, p=[0.6, 0.15, 0.2, 0.05], size=(200_000, 14))
+    classes = rng.choice(4, p=[0.6, 0.15, 0.2, 0.05], size=(50_000, 14))
     classes[:, 13] = 0
     start = time.monotonic()
     best_real_constant(classes, ["text"] * len(classes), 0.5)
-    assert time.monotonic() - start < 60  # about 6 s on one core; a pass over all pairs takes hours
+    assert time.monotonic() - start < 60  # about 2 s on one core; a pass over all pairs takes an hour
 
 
 def test_of_the_studies_that_say_the_same_the_most_frequent_text_is_shown() -> None:

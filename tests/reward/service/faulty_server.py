@@ -14,14 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from mrg_r1.labels import inference
-from mrg_r1.labels import labeler as labelers
-from mrg_r1.reward.service import server
-from tests.reward.keyword_labeler import KeywordLabeler
-
 FAULT: dict[str, Any] = json.loads(os.environ.get("FAULT", "{}"))
+if FAULT.get("kind") != "memory":
+    import tests.reward.service.without_labeler  # noqa: F401
+
+import torch  # noqa: E402
+
+from mrg_r1.reward.service import server  # noqa: E402
+from tests.reward.keyword_labeler import KeywordLabeler  # noqa: E402
 
 
 def strikes(kind: str) -> bool:
@@ -52,17 +52,19 @@ class Labeler(KeywordLabeler):
         return super().label(texts)
 
 
-def short_of_memory(path: str, **options: Any) -> labelers.Labeler:
+def short_of_memory(path: str, **options: Any) -> Any:
     """The real labeler on a device on which `FAULT["tokens"]` fit."""
-    labeler, read = labelers.Labeler.load(Path(path)), inference.read
+    from mrg_r1.labels import inference, labeler
 
-    def failing(model: Any, packed: inference.Packed) -> Any:
+    loaded, read = labeler.Labeler.load(Path(path)), inference.read
+
+    def failing(model: Any, packed: Any) -> Any:
         if len(packed.ids) > FAULT["tokens"]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return read(model, packed)
 
     inference.read = failing
-    return labeler
+    return loaded
 
 
 answer = server.Server._answer

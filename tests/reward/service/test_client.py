@@ -11,6 +11,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client
 from pathlib import Path
 
@@ -22,21 +24,16 @@ import mrg_r1.reward.service.client as client_module
 from mrg_r1.labels.labeler import Labeler
 from mrg_r1.reward.compute import RewardContext, RewardError, RewardFunction
 from mrg_r1.reward.reading import LabelError
+from mrg_r1.reward.service import server
 from mrg_r1.reward.service.client import OUTSTANDING, ServiceRewards
 from mrg_r1.reward.service.interface import RewardServiceError, Ticket
-from mrg_r1.reward.service.supervisor import ServiceSettings, ServiceState, Supervisor, socket_of, visible_device
+from mrg_r1.reward.service.supervisor import ServiceState, Supervisor, socket_of, visible_device
 from mrg_r1.types import Rewards
 from tests.reward.in_process import InProcessRewards
 from tests.reward.keyword_labeler import KeywordLabeler
+from tests.reward.service.rank import FUNCTION, SETTINGS, FaultySupervisor
 
 ROOT = Path(__file__).parents[3]
-STAGE = {"weights": {"mccs": 0.75, "format": 0.25, "rouge_l": 0.1, "bleu4": 0.0}, "mode": "think"}
-
-
-class FaultySupervisor(Supervisor):
-    command = (sys.executable, "-m", "tests.reward.service.faulty_server")
-
-
 ENDED = torch.ones(2, 2, dtype=torch.bool)
 TEXTS = [
     ["<think>a</think><report>edema, no effusion</report>", "<think>b</think><report>effusion \udc80 \x00</report>"],
@@ -44,18 +41,6 @@ TEXTS = [
 ]
 REFERENCES = ["edema. no effusion", "pneumothorax"]
 BATCH = (TEXTS, ENDED, ["CXR1", "CXR2"], REFERENCES)
-
-
-def settings(**changes: object) -> ServiceSettings:
-    values = {
-        "labeler": "keywords",
-        "tokenizer": None,
-        "device": "cpu",
-        "dtype": "float32",
-        "stage": STAGE,
-        "threads": 1,
-    }
-    return ServiceSettings(**{**values, **changes})  # type: ignore[arg-type]
 
 
 Start = Callable[..., Supervisor]
@@ -71,7 +56,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     def make(kind: str = "", times: int = 1, tokens: int = 0, **changes: object) -> Supervisor:
         fault = {"kind": kind, "times": times, "tokens": tokens, "counter": str(tmp_path / "counter")}
         monkeypatch.setenv("FAULT", json.dumps(fault))
-        started.append(FaultySupervisor(settings(**changes), log=tmp_path / "service.log"))
+        started.append(FaultySupervisor(replace(SETTINGS, **changes), log=tmp_path / "service.log"))
         started[-1].wait()
         return started[-1]
 
@@ -85,10 +70,10 @@ def connected(supervisor: Supervisor, *, timeout: float = 60.0) -> ServiceReward
     return ServiceRewards(supervisor.directory, keeper=os.getpid(), timeout=timeout)
 
 
-def expected(context_of: RewardContext = RewardContext()) -> Rewards:  # noqa: B008 (frozen)
-    """What the same stage makes of the batch in this process."""
-    service = InProcessRewards(RewardFunction(KeywordLabeler(), **STAGE))  # type: ignore[arg-type]
-    return service.result(service.submit(*BATCH, context_of))
+def expected(context: RewardContext = RewardContext()) -> Rewards:  # noqa: B008 (frozen)
+    """What the same function makes of the batch in this process."""
+    service = InProcessRewards(RewardFunction(KeywordLabeler(), **FUNCTION))  # type: ignore[arg-type]
+    return service.result(service.submit(*BATCH, context))
 
 
 def same(one: Rewards, two: Rewards) -> bool:
@@ -98,6 +83,12 @@ def same(one: Rewards, two: Rewards) -> bool:
         tensors += [(mine[name], others[name]) for name in mine]
     equal = all(torch.equal(a, b) and a.dtype == b.dtype for a, b in tensors)
     return equal and one.report_texts == two.report_texts and one.weights == two.weights
+
+
+def rank(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """A process of its own, to be killed."""
+    command = [sys.executable, "-m", "tests.reward.service.rank", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
 
 
 def gone(pid: int, *, within: float) -> bool:
@@ -111,23 +102,23 @@ def gone(pid: int, *, within: float) -> bool:
     return False
 
 
-def test_a_service_answers_what_the_stage_in_this_process_answers(start: Start) -> None:
+def test_a_service_answers_what_the_function_in_this_process_answers(start: Start) -> None:
     """Lone surrogates and control characters too, to the bit; in any order; for two ranks at once; more batches than
     may wait.
     """
     supervisor = start()
     one, two = connected(supervisor), connected(supervisor)
-    context_of = RewardContext(np.ones((2, 14), dtype=np.int64), 0.25, np.full((13, 2), 2.0), "no pneumothorax")
-    assert same(one.result(one.submit(*BATCH, context_of)), expected(context_of))
-    first, second = one.submit(*BATCH), one.submit(*BATCH, context_of)
-    assert same(one.result(second), expected(context_of)) and same(one.result(first), expected())
+    context = RewardContext(np.ones((2, 14), dtype=np.int64), 0.25, np.full((13, 2), 2.0), "no pneumothorax")
+    assert same(one.result(one.submit(*BATCH, context)), expected(context))
+    first, second = one.submit(*BATCH), one.submit(*BATCH, context)
+    assert same(one.result(second), expected(context)) and same(one.result(first), expected())
     for ticket in (first, Ticket(("CXR9",)), two.submit(*BATCH)):
-        with pytest.raises(ValueError, match="unknown here or was redeemed before"):
+        with pytest.raises(ValueError, match="CXR"):
             one.result(ticket)
 
     wrong: list[str] = []
 
-    def rank(service: ServiceRewards, word: str) -> None:
+    def ask(service: ServiceRewards, word: str) -> None:
         texts = [[f"<think>a</think><report>{word}</report>"] * 2] * 2
         tickets = [service.submit(texts, ENDED, ["CXR1", "CXR2"], REFERENCES) for _ in range(3 * OUTSTANDING)]
         for ticket in tickets:
@@ -138,7 +129,7 @@ def test_a_service_answers_what_the_stage_in_this_process_answers(start: Start) 
                 wrong.append(word)
 
     ranks = [
-        threading.Thread(target=rank, args=(service, word)) for service, word in ((one, "edema"), (two, "effusion"))
+        threading.Thread(target=ask, args=(service, word)) for service, word in ((one, "edema"), (two, "effusion"))
     ]
     for thread in ranks:
         thread.start()
@@ -154,7 +145,7 @@ def test_a_service_answers_what_the_stage_in_this_process_answers(start: Start) 
 
 def test_hints_are_read_before_their_batch(start: Start) -> None:
     service = connected(start())
-    context_of = RewardContext(np.ones((2, 14), dtype=np.int64))
+    context = RewardContext(np.ones((2, 14), dtype=np.int64))
     service.hint([text for group in TEXTS for text in group])
     deadline = time.monotonic() + 10
     read = 0
@@ -162,9 +153,7 @@ def test_hints_are_read_before_their_batch(start: Start) -> None:
         service.result(service.submit([["<think>a</think><report>x</report>"]], ENDED[:1, :1], ["CXR3"], ["x"]))
         read += service.health().computed
         assert time.monotonic() < deadline
-    assert same(
-        service.result(service.submit(TEXTS, ENDED, ["CXR1", "CXR2"], REFERENCES, context_of)), expected(context_of)
-    )
+    assert same(service.result(service.submit(TEXTS, ENDED, ["CXR1", "CXR2"], REFERENCES, context)), expected(context))
     health = service.health()
     assert (health.asked, health.computed, health.restarts) == (3, 0, 0) and health.busy > 0
     service.close()
@@ -185,12 +174,12 @@ def test_killed_in_the_middle_of_a_batch_it_is_started_again_and_the_rewards_are
 def test_after_three_restarts_it_gives_up_and_names_the_cause(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     service = connected(start("die", times=100))
     ticket = service.submit(*BATCH)
-    with pytest.raises(
-        RewardServiceError, match=r"has died 4 times; the last time: its process was killed by SIGKILL.*service\.log"
-    ):
+    with pytest.raises(RewardServiceError, match=r"4 .*SIGKILL.*service\.log"):
         service.result(ticket)
-    assert capfd.readouterr().err.count("started again") == 3
-    with pytest.raises(RewardServiceError, match="4 times"):
+    assert [f"({number} of 3)" in line for number, line in enumerate(capfd.readouterr().err.splitlines(), 1)] == [
+        True
+    ] * 3
+    with pytest.raises(RewardServiceError, match="4"):
         service.submit(*BATCH)
 
 
@@ -200,10 +189,10 @@ def test_a_labeler_that_raises_stops_its_batch_and_not_the_service(start: Start)
     """
     service = connected(start("raise"))
     ticket = service.submit(*BATCH)
-    with pytest.raises(RewardError, match="studies CXR1, CXR2: the labeler failed: RuntimeError: device lost"):
+    with pytest.raises(RewardError, match="CXR1, CXR2.*RuntimeError: device lost"):
         service.result(ticket)
     assert same(service.result(service.submit(*BATCH)), expected())
-    with pytest.raises(RewardError, match="ended of shape"):
+    with pytest.raises(RewardError, match="ended"):
         service.result(service.submit(TEXTS, ENDED[:1], ["CXR1", "CXR2"], REFERENCES))
     assert service.health().restarts == 0
     service.close()
@@ -220,7 +209,7 @@ def test_a_service_that_hangs_is_killed_and_started_again(start: Start, capfd: p
     service = connected(start("hang"), timeout=1.0)
     assert same(service.result(service.submit(*BATCH)), expected())
     assert service.health().restarts == 1
-    assert "it was at work on one batch for" in capfd.readouterr().err
+    assert "reward.timeout is 1 s" in capfd.readouterr().err
     service.close()
 
 
@@ -237,37 +226,25 @@ def test_a_service_that_is_frozen_is_killed_and_started_again(start: Start, capf
 def test_it_leaves_when_a_rank_dies(start: Start) -> None:
     supervisor = start()
     survivor = connected(supervisor)
-    script = (
-        "import time; from pathlib import Path; from mrg_r1.reward.service.client import ServiceRewards\nrank = "
-        f"ServiceRewards(Path({str(supervisor.directory)!r}), keeper={os.getpid()}, timeout=60); print('in', "
-        "flush=True)\ntime.sleep(100)"
-    )
-    dying = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert dying.stdout is not None and dying.stdout.readline() == "in\n"
+    dying = rank("join", supervisor.directory, os.getpid())
+    dying.stdout.readline()  # type: ignore[union-attr]
     assert same(survivor.result(survivor.submit(*BATCH)), expected())
     dying.kill()
     dying.wait()
     assert gone(ServiceState.read(supervisor.directory).pid, within=10)
-    with pytest.raises(RewardServiceError, match="a rank has died"):
+    with pytest.raises(RewardServiceError, match="rank"):
         survivor.result(survivor.submit(*BATCH))
 
 
 def test_it_dies_with_its_parent_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    script = (
-        "import sys, time; from pathlib import Path; from tests.reward.service.test_client import *\nsupervisor = "
-        f"FaultySupervisor(settings(), log=Path({str(tmp_path)!r}) / 'log'); "
-        "supervisor.wait()\nprint(ServiceState.read(supervisor.directory).pid, supervisor.directory, flush=True); "
-        "time.sleep(100)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    pid, directory = parent.stdout.readline().split()
-    rank = ServiceRewards(Path(directory), keeper=parent.pid, timeout=60)
+    parent = rank("keep", tmp_path / "log")
+    pid, directory = parent.stdout.readline().split()  # type: ignore[union-attr]
+    survivor = ServiceRewards(Path(directory), keeper=parent.pid, timeout=60)
     parent.kill()
     parent.wait()
     assert gone(int(pid), within=10) and not Path(directory).exists()
-    with pytest.raises(RewardServiceError, match=f"process {parent.pid}.* has ended"):
-        rank.result(rank.submit(*BATCH))
+    with pytest.raises(RewardServiceError, match=f"process {parent.pid}"):
+        survivor.result(survivor.submit(*BATCH))
 
 
 def test_nobody_without_the_key_is_served(start: Start) -> None:
@@ -275,7 +252,7 @@ def test_nobody_without_the_key_is_served(start: Start) -> None:
     assert (
         supervisor.directory.stat().st_mode & 0o077 == 0 and (supervisor.directory / "key").stat().st_mode & 0o077 == 0
     )
-    with pytest.raises(Exception, match="digest sent was rejected"):
+    with pytest.raises(AuthenticationError):
         Client(socket_of(supervisor.directory, 1), "AF_UNIX", authkey=b"guessed")
     service = connected(supervisor)
     assert same(service.result(service.submit(*BATCH)), expected())
@@ -283,21 +260,27 @@ def test_nobody_without_the_key_is_served(start: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
-        ({"labeler": "/no/such/labeler"}, "/no/such/labeler: no labeler here"),
-        ({"stage": {"weights": {"mcss": 1.0}}}, "'mcss' is unknown"),
-        ({"device": "cuda:7"}, r"reward.device cuda:7: this node has no such GPU \(CUDA_VISIBLE_DEVICES=7 shows 0\)"),
+        ({"labeler": "/no/such/labeler"}, "/no/such/labeler"),
+        ({"reward_function": {"weights": {"mcss": 1.0}}}, "mcss"),
+        ({"device": "cuda:7"}, "reward.device cuda:7"),
     ],
 )
-def test_what_cannot_be_started_says_why_and_never_falls_back(
-    tmp_path: Path, world: object, changes: dict[str, object], message: str
+def test_what_cannot_be_loaded_is_named_and_never_replaced(
+    world: object, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], named: str
 ) -> None:
-    if "cuda:7" in changes.values() and torch.cuda.device_count() > 7:
-        pytest.skip("this machine has eight GPUs")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     labeler = str(world.folder / "labeler")  # type: ignore[attr-defined]
-    supervisor = Supervisor(settings(**{"labeler": labeler, **changes}), log=tmp_path / "log")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError)) as error:
+        server._load(asdict(replace(SETTINGS, **{"labeler": labeler, **changes})))
+    assert named in str(error.value)
+
+
+def test_what_cannot_be_loaded_in_the_service_ends_its_start(tmp_path: Path) -> None:
+    supervisor = Supervisor(replace(SETTINGS, labeler="/no/such/labeler"), log=tmp_path / "log")
+    with pytest.raises(ValueError, match="/no/such/labeler"):
         supervisor.wait()
     supervisor.close()
 
@@ -305,7 +288,7 @@ def test_what_cannot_be_started_says_why_and_never_falls_back(
 def test_the_real_labeler_in_the_service_labels_as_here(tmp_path: Path, world: object) -> None:
     folder = world.folder / "labeler"  # type: ignore[attr-defined]
     here = Labeler.load(folder)
-    supervisor = Supervisor(settings(labeler=str(folder)), log=tmp_path / "log")
+    supervisor = Supervisor(replace(SETTINGS, labeler=str(folder)), log=tmp_path / "log")
     supervisor.wait()
     service = connected(supervisor)
     texts = ["The heart is enlarged.", "", "No pleural effusion. " * 200, "\ud800 \x00 \u202e نص 报告"]
@@ -322,8 +305,8 @@ def test_out_of_memory_the_batch_halves_and_says_so_and_a_report_too_large_is_an
     texts = [f"No pleural effusion. The heart is enlarged, {number}." for number in range(40)]
     service = connected(start("memory", tokens=100, labeler=str(folder)))
     assert np.array_equal(service.label(texts), Labeler.load(folder).label(texts))
-    assert "reward service: labeler: out of memory with 2048 tokens in a batch; " in capfd.readouterr().err
-    with pytest.raises(RewardError, match="CXR1.*a single report of [0-9]+ tokens does not fit into the memory of cpu"):
+    assert "2048 tokens" in capfd.readouterr().err
+    with pytest.raises(RewardError, match="CXR1.* [0-9]+ tokens .*cpu"):
         service.result(
             service.submit(
                 [["<think>a</think><report>" + "edema " * 200 + "</report>"]], ENDED[:1, :1], ["CXR1"], ["x"]
@@ -355,14 +338,8 @@ def test_folders_of_runs_that_were_killed_are_swept(start, tmp_path, monkeypatch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     living = start()
-    code = (
-        "import time; from tests.reward.service.test_client import *; s = FaultySupervisor(settings(), "
-        "log=Path('/dev/null')); s.wait()"
-    )
-    code += "; print(s.directory, ServiceState.read(s.directory).pid, flush=True); time.sleep(1000)"
-    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
-    killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-    folder, pid = killed.stdout.readline().split()
+    killed = rank("keep", "/dev/null", TMPDIR=str(tmp_path / "tmp"))
+    pid, folder = killed.stdout.readline().split()
     assert Path(folder).parent == living.directory.parent
     os.kill(int(pid), signal.SIGSTOP)  # it would see that its parent has gone
     killed.kill()

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mrg_r1.report_format import Mode
-from mrg_r1.reward.compute import TERM_NAMES, RewardContext, RewardFunction
+from mrg_r1.reward.compute import RewardContext, RewardFunction
+from mrg_r1.reward.terms import BUILT_IN
 from mrg_r1.tracking.completions import write_completions
 from tests.reward.in_process import InProcessRewards
 from tests.reward.keyword_labeler import KeywordLabeler
@@ -40,7 +41,7 @@ ODD = [
     '"',
     "{}",
 ]
-WEIGHTS = {name: 1.0 for name in TERM_NAMES}
+WEIGHTS = {name: 1.0 for name in BUILT_IN}
 
 
 @st.composite
@@ -65,9 +66,9 @@ def test_whatever_a_policy_writes_is_scored_and_its_thoughts_are_not_labelled(
     written: list[tuple[str, set[str]]], style: Any, ended: bool
 ) -> None:
     labeler = KeywordLabeler()
-    stage = RewardFunction(labeler, weights=WEIGHTS, format_style=style)
+    function = RewardFunction(labeler, weights=WEIGHTS, format_style=style)
     texts = [[text for text, _ in written]]
-    rewards = stage.score(
+    rewards = function.score(
         texts, torch.full((1, len(written)), ended), ["edema \udc80"], RewardContext(constant="no effusion")
     )
     labelled = " ".join(text for call in labeler.calls for text in call).split()

@@ -19,7 +19,7 @@ def plain_rewards() -> RewardService:
     return InProcessRewards(RewardFunction(KeywordLabeler(), mode="plain"))
 
 
-def test_tickets_are_redeemed_in_any_order() -> None:
+def test_tickets_are_waited_for_in_any_order() -> None:
     service = plain_rewards()
     first = service.submit([["edema", "effusion"]], ENDED, ["CXR1"], ["edema"])
     second = service.submit([["edema", "effusion"]], ENDED, ["CXR2"], ["effusion"])
@@ -33,7 +33,7 @@ def test_a_ticket_is_good_once_and_only_here() -> None:
     with pytest.raises(ValueError, match="CXR1.*unknown"):
         other.result(ticket)
     service.result(ticket)
-    with pytest.raises(ValueError, match="CXR1.*redeemed before"):
+    with pytest.raises(ValueError, match="CXR1.*waited for before"):
         service.result(ticket)
     with pytest.raises(ValueError, match="unknown"):
         service.result(Ticket(study_ids=("CXR9",)))
@@ -44,13 +44,13 @@ class DeadLabeler:
         raise RuntimeError("device lost")
 
 
-def test_errors_are_raised_where_the_ticket_is_redeemed() -> None:
+def test_errors_are_raised_where_the_ticket_is_waited_for() -> None:
     """Trap 22: the batch has no reward, and the run is told so."""
     service = InProcessRewards(RewardFunction(DeadLabeler(), mode="plain"))
     ticket = service.submit([["edema", "effusion"]], ENDED, ["CXR1"], ["edema"])
     with pytest.raises(RewardError, match="CXR1.*device lost"):
         service.result(ticket)
-    with pytest.raises(ValueError, match="redeemed before"):
+    with pytest.raises(ValueError, match="waited for before"):
         service.result(ticket)
 
 

@@ -140,9 +140,8 @@ def _settle(reader: _Reader, conversion: Conversion) -> None:
 
 def _looked_at(reader: _Reader, conversion: Conversion) -> Iterator[tuple[int, Study | _Refused | None]]:
     """Every study's place with what is found, or None where it is settled already."""
-    with (
-        ThreadPoolExecutor() as pool
-    ):  # files of a network are waited for together, and Pillow decodes outside the interpreter lock
+    # files of a network are waited for together, and Pillow decodes outside the interpreter lock
+    with ThreadPoolExecutor() as pool:
         for start in range(0, len(reader.studies), _AT_ONCE):
             places = range(start, min(start + _AT_ONCE, len(reader.studies)))
             drafts = [

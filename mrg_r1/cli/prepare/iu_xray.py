@@ -1,17 +1,16 @@
-"""`mrg-r1 prepare iu-xray` and `mrg-r1 prepare manifest`: from what lies on a researcher's disk to a manifest."""
+"""`mrg-r1 prepare iu-xray`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mrg_r1.cli.arguments import add_output, described, positive, seed
 
 
-def add_kinds(kinds: Any) -> None:
-    """`prepare {iu-xray, manifest}`."""
+def add_command(kinds: Any) -> None:
+    """`prepare iu-xray`."""
     iu = described(
         kinds.add_parser,
         "iu-xray",
@@ -75,52 +74,9 @@ def add_kinds(kinds: Any) -> None:
     iu.add_argument("--seed", type=seed, default=0, help="of the seeded split and the rendered images (default: 0)")
     iu.set_defaults(run=_prepare_iu_xray)
 
-    manifest = described(
-        kinds.add_parser,
-        "manifest",
-        help="studies of your own, from a CSV or JSONL file",
-        description="Check a table of your own studies into a manifest: every image is read once, every row kept or "
-        "refused.\n"
-        "  id, images, report, split     needed\n"
-        "  patient_id                    left out: every study is a patient of its own\n"
-        "  findings, impression, indication, comparison, prior (an earlier study's id), view, labels, "
-        "rendered: taken where present\n"
-        "  the 14 observations, a column each (1, 0, -1 or nothing): the labels of the report\n"
-        "Several images in a CSV cell stand apart by `;` or `|`, each perhaps with its view: "
-        "frontal:a/1.png;lateral:a/2.png.\n"
-        "`view` may have them instead, in the same order: frontal;lateral. In JSONL `images` is such a "
-        "text, a list of paths, or a\n"
-        "list of {path, view}. PNG, JPEG, DICOM and others. UTF-8, commas. Other columns are named "
-        "and left out.\n"
-        "Interrupted, the same command goes on.",
-        examples="""
-        mrg-r1 prepare manifest studies.csv --images radiographs -o data/mine
-        mrg-r1 prepare manifest studies.jsonl -o data/mine --splits train,val,test,external
-        """,
-    )
-    manifest.add_argument("source", type=Path, metavar="STUDIES", help="CSV or JSONL, one study a row")
-    add_output(manifest, "folder to write: manifest.jsonl, refused.jsonl, reports.csv, reports_SPLIT.csv")
-    manifest.add_argument(
-        "--images", type=Path, metavar="DIR", help="what image paths are relative to (default: the folder of STUDIES)"
-    )
-    manifest.add_argument(
-        "--splits",
-        type=_names,
-        default=("train", "val", "test"),
-        metavar="NAME,...",
-        help="names a split may have (default: train,val,test)",
-    )
-    manifest.set_defaults(run=_prepare_manifest)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"{text!r}: an empty name; write for example train,val,test")
-    return names
-
 
 def _prepare_iu_xray(arguments: argparse.Namespace) -> None:
+    from mrg_r1.data.prepare.conversion import print_outcome
     from mrg_r1.data.prepare.iu_xray.convert import convert_iu_xray, read_iu_xray
 
     collection = read_iu_xray(arguments.source, arguments.projections)
@@ -136,31 +92,3 @@ def _prepare_iu_xray(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     print_outcome("IU X-Ray, studies", counts, arguments.output)
-
-
-def _prepare_manifest(arguments: argparse.Namespace) -> None:
-    from mrg_r1.data.prepare.own_studies import prepare_manifest
-
-    prepared = prepare_manifest(arguments.source, arguments.images, arguments.output, splits=arguments.splits)
-    print_outcome(f"{arguments.source.name}, studies", prepared.counts, arguments.output)
-    if prepared.left_out:
-        print(f"left out, as a study has no place for them: {', '.join(prepared.left_out)}")
-    if prepared.shared_patients:
-        patient, splits = next(iter(prepared.shared_patients.items()))
-        first = f"the first is {patient!r}, in {' and '.join(splits)}"
-        print(
-            f"warning: {len(prepared.shared_patients):,} patients have studies in several splits, so a test sees "
-            f"what was learned; {first}"
-        )
-
-
-def print_outcome(title: str, counts: Mapping[str, Mapping[str, int]], output: Path) -> None:
-    """The table of what a converter read, kept and refused, and where it stands."""
-    from rich.console import Console
-
-    from mrg_r1.data.prepare.conversion import outcome_table
-
-    Console().print(outcome_table(title, {split: dict(count) for split, count in counts.items()}))
-    print(f"{output / 'manifest.jsonl'}: written")
-    if any(count["refused"] for count in counts.values()):
-        print(f"{output / 'refused.jsonl'}: why each was refused")

@@ -1,21 +1,16 @@
-"""`mrg-r1 prepare`: a dataset, or a tiny policy to try things on."""
+"""`mrg-r1 prepare phantom`."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
-from mrg_r1.cli import prepare_data, prepare_mimic
 from mrg_r1.cli.arguments import add_output, described, positive, seed
 
 
-def add_commands(commands: Any) -> None:
-    """`prepare {phantom, iu-xray, mimic-cxr, manifest, tiny-policy}`."""
-    prepare = commands.add_parser("prepare", help="write a dataset, or a tiny policy to try things on")
-    kinds = prepare.add_subparsers(title="what to prepare", required=True, metavar="KIND")
-
+def add_command(kinds: Any) -> None:
+    """`prepare phantom`."""
     phantom = described(
         kinds.add_parser,
         "phantom",
@@ -58,34 +53,6 @@ def add_commands(commands: Any) -> None:
     )
     phantom.add_argument("--seed", type=seed, default=0, help="the same seed gives the same bytes (default: 0)")
     phantom.set_defaults(run=_prepare_phantom)
-
-    prepare_data.add_kinds(kinds)
-    prepare_mimic.add_command(kinds)
-
-    policy = described(
-        kinds.add_parser,
-        "tiny-policy",
-        help="a random Qwen2.5-VL of one to two million parameters",
-        description="Write a random policy in the layout of a published checkpoint. Its tokenizer is learned from "
-        "the train reports of a\n"
-        "manifest and the words of the prompts. It needs `sft.trainable: all` first.",
-        examples="""
-        mrg-r1 prepare tiny-policy -o data/five/policy --manifest data/five/manifest.jsonl
-        """,
-    )
-    add_output(policy, "folder to write")
-    policy.add_argument(
-        "--manifest",
-        type=Path,
-        required=True,
-        metavar="M.jsonl",
-        help="the tokenizer is learned from its train reports",
-    )
-    policy.add_argument(
-        "--side", type=positive, default=112, metavar="PIXELS", help="larger images are reduced to this (default: 112)"
-    )
-    policy.add_argument("--seed", type=seed, default=0, help="of the random weights (default: 0)")
-    policy.set_defaults(run=_prepare_tiny_policy)
 
 
 def _splits(text: str) -> dict[str, int]:
@@ -133,21 +100,3 @@ def _prepare_phantom(arguments: argparse.Namespace) -> None:
     )
     studies = ", ".join(f"{name} {count:,}" for name, count in arguments.splits.items())
     print(f"{manifest}: {studies} studies\n{arguments.output / 'contact_sheet.png'}: every finding, to look at")
-
-
-def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
-    from mrg_r1.config.sections import PLAIN_INSTRUCTION, THINK_INSTRUCTION
-    from mrg_r1.data.study import read_manifest
-    from mrg_r1.labels.observations import OBSERVATIONS
-    from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
-
-    reports = [study.report for study in read_manifest(arguments.manifest, split="train")]
-    words = [
-        THINK_INSTRUCTION,
-        PLAIN_INSTRUCTION,
-        "<think></think><report></report>",
-        "Frontal view: Lateral view:",
-        *OBSERVATIONS,
-    ]
-    create_tiny_policy(arguments.output, [*reports, *words], image_side=arguments.side, seed=arguments.seed)
-    print(f"{arguments.output}: a random policy; its tokenizer was learned from {len(reports):,} reports")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from mrg_r1.cli.arguments import add_output, described, positive
-from mrg_r1.cli.prepare_data import print_outcome
 
 
 def add_command(kinds: Any) -> None:
@@ -81,6 +80,7 @@ def add_command(kinds: Any) -> None:
 
 
 def _prepare_mimic_cxr(arguments: argparse.Namespace) -> None:
+    from mrg_r1.data.prepare.conversion import print_outcome
     from mrg_r1.data.prepare.mimic_cxr.convert import Choices, prepare_mimic_cxr
 
     choices = Choices(
