@@ -36,8 +36,9 @@ from mrg_r1.config.recipe import Recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
 from mrg_r1.engine.ranks import finish_ranks, start_ranks
 from mrg_r1.engine.zero import Engine
-from mrg_r1.policy.load import Policy, load_image_processor, load_tokenizer
+from mrg_r1.policy.load import load_image_processor, load_tokenizer
 from mrg_r1.policy.lora import add_lora
+from mrg_r1.policy.policy import Policy
 from mrg_r1.reward.service.interface import RewardService
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
@@ -126,9 +127,7 @@ def make_run(recipe: Recipe) -> Run:
         directory=recipe.output_dir,
         studies={"train": [], "val": [], "test": []},
         policy=policy,
-        build=PromptBuilder(
-            tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words
-        ),
+        build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, layout=policy.layout, words=words),
         rewards_if_any=word_overlap(recipe),
         dtype=DTYPE,
     )

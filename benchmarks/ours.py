@@ -28,10 +28,11 @@ from mrg_r1.config.recipe import Recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
 from mrg_r1.engine.ranks import finish_ranks, start_ranks
 from mrg_r1.labels.observations import OBSERVATIONS
-from mrg_r1.policy.load import Policy, load_image_processor, load_policy
+from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.logprobs import completion_logprobs, micro_batches
 from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.policy.lora import add_lora
+from mrg_r1.policy.policy import Policy
 from mrg_r1.reward.compute import RewardContext
 from mrg_r1.reward.service.interface import Health, Ticket
 from mrg_r1.rollout.decode import rollout
@@ -156,9 +157,7 @@ def make_run(recipe: Recipe, folder: Path, task: Task) -> Run:
         directory=recipe.output_dir,
         studies={"train": studies, "val": [], "test": []},
         policy=policy,
-        build=PromptBuilder(
-            tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words
-        ),
+        build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, layout=policy.layout, words=words),
         rewards_if_any=word_overlap(recipe),
         dtype=torch.float32,
     )
@@ -214,8 +213,8 @@ def generate_unit(run: Run, task: Task, prompts: Prompts) -> Callable[[], Phases
         "mm_token_type_ids": (
             prompts.input_ids == policy.image_token_id
         ).int(),  # left out, positions are silently wrong
-        "pixel_values": prompts.pixel_values,
-        "image_grid_thw": prompts.image_grid_thw,
+        "pixel_values": prompts.images.tensors["pixel_values"],
+        "image_grid_thw": prompts.images.tensors["image_grid_thw"],
     }
     settings: dict[str, Any] = {
         "do_sample": True,

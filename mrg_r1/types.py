@@ -7,9 +7,10 @@ group), C completion tokens, P prompt tokens, I images in the batch, H the langu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +44,74 @@ class Study:
     prior_report: str | None = None  # its report, where a recipe asks for it (`data.context`); not in the manifest
 
 
+@dataclass(frozen=True)
+class ImageInputs:
+    """Radiographs as a model family's image processor leaves them; what the tensors mean is the family's alone."""
+
+    tensors: dict[str, Tensor]  # each [sum of `rows`, ...], the images behind one another
+    rows: dict[str, list[int]]  # by the same names: how many rows of the tensor each image has
+
+    def __len__(self) -> int:
+        return len(next(iter(self.rows.values())))
+
+    def select(self, images: Sequence[int]) -> ImageInputs:
+        """The images of these numbers, in the order given."""
+
+        def chosen(name: str, tensor: Tensor) -> Tensor:
+            pieces = tensor.split(self.rows[name])
+            return torch.cat([pieces[image] for image in images])
+
+        return ImageInputs(
+            {name: chosen(name, tensor) for name, tensor in self.tensors.items()},
+            {name: [rows[image] for image in images] for name, rows in self.rows.items()},
+        )
+
+    def to(self, device: torch.device | str) -> ImageInputs:
+        """The same images with their tensors on `device`."""
+        return ImageInputs({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.rows)
+
+    @staticmethod
+    def join(parts: Sequence[ImageInputs]) -> ImageInputs:
+        """Images of several studies as those of one batch."""
+        names = parts[0].tensors
+        return ImageInputs(
+            {name: torch.cat([part.tensors[name] for part in parts]) for name in names},
+            {name: [count for part in parts for count in part.rows[name]] for name in names},
+        )
+
+
+class PromptLayout(Protocol):
+    """How a model family writes images into a prompt; the loader asks it, and nobody else knows."""
+
+    @property
+    def placeholder(self) -> str:
+        """What the chat template writes for an image."""
+
+    @property
+    def image_token_id(self) -> int:
+        """The id whose embeddings the image features replace."""
+
+    def image_inputs(self, processed: Mapping[str, Tensor]) -> ImageInputs:
+        """What the image processor said of a study's images."""
+
+    def image_ids(self, images: ImageInputs) -> list[list[int]]:
+        """Of each image the ids that stand for it in a prompt, in place of the placeholder."""
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor, images: ImageInputs) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            input_ids, attention_mask: [B, P] int64.
+            images: in the order in which they stand in the batch.
+
+        Returns:
+            positions [B, P, ...] int64 for the family's rotation, 0 on padding; next_position [B] int64, that of the
+            first completion token.
+
+        Raises:
+            ValueError: the image tokens of the batch are not those that the images call for.
+        """
+
+
 @dataclass
 class Prompts:
     """A batch of studies as the policy reads them; made once by the loader and never recomputed."""
@@ -51,10 +120,9 @@ class Prompts:
     references: list[str]  # B, the radiologists' reports
     input_ids: Tensor  # [B, P] int64, left-padded
     attention_mask: Tensor  # [B, P] int64, 0 on padding
-    position_ids: Tensor  # [3, B, P] int64, multimodal rotary positions
+    positions: Tensor  # [B, P, ...] int64, what the family's rotation takes
     next_position: Tensor  # [B] int64, the position of the first completion token
-    pixel_values: Tensor  # [patches of all I images, channels * 2 * 14 * 14] float32
-    image_grid_thw: Tensor  # [I, 3] int64, patches in time, height and width
+    images: ImageInputs  # all I
     images_per_study: list[int]  # B, sums to I
 
     def __len__(self) -> int:
@@ -64,20 +132,16 @@ class Prompts:
         """The studies at `rows`, with their own pixels (docs/traps.md #10: pixels must not drift from their
         prompts).
         """
-        patches = self.image_grid_thw.prod(dim=1).tolist()
-        pixels = self.pixel_values.split(patches)
         starts = [sum(self.images_per_study[:b]) for b in range(len(self))]
-        images = [i for b in rows for i in range(starts[b], starts[b] + self.images_per_study[b])]
         index = torch.tensor(list(rows), dtype=torch.long, device=self.input_ids.device)
         return Prompts(
             study_ids=[self.study_ids[b] for b in rows],
             references=[self.references[b] for b in rows],
             input_ids=self.input_ids[index],
             attention_mask=self.attention_mask[index],
-            position_ids=self.position_ids[:, index],
+            positions=self.positions[index],
             next_position=self.next_position[index],
-            pixel_values=torch.cat([pixels[i] for i in images]),
-            image_grid_thw=self.image_grid_thw[torch.tensor(images, device=self.image_grid_thw.device)],
+            images=self.images.select([starts[b] + i for b in rows for i in range(self.images_per_study[b])]),
             images_per_study=[self.images_per_study[b] for b in rows],
         )
 
@@ -88,10 +152,9 @@ class Prompts:
             references=self.references,
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
-            position_ids=self.position_ids.to(device),
+            positions=self.positions.to(device),
             next_position=self.next_position.to(device),
-            pixel_values=self.pixel_values.to(device),
-            image_grid_thw=self.image_grid_thw.to(device),
+            images=self.images.to(device),
             images_per_study=self.images_per_study,
         )
 
@@ -100,7 +163,8 @@ class Prompts:
 class VisionFeatures:
     """What the vision tower saw, once an image; every later pass of the step reuses it."""
 
-    per_study: list[Tensor]  # B, each [image tokens of the study, H], images in prompt order
+    # B, each [image tokens of the study, H] in prompt order, or wider (`policy.family.Family.encode_images`)
+    per_study: list[Tensor]
 
     def select(self, rows: Sequence[int]) -> VisionFeatures:
         return VisionFeatures([self.per_study[b] for b in rows])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ from PIL import Image
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
-from mrg_r1.policy.load import Policy, load_image_processor, load_policy
+from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import add_lora
+from mrg_r1.policy.policy import Policy
 from mrg_r1.types import Study, StudyImage
 from tests.inline_rewards import score_inline
 from tests.leftovers import end_with_parent, guard
 from tests.world import World, build_world
 
-# A busy machine is no fault of an example: no test here asserts a time.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# A busy machine is no fault of an example: no test here asserts a time. What names no number of its own takes 25
+# examples, and hypothesis' 100 where CI is set.
+settings.register_profile("quick", deadline=None, max_examples=25)
+settings.register_profile("full", deadline=None)
+settings.load_profile("full" if os.environ.get("CI") else "quick")
 
 TEXTS = [
     "The heart is enlarged. No pleural effusion.",
@@ -45,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     not enough for four ranks. Any other file stays together for its fixtures.
     """
     for item in items:
-        ranks = item.get_closest_marker("ranks") is not None
+        ranks = item.get_closest_marker("ranks") is not None or item.path.parent.name == "launches"
         item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.path.stem))
 
 
@@ -118,7 +122,7 @@ def build(tiny_policy_directory: Path) -> Callable[[Policy], PromptBuilder]:
         return PromptBuilder(
             tokenizer=policy.tokenizer,
             image_processor=processor,
-            positions=policy.positions,
+            layout=policy.layout,
             words=PromptWords(**{"instruction": "Write the findings of this chest X-ray.", **words}),  # type: ignore[arg-type]
         )
 

@@ -130,6 +130,14 @@ def test_lines_of_prose_are_at_most_120_characters() -> None:
     assert not long, "\n".join(long)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_modules_exist(page: Path) -> None:
+    if page.name in ("CHANGELOG.md", "comparison.md"):  # modules of earlier versions, and of others
+        return
+    named = re.findall(r"(?<![\w/.-])(?:[a-z_0-9]+/)+[a-z_0-9]+\.py\b", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not any((root / name).is_file() for root in (ROOT, ROOT / "mrg_r1"))] == []
+
+
 def test_every_page_is_in_the_table_of_contents() -> None:
     contents = (ROOT / "docs/README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[2:] if page.name != "README.md" and f"({page.name})" not in contents] == []

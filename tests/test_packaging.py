@@ -86,6 +86,13 @@ def test_one_version(wheel: Path) -> None:
     assert wheel.name.split("-")[1] == cited["version"] == mrg_r1.__version__
 
 
+def test_wandb_comes_with_the_package(wheel: Path) -> None:
+    [metadata] = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA")]
+    lines = zipfile.ZipFile(wheel).read(metadata).decode().splitlines()
+    assert [line for line in lines if line.startswith("Requires-Dist: wandb") and "extra" not in line]
+    assert "Provides-Extra: wandb" not in lines
+
+
 def test_unpacked_wheel_makes_a_folder_to_train_from(wheel: Path, away: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)

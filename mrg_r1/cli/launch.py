@@ -75,8 +75,9 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
             raise
         met = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         _end_together(
-            f"error: rank {os.environ['RANK']} on {socket.gethostname()}: the ranks have not met at {met} (they "
-            f"wait {MEET_WITHIN} s at most): {str(error).splitlines()[0]}; is every node started, with this "
+            log.mention()
+            + f"error: rank {os.environ['RANK']} on {socket.gethostname()}: the ranks have not met at {met} "
+            f"(they wait {MEET_WITHIN} s at most): {str(error).splitlines()[0]}; is every node started, with this "
             f"address, port and number of ranks, and is the port open and free? exit code {REQUEUE}",
             code=REQUEUE,
         )

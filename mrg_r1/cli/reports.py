@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mrg_r1.config.recipe import Recipe
     from mrg_r1.data.loader import PromptBuilder
     from mrg_r1.labels.labeler import Labeler
-    from mrg_r1.policy.load import Policy
+    from mrg_r1.policy.policy import Policy
     from mrg_r1.types import Study
 
 # option -> data.context's name
@@ -263,7 +263,7 @@ def _builder(recipe: Recipe, policy: Policy) -> PromptBuilder:
     processor = load_image_processor(
         recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels
     )
-    return PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=words)
+    return PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, layout=policy.layout, words=words)
 
 
 def _print(rows: list[dict[str, Any]], recipe: Recipe, labeler: Labeler | None) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+# A folder each, named as config.json names the family. A recipe is read without importing any.
+_FAMILIES = Path(__file__).parents[1] / "policy" / "families"
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message names the file, the field, the value and the remedy."""
@@ -55,23 +58,24 @@ def check_deepspeed(path: Path) -> None:
 
 
 def check_checkpoint_directory(path: Path) -> None:
-    """Refuse a directory that is not a Qwen2.5-VL checkpoint.
+    """Refuse a directory that is not a checkpoint of a model family that loads.
 
     Raises:
         RecipeError: names policy.path, what was found there and the remedy.
     """
     config = path / "config.json"
     if not config.is_file():
-        raise RecipeError(f"policy.path {path}: no config.json there; give the directory of a Qwen2.5-VL checkpoint")
+        raise RecipeError(f"policy.path {path}: no config.json there; give the directory of a checkpoint")
     try:
         model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except json.JSONDecodeError as error:
         raise RecipeError(
             f"policy.path {path}: config.json is not JSON ({error}); fetch the checkpoint again"
         ) from error
-    if model_type != "qwen2_5_vl":
+    families = sorted(folder.parent.name for folder in _FAMILIES.glob("*/__init__.py"))
+    if model_type not in families:
         raise RecipeError(
-            f"policy.path {path}: config.json says model_type {model_type!r}; a Qwen2.5-VL checkpoint says 'qwen2_5_vl'"
+            f"policy.path {path}: config.json says model_type {model_type!r}; these load: {', '.join(families)}"
         )
     if not any(path.glob("*.safetensors")):
         raise RecipeError(

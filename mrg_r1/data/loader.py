@@ -15,14 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mrg_r1.data.context import context_lines
 from mrg_r1.data.order import StudyOrder
 from mrg_r1.data.workers import ImageReader
-from mrg_r1.types import Prompts, Study
-
-Positions = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+from mrg_r1.types import ImageInputs, PromptLayout, Prompts, Study
 
 
 class PromptError(ValueError):
@@ -44,21 +41,19 @@ class PromptBuilder:
 
     Args:
         tokenizer: the checkpoint's, with its chat template.
-        image_processor: PIL images -> patches and grids.
-        positions: (input_ids, attention_mask, grids) -> (position_ids, next_position); `policy.positions`.
+        image_processor: PIL images -> named tensors.
+        layout: how the policy's family writes images into a prompt; `policy.layout`.
         workers: processes that read images; 0: the thread that builds.
     """
 
     def __init__(
-        self, *, tokenizer: Any, image_processor: Any, positions: Positions, words: PromptWords, workers: int = 0
+        self, *, tokenizer: Any, image_processor: Any, layout: PromptLayout, words: PromptWords, workers: int = 0
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.images = ImageReader(image_processor, workers=workers)
-        self.positions = positions
+        self.layout = layout
         self.words = words
-        self.image_token = "<|image_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self._special = sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
 
     def messages(self, study: Study) -> list[dict[str, Any]]:
@@ -98,42 +93,40 @@ class PromptBuilder:
             PromptError: a prompt longer than `max_tokens` (it is never cut), or a text that has a special token in it.
             WorkerError: an image worker died.
         """
-        patches = self.images.read(studies)
-        grids = [grid for _, grid in patches]
-        rows = [self._ids(study, grid) for study, grid in zip(studies, grids, strict=True)]
+        images = [self.layout.image_inputs(processed) for processed in self.images.read(studies)]
+        rows = [self._ids(study, own) for study, own in zip(studies, images, strict=True)]
         length = max(len(ids) for ids in rows)
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         attention_mask = torch.zeros(len(rows), length, dtype=torch.long)
         for row, ids in enumerate(rows):
             input_ids[row, length - len(ids) :] = torch.tensor(ids)
             attention_mask[row, length - len(ids) :] = 1
-        image_grid_thw = torch.cat(grids)
-        position_ids, next_position = self.positions(input_ids, attention_mask, image_grid_thw)
+        joined = ImageInputs.join(images)
+        positions, next_position = self.layout.positions(input_ids, attention_mask, joined)
         return Prompts(
             study_ids=[study.id for study in studies],
             references=[study.report for study in studies],
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            positions=positions,
             next_position=next_position,
-            pixel_values=torch.cat([pixels for pixels, _ in patches]),
-            image_grid_thw=image_grid_thw,
+            images=joined,
             images_per_study=[len(study.images) for study in studies],
         )
 
-    def _ids(self, study: Study, grid: Tensor) -> list[int]:
-        """The prompt's ids, each image placeholder repeated once a merged patch."""
+    def _ids(self, study: Study, images: ImageInputs) -> list[int]:
+        """The prompt's ids, each image placeholder replaced by the ids of its image."""
         text = self.tokenizer.apply_chat_template(self.messages(study), tokenize=False, add_generation_prompt=True)
-        pieces = text.split(self.image_token)
-        if len(pieces) != len(grid) + 1:
+        placeholder = self.layout.placeholder
+        pieces = text.split(placeholder)
+        if len(pieces) != len(images) + 1:
             raise PromptError(
-                f"study {study.id}: {len(grid)} image(s), but the prompt has {len(pieces) - 1} image placeholders; "
-                f"prompt.instruction must not contain {self.image_token}"
+                f"study {study.id}: {len(images)} image(s), but the prompt has {len(pieces) - 1} image placeholders; "
+                f"prompt.instruction must not contain {placeholder}"
             )
-        merge = self.image_processor.merge_size**2
         ids: list[int] = []
-        for piece, count in zip(pieces, [*(grid.prod(dim=1) // merge).tolist(), 0], strict=True):
-            ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"] + [self.image_token_id] * count
+        for piece, image in zip(pieces, [*self.layout.image_ids(images), []], strict=True):
+            ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"] + image
         if len(ids) > self.words.max_tokens:
             raise PromptError(self._too_long(study, ids))
         return ids
@@ -149,7 +142,7 @@ class PromptBuilder:
         listed = "".join(f", {count} of {field}" for field, count in parts.items())
         return (
             f"study {study.id}: prompt of {len(ids)} tokens, prompt.max_tokens is {self.words.max_tokens} "
-            f"({ids.count(self.image_token_id)} of images{listed}); lower data.max_pixels{switch} or raise "
+            f"({ids.count(self.layout.image_token_id)} of images{listed}); lower data.max_pixels{switch} or raise "
             "prompt.max_tokens (a prompt is never cut: that could cut an image)"
         )
 

@@ -1,4 +1,4 @@
-"""Radiographs into patches, here or in processes of their own that work ahead of the device.
+"""Radiographs through the image processor, here or in processes of their own that work ahead of the device.
 
 Decoding and resizing take the interpreter lock from the thread that drives the device; in other processes they do not.
 What comes back is the same to the last bit, in the same order, however many there are: nothing here is random.
@@ -29,30 +29,29 @@ from mrg_r1.types import Study
 _IN_FLIGHT = 2
 _CLOSING_SECONDS = 5.0
 
-# [patches, channels * 2 * 14 * 14] float32 of a study's images; [images, 3] int64 grids
-Patches = tuple[Tensor, Tensor]
+Processed = dict[str, Tensor]  # what the image processor says of a study's images, by its own names
 
 
 class WorkerError(RuntimeError):
     """A process that reads images has died or failed; the message names it, the study and its files."""
 
 
-def study_patches(study_id: str, paths: Sequence[Path], image_processor: Any) -> Patches:
+def process_study(study_id: str, paths: Sequence[Path], image_processor: Any) -> Processed:
     """One study's images through the image processor: the only place that calls it.
 
     Raises:
         ImageError: an image that cannot be used; names the study, the file and the remedy.
     """
     images = [load_image(path, study_id) for path in paths]
-    features = image_processor(images=images, return_tensors="pt")
-    return features["pixel_values"], features["image_grid_thw"]
+    return dict(image_processor(images=images, return_tensors="pt"))
 
 
 class ImageReader:
-    """Studies -> patches, in their order. Threads may share it; one batch is read at a time.
+    """Studies -> what the image processor says of their images, in their order. Threads may share it; one batch is read
+    at a time.
 
     Args:
-        image_processor: PIL images -> patches and grids.
+        image_processor: PIL images -> named tensors.
         workers: processes that read; 0 reads in the calling thread. They start with the first batch, know nothing of
             CUDA, and end with this process however it ends.
     """
@@ -63,7 +62,7 @@ class ImageReader:
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
 
-    def read(self, studies: Sequence[Study]) -> list[Patches]:
+    def read(self, studies: Sequence[Study]) -> list[Processed]:
         """
         Raises:
             ImageError: an image that cannot be used.
@@ -71,7 +70,7 @@ class ImageReader:
         """
         tasks = [(study.id, [image.path for image in study.images]) for study in studies]
         if not self._wanted:
-            return [study_patches(study_id, paths, self.image_processor) for study_id, paths in tasks]
+            return [process_study(study_id, paths, self.image_processor) for study_id, paths in tasks]
         with self._lock:
             if not self._workers:
                 self._workers = [_Worker.start(self.image_processor, number) for number in range(self._wanted)]
@@ -88,12 +87,12 @@ class ImageReader:
                 raise answer
         return [answer for answer in answers if not isinstance(answer, Exception)]
 
-    def _spread(self, tasks: Sequence[tuple[str, list[Path]]]) -> list[Patches | Exception]:
+    def _spread(self, tasks: Sequence[tuple[str, list[Path]]]) -> list[Processed | Exception]:
         """Task k is worker k's modulo their number, so that answers come in order without being sorted."""
         count = len(self._workers)
         for number, task in enumerate(tasks[: _IN_FLIGHT * count]):
             self._workers[number % count].give(task)
-        answers: list[Patches | Exception] = []
+        answers: list[Processed | Exception] = []
         for number in range(len(tasks)):
             answers.append(self._workers[number % count].answer())
             if (following := number + _IN_FLIGHT * count) < len(tasks):
@@ -141,8 +140,8 @@ class _Worker:
         except OSError:
             raise self._death() from None
 
-    def answer(self) -> Patches | Exception:
-        """Its answer to the oldest task: patches, or why there are none.
+    def answer(self) -> Processed | Exception:
+        """Its answer to the oldest task: tensors, or why there are none.
 
         Raises:
             WorkerError: it is dead.
@@ -161,8 +160,7 @@ class _Worker:
                 f"study {study_id!r}: image worker {self.number} (process {self.process.pid}) failed on "
                 f"{files}\n{answer}"
             )
-        pixels, grids = answer
-        return pixels.clone(), grids.clone()  # shared memory is given back at once
+        return {name: tensor.clone() for name, tensor in answer.items()}  # shared memory is given back at once
 
     def _death(self) -> WorkerError:
         self.process.join(_CLOSING_SECONDS)
@@ -185,7 +183,7 @@ class _Worker:
 
 
 def _work(connection: Connection, begun: Tensor, image_processor: Any) -> None:
-    """A worker's life: a study in, its patches out, until the rank's end of the pipe closes, as it does however the
+    """A worker's life: a study in, its tensors out, until the rank's end of the pipe closes, as it does however the
     rank ends.
     """
     for number in (
@@ -201,9 +199,9 @@ def _work(connection: Connection, begun: Tensor, image_processor: Any) -> None:
         except (EOFError, OSError):
             os._exit(0)  # nothing is left to be done, and torch takes its time to leave
         begun += 1
-        answer: Patches | ImageError | str
+        answer: Processed | ImageError | str
         try:
-            answer = study_patches(study_id, paths, image_processor)
+            answer = process_study(study_id, paths, image_processor)
         except ImageError as error:
             answer = error
         except Exception:  # whatever it is, it is the rank that must stop for it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from importlib import metadata
 from pathlib import Path
@@ -18,13 +17,12 @@ from mrg_r1.doctor.inputs import check_disk, check_output, check_stage, most_ima
 from mrg_r1.doctor.labeler import check_labeler, device_of_labeler
 from mrg_r1.doctor.machine import Device, cuda_devices, package_findings
 from mrg_r1.doctor.memory import Task
-from mrg_r1.doctor.shape import PolicyShape
 from mrg_r1.engine.config import read_config
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.policy.export.checkpoint_files import read_layout
+from mrg_r1.policy.family import shape_of
 from mrg_r1.types import Study
 
-_IMAGE_TOKEN = "<|image_pad|>"
 _IMAGES = 8  # of each split that `mrg-r1 doctor` opens; a launch opens all (data.check_images)
 
 
@@ -130,7 +128,7 @@ def _first_images(splits: dict[str, list[Study]]) -> str:
 def _policy(recipe: Recipe) -> str:
     path = recipe.policy.path
     check_checkpoint_directory(path)
-    shape, tensors = PolicyShape.of_directory(path), [tensor for file in read_layout(path).values() for tensor in file]
+    shape, tensors = shape_of(path), [tensor for file in read_layout(path).values() for tensor in file]
     elements = sum(_elements(tensor.shape) for tensor in tensors)
     if recipe.policy.adapter is not None:
         check_adapter(recipe.policy.adapter)
@@ -153,16 +151,12 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 def _tokenizer(recipe: Recipe) -> str:
-    from mrg_r1.policy.load import load_image_processor, load_tokenizer
+    from mrg_r1.policy.load import load_image_processor, load_prompt_layout, load_tokenizer
 
     path = recipe.policy.path
     try:
         words = load_tokenizer(path)
-        image = json.loads((path / "config.json").read_text(encoding="utf-8")).get("image_token_id")
-        if (
-            words.convert_tokens_to_ids(_IMAGE_TOKEN) != image
-        ):  # transformers makes an empty tokenizer where there are no files
-            raise ValueError(f"its {_IMAGE_TOKEN} is not token {image}, as config.json says")
+        load_prompt_layout(path, words)
         load_image_processor(path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
     except (ValueError, OSError, KeyError) as error:
         first = str(error).strip().splitlines()[0]

@@ -10,7 +10,7 @@ from mrg_r1.doctor.finding import Finding
 from mrg_r1.doctor.labeler import labeler_bytes, shared_device
 from mrg_r1.doctor.machine import Device, host_memory
 from mrg_r1.doctor.memory import PROCESSES, Parts, Prediction, Task, Workload, host_bytes, predict, workload_of
-from mrg_r1.doctor.shape import PolicyShape
+from mrg_r1.policy.family import shape_of
 
 _TIGHT = 0.9  # of the free memory: more than this is said
 
@@ -30,13 +30,13 @@ def memory_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
     """What a rank needs by the formula (docs/memory.md) beside what is free: of each kind of device, and of this
     machine itself.
     """
-    shape = PolicyShape.of_directory(recipe.policy.path)
+    shape = shape_of(recipe.policy.path)
     devices, ranks_here = place.devices, place.here
 
     def workload(beside: int) -> Workload:
         kind: Literal["cuda", "cpu"] = "cuda" if devices else "cpu"
         return workload_of(
-            recipe, task=task, world_size=place.world_size, device=kind, images=images, labeler_bytes=beside
+            recipe, shape, task=task, world_size=place.world_size, device=kind, images=images, labeler_bytes=beside
         )
 
     alone = workload(0)

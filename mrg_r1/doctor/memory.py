@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mrg_r1.config.recipe import Recipe
-from mrg_r1.doctor.shape import PolicyShape
 from mrg_r1.policy.logprobs import CHUNK_ELEMENTS
 from mrg_r1.policy.packing import plan_micro_batches
+from mrg_r1.policy.shape import PolicyShape
 
 Parts = dict[str, int]  # name -> bytes
 Task = Literal["grpo", "sft", "evaluate"]
@@ -131,7 +131,7 @@ def _image_parts(shape: PolicyShape, work: Workload, studies: int) -> Parts:
     """Pixels, float32, and features: both stay through a step."""
     tokens, vision = studies * work.image_tokens, shape.vision
     return {
-        "pixels": tokens * vision.merge**2 * vision.patch_values * 4,
+        "pixels": tokens * vision.patches * vision.patch_values * 4,
         "vision features": tokens * vision.out * work.bytes,
     }
 
@@ -145,7 +145,7 @@ def _encoded(work: Workload) -> int:
 
 def _tower(shape: PolicyShape, work: Workload, studies: int) -> int:
     vision = shape.vision
-    patches = studies * work.image_tokens * vision.merge**2
+    patches = studies * work.image_tokens * vision.patches
     return patches * work.bytes * (2 * vision.hidden + max(8 * vision.hidden, 3 * vision.intermediate))
 
 
@@ -230,7 +230,7 @@ def _whole_update_parts(shape: PolicyShape, work: Workload) -> Parts:
         "activations": tokens * shape.layers * kept,
         "vision tower's graph": work.image_tokens
         * studies
-        * shape.vision.merge**2
+        * shape.vision.patches
         * shape.vision.depth
         * 16
         * shape.vision.hidden
@@ -265,7 +265,14 @@ def _with_allowance(parts: Parts, work: Workload) -> Parts:
 
 
 def workload_of(
-    recipe: Recipe, *, task: Task, world_size: int, device: Literal["cuda", "cpu"], images: int, labeler_bytes: int = 0
+    recipe: Recipe,
+    shape: PolicyShape,
+    *,
+    task: Task,
+    world_size: int,
+    device: Literal["cuda", "cpu"],
+    images: int,
+    labeler_bytes: int = 0,
 ) -> Workload:
     """The workload that a recipe means, at its largest: images of `data.max_pixels`, completions of full length.
 
@@ -274,7 +281,7 @@ def workload_of(
         labeler_bytes: the labeler's weights, where they lie on a rank's device.
     """
     zero = _zero(recipe)
-    image_tokens = images * (recipe.data.max_pixels // 28**2)
+    image_tokens = images * (recipe.data.max_pixels // shape.vision.pixels)
     words = _PROMPT_WORDS + len(recipe.prompt.words) // 3 + images * _IMAGE_WORDS
     words += sum(
         recipe.rollout.max_new_tokens if part == "prior_report" else _CONTEXT_WORDS for part in recipe.data.context

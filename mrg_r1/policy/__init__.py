@@ -1,1 +1,1 @@
-"""The policy: a Qwen2.5-VL checkpoint with LoRA, its vision tower, positions and log-probs."""
+"""The policy: a checkpoint of a model family with LoRA, its passes and log-probs."""

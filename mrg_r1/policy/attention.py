@@ -29,19 +29,19 @@ def has_cpu_kernels() -> bool:
 
 @dataclass(frozen=True)
 class SeqLens:
-    """Consecutive sequences on a packed axis; a run may be empty."""
+    """Lengths of the sequences behind one another on a packed axis; one may be empty."""
 
     lengths: tuple[int, ...]
     device: torch.device
 
     @cached_property
     def starts(self) -> list[int]:
-        """One more than there are runs; the last is the length of the axis."""
+        """One more than there are sequences; the last is the length of the axis."""
         return [0, *accumulate(self.lengths)]
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """[runs + 1] int32, what the CUDA kernels want."""
+        """[sequences + 1] int32, what the CUDA kernels want."""
         return torch.tensor(self.starts, dtype=torch.int32, device=self.device)
 
     @cached_property
@@ -54,33 +54,33 @@ class SeqLens:
 
     @cached_property
     def last_tokens(self) -> Tensor:
-        """[runs] int64, where each run's last token lies."""
+        """[sequences] int64, where the last token of each lies."""
         return self.cu_seqlens[1:].long() - 1
 
     @cached_property
     def ones(self) -> SeqLens:
-        """As many runs of one token."""
+        """As many sequences of one token."""
         return SeqLens((1,) * len(self.lengths), self.device)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, q_runs: SeqLens, k_runs: SeqLens, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention of each run of queries to the run of keys of the same number.
+def attend(q: Tensor, k: Tensor, v: Tensor, q_lens: SeqLens, k_lens: SeqLens, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention of each sequence of queries to the sequence of keys of the same number.
 
     Args:
         q: [Tq, heads, D]; k, v: [Tk, key heads, D], key heads dividing heads (grouped-query attention).
-        causal: query i sees keys 0..i of its run; the runs of both are then equally long.
+        causal: query i sees keys 0..i of its sequence; both are then equally long.
 
     Returns:
-        out [Tq, heads, D] and log-sum-exp of the scaled scores [heads, Tq] float32. A run without keys is not allowed
-        to have queries.
+        out [Tq, heads, D] and log-sum-exp of the scaled scores [heads, Tq] float32. A sequence without keys is not
+        allowed to have queries.
     """
     if q.is_cuda and q.dtype in _CUDA_TYPES:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q, k, v, q_runs.cu_seqlens, k_runs.cu_seqlens, q_runs.longest, k_runs.longest, 0.0, causal, False
+            q, k, v, q_lens.cu_seqlens, k_lens.cu_seqlens, q_lens.longest, k_lens.longest, 0.0, causal, False
         )
         return out, lse
     outs, lses = [], []
-    for queries, keys, count in _equal_runs(q_runs, k_runs):
+    for queries, keys, count in _equal_lengths(q_lens, k_lens):
         piece, lse = _forward(_heads_first(q[queries], count), *_expanded(k[keys], v[keys], count, q.shape[1]), causal)
         outs.append(piece.transpose(1, 2).reshape(-1, *q.shape[1:]))
         lses.append(lse.transpose(0, 1).reshape(q.shape[1], -1))
@@ -96,8 +96,8 @@ def attend_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    q_runs: SeqLens,
-    k_runs: SeqLens,
+    q_lens: SeqLens,
+    k_lens: SeqLens,
     *,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,12 +111,12 @@ def attend_backward(
         rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # there is no dropout to replay
         unused = torch.empty(0, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q, k, v, out, lse, q_runs.cu_seqlens, k_runs.cu_seqlens, q_runs.longest, k_runs.longest,
+            grad.contiguous(), q, k, v, out, lse, q_lens.cu_seqlens, k_lens.cu_seqlens, q_lens.longest, k_lens.longest,
             0.0, causal, rng_state, unused,
         )  # fmt: skip
         return dq, dk, dv
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for queries, keys, count in _equal_runs(q_runs, k_runs):
+    for queries, keys, count in _equal_lengths(q_lens, k_lens):
         pieces = _backward(
             _heads_first(grad[queries], count),
             _heads_first(q[queries], count),
@@ -131,16 +131,16 @@ def attend_backward(
     return dq, dk, dv
 
 
-def _equal_runs(q_runs: SeqLens, k_runs: SeqLens) -> Iterator[tuple[slice, slice, int]]:
-    """Neighbouring runs of equal lengths are one call on a batch: (queries, keys, how many runs)."""
-    pairs = list(zip(q_runs.lengths, k_runs.lengths, strict=True))
+def _equal_lengths(q_lens: SeqLens, k_lens: SeqLens) -> Iterator[tuple[slice, slice, int]]:
+    """Neighbouring sequences of equal lengths are one call on a batch: (queries, keys, how many sequences)."""
+    pairs = list(zip(q_lens.lengths, k_lens.lengths, strict=True))
     first = 0
     for index in range(1, len(pairs) + 1):
         if index == len(pairs) or pairs[index] != pairs[first]:
             if pairs[first][0]:
                 yield (
-                    slice(q_runs.starts[first], q_runs.starts[index]),
-                    slice(k_runs.starts[first], k_runs.starts[index]),
+                    slice(q_lens.starts[first], q_lens.starts[index]),
+                    slice(k_lens.starts[first], k_lens.starts[index]),
                     index - first,
                 )
             first = index
@@ -225,21 +225,33 @@ class Rotated(torch.autograd.Function):
         return grad, None, None, None
 
 
+def rotated_heads(qkv: Tensor, heads: int, key_heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, heads + 2 * key heads, D] as it leaves the projection -> rotated queries and keys, and values.
+
+    Without gradients they are views of one rotated tensor and of `qkv`, which costs the decode step two kernels less.
+    """
+    if torch.is_grad_enabled():
+        q, k, v = Rotated.apply(qkv, heads, cos, sin)
+        return q, k, v
+    qk = rotate(qkv[:, : heads + key_heads], cos, sin)
+    return qk[:, :heads], qk[:, heads:], qkv[:, heads + key_heads :]
+
+
 class PackedAttention(torch.autograd.Function):
     """`attend` with its gradient: prompts causally to themselves, or their last tokens to all of them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_runs: SeqLens, k_runs: SeqLens, causal: bool) -> Tensor:
-        out, lse = attend(q, k, v, q_runs, k_runs, causal=causal)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_lens: SeqLens, k_lens: SeqLens, causal: bool) -> Tensor:
+        out, lse = attend(q, k, v, q_lens, k_lens, causal=causal)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.arguments = q_runs, k_runs, causal
+        ctx.arguments = q_lens, k_lens, causal
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        q_runs, k_runs, causal = ctx.arguments
-        return *attend_backward(grad, q, k, v, out, lse, q_runs, k_runs, causal=causal), None, None, None
+        q_lens, k_lens, causal = ctx.arguments
+        return *attend_backward(grad, q, k, v, out, lse, q_lens, k_lens, causal=causal), None, None, None
 
 
 class GroupAttention(torch.autograd.Function):
@@ -268,13 +280,13 @@ class GroupAttention(torch.autograd.Function):
         lse = torch.logaddexp(lse_1, lse_2)
         out = merge_parts(out_1, lse_1 - lse, out_2, lse_2 - lse)
         ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, lse)
-        ctx.runs = groups, prompts, completions
+        ctx.lens = groups, prompts, completions
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, prompt_k, prompt_v, out, lse = ctx.saved_tensors
-        groups, prompts, completions = ctx.runs
+        groups, prompts, completions = ctx.lens
         dq_1, d_prompt_k, d_prompt_v = attend_backward(
             grad, q, prompt_k, prompt_v, out, lse, groups, prompts, causal=False
         )

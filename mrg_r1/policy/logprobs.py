@@ -7,23 +7,21 @@ tested against.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mrg_r1.policy.language import PromptCache
 from mrg_r1.policy.packing import pack_completions, pack_prompts, plan_micro_batches
+from mrg_r1.policy.weights import PolicyWeights
 from mrg_r1.types import Completions, Prompts, VisionFeatures
-
-if TYPE_CHECKING:
-    from mrg_r1.policy.load import Policy
 
 CHUNK_ELEMENTS = 2**26  # logits held at a time, 256 MiB in float32: 441 tokens of a vocabulary of 152,064
 
 
 def completion_logprobs(
-    policy: Policy,
+    policy: PolicyWeights,
     prompts: Prompts,
     vision: VisionFeatures,
     token_ids: Tensor,
@@ -43,7 +41,7 @@ def completion_logprobs(
 
     Returns:
         logp [R, C] float32 and entropy [R, C] float32 (nats, detached), both 0 where masked, of the distribution that
-        `Policy.next_token_logits` defines: the same one that the rollout samples from (docs/traps.md #2).
+        `PolicyWeights.next_token_logits` defines: the same one that the rollout samples from (docs/traps.md #2).
 
     Raises:
         ValueError: no token at all, under a partition.
@@ -96,7 +94,7 @@ def completion_logprobs(
     return empty.index_copy(0, index, logp).view(mask.shape), empty.index_copy(0, index, entropy).view(mask.shape)
 
 
-def token_logprobs(policy: Policy, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def token_logprobs(policy: PolicyWeights, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """[T, H] hidden states and [T] ids -> [T] log-probs (with gradient) and [T] entropies (without), a chunk of tokens
     at a time.
     """
@@ -114,7 +112,7 @@ class _TokenLogp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, ids: Tensor, policy: Policy, gradient: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, ids: Tensor, policy: PolicyWeights, gradient: bool) -> tuple[Tensor, Tensor]:
         head = policy.base.lm_head.weight
         logp = torch.empty(len(ids), device=hidden.device)
         entropy = torch.empty(len(ids), device=hidden.device)
@@ -140,7 +138,7 @@ class _TokenLogp(torch.autograd.Function):
 
 @torch.no_grad()
 def group_logprobs(
-    policy: Policy, prompts: Prompts, vision: VisionFeatures, completions: Completions, *, token_budget: int
+    policy: PolicyWeights, prompts: Prompts, vision: VisionFeatures, completions: Completions, *, token_budget: int
 ) -> Tensor:
     """[B, G, C] float32 log-probs without gradient, in passes of at most `token_budget` tokens; for the reference and
     the old policy.

@@ -6,19 +6,21 @@ frozen, and it is the naive pass that the fast one is tested and measured agains
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from mrg_r1.policy.images import put_features
+from mrg_r1.policy.weights import PolicyWeights
 from mrg_r1.types import Prompts, VisionFeatures
-
-if TYPE_CHECKING:
-    from mrg_r1.policy.load import Policy
 
 
 def completion_logprobs_plain(
-    policy: Policy, prompts: Prompts, vision: VisionFeatures, token_ids: Tensor, mask: Tensor, study_of_row: Tensor
+    policy: PolicyWeights,
+    prompts: Prompts,
+    vision: VisionFeatures,
+    token_ids: Tensor,
+    mask: Tensor,
+    study_of_row: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each completion token given its study's prompt and the tokens before it.
 
@@ -30,32 +32,29 @@ def completion_logprobs_plain(
 
     Returns:
         logp [R, C] float32 and entropy [R, C] float32 (nats, detached), both 0 where masked, of the distribution that
-        `Policy.next_token_logits` defines: the same one that the rollout samples from (docs/traps.md #2).
+        `PolicyWeights.next_token_logits` defines: the same one that the rollout samples from (docs/traps.md #2).
     """
     length = int(mask.sum(dim=1).max()) if mask.any() else 1  # columns that are padding in every row cost nothing
     ids, kept = token_ids[:, :length], mask[:, :length]
-    prompt_embeddings = _embed_prompts(policy, prompts, vision)[study_of_row]  # [R, P, H]
+    embeddings, added = put_features(
+        policy.embed(prompts.input_ids), prompts.input_ids == policy.image_token_id, torch.cat(vision.per_study)
+    )  # [B, P, H]
     steps = torch.arange(length - 1, device=ids.device)
     positions = prompts.next_position[study_of_row, None] + steps  # [R, length - 1]; text goes on after the prompt
-    hidden = policy.language_model(
+    hidden = policy.family.run_modules(
+        policy.base,
         # the last token predicts nothing that is scored, so it is never an input
-        inputs_embeds=torch.cat([prompt_embeddings, policy.language_model.embed_tokens(ids[:, :-1])], dim=1),
-        attention_mask=torch.cat([prompts.attention_mask[study_of_row], kept[:, :-1].long()], dim=1),
-        position_ids=torch.cat([prompts.position_ids[:, study_of_row], positions.expand(3, -1, -1)], dim=2),
-        use_cache=False,
-    ).last_hidden_state[:, -length:]  # [R, length, H]; the last prompt token predicts the first completion token
+        torch.cat([embeddings[study_of_row], policy.embed(ids[:, :-1])], dim=1),
+        torch.cat([prompts.attention_mask[study_of_row], kept[:, :-1].long()], dim=1),
+        prompts.positions[study_of_row],
+        positions,
+        [part[study_of_row] for part in added],
+    )[:, -length:]  # [R, length, H]; the last prompt token predicts the first completion token
     logp, entropy = _token_logp(policy, hidden[kept], ids[kept])
     return _scatter(logp, kept, token_ids.shape), _scatter(entropy, kept, token_ids.shape)
 
 
-def _embed_prompts(policy: Policy, prompts: Prompts, vision: VisionFeatures) -> Tensor:
-    """[B, P, H]: token embeddings with the image tokens replaced by the image features."""
-    embeddings = policy.language_model.embed_tokens(prompts.input_ids)
-    at_images = (prompts.input_ids == policy.image_token_id).unsqueeze(-1)
-    return embeddings.masked_scatter(at_images, torch.cat(vision.per_study).to(embeddings.dtype))
-
-
-def _token_logp(policy: Policy, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def _token_logp(policy: PolicyWeights, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """[T, H] hidden states and [T] ids -> [T] log-probs (with gradient) and [T] entropies (without)."""
     log_probs = policy.next_token_logits(hidden).log_softmax(dim=-1)
     with torch.no_grad():

@@ -11,24 +11,22 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from mrg_r1.policy.load import Policy
-
-# A bare list of names would also hit the vision tower, whose layers share some of them.
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+from mrg_r1.policy.weights import PolicyWeights
 
 
-def add_lora(policy: Policy, *, rank: int, alpha: int, seed: int) -> None:
+def add_lora(policy: PolicyWeights, *, rank: int, alpha: int, seed: int) -> None:
     """Put a fresh trainable LoRA on every linear layer of the language model; everything else stays frozen.
 
     The new parameters take the base weights' dtype, so that DeepSpeed keeps one fp32 master of each.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+    targets = policy.family.lora_targets
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # every rank starts from the same A, whatever it did before
         policy.model = get_peft_model(policy.model, config, autocast_adapter_dtype=False)
 
 
-def merge_adapter(policy: Policy, adapter: Path) -> None:
+def merge_adapter(policy: PolicyWeights, adapter: Path) -> None:
     """Fold a cold-start adapter into the base weights, before any new LoRA: it becomes part of the reference.
 
     Raises:
@@ -50,7 +48,7 @@ def merge_adapter(policy: Policy, adapter: Path) -> None:
     policy.model = merged
 
 
-def load_adapter(policy: Policy, adapter: Path) -> None:
+def load_adapter(policy: PolicyWeights, adapter: Path) -> None:
     """Put a trained adapter of a run on the policy, frozen, for evaluation.
 
     PEFT's own loading passes over tensors that it cannot place, with a warning: an adapter named after another
@@ -65,7 +63,7 @@ def load_adapter(policy: Policy, adapter: Path) -> None:
     policy.model.requires_grad_(False)
 
 
-def save_adapter(policy: Policy, directory: Path, *, state: dict[str, torch.Tensor] | None = None) -> None:
+def save_adapter(policy: PolicyWeights, directory: Path, *, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` in PEFT's own layout."""
     assert isinstance(policy.model, PeftModel)
     policy.model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False, state_dict=state)
@@ -73,14 +71,14 @@ def save_adapter(policy: Policy, directory: Path, *, state: dict[str, torch.Tens
 
 
 @contextmanager
-def reference(policy: Policy) -> Iterator[Policy]:
+def reference(policy: PolicyWeights) -> Iterator[PolicyWeights]:
     """The reference policy: adapters off inside the block, bitwise the base model."""
     assert isinstance(policy.model, PeftModel)
     with policy.model.disable_adapter():
         yield policy
 
 
-def restore_adapter(policy: Policy, directory: Path) -> None:
+def restore_adapter(policy: PolicyWeights, directory: Path) -> None:
     """Put the weights that `save_adapter` wrote back into the policy's own LoRA.
 
     Raises:

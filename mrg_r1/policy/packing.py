@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mrg_r1.policy.attention import SeqLens
+from mrg_r1.policy.images import put_features
 from mrg_r1.policy.language import LanguageModel, Packed
+from mrg_r1.policy.weights import PolicyWeights
 from mrg_r1.types import Prompts, VisionFeatures
-
-if TYPE_CHECKING:
-    from mrg_r1.policy.load import Policy
 
 
 def pack_prompts(
-    policy: Policy,
+    policy: PolicyWeights,
     language: LanguageModel,
     prompts: Prompts,
     vision: VisionFeatures,
@@ -27,15 +25,15 @@ def pack_prompts(
     chosen = range(len(prompts)) if studies is None else studies
     width, lengths = prompts.input_ids.shape[1], prompts.attention_mask.sum(dim=1).tolist()
     ids = torch.cat([prompts.input_ids[b, width - lengths[b] :] for b in chosen])
-    positions = torch.cat([prompts.position_ids[:, b, width - lengths[b] :] for b in chosen], dim=1)
+    positions = torch.cat([prompts.positions[b, width - lengths[b] :] for b in chosen])
     features = torch.cat([vision.per_study[b] for b in chosen])
-    embeddings = policy.language_model.embed_tokens(ids)
-    embeddings = embeddings.masked_scatter((ids == policy.image_token_id).unsqueeze(1), features.to(embeddings.dtype))
-    return Packed(embeddings, *language.rotation(positions), SeqLens(tuple(lengths[b] for b in chosen), ids.device))
+    embeddings, added = put_features(policy.embed(ids), ids == policy.image_token_id, features)
+    seq_lens = SeqLens(tuple(lengths[b] for b in chosen), ids.device)
+    return Packed(embeddings, *language.rotation(positions), seq_lens, added)
 
 
 def pack_completions(
-    policy: Policy, language: LanguageModel, prompts: Prompts, completions: Mapping[int, Sequence[Tensor]]
+    policy: PolicyWeights, language: LanguageModel, prompts: Prompts, completions: Mapping[int, Sequence[Tensor]]
 ) -> tuple[Packed, SeqLens]:
     """Completion tokens behind one another; their positions go on where their prompt ended.
 
@@ -44,7 +42,7 @@ def pack_completions(
             never an input.
 
     Returns:
-        The packed tokens, a run a completion, and the same axis with a run a study.
+        The packed tokens, a sequence a completion, and the same axis with a sequence a study.
     """
     own = [ids for group in completions.values() for ids in group]
     device = prompts.input_ids.device
@@ -53,10 +51,8 @@ def pack_completions(
         [prompts.next_position[b] + steps[: len(ids)] for b, group in completions.items() for ids in group]
     )
     groups = SeqLens(tuple(sum(len(ids) for ids in group) for group in completions.values()), device)
-    embeddings = policy.language_model.embed_tokens(torch.cat(own))
-    return Packed(
-        embeddings, *language.rotation(positions.expand(3, -1)), SeqLens(tuple(len(ids) for ids in own), device)
-    ), groups
+    seq_lens = SeqLens(tuple(len(ids) for ids in own), device)
+    return Packed(policy.embed(torch.cat(own)), *language.rotation(positions), seq_lens), groups
 
 
 def plan_micro_batches(

@@ -8,18 +8,19 @@ something that they do together.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-from mrg_r1.policy.language import LanguageModel, Layer, read_layer
+from mrg_r1.policy.family import Family, Gathered
+from mrg_r1.policy.language import LanguageModel
+from mrg_r1.policy.layers import DecoderLayer
 
 
 class Partition(Protocol):
@@ -43,27 +44,38 @@ class PartitionedLanguageModel(LanguageModel):
     gradient is taken.
 
     Layers are always computed again in the backward pass: it is then that their weights are brought together the second
-    time, and what autograd has saved of them is gone with the layer.
+    time, and what autograd has saved of them is gone with the layer. `layers`, the whole ones, is empty.
     """
 
-    policy: Any = None
+    modules: Sequence[nn.Module]  # of the decoder's layers
+    read_layer: Callable[[nn.Module], DecoderLayer]
+    gathered: Gathered
 
     @classmethod
-    def read(cls, policy: Any) -> PartitionedLanguageModel:
-        model = policy.language_model
-        with policy.gathered(model.norm):
-            norm = model.norm.weight.data.clone()
-        return cls(**cls.dimensions(policy), layers=(), norm=norm, policy=policy)
+    def read_parts(cls, family: Family, model: Any, gathered: Gathered) -> PartitionedLanguageModel:
+        """
+        Args:
+            gathered: given a module, a block inside which its weights can be read; all ranks enter it together.
+        """
+        decoder, config = model.model.language_model, model.config
+        with gathered(decoder.norm):
+            norm = family.read_norm(decoder.norm, config)
+            norm = replace(norm, weight=norm.weight.clone())
+
+        def read_layer(module: nn.Module) -> DecoderLayer:
+            return family.read_layer(module, config)
+
+        return cls((), norm, family.rotation(model), decoder.layers, read_layer, gathered)
 
     @property
     def depth(self) -> int:
-        return len(self.policy.language_model.layers)
+        return len(self.modules)
 
     @contextmanager
-    def layer(self, number: int) -> Iterator[Layer]:
-        module = self.policy.language_model.layers[number]
-        with self.policy.gathered(module):
-            yield read_layer(module)
+    def layer(self, number: int) -> Iterator[DecoderLayer]:
+        module = self.modules[number]
+        with self.gathered(module):
+            yield self.read_layer(module)
 
     def merged(self) -> LanguageModel:
         """The whole decoder with LoRA folded in, in memory of its own; no more than one layer is held twice."""
@@ -71,13 +83,13 @@ class PartitionedLanguageModel(LanguageModel):
         for number in range(self.depth):
             with self.layer(number) as layer:
                 layers.append(layer.merged())
-        return LanguageModel(**self.dimensions(self.policy), layers=tuple(layers), norm=self.norm)
+        return LanguageModel(tuple(layers), self.norm, self.rotation)
 
     def _run(self, recompute: bool, layer: Any, *arguments: Any) -> Any:
         return super()._run(True, layer, *arguments)
 
 
-def load_parts(path: Path, *, dtype: torch.dtype, partition: Partition) -> Qwen2_5_VLForConditionalGeneration:
+def load_parts(path: Path, family: Family, *, dtype: torch.dtype, partition: Partition) -> nn.Module:
     """A checkpoint directory as a module of which this rank holds a part: read tensor by tensor, cut module by module.
 
     No more than one module (a decoder layer, the embeddings) is whole in memory at any time. Every rank calls this.
@@ -85,28 +97,14 @@ def load_parts(path: Path, *, dtype: torch.dtype, partition: Partition) -> Qwen2
     Raises:
         ValueError: the checkpoint lacks a parameter, or has one of another shape.
     """
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    model.tie_weights()
-    _compute_buffers(model, partition.device)
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    model = family.empty_model(path, dtype, partition.device)
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not left, f"buffers without values: {left}"
     # a tied parameter once, by its first name
     names = {parameter: name for name, parameter in model.named_parameters()}
-    files = _files(path)
+    files = _files(path, family.module_name)
     read: dict[nn.Parameter, nn.Parameter] = {}
-    visual, language = model.model.visual, model.model.language_model
-    parts = [
-        visual.patch_embed,
-        *visual.blocks,
-        visual.merger,
-        language.embed_tokens,
-        *language.layers,
-        language.norm,
-        model.lm_head,
-    ]
-    for part in parts:
+    for part in family.parts(model):
         for module in part.modules():
             for key, parameter in list(module.named_parameters(recurse=False)):
                 if parameter not in read:
@@ -116,11 +114,11 @@ def load_parts(path: Path, *, dtype: torch.dtype, partition: Partition) -> Qwen2
         partition.place(part)
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
-        raise ValueError(f"{path}: parameters that belong to no known part of a Qwen2.5-VL: {missing[:3]}")
+        raise ValueError(f"{path}: parameters that belong to no part of the family's: {missing[:3]}")
     return model.eval()
 
 
-def _files(path: Path) -> dict[str, tuple[Path, str]]:
+def _files(path: Path, module_name: Callable[[str], str]) -> Mapping[str, tuple[Path, str]]:
     """Parameter name, as the modules have it -> the file that holds it, and its name there."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
@@ -130,19 +128,10 @@ def _files(path: Path) -> dict[str, tuple[Path, str]]:
         for file in sorted(path.glob("*.safetensors")):
             with safe_open(file, framework="pt") as content:
                 stored |= dict.fromkeys(content.keys(), file)
-    return {_module_name(key): (file, key) for key, file in stored.items()}
+    return {module_name(key): (file, key) for key, file in stored.items()}
 
 
-def _module_name(key: str) -> str:
-    """The name of a stored tensor in the module tree: published checkpoints keep the names of an older tree."""
-    if key.startswith("visual."):
-        return f"model.{key}"
-    if key.startswith("model.") and not key.startswith(("model.visual.", "model.language_model.")):
-        return key.replace("model.", "model.language_model.", 1)
-    return key
-
-
-def _read(path: Path, files: dict[str, tuple[Path, str]], name: str, like: Tensor) -> Tensor:
+def _read(path: Path, files: Mapping[str, tuple[Path, str]], name: str, like: Tensor) -> Tensor:
     if name not in files:
         raise ValueError(
             f"{path}: no tensor {name} in its safetensors; the download is incomplete, or it is another model"
@@ -153,14 +142,3 @@ def _read(path: Path, files: dict[str, tuple[Path, str]], name: str, like: Tenso
     if tensor.shape != like.shape:
         raise ValueError(f"{file}: {key} is {list(tensor.shape)}, config.json makes it {list(like.shape)}")
     return tensor
-
-
-def _compute_buffers(model: Any, device: torch.device) -> None:
-    """Rotary frequencies: computed, never stored."""
-    for parent in (model.model.visual, model.model.language_model):
-        for name, child in list(parent.named_children()):
-            if any(buffer.is_meta for buffer in child.buffers()) and not list(child.parameters()):
-                fresh = type(child)(child.config) if hasattr(child, "config") else type(child)(2 * len(child.inv_freq))
-                setattr(parent, name, fresh.to(device))
-    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    assert not left, f"buffers without values: {left}"

@@ -1,7 +1,7 @@
 """Rollout: one prefill a study, its keys and values shared by the group, tokens sampled by hand.
 
-The checkpoint's generation config is never consulted (docs/traps.md #1): what is sampled is `Policy.next_token_logits`,
-which is also what is scored.
+The checkpoint's generation config is never consulted (docs/traps.md #1): what is sampled is
+`PolicyWeights.next_token_logits`, which is also what is scored.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mrg_r1.policy.language import LanguageModel, PromptCache
-from mrg_r1.policy.load import Policy
 from mrg_r1.policy.packing import pack_prompts
+from mrg_r1.policy.policy import Policy
 from mrg_r1.rollout.decoder import Answers, Decoder
 from mrg_r1.rollout.sampling import Sampling, keyed_uniforms
 from mrg_r1.types import Completions, Prompts, VisionFeatures
@@ -111,7 +111,7 @@ def _decode(
     kept = prompts.attention_mask.bool()
     decoder = Decoder(
         language,
-        embeddings=policy.language_model.embed_tokens.weight,
+        embed=policy.embed,
         logits=policy.next_token_logits,
         prompt_cache=[(_padded(keys, kept), _padded(values, kept)) for keys, values in states.layers],
         prompt_mask=kept,

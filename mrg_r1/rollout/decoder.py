@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mrg_r1.policy.attention import rotate
-from mrg_r1.policy.language import LanguageModel, Layer
+from mrg_r1.policy.language import LanguageModel
+from mrg_r1.policy.layers import DecoderLayer
 from mrg_r1.rollout.sampling import sample_tokens
 
+Embed = Callable[[Tensor], Tensor]  # [R] ids -> [R, H]
 Logits = Callable[[Tensor], Tensor]  # [R, H] -> [R, V] float32, the distribution that is sampled and scored
 _WIDTH_STEP = {"cpu": 16, "cuda": 128}  # own keys are read in multiples of this: a graph has one shape for many steps
 
@@ -47,7 +47,7 @@ class Decoder:
 
     Args:
         language: with LoRA merged.
-        embeddings: [V, H] of the vocabulary.
+        embed: token ids to the embeddings that the first layer takes.
         logits: hidden states to the logits that are sampled from.
         prompt_cache: of each layer keys and values, each [S, key heads, P, D], prompts ending on the right.
         prompt_mask: [S, P] bool, False on padding.
@@ -62,7 +62,7 @@ class Decoder:
         self,
         language: LanguageModel,
         *,
-        embeddings: Tensor,
+        embed: Embed,
         logits: Logits,
         prompt_cache: list[tuple[Tensor, Tensor]],
         prompt_mask: Tensor,
@@ -73,27 +73,22 @@ class Decoder:
         pad_id: int,
         answers: Answers,
     ) -> None:
-        self.language, self.embeddings, self.logits, self.eos = (
-            language.for_few_tokens(rows.numel()),
-            embeddings,
-            logits,
-            eos,
-        )
-        self.uniforms, self.answers, self.pad_id = uniforms, answers, pad_id
+        self.language, self.embed, self.logits = language.for_few_tokens(rows.numel()), embed, logits
+        self.uniforms, self.answers, self.eos, self.pad_id = uniforms, answers, eos, pad_id
         self.length = answers.token_ids.shape[1]
         # [S * key heads, D, P] and [S * key heads, P, D]: the layouts that the two products read
         self.prompt_keys = [keys.transpose(2, 3).flatten(0, 1).contiguous() for keys, _ in prompt_cache]
         self.prompt_values = [values.flatten(0, 1).contiguous() for _, values in prompt_cache]
-        self.prompt_bias = (
-            None if prompt_mask.all() else torch.where(prompt_mask, 0.0, float("-inf")).to(embeddings.dtype)
-        )
+        keys = prompt_cache[0][0]
+        self.key_heads, head_size, self.dtype = keys.shape[1], keys.shape[3], keys.dtype
+        self.prompt_bias = None if prompt_mask.all() else torch.where(prompt_mask, 0.0, float("-inf")).to(self.dtype)
         self.rows = rows
         self.next_position = next_position
         places, device = rows.numel(), rows.device
         studies, members = rows.shape
-        shape = (studies, language.key_heads, members, self.length, language.head_size)
-        self.own_keys = [torch.zeros(shape, dtype=keys.dtype, device=device) for keys, _ in prompt_cache]
-        self.own_values = [torch.zeros(shape, dtype=keys.dtype, device=device) for keys, _ in prompt_cache]
+        shape = (studies, self.key_heads, members, self.length, head_size)
+        self.own_keys = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in prompt_cache]
+        self.own_values = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in prompt_cache]
         self.tokens = torch.zeros(places, dtype=torch.long, device=device)
         self._take_places()
         self.step = torch.zeros(1, dtype=torch.long, device=device)  # the column that is written next
@@ -148,8 +143,8 @@ class Decoder:
         dummy = len(self.answers.ended) - 1
         self.rows = torch.where(running[studies].gather(1, order), rows, dummy)
         places = (studies.unsqueeze(1) * running.shape[1] + order).flatten()
-        heads = self.language.key_heads
-        blocks = (studies.unsqueeze(1) * heads + torch.arange(heads, device=studies.device)).flatten()
+        heads = torch.arange(self.key_heads, device=studies.device)
+        blocks = (studies.unsqueeze(1) * self.key_heads + heads).flatten()
         if len(studies) < len(running):
             self.prompt_keys = [keys[blocks] for keys in self.prompt_keys]
             self.prompt_values = [values[blocks] for values in self.prompt_values]
@@ -167,28 +162,26 @@ class Decoder:
         """Feed the last tokens, sample the next ones; own keys are read up to `width`."""
         language, members = self.language, self.rows.shape[1]
         position = (self.next_position + self.step - 1).repeat_interleave(members)  # of the tokens that are fed
-        cos, sin = language.rotation(position.expand(3, -1))
+        cos, sin = language.rotation(position)
         own_bias = torch.where(torch.arange(width, device=self.rows.device) < self.step, 0.0, float("-inf")).to(
-            self.embeddings.dtype
+            self.dtype
         )
-        x = F.embedding(self.tokens, self.embeddings)
+        x = self.embed(self.tokens)
         for number, layer in enumerate(language.layers):
             x = self._layer(number, layer, x, cos, sin, own_bias, width)
-        self._sample(language.rms_norm(x, language.norm))
+        self._sample(language.norm(x))
 
     def _layer(
-        self, number: int, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, own_bias: Tensor, width: int
+        self, number: int, layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, own_bias: Tensor, width: int
     ) -> Tensor:
-        language, studies = self.language, len(self.rows)
-        heads, key_heads, size = language.heads, language.key_heads, language.head_size
-        qkv = layer.qkv(language.rms_norm(x, layer.norm_attention)).view(len(x), -1, size)
-        qk = rotate(qkv[:, : heads + key_heads], cos, sin)
+        q, k, v = layer.heads(x, cos, sin)
+        studies, key_heads, (_, heads, size) = len(self.rows), self.key_heads, q.shape
         own_keys, own_values = self.own_keys[number], self.own_values[number]
-        own_keys.index_copy_(3, self.step - 1, self._by_study(qk[:, heads:]))
-        own_values.index_copy_(3, self.step - 1, self._by_study(qkv[:, heads + key_heads :]))
+        own_keys.index_copy_(3, self.step - 1, self._by_study(k))
+        own_values.index_copy_(3, self.step - 1, self._by_study(v))
 
         # query heads that share a key head are so many queries of it: [S, K, M, heads / K, D]
-        q = self._by_study(qk[:, :heads]).mul_(size**-0.5)
+        q = self._by_study(q).mul_(size**-0.5)
         # the prompt is read once a study
         to_prompt = torch.bmm(q.view(studies * key_heads, -1, size), self.prompt_keys[number])
         if self.prompt_bias is not None:
@@ -200,12 +193,12 @@ class Decoder:
         seen = to_prompt.shape[2]
         attended = torch.matmul(weights[:, :, seen:].view(*q.shape[:4], width), own_values[:, :, :, :width])
         attended.view(studies * key_heads, -1, size).baddbmm_(weights[:, :, :seen], self.prompt_values[number])
-        return language.mlp(layer, layer.out(attended.transpose(1, 2).reshape(len(x), -1)).add_(x))
+        return layer.finish(x, attended.transpose(1, 2).reshape(len(x), heads, size))
 
     def _by_study(self, heads: Tensor) -> Tensor:
         """[S * M, n * K, D] -> [S, K, M, n, D]: members of a study side by side under each key head."""
         studies, members = self.rows.shape
-        return heads.view(studies, members, self.language.key_heads, -1, heads.shape[2]).transpose(1, 2).contiguous()
+        return heads.view(studies, members, self.key_heads, -1, heads.shape[2]).transpose(1, 2).contiguous()
 
     def _sample(self, hidden: Tensor) -> None:
         log_probs = self.logits(hidden).log_softmax(dim=-1)  # [S * M, V]

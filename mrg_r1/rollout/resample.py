@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from mrg_r1.policy.load import Policy
+from mrg_r1.policy.policy import Policy
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
 from mrg_r1.types import Completions, Prompts, VisionFeatures

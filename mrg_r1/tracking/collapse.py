@@ -1,5 +1,6 @@
-"""Is the policy collapsing to one normal report? A watch over variety, length and the share of normal reports (trap
-25).
+"""Is the policy collapsing to one normal report? A watch over variety, length and the share of normal reports.
+
+docs/traps.md #25.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Is the policy learning to please its labeler? A watch over the distance between the rewarded labeler and those that
 it is not paid by.
 
-Trap 26: optimised against one labeler, a policy finds the words that this labeler misreads. That labeler's score then
-rises and that of a reader which was never rewarded does not: `hacking_gap` against the held-out labeler
+docs/traps.md #26: optimised against one labeler, a policy finds the words that this labeler misreads. That labeler's
+score then rises and that of a reader which was never rewarded does not: `hacking_gap` against the held-out labeler
 (`evaluation.held_out_labeler`), `labeler_gap` against what phantoms were drawn from.
 """
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrg_r1.tracking.backends import Backend, Tracked, TrackingOptions, open_backends
+from mrg_r1.tracking.backend import Backend, Tracked, TrackingOptions
+from mrg_r1.tracking.backends import open_backends
 from mrg_r1.tracking.sharing import Sample, shared_of, without_paths
 from mrg_r1.tracking.terminal import StepLine, where_time_went
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from mrg_r1.files import write_text_atomically
-
-if TYPE_CHECKING:
-    from mrg_r1.tracking.backends import Tracked
+from mrg_r1.tracking.backend import Metrics, Tracked
+from mrg_r1.tracking.sharing import Shared
 
 
 class MetricsFile:
@@ -26,7 +24,7 @@ class MetricsFile:
             write_text_atomically(path, "".join(f"{line}\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")
 
-    def log(self, step: int, metrics: Mapping[str, float | int | None], shared: Sequence[Any] = ()) -> None:
+    def log(self, step: int, metrics: Metrics, shared: Sequence[Shared]) -> None:
         """Write a step's line; what is not finite becomes null, since NaN is no JSON."""
         written = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **written}) + "\n")

@@ -14,10 +14,11 @@ from rich.table import Table
 from mrg_r1.metrics.renamed import todays_names
 from mrg_r1.tracking.terminal import where_time_went, wide_console
 
-_LEGEND = (
-    "micro13, macro13: F1 of 13 diseases, pooled and averaged, as the labeler reads reports and references; _truth: "
-    "against what a phantom was drawn from; held_out: by a labeler that is not rewarded"
-)
+_LEGEND = {  # part of a key -> what it means, said where such a row is shown
+    "disease_": "micro13, macro13: F1 of 13 diseases, pooled and averaged, as the labeler reads reports and references",
+    "_truth": "truth: against what the phantoms were drawn from",
+    "held_out": "held_out: by a labeler that is not rewarded",
+}
 
 
 def read_summary(run: Path) -> dict[str, Any]:
@@ -51,16 +52,23 @@ def print_report(runs: Sequence[Path], *, control: Path | None = None) -> None:
         compared = read_summary(beside) if (beside / "summary.json").is_file() else None
         console.print(_before_after(run, summary, compared))
         stage = f", ZeRO-{summary['zero_stage']}" if summary["zero_stage"] else ""  # none where nothing was learned
+        ran = (
+            f"{summary['world_size']} ranks{stage}, seed {summary['seed']}; {where_time_went(summary['seconds'], None)}"
+        )
         page = run / "page" / "index.html"
-        lines = [_LEGEND, f"{summary['world_size']} ranks{stage}, seed {summary['seed']}; seconds by phase: "]
-        lines[-1] += where_time_went(summary["seconds"], None)
-        lines += [summary["note"]] if summary["note"] else []
-        lines += [f"its reports beside the radiographs: {page}, in any browser"] if page.is_file() else []
-        for line in lines:
-            console.print(line, markup=False, highlight=False)
+        console.print(ran, markup=False, highlight=False)
+        if summary["note"]:
+            console.print(summary["note"], markup=False, highlight=False)
+        if page.is_file():
+            console.print(f"its reports beside the radiographs: {page}", markup=False, highlight=False)
+        console.print()
     if len(runs) > 1:
         controls = [read_summary(run / "control") for run in runs if (run / "control" / "summary.json").is_file()]
         console.print(_gains(summaries, controls if len(controls) == len(runs) else None))
+    shown = [key for summary in summaries for key, value in summary["after"].items() if value is not None]
+    for part, meaning in _LEGEND.items():
+        if any(part in key for key in shown):
+            console.print(meaning, markup=False, highlight=False)
 
 
 def training_seconds(run: Path) -> float:

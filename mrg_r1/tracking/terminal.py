@@ -90,7 +90,7 @@ class StepLine:
             for title, name, columns in _LINE
             if metrics.get(name) is not None
         ]
-        if self._live and self._last_validation:
+        if self._live and self._last_validation and step + 1 < self.steps:
             parts.insert(2, f"  {self._last_validation}")
         for part in parts:
             if len(begins) + len(part) + len(ends) < self.console.width:

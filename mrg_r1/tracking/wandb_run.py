@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mrg_r1.files import write_text_atomically
+from mrg_r1.tracking.backend import Metrics, Tracked
 from mrg_r1.tracking.metrics_file import last_logged
 from mrg_r1.tracking.sharing import Shared, what_is_shared
-
-if TYPE_CHECKING:
-    from mrg_r1.tracking.backends import Tracked
 
 # What a tracker raises must not end a run, and wandb raises plain Exceptions of private classes where its process has
 # died.
@@ -101,7 +99,7 @@ class WandbRun:
             )
             run.say(f"tracking.share_text / share_images: at each validation {what} go {where}")
 
-    def log(self, step: int, metrics: Mapping[str, float | int | None], shared: Sequence[Shared]) -> None:
+    def log(self, step: int, metrics: Metrics, shared: Sequence[Shared]) -> None:
         """Hand over the step's numbers, and before them what is shared, unless wandb has the step from before an
         interruption.
         """

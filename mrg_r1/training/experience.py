@@ -217,15 +217,13 @@ def keep_newest_adapters(folder: Path, count: int) -> None:
 
 
 def prompt_digests(prompts: Prompts) -> list[str]:
-    """B digests of what the policy reads: ids without padding, image grids and pixels."""
-    patches = prompts.image_grid_thw.prod(dim=1).cpu().split(prompts.images_per_study)
-    grids = prompts.image_grid_thw.cpu().split(prompts.images_per_study)
-    pixels = prompts.pixel_values.cpu().split([int(counts.sum()) for counts in patches])
-    ids = [row[kept.bool()] for row, kept in zip(prompts.input_ids.cpu(), prompts.attention_mask.cpu(), strict=True)]
-    digests = []
-    for parts in zip(ids, grids, pixels, strict=True):
+    """B digests of what the policy reads: ids without padding, and the images as its tower takes them."""
+    prompts, digests = prompts.to("cpu"), []
+    for study in range(len(prompts)):
+        one = prompts.select([study])
+        tensors = one.images.tensors
         digest = hashlib.sha256()
-        for part in parts:
+        for part in (one.input_ids[one.attention_mask.bool()], *(tensors[name] for name in sorted(tensors))):
             digest.update(part.contiguous().numpy().tobytes())
         digests.append(digest.hexdigest()[:16])
     return digests

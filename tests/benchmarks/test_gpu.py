@@ -118,7 +118,7 @@ def test_the_published_cases_have_the_prompts_that_their_names_say() -> None:
         studies, prompt = map(int, case.name.split("x"))
         assert case.studies == studies and (case.group, case.new_tokens) == (8, 256)
         assert abs(math.ceil((case.side / 28) ** 2) + 25 - prompt) < 10
-    with pytest.raises(ValueError, match="no case '1x1' of size 7b"):
+    with pytest.raises(ValueError, match="'1x1'.*7b"):
         find_cases("7b", ["1x1"])
 
 

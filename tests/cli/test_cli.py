@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,40 +15,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import yaml
 
 from mrg_r1 import cli
 from mrg_r1.data.study import read_manifest
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, read_labels_csv, write_labels_csv
 from mrg_r1.labels.reports import read_reports_csv, write_reports_csv
+from mrg_r1.metrics import lexical
 from mrg_r1.metrics.clinical import DEFINITIONS
-from mrg_r1.policy.load import load_policy
-from mrg_r1.policy.lora import save_adapter
-from tests.conftest import with_lora
+from tests.cli.command import refused, run, usage_error
 from tests.labels.tiny import published_file, published_state, tiny_model, tiny_tokenizer
 from tests.world import few_texts
 
 EFFUSION = OBSERVATIONS.index("Pleural Effusion")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = cli.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def usage_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    code, _, message = run(capsys, *arguments)
-    assert code == 2 and message.startswith("mrg-r1: ") and "Traceback" not in message
-    return message
 
 
 @pytest.mark.parametrize(
@@ -76,20 +55,35 @@ def test_help_teaches_by_an_example(capsys: pytest.CaptureFixture[str], command:
     assert f"examples:\n  mrg-r1 {command}".rstrip() in capsys.readouterr().out
 
 
-def test_help_waits_for_no_heavy_import() -> None:
-    code = "import sys; from mrg_r1 import cli\nfor arguments in ([], ['prepare', 'phantom'], ['reward-card']):\n"
-    code += "    try: cli.main([*arguments, '--help'])\n    except SystemExit: pass\n"
-    code += "print([name for name in ('torch', 'transformers', 'numpy', 'PIL') if name in sys.modules])"
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
-    ).stdout
-    assert output.splitlines()[-1] == "[]"
+LIGHT = """
+import sys
+from mrg_r1 import cli
+
+def loaded(*names):
+    return [name for name in names if name in sys.modules]
+
+for command in ([], ["prepare", "phantom"], ["prepare", "iu-xray"], ["prepare", "manifest"], ["reward-card"]):
+    try:
+        cli.main([*command, "--help"])
+    except SystemExit:
+        pass
+after_help = loaded("torch", "transformers", "numpy", "PIL")
+cli.main(["score", *sys.argv[1:], "--samples", "2"])
+print(after_help, loaded("torch", "deepspeed", "peft", "transformers"))
+"""
+
+
+def test_help_and_scores_of_labels_wait_for_no_heavy_import(tmp_path: Path) -> None:
+    files = [str(path) for path in label_files(tmp_path)]
+    command = [sys.executable, "-c", LIGHT, *files]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert ended.stdout.splitlines()[-1] == "[] []"
 
 
 def test_it_runs_as_a_module_too() -> None:
     command = [sys.executable, "-m", "mrg_r1.cli", "score", "nowhere.csv", "nowhere.csv"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert ended.returncode == 2 and ended.stderr == "mrg-r1: nowhere.csv: No such file or directory\n"
+    assert ended.returncode == 2 and ended.stderr.startswith("mrg-r1: nowhere.csv: ") and ended.stderr.count("\n") == 1
 
 
 def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,8 +121,8 @@ def test_another_preset_or_seed_in_the_same_folder_is_refused(
     capsys: pytest.CaptureFixture[str], phantoms: Path
 ) -> None:
     same = ("prepare", "phantom", "-o", phantoms, "--splits", "train=40,val=2", "--side", "32")
-    assert "`seed` was 7, asked for 0" in refused(capsys, *same)
-    assert "the presets are" in refused(capsys, "prepare", "phantom", "-o", phantoms, "--preset", "six")
+    assert "`seed`" in refused(capsys, *same)
+    assert "five, full" in refused(capsys, "prepare", "phantom", "-o", phantoms, "--preset", "six")
 
 
 def test_prepare_tiny_policy_learns_its_words_from_the_train_reports(phantoms: Path, tmp_path: Path) -> None:
@@ -177,7 +171,7 @@ def test_convert_writes_labelers_that_read_as_the_published_file_does(
     }
     said = run(capsys, "labeler", "convert", source, "-o", formats["folder"][0], "--tokenizer", words)[1]
     said += run(capsys, "labeler", "convert", source, "-o", formats["copy"][0])[1]
-    assert len({line.rpartition(" ")[2] for line in said.splitlines()}) == 1 and said.count("written, fingerprint") == 2
+    assert len({line.rpartition(" ")[2] for line in said.splitlines()}) == 1 and len(said.splitlines()) == 2
     labels = []
     for name, (path, tokenizer) in formats.items():
         more = [] if tokenizer is None else ["--tokenizer", tokenizer]
@@ -188,12 +182,13 @@ def test_convert_writes_labelers_that_read_as_the_published_file_does(
         capsys, "label", reports, "--labeler", formats["folder"][0], "--dtype", "bfloat16", "-o", tmp_path / "half.csv"
     )
     assert half[0] == 0 and (tmp_path / "half.csv").read_text().count("\n") == 4
-    assert "not overwritten" in refused(capsys, "labeler", "convert", source, "-o", formats["copy"][0])
+    assert "chexbert.safetensors" in refused(capsys, "labeler", "convert", source, "-o", formats["copy"][0])
 
 
 def test_score_labels_reports_where_it_is_given_reports(
-    capsys: pytest.CaptureFixture[str], phantoms: Path, labeler: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, phantoms: Path, labeler: Path, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(lexical, "why_no_meteor", lambda: "starting Java takes seconds")
     reports = phantoms / "heldout_reports.csv"
     code, out, _ = run(
         capsys, "score", reports, reports, "--labeler", labeler, "--train", reports, "--json", tmp_path / "scores.json"
@@ -207,7 +202,7 @@ def test_score_labels_reports_where_it_is_given_reports(
 
 def test_reports_without_a_labeler_are_refused(capsys: pytest.CaptureFixture[str], phantoms: Path) -> None:
     message = refused(capsys, "score", phantoms / "reports.csv", phantoms / "reports.csv")
-    assert "reports.csv: holds reports" in message and "--labeler" in message
+    assert "reports.csv" in message and "--labeler" in message
 
 
 def label_files(folder: Path) -> tuple[Path, Path]:
@@ -260,8 +255,8 @@ def test_a_study_missing_on_either_side_is_an_error_that_names_it(
         del labels[gone]
         write_labels_csv(path, labels)  # type: ignore[arg-type]
     message = refused(capsys, "score", predicted, reference, "--json", tmp_path / "scores.json")
-    assert "predicted.csv: 1 studies of the other file are missing: b" in message
-    assert "reference.csv: 1 studies of the other file are missing: c" in message
+    assert re.search(r"predicted\.csv: 1 .*: b\b", message)
+    assert re.search(r"reference\.csv: 1 .*: c\b", message)
     assert not (tmp_path / "scores.json").exists()
 
 
@@ -270,9 +265,7 @@ def test_a_label_file_short_of_a_column_is_not_taken_for_reports(
 ) -> None:
     with open(tmp_path / "short.csv", "w", newline="") as file:
         csv.writer(file).writerows([["id", *OBSERVATIONS[:-1]], ["a", *[1] * 13]])
-    assert "missing observation columns ['No Finding']" in refused(
-        capsys, "score", tmp_path / "short.csv", tmp_path / "short.csv"
-    )
+    assert "['No Finding']" in refused(capsys, "score", tmp_path / "short.csv", tmp_path / "short.csv")
 
 
 def test_files_that_are_not_there_are_named_without_a_traceback(
@@ -296,8 +289,8 @@ def test_files_that_are_not_there_are_named_without_a_traceback(
 def test_a_control_that_cannot_be_shown_is_refused_and_not_left_out(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert "no summary.json" in refused(capsys, "summary", tmp_path, "--control", tmp_path / "nowhere")
-    assert "goes with one run" in refused(capsys, "summary", tmp_path, tmp_path, "--control", tmp_path)
+    assert "nowhere" in refused(capsys, "summary", tmp_path, "--control", tmp_path / "nowhere")
+    assert "--control" in refused(capsys, "summary", tmp_path, tmp_path, "--control", tmp_path)
 
 
 def test_a_fault_of_ours_is_not_dressed_up_as_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -333,77 +326,3 @@ def test_scores_do_not_depend_on_the_order_of_rows(capsys: pytest.CaptureFixture
             == 0
         )
     assert (tmp_path / "predicted.json").read_text() == (tmp_path / "turned.json").read_text()
-
-
-@pytest.fixture
-def trained(capsys: pytest.CaptureFixture[str], tiny_policy_directory: Path, tmp_path: Path) -> Path:
-    """RUN of a recipe with a cold start, as far as an export reads it."""
-    run = tmp_path / "run"
-    for directory in (run / "adapter", tmp_path / "cold"):
-        save_adapter(with_lora(load_policy(tiny_policy_directory, dtype=torch.float32)), directory)
-    policy = {"path": str(tiny_policy_directory), "adapter": str(tmp_path / "cold")}
-    recipe = {
-        "output_dir": str(run),
-        "steps": 1,
-        "data": {"manifest": "m.jsonl"},
-        "policy": policy,
-        "reward": {"labeler": "labeler"},
-    }
-    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
-    capsys.readouterr()  # transformers' bars
-    return run
-
-
-def test_export_writes_a_checkpoint_and_an_adapter(
-    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
-) -> None:
-    code, output, _ = run(
-        capsys, "export", trained, "--merged", tmp_path / "out/merged", "--adapter", tmp_path / "out/adapter"
-    )
-    assert code == 0 and f"{tmp_path}/out/merged: written" in output and f"{tmp_path}/out/adapter: written" in output
-    assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["r"] == 8, (
-        "cold start and adapter, rank 4 each"
-    )
-    assert "exists already" in refused(capsys, "export", trained, "--merged", tmp_path / "out/merged")
-    load_policy(tmp_path / "out/merged", dtype=torch.float32)
-
-
-def test_export_finds_what_has_moved_where_it_is_told(
-    capsys: pytest.CaptureFixture[str], trained: Path, tiny_policy_directory: Path, tmp_path: Path
-) -> None:
-    recipe = yaml.safe_load((trained / "config.yaml").read_text())
-    recipe["policy"]["path"] = str(tmp_path / "gone")
-    (trained / "config.yaml").write_text(yaml.safe_dump(recipe))
-    (tmp_path / "cold").rename(tmp_path / "moved")
-    command = ["export", trained, "--adapter", tmp_path / "out"]
-    message = refused(capsys, *command)
-    assert f"{tmp_path}/gone: no such folder (policy.path" in message and "--policy" in message
-    command += ["--policy", tiny_policy_directory]
-    message = refused(capsys, *command)
-    assert f"{tmp_path}/cold: no such folder (policy.adapter" in message and "--cold-start" in message
-    assert run(capsys, *command, "--cold-start", tmp_path / "moved")[0] == 0
-    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(
-        tiny_policy_directory
-    )
-
-
-def test_export_of_what_cannot_be_exported_is_refused(
-    capsys: pytest.CaptureFixture[str], trained: Path, tmp_path: Path
-) -> None:
-    assert "give --merged DIR, --adapter DIR or both" in usage_error(capsys, "export", trained)
-    assert "no config.yaml" in refused(capsys, "export", tmp_path, "--merged", tmp_path / "out")
-    pickled = tmp_path / "pickled"
-    pickled.mkdir()
-    (pickled / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
-    (pickled / "pytorch_model.bin").touch()
-    assert "pickle (not loaded)" in refused(
-        capsys, "export", trained, "--merged", tmp_path / "out", "--policy", pickled
-    )
-    (trained / "adapter").rename(trained / "other")
-    assert "no adapter/ in it" in refused(capsys, "export", trained, "--merged", tmp_path / "out")
-    recipe = yaml.safe_load((trained / "config.yaml").read_text())
-    del recipe["policy"]["adapter"]
-    (trained / "config.yaml").write_text(yaml.safe_dump(recipe))
-    unused = refused(capsys, "export", trained, "--merged", tmp_path / "out", "--cold-start", tmp_path / "cold")
-    assert "names no policy.adapter; leave it out" in unused
-    assert not (tmp_path / "out").exists()

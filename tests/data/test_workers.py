@@ -1,4 +1,6 @@
-"""Images read by processes of their own: the same prompts, in the same order, and nobody left behind."""
+"""Images read by processes of their own: the same prompts, in the same order, and nobody left behind. A worker imports
+torch: its start is what these tests take.
+"""
 
 from __future__ import annotations
 
@@ -62,11 +64,13 @@ def test_answers_come_in_order_from_several_processes(reader, tmp_path):
     ]
     answers = reader.read(studies)
     plain = ImageReader(SumProcessor()).read(studies)
-    assert [pixels[:, :3].tolist() for pixels, _ in answers] == [pixels[:, :3].tolist() for pixels, _ in plain]
-    assert [grids.tolist() for _, grids in answers] == [grids.tolist() for _, grids in plain]
-    made_by = {int(pid) for pixels, _ in answers for pid in pixels[:, 3].tolist()}
+    assert [one["pixel_values"][:, :3].tolist() for one in answers] == [
+        one["pixel_values"][:, :3].tolist() for one in plain
+    ]
+    assert [one["image_grid_thw"].tolist() for one in answers] == [one["image_grid_thw"].tolist() for one in plain]
+    made_by = {int(pid) for one in answers for pid in one["pixel_values"][:, 3].tolist()}
     assert made_by == set(pids_of(reader)) and len(made_by) == 2 and os.getpid() not in made_by
-    assert not any(pixels.is_shared() for pixels, _ in answers)  # nothing stays in shared memory
+    assert not any(tensor.is_shared() for one in answers for tensor in one.values())  # nothing stays in shared memory
 
 
 def test_threads_that_read_at_once_get_their_own(reader, tmp_path):
@@ -78,7 +82,7 @@ def test_threads_that_read_at_once_get_their_own(reader, tmp_path):
     answers: dict[int, list[list[float]]] = {}
 
     def read(batch: int) -> None:
-        answers[batch] = [pixels[0, :2].tolist() for pixels, _ in reader.read(batches[batch])]
+        answers[batch] = [one["pixel_values"][0, :2].tolist() for one in reader.read(batches[batch])]
 
     threads = [threading.Thread(target=read, args=(batch,)) for batch in range(4)]
     for thread in threads:
@@ -95,7 +99,7 @@ def test_a_workers_error_is_raised_here_with_study_and_file_and_the_next_batch_i
     with pytest.raises(ImageError, match=f"study 'bad': {bad.images[0].path}: not an image"):
         reader.read([good[0], bad, *good[1:]])
     # none of the last batch's answers
-    assert [pixels[0, 0].item() for pixels, _ in reader.read(good)] == [20, 21, 22, 23, 24]
+    assert [one["pixel_values"][0, 0].item() for one in reader.read(good)] == [20, 21, 22, 23, 24]
     failing = sized(tmp_path, (40, 40), FAILS, (41, 40))
     with pytest.raises(
         WorkerError,
@@ -116,7 +120,9 @@ def test_a_worker_that_is_killed_is_named_with_what_it_was_at(reader, tmp_path):
     with pytest.raises(WorkerError, match="study 's0': image worker 0 .*was killed by SIGKILL"):
         reader.read(studies[:2])
     again = reader.read(studies[:2])  # with new workers
-    assert [pixels[0, :3].tolist() for pixels, _ in again] == [pixels[0, :3].tolist() for pixels, _ in first]
+    assert [one["pixel_values"][0, :3].tolist() for one in again] == [
+        one["pixel_values"][0, :3].tolist() for one in first
+    ]
 
 
 def test_signals_to_the_whole_job_do_not_end_a_worker(reader, tmp_path):
@@ -173,15 +179,18 @@ def builder_of(policy, image_processor, words, workers: int) -> PromptBuilder:
     return PromptBuilder(
         tokenizer=policy.tokenizer,
         image_processor=image_processor,
-        positions=policy.positions,
+        layout=policy.layout,
         words=words,
         workers=workers,
     )
 
 
 def equal(one: Prompts, other: Prompts) -> bool:
-    tensors = ("input_ids", "attention_mask", "position_ids", "next_position", "pixel_values", "image_grid_thw")
+    tensors = ("input_ids", "attention_mask", "positions", "next_position")
     same = all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors)
+    images = (one.images.tensors, other.images.tensors)
+    same = same and one.images.rows == other.images.rows and images[0].keys() == images[1].keys()
+    same = same and all(torch.equal(images[0][name], images[1][name]) for name in images[0])
     return same and all(
         getattr(one, name) == getattr(other, name) for name in ("study_ids", "references", "images_per_study")
     )

@@ -20,9 +20,9 @@ from benchmarks.model import _write_images
 from benchmarks.ours import make_recipe, make_run, step_unit
 from benchmarks.task import INSTRUCTION, LORA_RANK, REFERENCE, Task
 from mrg_r1.doctor.memory import Workload, predict
-from mrg_r1.doctor.shape import PolicyShape
 from mrg_r1.engine.ranks import finish_ranks, start_ranks
 from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
+from mrg_r1.policy.family import shape_of
 from mrg_r1.tracking.log import Clock
 
 # Long rollouts with little kept for the update, and the other way round.
@@ -87,7 +87,7 @@ def compare(case: str, folder: Path) -> dict[str, dict[str, float]]:
     clock = PeakClock()
     ours.Clock = lambda: clock  # type: ignore[assignment,misc]
     step_unit(run, task)()
-    shape = PolicyShape.of_directory(folder / "policy")
+    shape = shape_of(folder / "policy")
     work = Workload(
         task="grpo",
         bytes=4,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ def test_without_a_recipe_it_looks_at_the_machine_alone(capsys: pytest.CaptureFi
 
 def test_a_bad_recipe_is_exit_code_2(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", str(world.recipe(tmp_path / "run")), "grpo.grop_size=4"]) == 2
-    assert "did you mean grpo.group_size" in capsys.readouterr().err
+    assert "grpo.group_size" in capsys.readouterr().err
 
 
 def test_a_package_outside_of_its_range_is_named(
@@ -99,108 +101,129 @@ def test_a_package_outside_of_its_range_is_named(
     monkeypatch.setattr(machine.metadata, "version", lambda name: "4.57.0" if name == "transformers" else version(name))
     assert cli.main(["doctor"]) == 1
     said = capsys.readouterr().out
-    assert "package transformers: 4.57.0 is installed" in said and "5.17" in said and "pip install" in said
+    assert all(word in said for word in ("transformers", "4.57.0", "5.17", "pip install"))
 
 
 def test_missing_java_is_a_warning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "why_no_meteor", lambda: "no java on PATH")
     assert cli.main(["doctor"]) == 0
-    assert "warning  java: METEOR will be left out: no java on PATH" in capsys.readouterr().out
+    assert re.search("warning +java: .*METEOR.* no java on PATH", capsys.readouterr().out)
 
 
-def test_a_missing_labeler(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "reward.labeler /nowhere: no such file" in failure(
-        world, tmp_path, capsys, "labeler", "reward.labeler=/nowhere"
-    )
-
-
-def test_a_labeler_with_other_tensors(broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = broken.folder / "labeler/model.safetensors"
+def other_tensors(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
+    path = folder / "labeler/model.safetensors"
     state = load_file(path)
-    name = next(name for name in state if name.startswith("linear_heads.3.") and name.endswith("weight"))
-    state["stranger"] = state.pop(name)
+    state["stranger"] = state.pop("linear_heads.3.weight")
     save_file(state, path)
-    said = failure(broken, tmp_path, capsys, "labeler")
-    assert f"missing {name}" in said and "unexpected stranger" in said and str(path.parent) in said
+    return ["linear_heads.3.weight", "stranger", path.parent]
 
 
-def test_a_labeler_with_a_tensor_of_another_shape(
-    broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = broken.folder / "labeler/model.safetensors"
+def another_shape(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
+    path = folder / "labeler/model.safetensors"
     state = load_file(path)
-    name = next(name for name in state if name.startswith("linear_heads.3.") and name.endswith("weight"))
-    save_file(state | {name: torch.zeros(9, state[name].shape[1])}, path)
-    assert f"{name} has shape (9, " in failure(broken, tmp_path, capsys, "labeler")
+    save_file(state | {"linear_heads.3.weight": torch.zeros(9, state["linear_heads.3.weight"].shape[1])}, path)
+    return ["linear_heads.3.weight", "(9, "]
 
 
-def test_a_labeler_without_its_tokenizer(broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (broken.folder / "labeler/tokenizer.json").unlink()
-    assert "neither tokenizer.json nor vocab.txt" in failure(broken, tmp_path, capsys, "labeler")
+def no_labeler_tokenizer(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
+    (folder / "labeler/tokenizer.json").unlink()
+    return ["tokenizer.json", "vocab.txt"]
 
 
-def test_a_truncated_image(broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = read_manifest(broken.folder / "phantoms/manifest.jsonl", split="val")[1]
+def truncated_image(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
+    study = read_manifest(folder / "phantoms/manifest.jsonl", split="val")[1]
     image = study.images[0].path
     image.write_bytes(image.read_bytes()[:200])
-    said = failure(broken, tmp_path, capsys, "images")
-    assert study.id in said and str(image) in said
+    return [study.id, image]
 
 
-def test_a_split_without_studies(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = failure(world, tmp_path, capsys, "data", "data.test_split=tset")
-    assert "data.test_split 'tset'" in said and "['test', 'train', 'val']" in said
+def missing_shard(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
+    shard_policy(folder / "policy")
+    (folder / "policy/model-00002-of-00002.safetensors").unlink()
+    return ["model-00002-of-00002.safetensors"]
 
 
-def test_an_output_dir_below_a_file(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "taken").write_text("a file")
-    said = failure(world, tmp_path, capsys, "output_dir", f"output_dir={tmp_path / 'taken' / 'run'}")
-    assert f"{tmp_path / 'taken'} is a file" in said and "another output_dir" in said
-
-
-def test_a_shard_that_the_index_names_and_nobody_has(
-    broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = broken.folder / "policy"
-    whole = load_file(folder / "model.safetensors")
-    names = sorted(whole)
-    weight_map = {name: f"model-0000{1 + (place % 2)}-of-00002.safetensors" for place, name in enumerate(names)}
-    for file in set(weight_map.values()):
-        save_file(
-            {name: whole[name] for name in names if weight_map[name] == file}, folder / file, metadata={"format": "pt"}
-        )
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert examine(broken, tmp_path / "run", capsys)[0] == 0
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    assert "model-00002-of-00002.safetensors: no such file" in failure(broken, tmp_path, capsys, "policy")
-
-
-def test_a_checkpoint_short_of_a_layer(broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = broken.folder / "policy/model.safetensors"
+def missing_layer(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
+    path = folder / "policy/model.safetensors"
     kept = {name: tensor for name, tensor in load_file(path).items() if ".layers.1." not in name}
     save_file(kept, path, metadata={"format": "pt"})
-    assert "config.json describes" in failure(broken, tmp_path, capsys, "policy")
+    return ["config.json"]
 
 
-def test_a_checkpoint_without_a_tokenizer(broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def no_policy_tokenizer(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (broken.folder / "policy" / name).unlink()
-    assert "no tokenizer and image processor" in failure(broken, tmp_path, capsys, "tokenizer")
+        (folder / "policy" / name).unlink()
+    return [folder / "policy", "tokenizer"]
 
 
-def test_ranks_that_do_not_share_a_batch(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "does not divide over 3 ranks; take 3 or 6" in failure(
-        world, tmp_path, capsys, "recipe", "--world-size", "3"
-    )
+def file_above_output(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
+    (folder.parent / "taken").write_text("a file")
+    return [folder.parent / "taken", "output_dir"]
 
 
-def test_a_disk_that_is_too_small(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def full_disk(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(GB, GB, 1000))
-    assert "GB free on that disk" in failure(world, tmp_path, capsys, "disk")
+    patch.setattr(shutil, "disk_usage", lambda path: usage(GB, GB, 1000))
+    return ["GB", "output_dir"]
+
+
+def little_memory(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
+    patch.setattr(fitting, "host_memory", lambda: GB)
+    return ["1.00 GB", "ZeRO-3"]
+
+
+def names(*said: object) -> Callable[[Path, pytest.MonkeyPatch], list[object]]:
+    """Nothing is damaged: the override alone is wrong."""
+    return lambda folder, patch: list(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "overrides"),
+    [
+        ("labeler", names("reward.labeler /nowhere"), ["reward.labeler=/nowhere"]),
+        ("labeler", other_tensors, []),
+        ("labeler", another_shape, []),
+        ("labeler", no_labeler_tokenizer, []),
+        ("labeler's device", names("reward.device=cpu"), ["reward.device=cuda:7"]),
+        ("images", truncated_image, []),
+        ("data", names("data.test_split 'tset'", "['test', 'train', 'val']"), ["data.test_split=tset"]),
+        ("output_dir", file_above_output, ["output_dir={parent}/taken/run"]),
+        ("policy", missing_shard, []),
+        ("policy", missing_layer, []),
+        ("tokenizer", no_policy_tokenizer, []),
+        ("recipe", names("3 ranks", "3 or 6"), ["--world-size", "3"]),
+        ("disk", full_disk, []),
+        ("memory of the host", little_memory, []),
+    ],
+)
+def test_what_would_stop_a_run_is_one_failure_that_names_it(
+    broken: World,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    damage: Callable[[Path, pytest.MonkeyPatch], list[object]],
+    overrides: list[str],
+) -> None:
+    named = damage(broken.folder, monkeypatch)
+    said = failure(broken, tmp_path, capsys, name, *(text.format(parent=tmp_path) for text in overrides))
+    assert [one for one in named if str(one) not in said] == [], said
+
+
+def shard_policy(folder: Path) -> None:
+    """Its weights in two files and an index."""
+    whole = load_file(folder / "model.safetensors")
+    weight_map = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(sorted(whole))}
+    for file in set(weight_map.values()):
+        shard = {name: tensor for name, tensor in whole.items() if weight_map[name] == file}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_policy_in_shards_is_well(broken: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard_policy(broken.folder / "policy")
+    assert examine(broken, tmp_path / "run", capsys)[0] == 0
 
 
 def test_a_device_that_is_too_small(
@@ -213,21 +236,8 @@ def test_a_device_that_is_too_small(
     cards = [card(0, 40 * GB), card(1, GB // 2)]
     monkeypatch.setattr(machine, "cuda_devices", lambda: cards)
     said = failure(world, tmp_path, capsys, "memory cuda:1", "evaluation.test=false")
-    assert "of 0.50 GB free" in said and "lower" in said
+    assert "0.50 GB" in said
     assert "fail" not in examine(world, tmp_path / "run", capsys, "--world-size", "1")[1]["memory cuda:0"]["state"]
-
-
-def test_a_machine_with_too_little_memory(
-    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fitting, "host_memory", lambda: GB)
-    said = failure(world, tmp_path, capsys, "memory of the host")
-    assert "of 1.00 GB free" in said and "ZeRO-3" in said
-
-
-def test_a_labeler_on_a_gpu_that_is_not_there(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = failure(world, tmp_path, capsys, "labeler's device", "reward.device=cuda:7")
-    assert "this machine shows no GPU" in said and "reward.device=cpu" in said
 
 
 def test_wandb_online_without_a_key(
@@ -236,7 +246,7 @@ def test_wandb_online_without_a_key(
     monkeypatch.setattr(checks, "wandb_version", lambda: "0.31.0")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert "no key" in failure(world, tmp_path, capsys, "wandb", "tracking.wandb=online")
+    assert "WANDB_API_KEY" in failure(world, tmp_path, capsys, "wandb", "tracking.wandb=online")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert examine(world, tmp_path / "run", capsys, "tracking.wandb=online")[0] == 0
 
@@ -263,11 +273,8 @@ def test_a_launch_stops_before_the_policy_is_loaded_and_names_every_failure(
     with pytest.raises(RecipeError) as caught:
         open_run(load_recipe(broken.recipe(tmp_path / "run")), OneRank(), task="grpo")
     said = str(caught.value)
-    assert (
-        "labeler/model.safetensors: no such file" in said
-        and "no tokenizer and image processor" in said
-        and "mrg-r1 doctor" in said
-    )
+    named = ("labeler/model.safetensors", str(broken.folder / "policy"), "mrg-r1 doctor")
+    assert [name for name in named if name not in said] == []
 
 
 def test_a_launch_says_warnings_once(

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 
 from mrg_r1.doctor.memory import Workload, predict, resting_parts
-from mrg_r1.doctor.shape import PolicyShape
-from mrg_r1.policy.load import Policy
+from mrg_r1.policy.families.qwen2_5_vl.shape import shape_of_config
+from mrg_r1.policy.family import shape_of
 from mrg_r1.policy.lora import add_lora
+from mrg_r1.policy.policy import Policy
 
 FACTOR = 1.25  # within which the formula must lie of a measured peak, both ways
 # Qwen2.5-VL-7B as published: the sizes of its config.json
 SEVEN_B: dict[str, Any] = {
+    "model_type": "qwen2_5_vl",
     "hidden_size": 3584,
     "num_hidden_layers": 28,
     "num_attention_heads": 28,
@@ -55,18 +57,18 @@ STEP = Workload(
 
 
 def total(work: Workload, phase: str) -> int:
-    return sum(predict(PolicyShape.of_config(SEVEN_B), work).phases[phase].values())
+    return sum(predict(shape_of_config(SEVEN_B), work).phases[phase].values())
 
 
 def test_the_published_7b_has_the_bytes_of_its_index() -> None:
     # total_size of its model.safetensors.index.json
-    assert 2 * PolicyShape.of_config(SEVEN_B).parameters == 16_584_333_312
+    assert 2 * shape_of_config(SEVEN_B).parameters == 16_584_333_312
 
 
 def test_a_policy_and_its_lora_are_counted_as_their_modules_have_them(
     policy: Policy, tiny_policy_directory: Path
 ) -> None:
-    shape = PolicyShape.of_directory(tiny_policy_directory)
+    shape = shape_of(tiny_policy_directory)
     assert shape.parameters == sum(parameter.numel() for parameter in policy.parameters())
     assert shape.vision.parameters == sum(parameter.numel() for parameter in policy.base.model.visual.parameters())
     add_lora(policy, rank=4, alpha=8, seed=0)
@@ -75,38 +77,38 @@ def test_a_policy_and_its_lora_are_counted_as_their_modules_have_them(
 
 
 def test_a_7b_token_is_what_it_is_by_hand() -> None:
-    shape = PolicyShape.of_config(SEVEN_B)
+    shape = shape_of_config(SEVEN_B)
     assert 2 * shape.cache_values == 57_344  # 28 layers, 4 heads of 128, keys and values, two bytes each
     assert shape.lora_parameters(1) == 28 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
 
 
 def test_a_rollout_by_hand() -> None:
-    parts = predict(PolicyShape.of_config(SEVEN_B), STEP).phases["rollout"]
+    parts = predict(shape_of_config(SEVEN_B), STEP).phases["rollout"]
     matrices = 28 * (3584 * (28 + 2 * 4) * 128 + 3584 * 3584 + 3 * 3584 * 18944)
     assert parts["merged decoder"] == 2 * matrices  # once beside the policy's own, in bfloat16
     assert (
         parts["prompts' keys and values"] == 8 * 800 * 57_344
         and parts["completions' keys and values"] == 64 * 512 * 57_344
     )
-    few = predict(PolicyShape.of_config(SEVEN_B), replace(STEP, cache_tokens=2 * (800 + 8 * 512))).phases["rollout"]
+    few = predict(shape_of_config(SEVEN_B), replace(STEP, cache_tokens=2 * (800 + 8 * 512))).phases["rollout"]
     assert few["completions' keys and values"] == 2 * 8 * 512 * 57_344  # two studies at a time
-    on_cpu = predict(PolicyShape.of_config(SEVEN_B), replace(STEP, bytes=4, device="cpu")).phases["rollout"]
+    on_cpu = predict(shape_of_config(SEVEN_B), replace(STEP, bytes=4, device="cpu")).phases["rollout"]
     assert on_cpu["merged decoder"] == 2 * 4 * matrices  # and once more in oneDNN's layout
 
 
 def test_an_update_by_hand() -> None:
-    parts = predict(PolicyShape.of_config(SEVEN_B), STEP).phases["update"]
+    parts = predict(shape_of_config(SEVEN_B), STEP).phases["update"]
     # a token's kept numbers, and two scales a layer
     token = 28 * (2 * (4 * 3584 + 36 * 128 + 28 * 128 + 3 * 18944 + 7 * 32) + 8)
     # a study and its group fit into 8,192 tokens, a second study does not
     assert parts["completions' activations"] == 8 * 512 * token
-    again = predict(PolicyShape.of_config(SEVEN_B), replace(STEP, recompute=True)).phases["update"]
+    again = predict(shape_of_config(SEVEN_B), replace(STEP, recompute=True)).phases["update"]
     assert again["completions' activations"] == 8 * 512 * 28 * 3584 * 2  # each layer's input alone
 
 
 def test_a_config_without_a_number_says_which() -> None:
     with pytest.raises(ValueError, match="no num_hidden_layers"):
-        PolicyShape.of_config({key: value for key, value in SEVEN_B.items() if key != "num_hidden_layers"})
+        shape_of_config({key: value for key, value in SEVEN_B.items() if key != "num_hidden_layers"})
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,7 @@ def test_what_saves_memory_saves_it(change: dict[str, Any], phase: str) -> None:
 
 
 def test_zero_cuts_what_its_stage_says() -> None:
-    shape = PolicyShape.of_config(SEVEN_B)
+    shape = shape_of_config(SEVEN_B)
     trained = shape.lora_parameters(32)
 
     def parts(**change: Any) -> dict[str, int]:

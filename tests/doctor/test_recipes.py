@@ -14,7 +14,7 @@ import pytest
 from mrg_r1.config.recipe import check_numbers, load_recipe
 from mrg_r1.doctor.checks import task_of
 from mrg_r1.doctor.memory import predict, workload_of
-from mrg_r1.doctor.shape import PolicyShape
+from mrg_r1.policy.family import shape_of
 from tests.doctor.test_memory import SEVEN_B
 
 RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
@@ -73,10 +73,11 @@ def test_a_7b_recipe_fits_a_card_of_80_gb(path: Path, ranks: int, tmp_path: Path
     recipe = load_recipe(path, [f"policy.path={tmp_path}"])
     beside = BERT_BASE if ranks == 1 else 0  # seven and one: the labeler has a card of its own
     images = 1 if "mimic" in path.stem else 2
+    shape = shape_of(recipe.policy.path)
     work = workload_of(
-        recipe, task=task_of(recipe), world_size=ranks, device="cuda", images=images, labeler_bytes=beside
+        recipe, shape, task=task_of(recipe), world_size=ranks, device="cuda", images=images, labeler_bytes=beside
     )
-    prediction = predict(PolicyShape.of_directory(recipe.policy.path), work)
+    prediction = predict(shape, work)
     assert 20 * 10**9 < prediction.peak < CARD, prediction.phases[prediction.peak_phase]
 
 

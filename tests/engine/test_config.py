@@ -44,9 +44,9 @@ def test_what_cannot_be_run_is_refused(tmp_path, zero, more, message):
 
 
 def test_contradictions_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="gradient_clipping is 5, the recipe makes it 1.0"):
+    with pytest.raises(ValueError, match="gradient_clipping.* 5.* 1.0"):
         fill_config(write(tmp_path, {"stage": 2}, gradient_clipping=5), {"gradient_clipping": 1.0}, largest_trainable=1)
     path = write(tmp_path, {"stage": 3, "stage3_param_persistence_threshold": 100})
-    with pytest.raises(ValueError, match="is 100, the largest trained parameter has 640"):
+    with pytest.raises(ValueError, match=" 100.* 640"):
         fill_config(path, {}, largest_trainable=640)
     assert fill_config(path, {}, largest_trainable=64)["zero_optimization"]["stage3_param_persistence_threshold"] == 100

@@ -23,7 +23,7 @@ def test_ranks_are_cut_into_nodes_by_what_each_says_of_its_own():
     "described", [[("a", 2), ("b", 2), ("a", 2), ("b", 2)], [("a", 1), ("a", 2), ("a", 2), ("b", 2)], [("a", 2)]]
 )
 def test_ranks_that_are_not_numbered_node_by_node_are_refused(described):
-    with pytest.raises(ValueError, match="numbered one after another.*rank 0 on a.*--distribution=block"):
+    with pytest.raises(ValueError, match="rank 0 on a.*--distribution=block"):
         nodes_of(described)
 
 
@@ -33,11 +33,11 @@ def test_one_of_many_processes_that_nobody_numbered_is_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert on_one_node()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(ValueError, match="one of 4 processes .SLURM_STEP_NUM_TASKS., but RANK is not set"):
+    with pytest.raises(ValueError, match="SLURM_STEP_NUM_TASKS.*RANK"):
         start_ranks(0)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="neither LOCAL_SIZE nor LOCAL_WORLD_SIZE"):
+    with pytest.raises(ValueError, match="LOCAL_SIZE.*LOCAL_WORLD_SIZE"):
         start_ranks(0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not on_one_node()

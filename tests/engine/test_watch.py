@@ -1,5 +1,5 @@
 """Which ranks are missed when they or their node are gone, who speaks, and with which code all leave. Ranks are threads
-here.
+here. Most of the seconds of these tests are waited: less would take a busy machine for a rank that is gone.
 """
 
 from __future__ import annotations

@@ -31,18 +31,18 @@ def lora_on(directory, device, dtype):
 def test_flash_kernels_agree_with_whole_score_matrices(heads, key_heads, size, q_lengths, k_lengths, causal):
     """Forward, log-sum-exp and the three gradients in bf16, against fp32 by `_plain`."""
     device = torch.device("cuda")
-    q_runs, k_runs = SeqLens(q_lengths, device), SeqLens(k_lengths, device)
+    q_lens, k_lens = SeqLens(q_lengths, device), SeqLens(k_lengths, device)
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(tokens, count, size, device=device, dtype=torch.bfloat16)
-        for tokens, count in ((q_runs.total, heads), (k_runs.total, key_heads), (k_runs.total, key_heads))
+        for tokens, count in ((q_lens.total, heads), (k_lens.total, key_heads), (k_lens.total, key_heads))
     )
     grad = torch.randn_like(q)
-    out, lse = attend(q, k, v, q_runs, k_runs, causal=causal)
-    found = attend_backward(grad, q, k, v, out, lse, q_runs, k_runs, causal=causal)
+    out, lse = attend(q, k, v, q_lens, k_lens, causal=causal)
+    found = attend_backward(grad, q, k, v, out, lse, q_lens, k_lens, causal=causal)
     wide = [tensor.float() for tensor in (q, k, v)]  # fp32 has no flash kernel on CUDA: whole matrices
-    exact, exact_lse = attend(*wide, q_runs, k_runs, causal=causal)
-    wanted = attend_backward(grad.float(), *wide, exact, exact_lse, q_runs, k_runs, causal=causal)
+    exact, exact_lse = attend(*wide, q_lens, k_lens, causal=causal)
+    wanted = attend_backward(grad.float(), *wide, exact, exact_lse, q_lens, k_lens, causal=causal)
     torch.testing.assert_close(lse, exact_lse, atol=1e-2, rtol=1e-2)
     torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
     for mine, theirs in zip(found, wanted, strict=True):

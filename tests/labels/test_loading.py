@@ -41,7 +41,7 @@ def test_a_safetensors_copy_loads_and_labels(
 
 def test_a_tokenizer_of_fewer_entries_than_embeddings_is_warned_of(tmp_path: Path, tokenizer_directory: Path) -> None:
     path = published_file(tmp_path, published_state(tiny_model(vocab_size=40)))
-    with pytest.warns(UserWarning, match="27 entries and the checkpoint 40 embeddings"):
+    with pytest.warns(UserWarning, match="27 .* 40 "):
         Labeler.load(path, tokenizer=str(tokenizer_directory))
 
 
@@ -56,26 +56,29 @@ def replaced(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tenso
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("module.linear_heads.4.bias"), r"missing linear_heads\.4\.bias"),
+        (without("module.linear_heads.4.bias"), r"linear_heads\.4\.bias"),
         (
             without("module.bert.encoder.layer.0.output.dense.weight"),
-            r"missing bert\.encoder\.layer\.0\.output\.dense\.weight",
+            r"bert\.encoder\.layer\.0\.output\.dense\.weight",
         ),
         (
             without("module.bert.embeddings.word_embeddings.weight"),
-            r"missing bert\.embeddings\.word_embeddings\.weight",
+            r"bert\.embeddings\.word_embeddings\.weight",
         ),
-        (replaced("module.linear_heads.14.bias", torch.zeros(4)), r"unexpected linear_heads\.14\.bias"),
-        (replaced("module.classifier.weight", torch.zeros(4)), r"unexpected classifier\.weight"),
+        (replaced("module.linear_heads.14.bias", torch.zeros(4)), r"linear_heads\.14\.bias"),
+        (replaced("module.classifier.weight", torch.zeros(4)), r"classifier\.weight"),
         (
             replaced("module.linear_heads.13.weight", torch.zeros(4, 64)),
-            r"linear_heads\.13\.weight has shape \(4, 64\), expected \(2,",
+            r"linear_heads\.13\.weight .*\(4, 64\).*\(2,",
         ),
         (
             replaced("module.linear_heads.0.weight", torch.zeros(3, 64)),
-            r"linear_heads\.0\.weight has shape \(3, 64\), expected \(4, 64\)",
+            r"linear_heads\.0\.weight .*\(3, 64\).*\(4, 64\)",
         ),
-        (replaced("bert.embeddings.word_embeddings.weight", torch.zeros(4, 64)), r"stands twice"),
+        (
+            replaced("bert.embeddings.word_embeddings.weight", torch.zeros(4, 64)),
+            r"bert\.embeddings\.word_embeddings\.weight.*twice",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
@@ -110,7 +113,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(
 def test_a_tensor_of_integers_is_refused(labeler: Labeler, tmp_path: Path, tokenizer_directory: Path) -> None:
     state = published_state(labeler.model)
     state["module.linear_heads.2.weight"] = torch.zeros(4, 64, dtype=torch.int8)
-    with pytest.raises(ValueError, match=r"linear_heads\.2\.weight is torch\.int8, not floating point"):
+    with pytest.raises(ValueError, match=r"linear_heads\.2\.weight .*int8"):
         Labeler.load(published_file(tmp_path, state), tokenizer=str(tokenizer_directory))
 
 
@@ -128,7 +131,7 @@ def test_a_pickled_object_is_refused_and_never_run(labeler: Labeler, tmp_path: P
     witness = tmp_path / "ran"
     path = tmp_path / "chexbert.pth"
     torch.save({"model_state_dict": published_state(labeler.model), "note": Payload(witness)}, path)
-    with pytest.raises(ValueError, match=r"chexbert\.pth: refused: .*mkdir") as refusal:
+    with pytest.raises(ValueError, match=r"chexbert\.pth: .*mkdir") as refusal:
         Labeler.load(path, tokenizer=str(tokenizer_directory))
     assert not witness.exists()
     assert "weights_only" not in str(refusal.value)  # torch's own message tells the user how to run it all the same
@@ -140,7 +143,7 @@ def test_a_pickle_under_a_safetensors_name_is_refused_and_never_run(labeler: Lab
     for path in (tmp_path / "chexbert.safetensors", tmp_path / "mine" / "model.safetensors"):
         torch.save({"model_state_dict": published_state(labeler.model), "note": Payload(witness)}, path)
     for path in (tmp_path / "chexbert.safetensors", tmp_path / "mine"):
-        with pytest.raises(ValueError, match=r"\.safetensors: not a safetensors file"):
+        with pytest.raises(ValueError, match=r"\.safetensors: "):
             Labeler.load(path)
     assert not witness.exists()
 
@@ -149,14 +152,14 @@ def test_a_pickle_under_a_safetensors_name_is_refused_and_never_run(labeler: Lab
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "chexbert.pth"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"chexbert\.pth: refused"):
+    with pytest.raises(ValueError, match=r"chexbert\.pth: "):
         Labeler.load(path)
 
 
 def test_a_dict_without_model_state_dict_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"state": {}}, path)
-    with pytest.raises(ValueError, match=r"weights\.pth: no `model_state_dict` \(found \['state'\]\)"):
+    with pytest.raises(ValueError, match=r"weights\.pth: .*`model_state_dict`.*\['state'\]"):
         Labeler.load(path)
 
 
@@ -168,27 +171,27 @@ def test_our_directory_is_read_as_strictly(labeler: Labeler, tmp_path: Path) -> 
         {name: tensor for name, tensor in weights.items() if name != "linear_heads.7.weight"},
         folder / "model.safetensors",
     )
-    with pytest.raises(ValueError, match=r"missing linear_heads\.7\.weight"):
+    with pytest.raises(ValueError, match=r"linear_heads\.7\.weight"):
         Labeler.load(folder)
     (folder / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="not a safetensors file"):
+    with pytest.raises(ValueError, match=r"mine.*model\.safetensors"):
         Labeler.load(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="incomplete"):
+    with pytest.raises(FileNotFoundError, match=r"mine"):
         Labeler.load(folder)
     (folder / "config.json").write_text('{"architectures": ["BertForMaskedLM"]}')
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match=r"mine"):
         Labeler.load(folder)
-    with pytest.raises(FileNotFoundError, match="no labeler here"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         Labeler.load(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
     ("vocabulary", "message"),
     [
-        ([*VOCABULARY[:-1], "Effusion"], "is cased"),
-        ([*VOCABULARY, *(f"word{index}" for index in range(9))], "entries and the model"),
-        ([*VOCABULARY[:2], "word1", *VOCABULARY[3:]], r"no \[CLS\]"),
+        ([*VOCABULARY[:-1], "Effusion"], "cased"),
+        ([*VOCABULARY, *(f"word{index}" for index in range(9))], "entries"),
+        ([*VOCABULARY[:2], "word1", *VOCABULARY[3:]], r"\[CLS\]"),
     ],
 )
 def test_a_tokenizer_that_is_not_the_models_is_refused(
@@ -208,7 +211,7 @@ def test_an_uncased_vocabulary_of_the_same_size_but_another_order_is_refused(tmp
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"word{index}" for index in range(30518))]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     path = published_file(tmp_path, published_state(tiny_model(vocab_size=30522, num_hidden_layers=1)))
-    with pytest.raises(ValueError, match="another vocabulary of the same size"):
+    with pytest.raises(ValueError, match="words"):
         Labeler.load(path, tokenizer=str(folder))
 
 
@@ -226,11 +229,9 @@ def test_offline_a_published_checkpoint_asks_for_a_tokenizer_directory(
 ) -> None:
     path = published_file(tmp_path, published_state(labeler.model))
     monkeypatch.setattr(tokenizer, "Tokenizer", Offline)
-    with pytest.raises(
-        FileNotFoundError, match=r"'bert-base-uncased' .* offline, give a directory with tokenizer\.json or vocab\.txt"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"'bert-base-uncased' .*tokenizer\.json.*vocab\.txt"):
         Labeler.load(path)
-    with pytest.raises(FileNotFoundError, match=r"neither tokenizer\.json nor vocab\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json.*vocab\.txt"):
         Labeler.load(path, tokenizer=str(tmp_path))
 
 
@@ -276,13 +277,13 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(
     good = published_file(tmp_path, published_state(labeler.model))
     convert(good, output, tokenizer=words)
     files = {path: path.stat().st_mtime_ns for path in output.parent.rglob("*")}
-    with pytest.raises(FileExistsError, match=f"{name}: exists already"):
+    with pytest.raises(FileExistsError, match=f"{name}"):
         convert(good, output, tokenizer=words)
     assert {path: path.stat().st_mtime_ns for path in output.parent.rglob("*")} == files
 
     state = published_state(labeler.model)
     del state["module.linear_heads.4.bias"]
-    with pytest.raises(ValueError, match=r"missing linear_heads\.4\.bias"):
+    with pytest.raises(ValueError, match=r"linear_heads\.4\.bias"):
         convert(published_file(tmp_path, state), tmp_path / "other" / name, tokenizer=words)
     assert list((tmp_path / "other").iterdir()) == []
 
@@ -297,7 +298,7 @@ def test_a_writing_that_breaks_off_leaves_no_labeler(
 
     monkeypatch.setattr(loading, "save_file", full)
     for name in ("mine", "copy.safetensors"):
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(OSError, match="space"):
             convert(path, tmp_path / "out" / name, tokenizer=str(tokenizer_directory) if name == "mine" else None)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -305,13 +306,13 @@ def test_a_writing_that_breaks_off_leaves_no_labeler(
 def test_what_cannot_be_converted_is_refused(labeler: Labeler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = published_file(tmp_path, published_state(labeler.model))
     labeler.save(tmp_path / "mine")
-    with pytest.raises(FileNotFoundError, match="mine: is a directory"):
+    with pytest.raises(FileNotFoundError, match="mine"):
         convert(tmp_path / "mine", tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"no\.pth: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"no\.pth"):
         convert(tmp_path / "no.pth", tmp_path / "out")
-    with pytest.raises(ValueError, match="holds no tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer"):
         convert(path, tmp_path / "out.safetensors", tokenizer="bert-base-uncased")
     monkeypatch.setattr(tokenizer, "Tokenizer", Offline)
-    with pytest.raises(FileNotFoundError, match=r"'bert-base-uncased' .* offline, give a directory"):
+    with pytest.raises(FileNotFoundError, match="'bert-base-uncased'"):
         convert(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

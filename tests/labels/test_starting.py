@@ -99,24 +99,24 @@ def test_tensors_that_do_not_fit_are_named(
 
 def test_what_is_no_bert_is_refused(tmp_path: Path, bert: BertModel) -> None:
     folder = tmp_path / "bert"
-    with pytest.raises(FileNotFoundError, match="no labeler here"):
+    with pytest.raises(FileNotFoundError, match="nothing"):
         read_start(tmp_path / "nothing")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "roberta"}))
-    with pytest.raises(ValueError, match="model_type is 'roberta', not 'bert'"):
+    with pytest.raises(ValueError, match="model_type.*'roberta'"):
         read_start(folder)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"text")
-    with pytest.raises(ValueError, match="not a safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         read_start(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors.*pytorch_model\.bin"):
         read_start(folder)
     torch.save({"weights": tmp_path}, folder / "pytorch_model.bin")  # a pickled object
-    with pytest.raises(ValueError, match="unpickling runs code"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin"):
         read_start(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="config.json: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
         read_start(folder)
 
 
@@ -164,11 +164,11 @@ def test_a_plain_bert_is_trained_whole_into_a_labeler_that_loads(tmp_path: Path,
 
 def test_a_size_or_a_tokenizer_that_would_be_passed_over_is_refused(tmp_path: Path, bert: BertModel) -> None:
     reports, labels = write_toy(tmp_path, 40)
-    with pytest.raises(ValueError, match="size 'tiny' with the start"):
+    with pytest.raises(ValueError, match="size 'tiny'"):
         train_labeler(reports, labels, tmp_path / "labeler", size="tiny", start=tmp_path / "bert")
-    with pytest.raises(ValueError, match="tokenizer 'words' without a start"):
+    with pytest.raises(ValueError, match="tokenizer 'words'"):
         train_labeler(reports, labels, tmp_path / "labeler", tokenizer="words")
-    with pytest.raises(ValueError, match=r"the tokenizer has no \[MASK\]"):
+    with pytest.raises(ValueError, match=r"\[MASK\]"):
         maskless = [word if word != "[MASK]" else "masked" for word in VOCABULARY]
         (tmp_path / "bert" / "vocab.txt").write_text("\n".join(maskless) + "\n", encoding="utf-8")
         train_labeler(reports, labels, tmp_path / "labeler", start=tmp_path / "bert")

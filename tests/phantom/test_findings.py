@@ -139,9 +139,9 @@ def test_a_linear_probe_on_small_images_finds_each_of_the_five() -> None:
 
 
 def test_what_cannot_be_rendered_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="14 label values"):
+    with pytest.raises(ValueError, match="14"):
         render([1] * 13, seed=0, index=0, side=64)
-    with pytest.raises(ValueError, match="Edema: label value 2"):
+    with pytest.raises(ValueError, match="Edema.* 2"):
         render(only(4, 2), seed=0, index=0, side=64)
     with pytest.raises(ValueError, match="side 16"):
         render(only(None), seed=0, index=0, side=16)

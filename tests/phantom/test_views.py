@@ -179,12 +179,12 @@ def test_the_noise_has_the_chests_standard_deviation_and_no_pattern() -> None:
 
 
 def test_what_cannot_be_rendered_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="view 'oblique'; allowed are frontal and lateral"):
+    with pytest.raises(ValueError, match="view 'oblique'.*frontal.*lateral"):
         render_view(only(None), "oblique", seed=0, index=0, patient=0, side=64)
     for view in VIEWS:
         with pytest.raises(ValueError, match="side 16"):
             render_view(only(None), view, seed=0, index=0, patient=0, side=16)
-        with pytest.raises(ValueError, match="14 label values"):
+        with pytest.raises(ValueError, match="14"):
             render_view([1] * 13, view, seed=0, index=0, patient=0, side=64)
 
 

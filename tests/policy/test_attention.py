@@ -69,8 +69,8 @@ def test_two_parts_of_the_keys_merge_to_one_attention_also_in_the_gradient():
     """What shared-prefix attention rests on: each part gets the merged output and log-sum-exp, and its exact share of
     the gradient.
     """
-    runs = [SeqLens((length,), CPU) for length in (6, 9, 4, 13)]
-    queries, first, second, whole = runs
+    seq_lens = [SeqLens((length,), CPU) for length in (6, 9, 4, 13)]
+    queries, first, second, whole = seq_lens
     q, k, v = tensors(6, 13, heads=4, key_heads=2)
     expected = plain(q, k, v, queries, whole, False)
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mrg_r1.policy import logprobs as scoring
 from mrg_r1.policy.load import load_policy
@@ -39,8 +38,8 @@ def plain_forward_logp(policy, prompts, completions, *, banned, temperature):
                 input_ids=ids[None],
                 attention_mask=torch.ones_like(ids)[None],
                 mm_token_type_ids=kinds,
-                pixel_values=one.pixel_values,
-                image_grid_thw=one.image_grid_thw,
+                pixel_values=one.images.tensors["pixel_values"],
+                image_grid_thw=one.images.tensors["image_grid_thw"],
             ).logits[0, len(prompt) - 1 : -1]
             logits[:, banned] = -torch.inf
             picked = (logits / temperature).log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
@@ -275,26 +274,6 @@ def test_recomputation_keeps_less_for_the_backward_pass(lora_policy, studies, bu
             lora_policy(*arguments)
         kept.append(sum(sizes))
     assert kept[1] < 0.5 * kept[0]
-
-
-def test_positions_are_those_of_the_model(policy, studies, build):
-    """Trap 9: the hand-written positions against the model's own, padded and with two images."""
-    prompts = build(policy)(studies)
-    model: Qwen2_5_VLForConditionalGeneration = policy.base
-    kinds = (prompts.input_ids == policy.image_token_id).int()
-    positions, deltas = model.model.get_rope_index(
-        prompts.input_ids, kinds, image_grid_thw=prompts.image_grid_thw, attention_mask=prompts.attention_mask
-    )
-    kept = prompts.attention_mask.bool()
-    assert torch.equal(prompts.position_ids[:, kept], positions[:, kept])
-    assert torch.equal(prompts.next_position, prompts.attention_mask.sum(1) + deltas[:, 0])
-
-
-def test_a_cut_image_is_refused(policy, studies, build):
-    prompts = build(policy)(studies[:1])
-    cut = int((prompts.input_ids[0] == policy.image_token_id).nonzero()[4, 0])
-    with pytest.raises(ValueError, match="the prompt was cut inside them"):
-        policy.positions(prompts.input_ids[:, :cut], prompts.attention_mask[:, :cut], prompts.image_grid_thw)
 
 
 @pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])

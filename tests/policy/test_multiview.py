@@ -60,9 +60,7 @@ def build(tiny_policy_directory):
 
     def make(policy, **words) -> PromptBuilder:
         said = PromptWords(**{"instruction": "Write the findings of this chest X-ray.", **words})
-        return PromptBuilder(
-            tokenizer=policy.tokenizer, image_processor=processor, positions=policy.positions, words=said
-        )
+        return PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, layout=policy.layout, words=said)
 
     return make
 
@@ -73,16 +71,16 @@ def image_tokens(policy, prompts: Prompts) -> list[int]:
 
 def merged_patches(prompts: Prompts) -> list[int]:
     """sum(t * h * w) / 4 of each study's images."""
-    per_image = iter((prompts.image_grid_thw.prod(dim=1) // 4).tolist())
+    per_image = iter((prompts.images.tensors["image_grid_thw"].prod(dim=1) // 4).tolist())
     return [sum(next(per_image) for _ in range(count)) for count in prompts.images_per_study]
 
 
 def test_image_tokens_are_a_quarter_of_the_patches_or_nothing_goes_on(policy, studies, build):
     prompts = build(policy)(studies)
     assert prompts.images_per_study == list(VIEWS)
-    assert len({tuple(grid) for grid in prompts.image_grid_thw.tolist()}) > 2  # of unequal size
+    assert len({tuple(grid) for grid in prompts.images.tensors["image_grid_thw"].tolist()}) > 2  # of unequal size
     assert image_tokens(policy, prompts) == merged_patches(prompts)
-    assert prompts.pixel_values.shape[0] == 4 * sum(merged_patches(prompts))
+    assert prompts.images.tensors["pixel_values"].shape[0] == 4 * sum(merged_patches(prompts))
     features = policy.encode_images(prompts).per_study
     assert [len(part) for part in features] == merged_patches(prompts)
     places = (prompts.input_ids[0] == policy.image_token_id).nonzero().flatten().tolist()
@@ -98,7 +96,7 @@ def test_image_tokens_are_a_quarter_of_the_patches_or_nothing_goes_on(policy, st
             ValueError,
             match="prompt 0: an image of grid .* needs .* image tokens; the prompt was cut inside them|runs of image",
         ):
-            policy.positions(cut.input_ids, cut.attention_mask, cut.image_grid_thw)
+            policy.layout.positions(cut.input_ids, cut.attention_mask, cut.images)
 
 
 def test_views_stand_in_the_manifests_order_each_with_its_own_pixels(policy, studies, build):
@@ -108,8 +106,13 @@ def test_views_stand_in_the_manifests_order_each_with_its_own_pixels(policy, stu
     for row, study in enumerate(studies):
         alone = [builder([Study(**{**study.__dict__, "images": (image,)})]) for image in study.images]
         one = prompts.select([row])
-        assert torch.equal(one.pixel_values, torch.cat([view.pixel_values for view in alone]))
-        assert torch.equal(one.image_grid_thw, prompts.image_grid_thw[start : start + len(study.images)])
+        assert torch.equal(
+            one.images.tensors["pixel_values"], torch.cat([view.images.tensors["pixel_values"] for view in alone])
+        )
+        assert torch.equal(
+            one.images.tensors["image_grid_thw"],
+            prompts.images.tensors["image_grid_thw"][start : start + len(study.images)],
+        )
         start += len(study.images)
         text = policy.tokenizer.decode(one.input_ids[0][one.attention_mask[0].bool()])
         named = [image.view for image in study.images if image.view]

@@ -110,8 +110,8 @@ class PlainGrpo:
                 input_ids=ids,
                 attention_mask=kept,
                 mm_token_type_ids=(ids == image).long(),
-                pixel_values=prompt.pixel_values.repeat(len(completions), 1),
-                image_grid_thw=prompt.image_grid_thw.repeat(len(completions), 1),
+                pixel_values=prompt.images.tensors["pixel_values"].repeat(len(completions), 1),
+                image_grid_thw=prompt.images.tensors["image_grid_thw"].repeat(len(completions), 1),
             ).logits
             / self.recipe["rollout"]["temperature"]
         )

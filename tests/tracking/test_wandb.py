@@ -116,8 +116,8 @@ def test_off_opens_nothing(tmp_path, monkeypatch):
 
 
 def test_offline_files_hold_numbers_and_no_patient(tmp_path, sample):
-    """Trap 27, in wandb's real files: no report, no folder of the manifest, no image; the instruction and the numbers
-    are there.
+    """docs/traps.md #27, in wandb's real files: no report, no folder of the manifest, no image; the instruction and the
+    numbers are there.
     """
     log = open_log(tmp_path / "")
     log.log(0, {"validation/mean_reward": 0.5}, [sample])
@@ -148,7 +148,7 @@ def test_paths_are_cut_to_their_last_part():
 
 
 def test_tokens_per_second_counts_all_ranks():
-    """Trap 20 on unequal counts: 100 tokens in 2 s and 20 in 4 s on two ranks are 120 tokens in 3 s."""
+    """docs/traps.md #20 on unequal counts: 100 tokens in 2 s and 20 in 4 s on two ranks are 120 tokens in 3 s."""
     parts = []
     for tokens, seconds in ((100, 2.0), (20, 4.0)):
         clock = Clock()

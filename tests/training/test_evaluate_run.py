@@ -18,8 +18,9 @@ from mrg_r1.data.study import ManifestError, read_manifest, write_manifest
 from mrg_r1.evaluation.generate import NOT_FOR_CLINICAL_USE, add_labels, shown_report
 from mrg_r1.labels.labeler import Labeler
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
-from mrg_r1.policy.load import Policy, load_policy
+from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.lora import save_adapter
+from mrg_r1.policy.policy import Policy
 from mrg_r1.training.evaluate_run import evaluate_run, evaluation_name
 from mrg_r1.training.run import open_run
 from mrg_r1.types import StudyImage

@@ -4,6 +4,7 @@ go on.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -26,7 +27,7 @@ from mrg_r1.training.experience import (
     prompt_digests,
     write_step,
 )
-from mrg_r1.types import Completions, Prompts, Rewards, Sampled, Study
+from mrg_r1.types import Completions, ImageInputs, Prompts, Rewards, Sampled, Study
 from tests.conftest import OneRank, World, make_study
 
 
@@ -60,10 +61,9 @@ class FakeBuild:
             [study.report for study in studies],
             ids,
             torch.tensor([[0, 1, 1, 1]] * rows),
-            torch.zeros(3, rows, 4, dtype=torch.long),
+            torch.zeros(rows, 4, 3, dtype=torch.long),
             torch.full((rows,), 3),
-            torch.cat(images),
-            torch.ones(rows, 3, dtype=torch.long),
+            ImageInputs({"pixels": torch.cat(images)}, {"pixels": [1] * rows}),
             [1] * rows,
         )
 
@@ -92,7 +92,7 @@ def sampled_of(studies: list[Study], *, first: int, length: int, step: int = 0, 
     )
     mask = torch.arange(length) < torch.arange(1, 4)[None, :, None].expand(rows, 3, 1)
     total = (first + torch.arange(rows))[:, None] + 0.1 * torch.arange(3)
-    rewards = Rewards(
+    made = Rewards(
         total=total,
         terms={"mccs": total / 2, "a.b:c": total / 4},
         weights={"mccs": 0.75, "a.b:c": 0.0},
@@ -105,7 +105,7 @@ def sampled_of(studies: list[Study], *, first: int, length: int, step: int = 0, 
     texts = [[f"{study.id}-{g}\ud800" for g in range(3)] for study in studies]
     done = Completions(ids, mask, -ids.float(), mask.all(-1), texts)
     return Sampled(
-        FakeBuild()(studies), done, rewards if rewarded else None, reference_logp=ids.float(), old_logp=ids.float() + 1
+        FakeBuild()(studies), done, made if rewarded else None, reference_logp=ids.float(), old_logp=ids.float() + 1
     )
 
 
@@ -288,10 +288,11 @@ def test_prompts_differ_by_words_images_and_grids_and_not_by_padding(studies):
         attention_mask=torch.nn.functional.pad(prompts.attention_mask, (5, 0)),
     )
     assert prompt_digests(wider) == digests
-    for name, place in (("input_ids", (1, 2)), ("pixel_values", (1, 0))):
-        changed = getattr(prompts, name).clone()
-        changed[place] += 1
-        found = prompt_digests(replace(prompts, **{name: changed}))
+    ids, images = prompts.input_ids.clone(), copy.deepcopy(prompts.images)
+    ids[1, 2] += 1
+    images.tensors["pixels"][1, 0] += 1
+    for changed in (replace(prompts, input_ids=ids), replace(prompts, images=images)):
+        found = prompt_digests(changed)
         assert [a != b for a, b in zip(found, digests, strict=True)] == [False, True, False, False]
 
 

@@ -14,7 +14,7 @@ def add_command(kinds: Any) -> None:
     policy = described(
         kinds.add_parser,
         "tiny-policy",
-        help="a random Qwen2.5-VL of one to two million parameters",
+        help="a random policy of one to two million parameters",
         description="Write a random policy in the layout of a published checkpoint. Its tokenizer is learned from "
         "the train reports of a\n"
         "manifest and the words of the prompts. It needs `sft.trainable: all` first.",
@@ -33,6 +33,9 @@ def add_command(kinds: Any) -> None:
     policy.add_argument(
         "--side", type=positive, default=112, metavar="PIXELS", help="larger images are reduced to this (default: 112)"
     )
+    policy.add_argument(
+        "--family", default="qwen2_5_vl", metavar="TYPE", help="its model_type (default: qwen2_5_vl, a Qwen2.5-VL)"
+    )
     policy.add_argument("--seed", type=seed, default=0, help="of the random weights (default: 0)")
     policy.set_defaults(run=_prepare_tiny_policy)
 
@@ -41,7 +44,7 @@ def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
     from mrg_r1.config.sections import PLAIN_INSTRUCTION, THINK_INSTRUCTION
     from mrg_r1.data.study import read_manifest
     from mrg_r1.labels.observations import OBSERVATIONS
-    from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
+    from mrg_r1.policy.family import find_family
 
     reports = [study.report for study in read_manifest(arguments.manifest, split="train")]
     words = [
@@ -51,5 +54,6 @@ def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
         "Frontal view: Lateral view:",
         *OBSERVATIONS,
     ]
-    create_tiny_policy(arguments.output, [*reports, *words], image_side=arguments.side, seed=arguments.seed)
+    family = find_family(arguments.family)
+    family.create_tiny(arguments.output, [*reports, *words], image_side=arguments.side, seed=arguments.seed)
     print(f"{arguments.output}: a random policy; its tokenizer was learned from {len(reports):,} reports")

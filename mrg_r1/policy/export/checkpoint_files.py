@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,14 +41,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int  # byte of the file
     size: int  # bytes
-
-    @property
-    def module_name(self) -> str:
-        """The name of this parameter in transformers' module, as transformers renames what published
-        checkpoints store.
-        """
-        name = re.sub(r"^visual\.", "model.visual.", self.name)
-        return re.sub(r"^model\.(?!language_model\.|visual\.)", "model.language_model.", name)
 
     def read(self) -> Tensor:
         """The tensor; the file is opened for it alone, so that no more of it than this stays mapped."""

@@ -32,6 +32,7 @@ from mrg_r1.policy.export.checkpoint_files import (
     read_layout,
     write_checkpoint,
 )
+from mrg_r1.policy.family import family_of
 
 _WEIGHTS, _CONFIG, _RECORD = "adapter_model.safetensors", "adapter_config.json", "mrg_r1_export.json"
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
@@ -119,7 +120,8 @@ def export(
     _require_adapter(run)
     adapters = ([] if cold_start is None else [read_adapter(cold_start)]) + [read_adapter(run / "adapter")]
     layout = read_layout(policy)
-    stored = {tensor.module_name: tensor for tensors in layout.values() for tensor in tensors}
+    module_name = family_of(policy).module_name
+    stored = {module_name(tensor.name): tensor for tensors in layout.values() for tensor in tensors}
     for one in adapters:
         _require_fit(one, stored, policy)
     _require_space(
@@ -133,7 +135,7 @@ def export(
             _write_json(folder / _RECORD, {"kind": "adapter", **record})
     if merged is not None:
         with _new_folder(merged) as folder:
-            write_checkpoint(policy, layout, folder, change=_merging(adapters))
+            write_checkpoint(policy, layout, folder, change=_merging(adapters, module_name))
             _write_json(folder / _RECORD, {"kind": "merged", **record})
 
 
@@ -235,9 +237,9 @@ def _require_fit(adapter: Adapter, stored: Mapping[str, StoredTensor], policy: P
             )
 
 
-def _merging(adapters: Sequence[Adapter]) -> Callable[[StoredTensor], Tensor | None]:
+def _merging(adapters: Sequence[Adapter], module_name: Callable[[str], str]) -> Callable[[StoredTensor], Tensor | None]:
     def change(tensor: StoredTensor) -> Tensor | None:
-        name = tensor.module_name.removesuffix(".weight")
+        name = module_name(tensor.name).removesuffix(".weight")
         lows = [adapter.modules[name] for adapter in adapters if name in adapter.modules]
         if not lows:
             return None

@@ -91,7 +91,7 @@ def test_images_are_relative_to_the_table_or_to_the_folder_given(tmp_path: Path)
     shutil.copy(tmp_path / "one.png", tmp_path / "images" / "one.png")
     prepare_manifest(path, tmp_path / "images", tmp_path / "out")
     assert studies(tmp_path / "out")["a"].images[0].path == tmp_path / "images" / "one.png"
-    with pytest.raises(OSError, match="imgaes: no such folder of images"):
+    with pytest.raises(OSError, match="imgaes"):
         prepare_manifest(path, tmp_path / "imgaes", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -160,15 +160,13 @@ def test_a_manifest_comes_through_unchanged(tmp_path: Path) -> None:
 def test_a_bad_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     path = table(tmp_path, row("a"))
     path.write_bytes(path.read_bytes() + b'b,,one.png,"open\n')
-    with pytest.raises(ManifestError, match="line 3: broken CSV"):
+    with pytest.raises(ManifestError, match="line 3"):
         prepare_manifest(path, None, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_without_one_good_study_the_first_reason_is_told(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"all 2 studies were refused, the first, 'a' \(.*line 2\), because: .*gone\.png: no such file"
-    ):
+    with pytest.raises(ValueError, match=r"all 2 .*'a' \(.*line 2\).*gone\.png"):
         prepare_manifest(table(tmp_path, row("a", images="gone.png"), row("b", "x")), None, tmp_path / "out")
 
 

@@ -150,16 +150,16 @@ def test_an_image_that_was_deleted_comes_back(dataset: Path, tmp_path: Path) -> 
 
 def test_a_folder_made_with_other_settings_is_refused(dataset: Path) -> None:
     for change in ({"seed": 4}, {"side": 64}, {"splits": {"train": 13}}):
-        with pytest.raises(ValueError, match="made with other settings"):
+        with pytest.raises(ValueError, match=f"`{next(iter(change))}`"):
             write(dataset, **change)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"preset": "fvie"}, "'fvie'; the presets are five, full"),
-        ({"splits": {}}, "no splits"),
-        ({"splits": {"train": 0}}, "'train': 0 studies"),
+        ({"preset": "fvie"}, "'fvie'.*five, full"),
+        ({"splits": {}}, "splits"),
+        ({"splits": {"train": 0}}, "'train': 0 "),
         ({"splits": {"../train": 1}}, "'../train'"),
         ({"side": 8}, "side"),
         ({"seed": -1}, "seed"),
@@ -218,5 +218,5 @@ def test_a_lost_view_of_full_comes_back(full: Path) -> None:
     lost.unlink()
     write(full, preset="full", splits={"train": 31, "val": 9, "test": 10})
     assert tree(full) == before
-    with pytest.raises(ValueError, match="made with other settings .`preset` was 'full'"):
+    with pytest.raises(ValueError, match="`preset`.*'full'"):
         write(full, splits={"train": 31, "val": 9, "test": 10})

@@ -122,16 +122,14 @@ def claim(output: Path, **changes: Any) -> None:
 def test_the_same_settings_may_come_back_and_others_are_refused(tmp_path: Path) -> None:
     claim(tmp_path / "new" / "folder")
     claim(tmp_path / "new" / "folder")
-    with pytest.raises(
-        ValueError, match=r"folder: made with other settings \(`seed` was 0, asked for 1\); choose another output"
-    ):
+    with pytest.raises(ValueError, match=r"folder: .*`seed`.* 0.* 1"):
         claim(tmp_path / "new" / "folder", seed=1)
 
 
 def test_a_setting_that_nothing_depended_on_yet_may_be_settled_once(tmp_path: Path) -> None:
     claim(tmp_path)
     claim(tmp_path, labels="abc")
-    with pytest.raises(ValueError, match="`labels` was 'abc'"):
+    with pytest.raises(ValueError, match="`labels`.*'abc'"):
         claim(tmp_path, labels="def")
 
 
@@ -140,20 +138,20 @@ def test_images_of_another_version_of_the_renderer_are_not_mixed_in(
 ) -> None:
     claim(tmp_path)
     monkeypatch.setattr(rendering, "__version__", "99.0")
-    with pytest.raises(ValueError, match="`mrg_r1` was .* asked for '99.0'"):
+    with pytest.raises(ValueError, match="`mrg_r1`.*'99.0'"):
         claim(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["manifest.jsonl", "images"])
 def test_a_dataset_of_someone_else_is_not_written_over(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match=f"no {SETTINGS_FILE}"):
+    with pytest.raises(ValueError, match=SETTINGS_FILE):
         claim(tmp_path)
 
 
 def test_a_broken_settings_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / SETTINGS_FILE).write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match="JSON"):
         claim(tmp_path)
 
 
@@ -164,7 +162,7 @@ def test_settings_that_cannot_be_written_leave_nothing_half_written(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="cannot be written: No space left on device"):
+    with pytest.raises(OSError, match="No space left on device"):
         claim(tmp_path)
     assert contents(tmp_path) == {}
 
@@ -175,12 +173,12 @@ def free(amount: int) -> Callable[[Path], SimpleNamespace]:
 
 def test_a_full_disk_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", free(10_000))
-    with pytest.raises(OSError, match=r"cannot be written: needs .* MB, the disk has .* MB free"):
+    with pytest.raises(OSError, match=r" MB.* MB"):
         claim_folder(tmp_path, {}, images=1000, seed=0, side=32)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"file/data: cannot be written: Not a directory"):
+    with pytest.raises(OSError, match=r"file/data: .*Not a directory"):
         claim(tmp_path / "file" / "data")

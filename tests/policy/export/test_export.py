@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from mrg_r1.policy.export import checkpoint_files, export
 from mrg_r1.policy.export.checkpoint_files import read_layout
+from mrg_r1.policy.families.qwen2_5_vl.checkpoint import LORA_TARGETS
 from mrg_r1.policy.load import load_image_processor, load_policy
-from mrg_r1.policy.lora import LORA_TARGETS, load_adapter, merge_adapter, save_adapter
+from mrg_r1.policy.lora import load_adapter, merge_adapter, save_adapter
 
 GATE = "base_model.model.model.language_model.layers.1.mlp.gate_proj"
 
@@ -64,8 +65,8 @@ def logits(model, prompts):
         input_ids=one.input_ids,
         attention_mask=one.attention_mask,
         mm_token_type_ids=(one.input_ids == model.config.image_token_id).int(),
-        pixel_values=one.pixel_values,
-        image_grid_thw=one.image_grid_thw,
+        pixel_values=one.images.tensors["pixel_values"],
+        image_grid_thw=one.images.tensors["image_grid_thw"],
     ).logits[0]
 
 

@@ -1,57 +1,89 @@
-"""Multimodal rotary positions, computed once a batch and handed to every pass (docs/traps.md #9).
+"""How images stand in a prompt, and multimodal rotary positions, computed once a batch and handed to every pass
+(docs/traps.md #9).
 
-The model can work them out by itself, but then it keeps the last batch's offset as hidden state, and silently falls
-back to one-dimensional positions when a field is missing. Here they are data: the loader makes them, all passes read
-them.
+The model can work positions out by itself, but then it keeps the last batch's offset as hidden state, and silently
+falls back to one-dimensional positions when a field is missing. Here they are data: the loader makes them, all passes
+read them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mrg_r1.types import ImageInputs
+
+PIXELS, GRIDS = "pixel_values", "image_grid_thw"  # [patches, channels * 2 * 14 * 14] float32; [I, 3] int64
+_PLACEHOLDER = "<|image_pad|>"
 
 
 @dataclass(frozen=True)
-class RotaryPositions:
-    """Positions of prompts of text and still images.
+class ImageTokens:
+    """Prompts of text and still images: an image is one image token a merged patch.
 
     Source: Qwen2-VL (arXiv 2409.12191), section 2.1: text advances all three axes together; an image's merged patches
     take (time, row, column) from where the text stopped; text goes on after the largest position that the image used.
     """
 
+    placeholder: str
     image_token_id: int
     merge_size: int
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, image_grid_thw: Tensor) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def read(cls, config: Any, tokenizer: PreTrainedTokenizerBase) -> ImageTokens:
+        """
+        Raises:
+            ValueError: the tokenizer's image token is not the config's (transformers makes an empty tokenizer where its
+                files are missing).
+        """
+        found = tokenizer.convert_tokens_to_ids(_PLACEHOLDER)
+        if found != config.image_token_id:
+            raise ValueError(f"the tokenizer's {_PLACEHOLDER} is {found}, config.json says {config.image_token_id}")
+        return cls(_PLACEHOLDER, config.image_token_id, config.vision_config.spatial_merge_size)
+
+    def image_inputs(self, processed: Mapping[str, Tensor]) -> ImageInputs:
+        """Patches of all images, and their grids: patches in time, height and width."""
+        grids = processed[GRIDS]
+        rows = {PIXELS: grids.prod(dim=1).tolist(), GRIDS: [1] * len(grids)}
+        return ImageInputs({name: processed[name] for name in rows}, rows)
+
+    def image_ids(self, images: ImageInputs) -> list[list[int]]:
+        merge = self.merge_size**2
+        return [[self.image_token_id] * (patches // merge) for patches in images.rows[PIXELS]]
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor, images: ImageInputs) -> tuple[Tensor, Tensor]:
         """
         Args:
             input_ids: [B, P] int64; each image stands as t*h*w / merge^2 image tokens.
             attention_mask: [B, P], 0 on padding.
-            image_grid_thw: [I, 3] int64, the images in the order in which they stand in the batch.
+            images: in the order in which they stand in the batch.
 
         Returns:
-            position_ids [3, B, P] int64 (0 on padding) and next_position [B] int64, where the completion begins.
+            positions [B, P, 3] int64 (0 on padding) and next_position [B] int64, where the completion begins.
 
         Raises:
             ValueError: the image tokens of the batch are not those that the grids call for.
         """
-        position_ids = torch.zeros(3, *input_ids.shape, dtype=torch.long)
+        positions = torch.zeros(*input_ids.shape, 3, dtype=torch.long)
         next_position = torch.zeros(len(input_ids), dtype=torch.long)
-        grids = iter(image_grid_thw.tolist())
+        grids = iter(images.tensors[GRIDS].tolist())
         for row, (ids, kept) in enumerate(zip(input_ids.tolist(), attention_mask.tolist(), strict=True)):
             tokens = [token for token, keep in zip(ids, kept, strict=True) if keep]
             pieces, position, index = [], 0, 0
             while index < len(tokens):
                 if tokens[index] != self.image_token_id:
-                    pieces.append(torch.full((3, 1), position))
+                    pieces.append(torch.full((1, 3), position))
                     position, index = position + 1, index + 1
                     continue
                 grid = next(grids, None)
                 if grid is None:
                     raise ValueError(
-                        f"prompt {row}: more runs of image tokens than the {len(image_grid_thw)} images of the batch"
+                        f"prompt {row}: more runs of image tokens than the {len(images)} images of the batch"
                     )
                 time, height, width = grid[0], grid[1] // self.merge_size, grid[2] // self.merge_size
                 count = time * height * width
@@ -61,10 +93,10 @@ class RotaryPositions:
                         "inside them"
                     )
                 axes = torch.meshgrid(torch.arange(time), torch.arange(height), torch.arange(width), indexing="ij")
-                pieces.append(torch.stack([axis.reshape(-1) for axis in axes]) + position)
+                pieces.append(torch.stack([axis.reshape(-1) for axis in axes], dim=1) + position)
                 position, index = position + max(height, width), index + count
-            position_ids[:, row, torch.tensor(kept, dtype=torch.bool)] = torch.cat(pieces, dim=1)
+            positions[row, torch.tensor(kept, dtype=torch.bool)] = torch.cat(pieces)
             next_position[row] = position
         if next(grids, None) is not None:
-            raise ValueError(f"the batch has {len(image_grid_thw)} images, but fewer runs of image tokens")
-        return position_ids, next_position
+            raise ValueError(f"the batch has {len(images)} images, but fewer runs of image tokens")
+        return positions, next_position

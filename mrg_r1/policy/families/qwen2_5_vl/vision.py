@@ -1,4 +1,4 @@
-"""The vision tower, once an image a step, and its features sorted by study.
+"""The vision tower, once an image a step.
 
 A frozen tower runs here with each kind of window as one batch; transformers' own forward loops over the windows (36 for
 a 672x672 image, in most layers). That both give the same features is tested.
@@ -6,61 +6,37 @@ a 672x672 image, in most layers). That both give the same features is tested.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mrg_r1.policy.attention import SeqLens, attend, rotate
-from mrg_r1.types import Prompts, VisionFeatures
-
-if TYPE_CHECKING:
-    from mrg_r1.policy.load import Policy
+from mrg_r1.policy.families.qwen2_5_vl.positions import GRIDS, PIXELS
+from mrg_r1.policy.family import Gathered
+from mrg_r1.types import ImageInputs
 
 _ROTARY_BASE = 10_000.0  # of the published towers; transformers keeps it as a constant too
 
 
-def encode_images(policy: Policy, prompts: Prompts) -> VisionFeatures:
-    """Features of every image, grouped by study.
+def modules(model: Any) -> list[nn.Module]:
+    return [model.model.visual]
 
-    Gradients flow only where the tower's parameters want them (SFT of all parameters); under LoRA it runs without a
-    graph.
 
-    Returns:
-        Per study [image tokens, H], images in prompt order.
-
-    Raises:
-        ValueError: a study's image tokens are not as many as its features (docs/traps.md #10).
+def encode_images(model: Any, images: ImageInputs, gathered: Gathered) -> list[Tensor]:
+    """[merged patches, H] of each image; with a graph where gradients are enabled and the tower's parameters want
+    them.
     """
-    visual = policy.base.model.visual
+    visual, pixels, grids = model.model.visual, images.tensors[PIXELS], images.tensors[GRIDS]
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in visual.parameters()):
-        features = policy.base.get_image_features(
-            prompts.pixel_values, prompts.image_grid_thw, return_dict=True
-        ).pooler_output
-    else:
-        features = run_tower(visual, prompts.pixel_values, prompts.image_grid_thw, gathered=policy.gathered)
-    per_study, start = [], 0
-    for study, count in enumerate(prompts.images_per_study):
-        joined = torch.cat(list(features[start : start + count]))
-        tokens = int((prompts.input_ids[study] == policy.image_token_id).sum())
-        if tokens != len(joined):
-            raise ValueError(
-                f"study {prompts.study_ids[study]}: {tokens} image tokens in the prompt, {len(joined)} features "
-                f"from its {count} image(s)"
-            )
-        per_study.append(joined)
-        start += count
-    return VisionFeatures(per_study)
+        return list(model.get_image_features(pixels, grids, return_dict=True).pooler_output)
+    return run_tower(visual, pixels, grids, gathered=gathered)
 
 
 @torch.no_grad()
-def run_tower(
-    visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Callable[[Any], AbstractContextManager[None]] = nullcontext
-) -> list[Tensor]:
+def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered) -> list[Tensor]:
     """The tower's forward (Qwen2.5-VL, arXiv 2502.13923, section 2.1.1) over all images at once, packed.
 
     Args:
@@ -98,8 +74,8 @@ def run_tower(
         with gathered(block):
             qkv = block.attn.qkv(block.norm1(x)).view(len(x), 3 * heads, size)
             qk, v = rotate(qkv[:, : 2 * heads], cos, sin), qkv[:, 2 * heads :]
-            runs = frames if number in config.fullatt_block_indexes else windows
-            attended, _ = attend(qk[:, :heads], qk[:, heads:], v, runs, runs, causal=False)
+            seq_lens = frames if number in config.fullatt_block_indexes else windows
+            attended, _ = attend(qk[:, :heads], qk[:, heads:], v, seq_lens, seq_lens, causal=False)
             x = x + block.attn.proj(attended.flatten(1))
             x = x + block.mlp(block.norm2(x))
     with gathered(visual.merger):

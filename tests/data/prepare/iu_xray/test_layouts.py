@@ -110,9 +110,9 @@ def test_the_section_asked_for_is_learned_and_a_study_without_it_refused(
     ) == len(texts)
     reasons = refused(tmp_path / "out")
     assert set(reasons) == {"CXR7", "CXR8", "CXR9"} - set(texts)
-    assert "the collection has no image of it" in reasons["CXR9"]
+    assert "image" in reasons["CXR9"]
     if section == "findings":
-        assert "the report is empty: no findings in it; choose another section with --report" in reasons["CXR8"]
+        assert "--report" in reasons["CXR8"]
 
 
 def test_missing_ambiguous_and_damaged_images_are_refused_by_name(tmp_path: Path) -> None:
@@ -124,15 +124,14 @@ def test_missing_ambiguous_and_damaged_images_are_refused_by_name(tmp_path: Path
     prepare_iu_xray(source, images, tmp_path / "out")
     assert set(studies(tmp_path / "out")) == {"CXR1"}
     reasons = refused(tmp_path / "out")
-    assert (
-        "no file of image 'CXR2_IM-0001-2001', though 1 of the study's 2 images are there; fetch it" in reasons["CXR2"]
-    )
-    assert "no file of image 'CXR3_IM-0001-1001'; fetch it, or render it" in reasons["CXR3"]
-    assert (
-        "are both image 'CXR4_IM-0001-2001'; keep one" in reasons["CXR4"]
-        and "4_IM-0001-2001.dcm.png" in reasons["CXR4"]
-    )
-    assert "CXR5_IM-0001-2001.png" in reasons["CXR5"] and "not an image" in reasons["CXR5"]
+    named = {
+        "CXR2": "'CXR2_IM-0001-2001'",
+        "CXR3": "'CXR3_IM-0001-1001'",
+        "CXR4": "4_IM-0001-2001.dcm.png",
+        "CXR5": "CXR5_IM-0001-2001.png",
+    }
+    assert [study_id for study_id, image in named.items() if image not in reasons[study_id]] == []
+    assert "'CXR4_IM-0001-2001'" in reasons["CXR4"]
 
 
 def test_missing_images_of_any_layout_are_rendered_from_labels_of_either_naming(tmp_path: Path) -> None:
@@ -154,16 +153,9 @@ def test_missing_images_of_any_layout_are_rendered_from_labels_of_either_naming(
 
 def test_labels_of_the_findings_are_not_taken_for_those_of_another_section(tmp_path: Path) -> None:
     source = xmls(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"labels\.csv, id 'CXR7_IM-0001': an id of R2Gen's, whose labels are of the findings"
-    ):
-        prepare_iu_xray(
-            source,
-            None,
-            tmp_path / "out",
-            report="impression",
-            render_missing=[labels_csv(tmp_path / "labels.csv", "CXR7_IM-0001")],
-        )
+    r2gens = labels_csv(tmp_path / "labels.csv", "CXR7_IM-0001")
+    with pytest.raises(ValueError, match=r"labels\.csv, id 'CXR7_IM-0001'.*findings"):
+        prepare_iu_xray(source, None, tmp_path / "out", report="impression", render_missing=[r2gens])
     own = labels_csv(tmp_path / "own.csv", "CXR7", "CXR8")
     counts = prepare_iu_xray(source, None, tmp_path / "out", report="impression", render_missing=[own], side=32)
     assert sum(count["rendered"] for count in counts.values()) == 2
@@ -174,7 +166,7 @@ def test_two_label_ids_of_one_study_must_agree(tmp_path: Path) -> None:
         labels_csv(tmp_path / "a.csv", "CXR7_IM-0001"),
         labels_csv(tmp_path / "b.csv", "CXR7_IM-0002", classes=[1] * 13 + [0]),
     ]
-    with pytest.raises(ValueError, match=r"b\.csv, id 'CXR7_IM-0002': another id has other labels for study 'CXR7'"):
+    with pytest.raises(ValueError, match=r"b\.csv, id 'CXR7_IM-0002'.*'CXR7'"):
         prepare_iu_xray(xmls(tmp_path), None, tmp_path / "out", render_missing=paths)
 
 
@@ -183,7 +175,7 @@ def test_a_published_split_can_be_given_to_xmls(tmp_path: Path) -> None:
     split = tmp_path / "ids.json"
     split.write_text('{"val": ["CXR7_IM-0001"], "test": ["CXR9", "CXR5_IM-0001"]}')
     counts = prepare_iu_xray(xmls(tmp_path), images, tmp_path / "out", split=str(split))
-    assert list(counts) == ["val", "test", ""] or set(counts) == {"val", "test", ""}
+    assert set(counts) == {"val", "test", ""}
     assert counts["val"] == {"read": 1, "kept": 1, "rendered": 0, "refused": 0}
     assert counts["test"] == {"read": 2, "kept": 0, "rendered": 0, "refused": 2} and counts[""]["refused"] == 1
     assert studies(tmp_path / "out")["CXR7"].split == "val"
@@ -201,13 +193,13 @@ def test_r2gen_studies_can_be_split_anew(tmp_path: Path) -> None:
 def test_r2gen_has_one_section_no_views_and_no_way_out_of_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "annotation.json"
     path.write_text(json.dumps({"train": [{"id": "CXR1_IM-1", "report": HEART, "image_path": ["0.png"]}]}))
-    with pytest.raises(ValueError, match="R2Gen's file has the findings alone"):
+    with pytest.raises(ValueError, match="findings"):
         prepare_iu_xray(path, None, tmp_path / "out", report="impression")
-    with pytest.raises(ManifestError, match="R2Gen names its images anew"):
+    with pytest.raises(ManifestError, match="annotation.json|projections.csv"):
         read_iu_xray(path, tmp_path / "projections.csv")
     for image in ("/etc/passwd", "../secret.png"):
         path.write_text(json.dumps({"train": [{"id": "CXR1_IM-1", "report": HEART, "image_path": [image]}]}))
-        with pytest.raises(ManifestError, match=r"field `image_path`: '.*' points outside"):
+        with pytest.raises(ManifestError, match=rf"field `image_path`: '{image}'"):
             read_iu_xray(path)
     assert not (tmp_path / "out").exists()
 
@@ -221,25 +213,23 @@ def test_the_layout_is_recognised_by_content(tmp_path: Path) -> None:
     (tmp_path / "files" / "deep" / "7.xml").write_bytes(report(7))
     assert read_iu_xray(tmp_path / "files").layout == "open-i"
     shutil.copy(archive_path, tmp_path / "files" / "NLMCXR_reports.tgz")
-    with pytest.raises(
-        ManifestError, match=r"several layouts of IU X-Ray \(NLMCXR_reports.tgz, \*\.xml\); give the one to read"
-    ):
+    with pytest.raises(ManifestError, match=r"NLMCXR_reports.tgz, \*\.xml"):
         read_iu_xray(tmp_path / "files")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("one.xml", report(7), "one XML; give the folder"),
-        ("all.zip", b"PK\3\4rest", "a zip archive; unpack it"),
-        ("indiana_projections.csv", PROJECTIONS.encode(), "the images and no reports; give indiana_reports.csv"),
+        ("one.xml", report(7), "XML"),
+        ("all.zip", b"PK\3\4rest", "zip"),
+        ("indiana_projections.csv", PROJECTIONS.encode(), "indiana_reports.csv"),
         (
             "indiana_reports.csv",
             b"uid,findings,impression,indication,comparison\n",
-            "indiana_projections.csv: no such file; it names the images",
+            "indiana_projections.csv",
         ),
-        ("other.csv", b"\x89PNG\r\n\x1a\n", "byte 0x89 at column 1 is not UTF-8"),
-        ("empty.csv", b"", "no header"),
+        ("other.csv", b"\x89PNG\r\n\x1a\n", "byte 0x89 at column 1"),
+        ("empty.csv", b"", "header"),
     ],
 )
 def test_what_is_no_layout_is_refused_with_a_remedy(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
@@ -248,7 +238,7 @@ def test_what_is_no_layout_is_refused_with_a_remedy(tmp_path: Path, name: str, c
         read_iu_xray(tmp_path / name)
     assert expected in str(error.value) and str(tmp_path) in str(error.value)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ManifestError, match="neither XML reports nor one of annotation.json"):
+    with pytest.raises(ManifestError, match="empty.*annotation.json"):
         read_iu_xray(tmp_path / "empty")
 
 
@@ -315,9 +305,7 @@ def test_a_source_that_changed_after_an_interruption_is_not_mixed_in(
             prepare_iu_xray(source, images, output)
         journal = output / JOURNAL_FILE
         os.utime(changed, (journal.stat().st_mtime + 5,) * 2)
-        with pytest.raises(
-            ValueError, match=rf"{changed.name}: changed after a run that was interrupted.*remove .*conversion\.part"
-        ):
+        with pytest.raises(ValueError, match=rf"{changed.name}: .*conversion\.part"):
             prepare_iu_xray(source, images, output)
         journal.unlink()
         prepare_iu_xray(source, images, output)
@@ -367,8 +355,8 @@ def test_the_whole_real_collection_is_kept_or_refused_with_a_reason(tmp_path: Pa
     assert sum(count["read"] for count in counts.values()) == 3955 == len(kept) + len(reasons)
     assert {split: count["read"] for split, count in counts.items()} == {"train": 3164, "val": 396, "test": 395}
     # 3,425 have findings, 3,851 an image
-    assert len(kept) == 3337 and sum("no findings" in reason for reason in reasons.values()) == 530
-    assert sum("no image of it" in reason for reason in reasons.values()) == 88
+    assert len(kept) == 3337 and sum("--report" in reason for reason in reasons.values()) == 530
+    assert len(reasons) == 530 + 88
     for study in collection.studies:
         if study.id in kept:
             assert [image.path.stem for image in kept[study.id].images] == [image.name for image in study.images]
@@ -393,7 +381,7 @@ def test_real_radiographs_and_real_labels_go_through(tmp_path: Path) -> None:
     names = ("1000_IM-0003-1001.dcm.png", "1000_IM-0003-2001.dcm.png", "1000_IM-0003-3001.dcm.png")
     assert views == dict(zip(names, ("frontal", "lateral", "frontal"), strict=True))
     check_images([study])
-    assert "1 of the study's 2 images are there" in refused(tmp_path / "csv")["CXR1001"]
+    assert "CXR1001" in refused(tmp_path / "csv")
 
     few = tmp_path / "few"
     few.mkdir()

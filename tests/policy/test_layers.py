@@ -1,4 +1,4 @@
-"""The raw reading of the language model: LoRA, merging, and weights that are never changed by it."""
+"""Layers read as raw tensors: LoRA, merging, and weights that are never changed by it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-from mrg_r1.policy.language import LanguageModel
 from mrg_r1.policy.load import load_policy, save_policy
 from mrg_r1.policy.lora import add_lora, reference
 from mrg_r1.rollout.decode import rollout
@@ -26,7 +25,7 @@ def test_projection_and_its_gradients_are_those_of_the_peft_modules(lora_policy)
     trained = [module.get_parameter(f"lora_{half}.default.weight") for module in modules for half in "AB"]
     expected = torch.cat([module(x) for module in modules], dim=1)
     wanted = torch.autograd.grad((expected * weights).sum(), [x, *trained])
-    found = LanguageModel.read(lora_policy).layers[0].qkv(x)
+    found = lora_policy.read_language().layers[0].qkv(x)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     for mine, theirs in zip(torch.autograd.grad((found * weights).sum(), [x, *trained]), wanted, strict=True):
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
@@ -35,13 +34,13 @@ def test_projection_and_its_gradients_are_those_of_the_peft_modules(lora_policy)
 def test_merged_equals_unmerged_and_adapters_off_is_the_base(lora_policy, tiny_policy_directory):
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        language = LanguageModel.read(lora_policy)
+        language = lora_policy.read_language()
         torch.testing.assert_close(
             language.merged().layers[1].gate_up(x), language.layers[1].gate_up(x), atol=1e-5, rtol=1e-5
         )
         with reference(lora_policy):
-            off = LanguageModel.read(lora_policy).layers[1].gate_up
-        base = LanguageModel.read(load_policy(tiny_policy_directory, dtype=torch.float32)).layers[1].gate_up
+            off = lora_policy.read_language().layers[1].gate_up
+        base = load_policy(tiny_policy_directory, dtype=torch.float32).read_language().layers[1].gate_up
         assert not off.adapters and torch.equal(off(x), base(x))
         assert (off(x) - language.layers[1].gate_up(x)).abs().max() > 1e-2
 
@@ -61,8 +60,8 @@ def test_a_rollout_leaves_every_weight_bitwise_as_it_was(lora_policy, studies, b
 
 def test_frozen_projections_are_held_once_and_the_policy_can_still_be_saved(policy, tiny_policy_directory, tmp_path):
     """One memory for q, k and v; the checkpoint written afterwards is the one that was read."""
-    fused = LanguageModel.read(policy).layers[0].qkv.weight
-    assert LanguageModel.read(policy).layers[0].qkv.weight.data_ptr() == fused.data_ptr(), (
+    fused = policy.read_language().layers[0].qkv.weight
+    assert policy.read_language().layers[0].qkv.weight.data_ptr() == fused.data_ptr(), (
         "moved once, not at every reading"
     )
     for module in qkv_modules(policy):
@@ -77,16 +76,16 @@ def test_frozen_projections_are_held_once_and_the_policy_can_still_be_saved(poli
 def test_weights_that_an_optimizer_trains_stay_where_they_are(policy):
     policy.requires_grad_(True)
     places = [module.weight.data_ptr() for module in qkv_modules(policy)]
-    LanguageModel.read(policy)
+    policy.read_language()
     assert [module.weight.data_ptr() for module in qkv_modules(policy)] == places
 
 
 def test_weights_replaced_after_a_reading_are_read_anew(lora_policy):
     """A merge or a load puts new tensors into the modules: the fused matrix must not be the old one."""
-    LanguageModel.read(lora_policy)
+    lora_policy.read_language()
     module = qkv_modules(lora_policy)[1].base_layer
     module.weight.data = module.weight.data * 2
-    rows = LanguageModel.read(lora_policy).layers[0].qkv.weight[64:96]
+    rows = lora_policy.read_language().layers[0].qkv.weight[64:96]
     assert torch.equal(rows, module.weight)
 
 
@@ -94,7 +93,7 @@ def test_weights_replaced_after_a_reading_are_read_anew(lora_policy):
 def test_lora_is_computed_in_the_models_precision(tiny_policy_directory, dtype):
     policy = load_policy(tiny_policy_directory, dtype=dtype)
     add_lora(policy, rank=4, alpha=8, seed=0)
-    language = LanguageModel.read(policy)
+    language = policy.read_language()
     assert {tensor.dtype for adapter in language.layers[0].qkv.adapters for tensor in (adapter.a, adapter.b)} == {dtype}
     assert language.layers[0].qkv(torch.zeros(2, 64, dtype=dtype)).dtype == dtype
 
@@ -110,7 +109,7 @@ def test_several_active_adapters_add_up(lora_policy):
     model.base_model.set_adapter(["default", "cold"])
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     expected = torch.cat([module(x) for module in qkv_modules(lora_policy)], dim=1)
-    projection = LanguageModel.read(lora_policy).layers[0].qkv
+    projection = lora_policy.read_language().layers[0].qkv
     assert len(projection.adapters) == 6
     torch.testing.assert_close(projection(x), expected, atol=1e-5, rtol=1e-5)
 
@@ -118,7 +117,7 @@ def test_several_active_adapters_add_up(lora_policy):
 def test_an_adapter_that_is_not_active_takes_no_part(lora_policy):
     model = lora_policy.model
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-    assert len(LanguageModel.read(lora_policy).layers[0].qkv.adapters) == 3
+    assert len(lora_policy.read_language().layers[0].qkv.adapters) == 3
     model.base_model.set_adapter("other")
-    (first, *_) = LanguageModel.read(lora_policy).layers[0].qkv.adapters
+    (first, *_) = lora_policy.read_language().layers[0].qkv.adapters
     assert first.a is qkv_modules(lora_policy)[0].lora_A["other"].weight

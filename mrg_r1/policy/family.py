@@ -1,0 +1,158 @@
+"""The seam between what every policy does and what one model family's checkpoints are.
+
+A family is a folder `families/<model_type>`, named as `config.json` names it, whose `FAMILY` is a `Family`. It is found
+here, by that name, and imported by nobody else: to add one is to add a folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mrg_r1.policy.layers import DecoderLayer, Norm
+from mrg_r1.policy.shape import PolicyShape
+from mrg_r1.types import ImageInputs, PromptLayout
+
+Gathered = Callable[[nn.Module], AbstractContextManager[None]]  # a block inside which a module's weights can be read
+Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]  # positions -> cos and sin, see Family.rotation
+
+
+class CreateTiny(Protocol):
+    def __call__(
+        self,
+        output: Path,
+        texts: Sequence[str],
+        *,
+        vocabulary: int = ...,
+        image_side: int = ...,
+        hidden: int = ...,
+        layers: int = ...,
+        seed: int = ...,
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the rest of the project asks of a model family.
+
+    `model` is always transformers' module of the checkpoint, without PEFT: the decoder is `model.model.language_model`,
+    with `embed_tokens` (called, so that it may scale), `layers` and `norm`; the head is `model.lm_head`; LoRA wraps
+    linear layers inside `layers`. `config` is `model.config`. Letters of shapes: T packed tokens, R rows of a padded
+    batch, P prompt tokens, H the width of the decoder, D the size of a head (any, H need not be heads * D).
+
+    The decoder is read anew after each update, so readings are cheap; weights under ZeRO-3 are there only inside the
+    blocks in which a reading is called.
+
+    Outside the seam stands the attention: every layer sees all tokens before, and a prompt's image tokens see no later
+    ones. A family whose layers see a window only (Gemma 3) is exact while prompt and completion fit into it, and one
+    whose image tokens see one another is not, until `attention.attend` knows of it.
+    """
+
+    # The checkpoint directory.
+    load_model: Callable[[Path, torch.dtype], nn.Module]
+    # Parameters on the meta device, buffers computed on the given one: what partitioned loading fills, part by part.
+    empty_model: Callable[[Path, torch.dtype, torch.device], nn.Module]
+    # Modules that together hold every parameter; one is whole in memory at a time while loading.
+    parts: Callable[[Any], list[nn.Module]]
+    # The name in the module tree of a tensor as files store it: published ones may keep the names of an older tree.
+    module_name: Callable[[str], str]
+    lora_targets: str  # a pattern for PEFT: the linear layers of the decoder, by full name
+    # (config, tokenizer) -> ids that stand for pixels, out of sampling and scoring alike (docs/traps.md #11).
+    banned_ids: Callable[[Any, Any], set[int]]
+
+    # Prompts.
+    # (directory, min_pixels, max_pixels) -> PIL images to named tensors, the area of an image within the two limits.
+    image_processor: Callable[[Path, int, int], Any]
+    # (config, tokenizer) -> how images and text stand in a prompt, and the positions of its tokens [B, P, ...].
+    prompt_layout: Callable[[Any, Any], PromptLayout]
+
+    # The vision tower.
+    vision_modules: Callable[[Any], list[nn.Module]]  # what `encode_images` reads
+    # (model, images, gathered) -> features of each image, [image tokens, H], or [image tokens, (1 + n) * H]: the first
+    # H are the tokens' embeddings, the other n are added to their rows after each of the first n layers (DeepStack).
+    # With gradients enabled and wanted by the tower's parameters they carry a graph.
+    encode_images: Callable[[Any, ImageInputs, Gathered], list[Tensor]]
+
+    # The decoder.
+    # (one of `layers`, config) -> the layer as raw tensors: q/k norms in its `heads`, further norms in its `finish`.
+    read_layer: Callable[[Any, Any], DecoderLayer]
+    read_norm: Callable[[Any, Any], Norm]  # (`norm`, config): the last norm, before the head
+    # model -> a function of positions, [T, ...] as `prompt_layout` made them or [T] of text, which all axes share, to
+    # what `DecoderLayer.heads` takes as cos and sin, float32; [T, 1, D / 2] where all layers rotate alike.
+    rotation: Callable[[Any], Rotation]
+    # (model, embeddings [R, L, H], attention_mask [R, L], positions of prompts [R, P, ...], of completions [R, L - P],
+    # what is added to the prompts after the first layers, each [R, P, H]) -> normalised hidden states [R, L, H], by the
+    # checkpoint's own modules: it trains every parameter, and is what the raw passes are tested against.
+    run_modules: Callable[[Any, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]
+
+    # Sizes for the memory formula, from a config.json. Raises ValueError where a number is missing.
+    shape: Callable[[Mapping[str, Any]], PolicyShape]
+    # Writes a random policy of one to two million parameters in a checkpoint's layout, tokenizer learned from texts.
+    create_tiny: CreateTiny
+
+
+def family_names() -> list[str]:
+    """The model types that load."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "families")]))
+
+
+def find_family(model_type: str | None) -> Family:
+    """The family of a `model_type`.
+
+    Raises:
+        ValueError: none of that name; says which there are.
+    """
+    if model_type not in family_names():
+        raise ValueError(f"model_type {model_type!r} is no family that loads; these do: {', '.join(family_names())}")
+    family: Family = importlib.import_module(f"mrg_r1.policy.families.{model_type}").FAMILY
+    return family
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint directory.
+
+    Raises:
+        ValueError: not there, or not JSON.
+    """
+    file = directory / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{directory}: no config.json there; give the directory of a checkpoint")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not JSON ({error}); fetch the checkpoint again") from error
+    return config
+
+
+def family_of(directory: Path) -> Family:
+    """The family of a checkpoint directory.
+
+    Raises:
+        ValueError: no config.json, or a model type without a family; names the directory.
+    """
+    try:
+        return find_family(read_config(directory).get("model_type"))
+    except ValueError as error:
+        raise ValueError(f"{directory}: config.json says {error}") from error
+
+
+def shape_of(directory: Path) -> PolicyShape:
+    """The sizes of a checkpoint directory's model, by its config.json alone.
+
+    Raises:
+        ValueError: as `family_of`, or a number is missing; names the directory.
+    """
+    family = family_of(directory)
+    try:
+        return family.shape(read_config(directory))
+    except ValueError as error:
+        raise ValueError(f"policy.path {directory}: {error}") from error

@@ -1,0 +1,262 @@
+"""What decoder layers are built of: linear layers with their LoRA, SwiGLU, RMSNorm, and the contract of a layer.
+
+These are readings of the checkpoint's modules: the weights stay where they are. Projections that share an input are one
+matrix, and LoRA has a gradient of its own that never forms a full weight's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.nn import functional as F
+
+# A private name of torch, so it may go; then decoding on a CPU is slower and nothing else.
+_PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if torch.backends.mkldnn.is_available() else None
+
+
+class DecoderLayer(ABC):
+    """One decoder layer, the attention itself left out: a frozen dataclass of projections and norms.
+
+    Its arithmetic stands here once; the passes over prompts and completions (`language.LanguageModel`) and the decode
+    step (`rollout.decoder`) each put their own attention between the two methods.
+    """
+
+    @abstractmethod
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens: the norm before attention, the projections, the rotation.
+
+        Args:
+            x: [T, H] the residual stream.
+            cos, sin: as the family's rotation made them, of these tokens.
+
+        Returns:
+            q [T, heads, D], k and v [T, key heads, D]. Scores are scaled by D ** -0.5 afterwards. Without gradients
+            they may be views of larger tensors.
+        """
+
+    @abstractmethod
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the layer: output projection, residuals, MLP.
+
+        Args:
+            x: [T, H] the residual stream as `heads` was given it.
+            attended: [T, heads, D].
+
+        Returns:
+            [T, H] the residual stream for the next layer.
+        """
+
+    def merged(self) -> Self:
+        """The same with LoRA folded into new matrices."""
+        return self._map(Projection.merged)
+
+    def for_few_tokens(self, tokens: int) -> Self:
+        """The same with matrices laid out for about so many tokens a call."""
+        return self._map(lambda projection: projection.for_few_tokens(tokens))
+
+    def _map(self, change: Callable[[Projection], Projection]) -> Self:
+        found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        changed = {name: change(value) for name, value in found.items() if isinstance(value, Projection)}
+        return replace(self, **changed)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA pair and the rows of a projection's output that it adds to."""
+
+    a: Tensor  # [r, in]
+    b: Tensor  # [rows, r]
+    rows: slice
+    scale: float
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One or several linear layers of the same input as one matrix, with their LoRA."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+    adapters: tuple[Adapter, ...] = ()
+    packed: Tensor | None = None  # the weight in oneDNN's layout for few tokens, without adapters
+
+    @classmethod
+    def read(cls, modules: Sequence[Any]) -> Projection:
+        """Linear layers, wrapped by PEFT or not, as one projection; only adapters that are switched on take part.
+
+        Frozen weights that share an input are moved behind one another in memory once, and the modules' weights become
+        views of that: nothing is held twice.
+        """
+        linears = [module.base_layer if isinstance(module, LoraLayer) else module for module in modules]
+        ends, start, adapters = [], 0, []
+        for module, linear in zip(modules, linears, strict=True):
+            ends.append(start + linear.weight.shape[0])
+            adapters += [
+                Adapter(
+                    module.lora_A[name].weight, module.lora_B[name].weight, slice(start, ends[-1]), module.scaling[name]
+                )
+                for name in _active(module)
+            ]
+            start = ends[-1]
+        biases = [linear.bias for linear in linears]
+        bias = None if biases[0] is None else torch.cat(biases) if len(biases) > 1 else frozen_values(biases[0])
+        return cls(_one_matrix([linear.weight for linear in linears]), bias, tuple(adapters))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        if self.packed is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        if not self.adapters:
+            return F.linear(x, self.weight, self.bias)
+        pairs = [tensor for adapter in self.adapters for tensor in (adapter.a, adapter.b)]
+        result: Tensor = _LoraLinear.apply(x, self, *pairs)
+        return result
+
+    def merged(self) -> Projection:
+        """The same with LoRA added in, in new memory: the policy's own weights are never touched."""
+        weight = self.weight.clone()
+        for adapter in self.adapters:
+            weight[adapter.rows].addmm_(adapter.b, adapter.a, alpha=adapter.scale)
+        return Projection(weight, self.bias)
+
+    def for_few_tokens(self, tokens: int) -> Projection:
+        """The same, faster for about so many tokens a call where oneDNN can lay the weight out for it: float32 on a
+        CPU.
+
+        Its own product packs a weight anew at each call, which for few tokens costs as much as the product.
+        """
+        if _PACK is None or self.weight.dtype != torch.float32 or self.weight.device.type != "cpu" or self.adapters:
+            return self
+        return replace(self, packed=_PACK(self.weight, tokens))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm, x / rms(x) * weight, float32 inside (arXiv 1910.07467)."""
+
+    weight: Tensor  # [H], or [D] of a head; frozen
+    epsilon: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]; torch's fused kernel, but for gradients on the CPU, where there is none."""
+        if x.is_cuda or not torch.is_grad_enabled():
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
+        result: Tensor = _RmsNorm.apply(x, self.weight, self.epsilon)
+        return result
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: [T, 2 * intermediate] -> [T, intermediate] (arXiv 2002.05202)."""
+    if torch.is_grad_enabled():
+        result: Tensor = _Swiglu.apply(gate_up)
+        return result
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate).mul_(up)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x W' + b + scale * (x A') B' for frozen W and b; the gradients of A and B by thin products only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, projection: Projection, *pairs: Tensor) -> Tensor:
+        inner = x @ torch.cat(pairs[::2]).t()  # [T, sum of ranks]
+        y = F.linear(x, projection.weight, projection.bias)
+        for adapter, b, part in zip(projection.adapters, pairs[1::2], _ranks(inner, pairs), strict=True):
+            y[:, adapter.rows].addmm_(part, b.t(), alpha=adapter.scale)
+        # the weight among what is saved and not beside it: with recomputation it is then forgotten until the backward
+        # pass comes
+        ctx.save_for_backward(x, inner, projection.weight, *pairs)
+        ctx.adapters = projection.adapters
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, weight, *pairs = ctx.saved_tensors
+        d_inner, d_b = torch.empty_like(inner), []
+        for adapter, b, part, d_part in zip(
+            ctx.adapters, pairs[1::2], _ranks(inner, pairs), _ranks(d_inner, pairs), strict=True
+        ):
+            share = grad[:, adapter.rows]
+            d_part.copy_(share @ b).mul_(adapter.scale)
+            d_b.append((share.t() @ part).mul_(adapter.scale))
+        d_a = (d_inner.t() @ x).split([a.shape[0] for a in pairs[::2]])
+        d_x = (grad @ weight).addmm_(d_inner, torch.cat(pairs[::2])) if ctx.needs_input_grad[0] else None
+        return d_x, None, *(gradient for pair in zip(d_a, d_b, strict=True) for gradient in pair)
+
+
+def _ranks(inner: Tensor, pairs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """[T, sum of ranks] -> a view for each adapter."""
+    return inner.split([a.shape[0] for a in pairs[::2]], dim=1)
+
+
+class _Swiglu(torch.autograd.Function):
+    """silu(gate) * up of [T, 2 * intermediate]; keeps its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=1)
+        result = torch.empty_like(gate_up)  # written in place: fresh memory costs more than the arithmetic
+        d_gate, d_up = result.chunk(2, dim=1)
+        torch.ops.aten.silu.out(gate, out=d_up).mul_(grad)
+        torch.mul(grad, up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+        return result
+
+
+class _RmsNorm(torch.autograd.Function):
+    """RMSNorm with a frozen weight and the gradient of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, scale, weight = ctx.saved_tensors
+        grad, wide = grad * weight.float(), x.float()
+        mean = torch.linalg.vecdot(grad, wide).unsqueeze(-1).div_(x.shape[-1]).mul_(scale).mul_(scale)
+        return grad.addcmul_(wide, mean, value=-1).mul_(scale).to(x.dtype), None, None
+
+
+def frozen_values(weight: Tensor) -> Tensor:
+    """A frozen weight by itself: whoever holds it keeps these values, wherever its parameter is moved."""
+    return weight if weight.requires_grad else weight.data
+
+
+def _active(module: Any) -> Iterator[str]:
+    if isinstance(module, LoraLayer) and not module.disable_adapters:
+        yield from (name for name in module.active_adapters if name in module.lora_A)
+
+
+def _one_matrix(weights: Sequence[Tensor]) -> Tensor:
+    """[sum of rows, in]: a view where the weights lie behind one another; frozen ones are moved there."""
+    first = weights[0]
+    if len(weights) == 1:
+        return frozen_values(first)
+    if any(weight.requires_grad for weight in weights):
+        return torch.cat(list(weights))  # an optimizer holds them where they are
+    rows = [weight.shape[0] for weight in weights]
+    expected = first.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != expected or weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            fused = torch.cat([weight.data for weight in weights])
+            for target, part in zip(weights, fused.split(rows), strict=True):
+                target.data = part
+            return fused
+        expected += weight.numel() * weight.element_size()
+    return first.data.as_strided((sum(rows), first.shape[1]), (first.shape[1], 1))

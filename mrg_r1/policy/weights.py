@@ -1,0 +1,138 @@
+"""A policy's weights and ids: what the passes over prompts and completions need, whoever runs them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from mrg_r1.policy.family import find_family
+from mrg_r1.policy.language import LanguageModel
+from mrg_r1.policy.partition import Partition, PartitionedLanguageModel
+
+
+class PolicyWeights(nn.Module):
+    """The checkpoint's module with the ids that matter to sampling and scoring.
+
+    `model` is a transformers module, with or without PEFT around it; with PEFT, the reference is the same module with
+    its adapters off.
+
+    Args:
+        partition: who holds the weights in parts; None: every weight is whole on every rank.
+
+    Raises:
+        ValueError: the module's model type has no family, or no EOS is known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        temperature: float = 1.0,
+        partition: Partition | None = None,
+    ) -> None:
+        super().__init__()
+        self.partition = partition
+        self.model = model
+        self.tokenizer = tokenizer
+        self.temperature = temperature
+        self.recompute = False  # gradient checkpointing
+        config = self.base.config
+        self.family = find_family(config.model_type)
+        self.layout = self.family.prompt_layout(config, tokenizer)
+        self.image_token_id = self.layout.image_token_id
+        self.eos_ids = eos_ids(self.base, tokenizer)
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
+        banned = torch.zeros(self.base.lm_head.out_features, dtype=torch.bool)
+        banned[sorted(self.family.banned_ids(config, tokenizer))] = True
+        banned[len(tokenizer) :] = True  # rows of the head that no token owns (checkpoints pad the vocabulary)
+        self.register_buffer("banned", banned, persistent=False)
+        self.banned: Tensor
+
+    @property
+    def base(self) -> Any:
+        """The checkpoint's module inside PEFT, or the module itself."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def language_model(self) -> Any:
+        """The decoder's module: `embed_tokens`, `layers`, `norm`."""
+        return self.base.model.language_model
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.lm_head.weight.device
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode without dropout: with it the first ratio of a rollout would not be 1 (docs/traps.md #3)."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        return self
+
+    def gathered(self, *modules: nn.Module, written: bool = False) -> AbstractContextManager[None]:
+        """Inside, the modules' weights can be read: under a partition all ranks bring them together here, in the same
+        order.
+
+        Args:
+            written: the block changes them, alike on all ranks.
+        """
+        if self.partition is None:
+            return nullcontext()
+        return self.partition.gathered(
+            [weight for module in modules for weight in module.parameters()], written=written
+        )
+
+    def read_language(self) -> LanguageModel:
+        """The decoder's weights as they are now."""
+        if self.partition is None:
+            return LanguageModel.read(self.family, self.base)
+        return PartitionedLanguageModel.read_parts(self.family, self.base, self.gathered)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[...] token ids -> [..., H]."""
+        embeddings: Tensor = self.language_model.embed_tokens(ids)
+        return embeddings
+
+    def next_token_logits(self, hidden: Tensor) -> Tensor:
+        """Logits of the distribution that is sampled and scored, the one place where it is defined (docs/traps.md #2).
+
+        Args:
+            hidden: [..., H] the language model's normalised hidden states.
+
+        Returns:
+            [..., vocabulary] float32, divided by the temperature, -inf at banned ids.
+        """
+        logits: Tensor = self.base.lm_head(hidden).float()
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        return logits.masked_fill(self.banned, float("-inf"))
+
+    def checkpoint_gradients(self) -> None:
+        """Keep each layer's input only and compute the rest again in the backward pass."""
+        self.recompute = True
+        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a completion: a checkpoint may name several, one of which is also the pad id (docs/traps.md
+    #8).
+
+    Raises:
+        ValueError: neither the generation config, the tokenizer nor the config names one.
+    """
+    found: set[int] = set()
+    for source in (model.generation_config.eos_token_id, tokenizer.eos_token_id, model.config.text_config.eos_token_id):
+        if source is not None:
+            found.update([source] if isinstance(source, int) else source)
+    if not found:
+        raise ValueError(
+            "the checkpoint names no eos_token_id (generation_config.json, tokenizer_config.json or config.json)"
+        )
+    return sorted(found)
