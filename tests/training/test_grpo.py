@@ -23,6 +23,7 @@ from mrg_r1.training.validation import warn_of_gap
 from mrg_r1.types import Experience, Rewards
 from tests.conftest import OneRank
 from tests.reward.in_process import InProcessRewards
+from tests.reward.keyword_labeler import KeywordLabeler
 
 
 class PlainEngine:
@@ -255,3 +256,42 @@ def test_resampling_stops_where_a_reward_fails(lora_policy, studies, build, worl
         trainer.grpo_step(
             0, run=FakeRun(), engine=PlainEngine(lora_policy), loader=loader, reward_service=rewards, clock=Clock()
         )
+
+
+def test_the_frozen_log_probs_are_made_while_the_labeler_works(
+    lora_policy, studies, build, world, tmp_path, monkeypatch
+):
+    """The first half hands over reports whose rewards are on their way; the second asks for them once it must."""
+    order = []
+
+    class Service(InProcessRewards):
+        def submit(self, *arguments):
+            order.append("submit")
+            return super().submit(*arguments)
+
+        def result(self, ticket):
+            order.append("result")
+            return super().result(ticket)
+
+    inner = trainer.frozen_logprobs
+
+    def frozen(*arguments, **options):
+        order.append("frozen")
+        inner(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "frozen_logprobs", frozen)
+    prompts = build(lora_policy)(studies)
+
+    class FakeRun:
+        ranks, policy, directory = OneRank(), lora_policy, tmp_path
+        rewards = SimpleNamespace(context_of=lambda study_ids, step: RewardContext())
+
+    FakeRun.recipe = recipe_of(world, tmp_path, "grpo.beta=0.1", "rollout.max_new_tokens=8")
+    reward_service = Service(RewardFunction(KeywordLabeler(), weights={"format": 1.0}, mode="plain"))
+    loader, run, clock = SimpleNamespace(batch=lambda step: prompts), FakeRun(), Clock()
+    pending = trainer.sample_step(0, run=run, loader=loader, reward_service=reward_service, clock=clock)
+    assert order == ["submit"] and pending.sampled.rewards is None
+    metrics = trainer.update_step(0, pending, run=run, engine=PlainEngine(lora_policy), clock=clock)
+    assert order == ["submit", "frozen", "result"] and pending.sampled.reference_logp is not None
+    assert {"loss", "policy/kl", "reward/total"} <= metrics.keys()
+    assert pending.rewards() is pending.sampled.rewards and order.count("result") == 1  # a ticket is good once
