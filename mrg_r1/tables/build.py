@@ -22,7 +22,6 @@ from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
 from mrg_r1.metrics.bootstrap import Difference, paired_differences
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, known_truth, per_observation
 from mrg_r1.metrics.lexical import NAMES, SCORERS, lexical_scores
-from mrg_r1.metrics.renamed import todays_names
 from mrg_r1.tables.plan import Plan, RowRun, TableError
 
 Classes = NDArray[np.int64]
@@ -181,9 +180,10 @@ def as_json(table: BuiltTable) -> str:
 def _read(run: RowRun, name: str) -> _Read:
     folder = run.folder / "evaluation"
     try:
-        evaluation = todays_names(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-        written = (folder / f"{name}_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        predictions = [todays_names(json.loads(line)) for line in written]
+        evaluation = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        predictions = [
+            json.loads(line) for line in (folder / f"{name}_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         log = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise TableError(
@@ -208,7 +208,7 @@ def _read(run: RowRun, name: str) -> _Read:
             _classes(predictions, "held_out_labels"),
             _classes(predictions, "held_out_reference_labels"),
         )
-    steps = [todays_names(json.loads(line)) for line in log.splitlines()] if name == "test" else []
+    steps = [json.loads(line) for line in log.splitlines()] if name == "test" else []
     return _Read(classes, predictions, evaluation, steps)
 
 
