@@ -295,3 +295,40 @@ def test_the_frozen_log_probs_are_made_while_the_labeler_works(
     assert order == ["submit", "frozen", "result"] and pending.sampled.reference_logp is not None
     assert {"loss", "policy/kl", "reward/total"} <= metrics.keys()
     assert pending.rewards() is pending.sampled.rewards and order.count("result") == 1  # a ticket is good once
+
+
+def test_groups_of_equal_rewards_are_sampled_again_and_the_last_rewards_count(
+    lora_policy, studies, build, world, tmp_path
+):
+    """Study 1's rewards are equal at first and not after one more attempt, which is for that study alone."""
+    prompts = build(lora_policy)(studies)
+    varied = torch.arange(4.0).repeat(4, 1)
+    equal = varied.clone()
+    equal[1] = 0.5
+    answers, submitted = [rewards_of(equal), rewards_of(varied)], []
+
+    class Service:
+        def hint(self, texts):
+            pass
+
+        def submit(self, texts, *rest):
+            submitted.append([list(group) for group in texts])
+            return len(submitted) - 1
+
+        def result(self, ticket):
+            return answers[ticket]
+
+    class FakeRun:
+        ranks, policy, directory = OneRank(), lora_policy, tmp_path
+        rewards = SimpleNamespace(context_of=lambda study_ids, step: RewardContext())
+
+    FakeRun.recipe = recipe_of(world, tmp_path, "grpo.max_resample=3", "rollout.max_new_tokens=8")
+    loader, run, clock = SimpleNamespace(batch=lambda step: prompts), FakeRun(), Clock()
+    pending = trainer.sample_step(5, run=run, loader=loader, reward_service=Service(), clock=clock)
+    vision = lora_policy.encode_images(prompts)
+    first, again = (
+        rollout(lora_policy, prompts, vision, Sampling(4, 8, seed=0, step=5, attempt=attempt)) for attempt in (0, 1)
+    )
+    wanted = [first.texts[0], again.texts[1], first.texts[2], first.texts[3]]
+    assert submitted == [first.texts, wanted] and pending.sampled.completions.texts == wanted
+    assert trainer.take_rewards(5, pending, run=run, clock=clock) is answers[1]
