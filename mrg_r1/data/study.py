@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from mrg_r1.console import progress
 from mrg_r1.data.images import image_problem
 from mrg_r1.files import atomically
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
-from mrg_r1.progress import progress
 from mrg_r1.types import Study, StudyImage
 
 SHOWN_PROBLEMS = 10

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mrg_r1.console import progress
 from mrg_r1.data.loader import PromptBuilder
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.evaluation.generate import Row, greedy_rows
@@ -27,7 +28,6 @@ from mrg_r1.metrics.bootstrap import bootstrap_intervals
 from mrg_r1.metrics.clinical import clinical_scores, per_observation, support, truth_scores
 from mrg_r1.metrics.identity import ids_hash, labels_hash
 from mrg_r1.policy.policy import Policy
-from mrg_r1.progress import progress
 from mrg_r1.reward.compute import RewardContext, RewardError
 from mrg_r1.reward.held_out import HeldOutLabeler
 from mrg_r1.reward.service.interface import RewardService, RewardsMissing

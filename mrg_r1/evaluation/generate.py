@@ -16,11 +16,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from mrg_r1.console import progress
 from mrg_r1.data.loader import PromptBuilder, prompts_ahead
 from mrg_r1.engine.ranks import Ranks, shard
 from mrg_r1.labels.observations import OBSERVATIONS, values_of_classes
 from mrg_r1.policy.policy import Policy
-from mrg_r1.progress import progress
 from mrg_r1.report_format import Mode, parse
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.types import Completions, Prompts, Study

@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mrg_r1.console import progress_bar
 from mrg_r1.labels.augmentation import Augmentation, Example, SpecialIds, one_pass
 from mrg_r1.labels.chexbert import CheXbert
 from mrg_r1.labels.labeler import Labeler
 from mrg_r1.labels.observations import POSITIVE
 from mrg_r1.labels.teaching import average_answer, taught_loss
-from mrg_r1.progress import progress_bar
 
 BATCH = 16  # examples a step
 WARM_UP = 0.1  # share of the training

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from mrg_r1.console import progress_bar
 from mrg_r1.labels import inference, loading
 from mrg_r1.labels.chexbert import MAX_TOKENS, CheXbert
 from mrg_r1.labels.observations import OBSERVATIONS
@@ -28,7 +29,6 @@ from mrg_r1.labels.tokenizer import (
     require_uncased,
     special_id,
 )
-from mrg_r1.progress import progress_bar
 
 # In one pass; bounds memory. On a CPU the activations of few tokens stay near the cache, and a product of 1,000 rows is
 # as fast as any.

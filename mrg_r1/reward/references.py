@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mrg_r1.console import progress
 from mrg_r1.files import atomically
 from mrg_r1.labels.observations import read_labels_csv, write_labels_csv
-from mrg_r1.progress import progress
 from mrg_r1.types import Study
 
 FOLDER = ".reference_labels"

@@ -118,7 +118,7 @@ def _decode(
     kept = prompts.attention_mask.bool()
     decoder = Decoder(
         language,
-        embed=policy.embed,
+        embed=policy.language_model.embed_tokens,
         logits=policy.next_token_logits,
         prompt_cache=[(_padded(keys, kept), _padded(values, kept)) for keys, values in states.layers],
         prompt_mask=kept,

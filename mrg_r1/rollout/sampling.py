@@ -43,10 +43,10 @@ def sample_tokens(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         [R] int64. A token of probability 0 is never drawn, also where rounding puts u at the very end.
     """
-    cu_seqlens = log_probs.double().exp().cumsum(dim=-1)
-    total = cu_seqlens[:, -1:]
+    cumulative = log_probs.double().exp().cumsum(dim=-1)
+    total = cumulative[:, -1:]
     # The last ids may be banned: their cumulative equals the total, so u * total must stay strictly below it.
     target = torch.minimum(
-        uniforms.to(cu_seqlens).unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total))
+        uniforms.to(cumulative).unsqueeze(1) * total, torch.nextafter(total, torch.zeros_like(total))
     )
-    return torch.searchsorted(cu_seqlens, target, right=True).squeeze(1)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1)

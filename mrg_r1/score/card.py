@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrg_r1 import __version__
+from mrg_r1.console import progress
 from mrg_r1.files import write_text_atomically
 from mrg_r1.metrics import lexical
 from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import LEVEL, SAMPLES, bootstrap_intervals
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, per_observation, support
 from mrg_r1.metrics.identity import digits, ids_hash, labels_hash
-from mrg_r1.progress import progress
 from mrg_r1.score.reading import Side, read_side, require_same_studies
 
 FORMAT = "mrg-r1 score card 1"

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from mrg_r1 import __version__
+from mrg_r1.console import progress
 from mrg_r1.files import write_text_atomically
 from mrg_r1.metrics.bootstrap import LEVEL, SAMPLES, paired_differences
 from mrg_r1.metrics.clinical import check_classes
 from mrg_r1.metrics.identity import classes_of_digits, ids_hash, labels_hash
-from mrg_r1.progress import progress
 from mrg_r1.score.card import FORMAT, definitions_are
 
 HOW_TO_MAKE = "make one with `mrg-r1 score PREDICTED REFERENCE -o CARD.json`"

@@ -9,9 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mrg_r1.console import wide_console
 from mrg_r1.metrics.lexical import TITLES
 
-PIPE_WIDTH = 120  # a pipe has no width, and a table cut to 80 columns loses figures
 _COMPARED = {"constant_normal": "normal", "blank": "blank", "random_train": "random", "reference": "itself"}
 _HASH = 12  # digits shown; the card has them all
 UNCERTAIN = "uncertain counts as positive in chexbert_*, as not positive in all others; 0/0 = 0"
@@ -21,7 +21,7 @@ def print_card(card: Mapping[str, Any]) -> None:
     """A card of `score_files`: clinical efficacy by definition, by observation, lexical metrics, and what they
     are of.
     """
-    console = _console()
+    console = wide_console()
     table = _table("definition")
     for column in ("P", "R", "F1", "95 % of F1", *_COMPARED.values()):
         table.add_column(column, justify="right", no_wrap=True)
@@ -59,7 +59,7 @@ def print_card(card: Mapping[str, Any]) -> None:
 
 def print_comparison(comparison: Mapping[str, Any]) -> None:
     """The result of `compare_cards`: every definition's difference with its interval."""
-    console = _console()
+    console = wide_console()
     cards = comparison["cards"]
     table = _table("definition")
     for column in ("first", "second", "difference", "95 % of difference", "excludes 0", "p"):
@@ -113,9 +113,9 @@ def _origin(card: Mapping[str, Any]) -> list[str]:
     bootstrap, studies = card["bootstrap"], card["studies"]
     lines = [
         f"labelers: predicted {_labeler(predicted)}, reference {_labeler(reference)}",
-        f"studies: {card['n']:,} by {studies['identified_by']}, hash {studies['ids_sha256'][:_HASH]}; intervals: "
-        f"{bootstrap['samples']:,} resamples, seed {bootstrap['seed']}, {bootstrap['method']}; mrg-r1 "
+        f"studies: {card['n']:,} by {studies['identified_by']}, hash {studies['ids_sha256'][:_HASH]}; mrg-r1 "
         f"{card['version']}",
+        f"intervals: {bootstrap['samples']:,} resamples, seed {bootstrap['seed']}, {bootstrap['method']}",
     ]
     if predicted != reference:
         lines.append(
@@ -143,11 +143,6 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column)
     return table
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def _print_lines(console: Console, lines: list[str]) -> None:

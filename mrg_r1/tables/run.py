@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-from mrg_r1.progress import progress_bar
+from mrg_r1.console import progress_bar
 from mrg_r1.tables.plan import SCRIPTS, Plan, RowRun
 
 _LOG = "table_row.log"

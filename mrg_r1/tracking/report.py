@@ -11,7 +11,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from mrg_r1.tracking.terminal import where_time_went, wide_console
+from mrg_r1.console import wide_console
+from mrg_r1.tracking.terminal import where_time_went
 
 _LEGEND = {  # part of a key -> what it means, said where such a row is shown
     "disease_": "micro13, macro13: F1 of 13 diseases, pooled and averaged, as the labeler reads reports and references",

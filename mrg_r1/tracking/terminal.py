@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.control import Control
 from rich.segment import ControlType
 
-from mrg_r1.progress import watched
+from mrg_r1.console import watched, wide_console
 
-PIPE_WIDTH = 100  # columns of what has no width of its own: a pipe, a file, a CI's log
 _PLAIN_LINES = 10  # of a run, where nobody watches
 _LONG = ("validation", "checkpoint", "evaluation")  # phases that may show a bar of their own
 _LINE = (  # what is shown of a step, as far as the line reaches: title, metric, columns of its value
@@ -28,16 +25,6 @@ _LINE = (  # what is shown of a step, as far as the line reaches: title, metric,
     ("zero-signal", "groups/zero_signal", 5),
 )
 _VALIDATION = ("disease_micro13", "mean_reward", "held_out_disease_micro13", "hacking_gap")
-
-
-def wide_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console as wide as its terminal; of `PIPE_WIDTH` columns where it is none, or the width that COLUMNS asks."""
-    console = Console(stderr=stderr, quiet=quiet)
-    return (
-        console
-        if console.is_terminal or "COLUMNS" in os.environ
-        else Console(stderr=stderr, quiet=quiet, width=PIPE_WIDTH)
-    )
 
 
 class StepLine:

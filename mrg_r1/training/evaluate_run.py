@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mrg_r1.config.recipe import Recipe, RecipeError, load_recipe, with_trained_policy
+from mrg_r1.console import wide_console
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.evaluation.evaluate import write_evaluation
 from mrg_r1.evaluation.generate import NOT_FOR_CLINICAL_USE, add_labels, reports_of
@@ -20,7 +21,6 @@ from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.labeler import Labeler
 from mrg_r1.policy.lora import load_adapter
 from mrg_r1.tracking.evaluation_tables import print_evaluation
-from mrg_r1.tracking.terminal import wide_console
 from mrg_r1.training.run import Run, open_run
 from mrg_r1.types import Study
 

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mrg_r1 import __version__
+from mrg_r1.console import progress
 from mrg_r1.data.prepare.rendering import claim_settings
 from mrg_r1.data.study import SHOWN_PROBLEMS, ManifestError, manifest_line
-from mrg_r1.progress import progress
 from mrg_r1.types import Study
 
 JOURNAL_FILE = "conversion.part"

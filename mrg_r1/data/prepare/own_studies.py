@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mrg_r1.console import progress
 from mrg_r1.data.prepare.checking import image_problems, refuse_changed_sources
 from mrg_r1.data.prepare.conversion import Conversion, Counts
 from mrg_r1.data.prepare.tabular import Record, RowError, read_records, study_of_row
-from mrg_r1.progress import progress
 from mrg_r1.types import Study
 
 SPLITS = ("train", "val", "test")

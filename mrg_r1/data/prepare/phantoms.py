@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from mrg_r1.console import progress
 from mrg_r1.data.prepare.rendering import Rendering, claim_folder, render_files
 from mrg_r1.data.study import read_manifest, write_manifest
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values, write_labels_csv
@@ -15,7 +16,6 @@ from mrg_r1.labels.reports import write_reports_csv
 from mrg_r1.phantom.contact_sheet import contact_sheet, full_contact_sheet
 from mrg_r1.phantom.sampler import PRESETS, sample_balanced, sample_study
 from mrg_r1.phantom.study import PhantomStudy
-from mrg_r1.progress import progress
 from mrg_r1.types import Study, StudyImage
 
 LABELER_TEXTS = 10_000  # reports to train a labeler on: texts are cheap, and wording this varied wants many

@@ -21,11 +21,11 @@ import numpy as np
 from PIL import Image
 
 from mrg_r1 import __version__
+from mrg_r1.console import progress
 from mrg_r1.files import atomically, write_text_atomically
 from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.phantom.findings import render
 from mrg_r1.phantom.views import render_view
-from mrg_r1.progress import progress
 
 SETTINGS_FILE = "prepare.json"
 _CHUNK = 32  # images a worker takes at a time

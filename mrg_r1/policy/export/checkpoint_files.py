@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mrg_r1.progress import progress
+from mrg_r1.console import progress
 
 SHARD_BYTES = 5 * 10**9  # a single file larger than this is written in parts; a checkpoint in parts keeps its own
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"

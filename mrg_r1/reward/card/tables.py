@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mrg_r1 import __version__
+from mrg_r1.console import wide_console
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
 from mrg_r1.reward.card.card import SUGGESTION, AtMargin, RewardCard
 
@@ -26,7 +26,6 @@ RULES = {
     "zeros": "the share of references, or of pairs, that earn zero",
     "suggested_margin": SUGGESTION,
 }
-_PIPE_WIDTH = 140  # a pipe has no width, and a table cut to 80 columns loses figures
 LabelSource = Literal["labeler", "file", "said"]
 _SHORT = {"Enlarged Cardiomediastinum": "Mediastinum", "Pleural Effusion": "Effusion", "Support Devices": "Devices"}
 
@@ -117,9 +116,7 @@ def card_json(card: RewardCard, source: Source, margin: float) -> dict[str, Any]
 
 def print_card(card: RewardCard, source: Source, margin: float) -> None:
     """The card on the terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PIPE_WIDTH)
+    console = wide_console()
     console.print(_margins(card, source, margin))
     console.print(_prevalence(card))
     pairs = (

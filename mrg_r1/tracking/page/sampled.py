@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mrg_r1.progress import progress
+from mrg_r1.console import progress
 from mrg_r1.tracking.page.cards import card, sample
 from mrg_r1.tracking.page.reading import letters, number, read_lines
 from mrg_r1.types import Study

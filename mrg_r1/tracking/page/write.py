@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from mrg_r1.console import progress
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import OBSERVATIONS
-from mrg_r1.progress import progress
 from mrg_r1.tracking.page import clinical
 from mrg_r1.tracking.page.cards import Pictures, prediction_cards, within
 from mrg_r1.tracking.page.curves import Curves, read_curves, sections

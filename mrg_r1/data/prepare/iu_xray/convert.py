@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from mrg_r1.console import progress
 from mrg_r1.data.prepare.checking import image_problems, refuse_changed_sources
 from mrg_r1.data.prepare.conversion import Conversion, Counts
 from mrg_r1.data.prepare.iu_xray.images import ImageFolder
@@ -29,7 +30,6 @@ from mrg_r1.data.prepare.rendering import Rendering, claim_folder, render_files
 from mrg_r1.data.prepare.rows import csv_columns
 from mrg_r1.data.study import ManifestError
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, UNCERTAIN, read_labels_csv, values_of_classes
-from mrg_r1.progress import progress
 from mrg_r1.types import Study, StudyImage
 
 Report = Literal["findings", "impression", "both"]

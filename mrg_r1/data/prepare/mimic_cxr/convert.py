@@ -17,12 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from mrg_r1.console import progress
 from mrg_r1.data.images import image_problem
 from mrg_r1.data.prepare.checking import refuse_changed_sources
 from mrg_r1.data.prepare.conversion import Conversion, Counts
 from mrg_r1.data.prepare.mimic_cxr.sections import Report, read_report
 from mrg_r1.data.prepare.mimic_cxr.tables import AP, LATERAL, PA, SPLITS, Labels, Studies, find_table, read_studies
-from mrg_r1.progress import progress
 from mrg_r1.types import Study, StudyImage
 
 CheckImages = Literal["none", "size", "open"]

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, and the one rule for when there is none.
+"""What is shown on a terminal: how wide, and progress bars on stderr with the one rule for when there is none.
 
 A bar is silent where nobody watches (stderr is no terminal, or the environment variable CI is set), and where the
 caller asks for it: a rank that is not the first, work of a moment. A bar that has come to its end is gone.
@@ -14,7 +14,18 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, track
 
+PIPE_WIDTH = 100  # columns of what has no width of its own: a pipe, a file, a CI's log
 Item = TypeVar("Item")
+
+
+def wide_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console as wide as its terminal; of `PIPE_WIDTH` columns where it is none, or the width that COLUMNS asks."""
+    console = Console(stderr=stderr, quiet=quiet)
+    return (
+        console
+        if console.is_terminal or "COLUMNS" in os.environ
+        else Console(stderr=stderr, quiet=quiet, width=PIPE_WIDTH)
+    )
 
 
 def watched() -> bool:

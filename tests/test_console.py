@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mrg_r1.progress import progress, progress_bar
+from mrg_r1.console import progress, progress_bar
 
 
 class Screen(io.StringIO):
