@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,8 @@ from mrg_r1.doctor.machine import Device, cuda_devices, package_findings
 from mrg_r1.doctor.memory import Task
 from mrg_r1.engine.config import read_config
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.policy.export.checkpoint_files import read_layout
+from mrg_r1.policy.adapter_files import read_adapter, require_fit
+from mrg_r1.policy.completeness import stored_tensors
 from mrg_r1.policy.family import shape_of
 from mrg_r1.types import Study
 
@@ -128,26 +130,20 @@ def _first_images(splits: dict[str, list[Study]]) -> str:
 def _policy(recipe: Recipe) -> str:
     path = recipe.policy.path
     check_checkpoint_directory(path)
-    shape, tensors = shape_of(path), [tensor for file in read_layout(path).values() for tensor in file]
-    elements = sum(_elements(tensor.shape) for tensor in tensors)
+    shape = shape_of(path)
+    try:
+        stored = stored_tensors(path)
+    except ValueError as error:
+        raise RecipeError(f"policy.path {error}") from error
     if recipe.policy.adapter is not None:
         check_adapter(recipe.policy.adapter)
-    spare = shape.vocabulary * shape.hidden if shape.tied else 0  # a tied head may be stored twice
-    if not shape.parameters <= elements <= shape.parameters + spare:
-        raise RecipeError(
-            f"policy.path {path}: its safetensors hold {elements:,} numbers, config.json describes "
-            f"{shape.parameters:,}; the download is incomplete or of two checkpoints, fetch it again"
-        )
-    return (
-        f"{path}: {elements / 1e9:.3f} billion parameters in {len({tensor.file for tensor in tensors})} file(s), whole"
-    )
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+        try:
+            require_fit(read_adapter(recipe.policy.adapter, tied=shape.tied), stored, path)
+        except ValueError as error:
+            raise RecipeError(f"policy.adapter {error}") from error
+    elements = sum(math.prod(tensor.shape) for tensor in stored.values())
+    files = {tensor.file for tensor in stored.values()}
+    return f"{path}: {elements / 1e9:.3f} billion parameters in {len(files)} file(s), whole"
 
 
 def _tokenizer(recipe: Recipe) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from mrg_r1.policy.completeness import stored_tensors
 from mrg_r1.policy.family import family_of
 from mrg_r1.policy.partition import Partition, load_parts
 from mrg_r1.policy.policy import Policy
@@ -29,12 +30,14 @@ def load_policy(
         partition: load this rank's part of the weights only; all ranks call this then.
 
     Raises:
-        ValueError: a model type without a family, no chat template, or no EOS is known.
+        ValueError: a model type without a family, tensors that are not the model's, no chat template, or no EOS is
+            known.
     """
     family, tokenizer = family_of(path), load_tokenizer(path)
     if partition is not None:
         parts = load_parts(path, family, dtype=dtype, partition=partition)
         return Policy(parts, tokenizer=tokenizer, temperature=temperature, partition=partition).eval()
+    stored_tensors(path)  # refuses what transformers would fill with random numbers or pass over
     model = family.load_model(path, dtype)
     model.requires_grad_(False)
     return Policy(model, tokenizer=tokenizer, temperature=temperature).eval()

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
+from mrg_r1.policy.adapter_files import read_adapter
 from mrg_r1.policy.weights import PolicyWeights
 
 
@@ -30,7 +31,7 @@ def merge_adapter(policy: PolicyWeights, adapter: Path) -> None:
     """Fold a cold-start adapter into the base weights, before any new LoRA: it becomes part of the reference.
 
     Raises:
-        ValueError: the file's parameters are not those of its LoRA on this policy.
+        ValueError: as `load_adapter`.
     """
     load_adapter(policy, adapter)
     assert isinstance(policy.model, PeftModel)
@@ -55,8 +56,10 @@ def load_adapter(policy: PolicyWeights, adapter: Path) -> None:
     version's modules would change nothing.
 
     Raises:
-        ValueError: the file's parameters are not those of its LoRA on this policy.
+        ValueError: the file's parameters are not those of its LoRA on this policy, or it is more than LoRA on linear
+            layers, or on a weight that head and embedding share.
     """
+    read_adapter(adapter, tied=policy.base.lm_head.weight is policy.language_model.embed_tokens.weight)
     with torch.random.fork_rng(devices=[]):  # first weights that are about to be replaced
         policy.model = get_peft_model(policy.model, LoraConfig.from_pretrained(adapter), autocast_adapter_dtype=False)
     restore_adapter(policy, adapter)

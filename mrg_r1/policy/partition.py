@@ -7,17 +7,16 @@ something that they do together.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
+from mrg_r1.policy.completeness import stored_tensors
 from mrg_r1.policy.family import Family, Gathered
 from mrg_r1.policy.language import LanguageModel
 from mrg_r1.policy.layers import DecoderLayer
@@ -95,20 +94,20 @@ def load_parts(path: Path, family: Family, *, dtype: torch.dtype, partition: Par
     No more than one module (a decoder layer, the embeddings) is whole in memory at any time. Every rank calls this.
 
     Raises:
-        ValueError: the checkpoint lacks a parameter, or has one of another shape.
+        ValueError: the checkpoint's tensors are not those of its model.
     """
     model = family.empty_model(path, dtype, partition.device)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"buffers without values: {left}"
     # a tied parameter once, by its first name
     names = {parameter: name for name, parameter in model.named_parameters()}
-    files = _files(path, family.module_name)
+    stored = stored_tensors(path)
     read: dict[nn.Parameter, nn.Parameter] = {}
     for part in family.parts(model):
         for module in part.modules():
             for key, parameter in list(module.named_parameters(recurse=False)):
                 if parameter not in read:
-                    tensor = _read(path, files, names[parameter], parameter).to(device=partition.device, dtype=dtype)
+                    tensor = stored[names[parameter]].read().to(device=partition.device, dtype=dtype)
                     read[parameter] = nn.Parameter(tensor, requires_grad=False)
                 setattr(module, key, read[parameter])
         partition.place(part)
@@ -116,29 +115,3 @@ def load_parts(path: Path, family: Family, *, dtype: torch.dtype, partition: Par
     if missing:
         raise ValueError(f"{path}: parameters that belong to no part of the family's: {missing[:3]}")
     return model.eval()
-
-
-def _files(path: Path, module_name: Callable[[str], str]) -> Mapping[str, tuple[Path, str]]:
-    """Parameter name, as the modules have it -> the file that holds it, and its name there."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        stored = {key: path / file for key, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    else:
-        stored = {}
-        for file in sorted(path.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as content:
-                stored |= dict.fromkeys(content.keys(), file)
-    return {module_name(key): (file, key) for key, file in stored.items()}
-
-
-def _read(path: Path, files: Mapping[str, tuple[Path, str]], name: str, like: Tensor) -> Tensor:
-    if name not in files:
-        raise ValueError(
-            f"{path}: no tensor {name} in its safetensors; the download is incomplete, or it is another model"
-        )
-    file, key = files[name]
-    with safe_open(file, framework="pt") as content:
-        tensor: Tensor = content.get_tensor(key)
-    if tensor.shape != like.shape:
-        raise ValueError(f"{file}: {key} is {list(tensor.shape)}, config.json makes it {list(like.shape)}")
-    return tensor

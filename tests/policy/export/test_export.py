@@ -15,8 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from mrg_r1.policy.export import checkpoint_files, export
-from mrg_r1.policy.export.checkpoint_files import read_layout
+from mrg_r1.policy import checkpoint_files
+from mrg_r1.policy.checkpoint_files import read_layout
+from mrg_r1.policy.export import export
 from mrg_r1.policy.families.qwen2_5_vl.checkpoint import LORA_TARGETS
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import load_adapter, merge_adapter, save_adapter
