@@ -26,6 +26,7 @@ from mrg_r1 import __version__
 from mrg_r1.console import progress
 from mrg_r1.data.prepare.rendering import claim_settings
 from mrg_r1.data.study import SHOWN_PROBLEMS, ManifestError, manifest_line
+from mrg_r1.labels.reports import report_fault
 from mrg_r1.types import Study
 
 JOURNAL_FILE = "conversion.part"
@@ -208,7 +209,7 @@ class Conversion:
                     counts[split]["refused"] += 1
                     files.line("refused.jsonl", study)
                 report = kept["report"] if kept else record["report"]
-                if report is not None and report.strip() and study["id"] and study["id"] not in told:
+                if report is not None and report_fault(report) is None and study["id"] and study["id"] not in told:
                     told.add(study["id"])
                     files.row("reports.csv", [study["id"], report])
                     if re.fullmatch(_SPLIT_NAME, split):
