@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mrg_r1.files import atomically
 from mrg_r1.labels.observations import read_labels_csv
 
 # What stands where something was taken out: XXXX in IU X-Ray, ___ in MIMIC-CXR.
@@ -86,7 +87,7 @@ def read_reports_csv(path: Path) -> dict[str, str]:
 
 def write_reports_csv(path: Path, reports: Mapping[str, str]) -> None:
     """Write reports by id as `id,report`."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "report"])
         writer.writerows(reports.items())

@@ -197,7 +197,7 @@ def _plan(
         return _Plan(
             entry,
             text,
-            reason=f"the report has no {sections} with a word in it; choose another section with --report",
+            reason=f"the report is empty: no {sections} with a word in it; choose another section with --report",
         )
     found, problem = folder.find(entry) if folder is not None else ((), "")
     classes = labels.get(entry.id) if labels is not None else None
