@@ -21,7 +21,8 @@ _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 @contextmanager
 def atomically(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """A name beside `path`, under which the block writes a file or a folder; it becomes `path` where the block ends
-    well, and is removed where it does not. What stood at `path` before is replaced (a folder must have been empty).
+    well, and is removed where it does not. What stood at `path` before is replaced (a folder must have been empty). A
+    device or a pipe, such as /dev/stdout, is written to as it is.
 
     Args:
         synced: brought to the disk first; False where what a crash of the machine damages is easily made again.
@@ -29,6 +30,12 @@ def atomically(path: Path, *, synced: bool = True) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written or put in place, and names `path`; what was there before is untouched.
     """
+    if _is_stream(path):
+        with naming(path):
+            yield path
+        return
+    if path.is_symlink():
+        path = path.resolve()  # the file that it leads to is replaced, and not the link
     # the process's number: two runs may write the same file at once
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -51,6 +58,13 @@ def write_text_atomically(path: Path, text: str) -> None:
     """
     with atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether what stands there is to be written to and not replaced."""
+    if path.parent in (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextmanager
