@@ -16,9 +16,11 @@ from tests.leftovers import marked
 ROOT = Path(__file__).parents[1]
 # A test that starts what a launcher starts: a child in a session of its own, and a grandchild.
 STARTS = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from pathlib import Path
 from tests.leftovers import guard
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without one
 
 def test_that_never_ends():
     guard()

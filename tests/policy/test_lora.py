@@ -58,5 +58,5 @@ def test_an_adapter_that_would_change_nothing_or_half_is_refused(saved, tiny_pol
     else:
         tensors.pop(next(iter(tensors)))
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="not an adapter of this policy; missing"):
+    with pytest.raises(ValueError, match="adapter.*missing"):
         use(load_policy(tiny_policy_directory, dtype=torch.float32), saved)

@@ -22,6 +22,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.data.study import read_manifest
+from mrg_r1.policy.families.qwen2_5_vl.positions import ImageTokens
 from tests.grpo.paper_loss import paper_loss
 
 BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
@@ -84,13 +85,9 @@ class PlainGrpo:
             path, min_pixels=data["min_pixels"], max_pixels=data["max_pixels"]
         )
         words = PromptWords(instruction=recipe["prompt"]["instruction"], show_view=recipe["prompt"]["show_view"])
-        # positions are the model's own business here
-        self.build = PromptBuilder(
-            tokenizer=self.tokenizer,
-            image_processor=processor,
-            positions=lambda ids, mask, grids: (ids, ids),
-            words=words,
-        )
+        # what a family says of positions is not used: they are the model's own business here
+        layout = ImageTokens.read(base.config, self.tokenizer)
+        self.build = PromptBuilder(tokenizer=self.tokenizer, image_processor=processor, layout=layout, words=words)
         self.studies = {study.id: study for study in read_manifest(Path(data["manifest"]))}
 
     def logp(self, study: str, completions: Sequence[list[int]]) -> list[Tensor]:

@@ -246,7 +246,7 @@ def test_an_evaluation_alone_is_enough(tmp_path):
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no metrics.jsonl"):
+    with pytest.raises(ValueError, match="metrics.jsonl"):
         write_page(tmp_path, [])
 
 

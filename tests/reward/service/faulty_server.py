@@ -76,8 +76,14 @@ def losing(self: server.Server, request: dict[str, Any]) -> dict[str, Any]:
     return {"pong": [request["id"]], "working": 0.0} if strikes("lose") else done
 
 
+def keywords(*arguments: Any, **options: Any) -> Labeler:
+    if strikes("refuse"):
+        raise ValueError("no labeler of this name")
+    return Labeler()
+
+
 if __name__ == "__main__":
-    load = short_of_memory if FAULT.get("kind") == "memory" else lambda *arguments, **options: Labeler()
+    load = short_of_memory if FAULT.get("kind") == "memory" else keywords
     server.Labeler = SimpleNamespace(load=load)  # type: ignore[assignment, misc]
     server.Server._answer = losing  # type: ignore[method-assign]
     server.main()

@@ -278,11 +278,9 @@ def test_what_cannot_be_loaded_is_named_and_never_replaced(
     assert named in str(error.value)
 
 
-def test_what_cannot_be_loaded_in_the_service_ends_its_start(tmp_path: Path) -> None:
-    supervisor = Supervisor(replace(SETTINGS, labeler="/no/such/labeler"), log=tmp_path / "log")
-    with pytest.raises(ValueError, match="/no/such/labeler"):
-        supervisor.wait()
-    supervisor.close()
+def test_what_cannot_be_loaded_in_the_service_ends_its_start(start: Start) -> None:
+    with pytest.raises(ValueError, match="no labeler of this name"):
+        start("refuse")
 
 
 def test_the_real_labeler_in_the_service_labels_as_here(tmp_path: Path, world: object) -> None:
