@@ -41,6 +41,7 @@ from mrg_r1.policy.lora import add_lora
 from mrg_r1.policy.policy import Policy
 from mrg_r1.reward.service.interface import RewardService
 from mrg_r1.rollout.decode import rollout
+from mrg_r1.rollout.sampling import Sampling
 from mrg_r1.tracking.log import Clock
 from mrg_r1.training.grpo import grpo_step
 from mrg_r1.training.run import Run, build_engine
@@ -127,7 +128,7 @@ def make_run(recipe: Recipe) -> Run:
         studies={"train": [], "val": [], "test": []},
         policy=policy,
         build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, layout=policy.layout, words=words),
-        rewards=word_overlap(recipe),
+        rewards_if_any=word_overlap(recipe),
         dtype=DTYPE,
     )
 
@@ -143,7 +144,7 @@ def measure_case(run: Run, engine: Engine, case: GpuCase, allowance: Allowance) 
     loader = StudyLoader(
         run.studies["train"], run.build, seed=run.recipe.seed, batch_size=case.studies, rank=0, world_size=1
     )
-    rewards, clock = run.rewarding.service, SynchronisedClock()
+    rewards, clock = run.rewards.service, SynchronisedClock()
     units: list[Unit] = []
     try:
         while allowance.another(case, units) or not units:
@@ -160,7 +161,7 @@ def _measure_step(
     reset_peak()
     synchronise()
     began = time.perf_counter()
-    parts = grpo_step(step, run=run, engine=engine, loader=loader, rewards=rewards, clock=clock)
+    parts = grpo_step(step, run=run, engine=engine, loader=loader, reward_service=rewards, clock=clock)
     synchronise()
     seconds = time.perf_counter() - began
     total, count = parts["groups/length"]
@@ -184,7 +185,7 @@ def measure_prefill(run: Run, case: GpuCase) -> tuple[float, int]:
     for step in range(2):
         synchronise()
         began = time.perf_counter()
-        rollout(run.policy, prompts, vision, group_size=case.group, max_new_tokens=1, seed=same.SEED, step=step)
+        rollout(run.policy, prompts, vision, Sampling(case.group, 1, seed=same.SEED, step=step))
         synchronise()
         seconds = time.perf_counter() - began
     return seconds, int(prompts.attention_mask.sum(dim=1).max())

@@ -36,6 +36,7 @@ from mrg_r1.policy.policy import Policy
 from mrg_r1.reward.compute import RewardContext
 from mrg_r1.reward.service.interface import Health, Ticket
 from mrg_r1.rollout.decode import rollout
+from mrg_r1.rollout.sampling import Sampling
 from mrg_r1.tracking.log import Clock
 from mrg_r1.training.grpo import grpo_step
 from mrg_r1.training.rewards import RunRewards
@@ -157,7 +158,7 @@ def make_run(recipe: Recipe, folder: Path, task: Task) -> Run:
         studies={"train": studies, "val": [], "test": []},
         policy=policy,
         build=PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, layout=policy.layout, words=words),
-        rewards=word_overlap(recipe),
+        rewards_if_any=word_overlap(recipe),
         dtype=torch.float32,
     )
 
@@ -168,11 +169,11 @@ def step_unit(run: Run, task: Task) -> Callable[[], Phases]:
     loader = StudyLoader(
         run.studies["train"], run.build, seed=run.recipe.seed, batch_size=task.studies, rank=0, world_size=1
     )
-    rewards, clock, taken = run.rewarding.service, Clock(), 0
+    rewards, clock, taken = run.rewards.service, Clock(), 0
 
     def unit() -> Phases:
         nonlocal taken
-        parts = grpo_step(taken, run=run, engine=engine, loader=loader, rewards=rewards, clock=clock)
+        parts = grpo_step(taken, run=run, engine=engine, loader=loader, reward_service=rewards, clock=clock)
         total, count = parts["groups/length"]
         if float(total / count) != task.new_tokens:
             raise RuntimeError(
@@ -277,9 +278,7 @@ def scoring_unit(run: Run, task: Task, prompts: Prompts, *, naive: bool) -> Call
 
 def sample(policy: Policy, task: Task, prompts: Prompts, vision: VisionFeatures, *, step: int) -> Completions:
     """This project's rollout of the task's size."""
-    return rollout(
-        policy, prompts, vision, group_size=task.group, max_new_tokens=task.new_tokens, seed=same.SEED, step=step
-    )
+    return rollout(policy, prompts, vision, Sampling(task.group, task.new_tokens, seed=same.SEED, step=step))
 
 
 def check_length(token_ids: Tensor, task: Task) -> None:

@@ -60,7 +60,7 @@ def shell_commands(page: Path) -> Iterator[list[str]]:
     """
     texts = [fence["body"] for fence in fences(page) if fence["kind"] in ("", "bash", "sh")]
     if page.suffix == ".yaml":
-        texts = re.findall(r"^#   (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        texts = ["\n".join(re.findall(r"^#   (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE))]
     for text in texts:
         for line in text.replace("\\\n", " ").splitlines():
             line = re.sub(r"^(\S*\$|\$) ", "", line.strip())

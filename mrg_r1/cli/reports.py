@@ -139,12 +139,10 @@ def _report(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     """The run's recipe, its policy being the one that it has trained, where the files lie now."""
-    from mrg_r1.config.recipe import check_checkpoint_directory, load_recipe, with_trained_policy
+    from mrg_r1.config.recipe import check_checkpoint_directory, load_run, with_trained_policy
 
     file = arguments.folder / "config.yaml"
-    if not file.is_file():
-        raise ValueError(f"{arguments.folder}: no config.yaml in it; give the output_dir of a run as --run")
-    recipe = load_recipe(file)
+    recipe = load_run(arguments.folder)
     if arguments.cold_start is not None and recipe.policy.adapter is None:
         raise ValueError(f"--cold-start {arguments.cold_start}: {file} names no policy.adapter; leave it out")
     recipe = with_trained_policy(recipe, arguments.folder)

@@ -122,14 +122,12 @@ def _page(arguments: argparse.Namespace) -> None:
 
 
 def _write_page(arguments: argparse.Namespace) -> Path:
-    from mrg_r1.config.recipe import load_recipe
+    from mrg_r1.config.recipe import load_run
     from mrg_r1.data.study import read_manifest
     from mrg_r1.tracking.page import write_page
 
     run, *others = arguments.runs
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run}: no config.yaml in it; give the output_dir of a run")
-    data = load_recipe(run / "config.yaml").data
+    data = load_run(run).data
     if not data.manifest.is_file():
         raise ValueError(
             f"{data.manifest}: no such file (data.manifest of {run / 'config.yaml'}); go to the folder that the run "
@@ -157,13 +155,11 @@ def _export(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     outputs = [path for path in (arguments.merged, arguments.adapter) if path is not None]
     if not outputs:
         parser.error("nothing to write: give --merged DIR, --adapter DIR or both")
-    from mrg_r1.config.recipe import check_checkpoint_directory, load_recipe
+    from mrg_r1.config.recipe import check_checkpoint_directory, load_run
     from mrg_r1.policy.export.export import export
 
     recipe_file = arguments.folder / "config.yaml"
-    if not recipe_file.is_file():
-        raise ValueError(f"{arguments.folder}: no config.yaml in it; give the output_dir of a run")
-    recipe = load_recipe(recipe_file).policy
+    recipe = load_run(arguments.folder).policy
     if arguments.cold_start is not None and recipe.adapter is None:
         raise ValueError(f"--cold-start {arguments.cold_start}: {recipe_file} names no policy.adapter; leave it out")
     policy, cold_start = arguments.policy or recipe.path, arguments.cold_start or recipe.adapter

@@ -8,7 +8,6 @@ unknown keys with the nearest known one, and checks what can be checked before a
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from mrg_r1.config.paths import (
+    RecipeError,
+    check_adapter,
+    check_checkpoint_directory,
+    check_deepspeed,
+    check_labeler_path,
+    check_manifest,
+)
 from mrg_r1.config.sections import (
     CheckpointSection,
     DataSection,
@@ -33,12 +40,12 @@ from mrg_r1.config.sections import (
     TrackingSection,
 )
 
-# A folder each, named as config.json names the family. A recipe is read without importing any.
-_FAMILIES = Path(__file__).parents[1] / "policy" / "families"
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names the file, the field, the value and the remedy."""
+# keys of version 0.1.0, and what they are called today
+RENAMED = {
+    "evaluation.judge": "evaluation.held_out_labeler",
+    "evaluation.judge_tokenizer": "evaluation.held_out_tokenizer",
+    "evaluation.judge_device": "evaluation.held_out_device",
+}
 
 
 class Recipe(Section):
@@ -92,9 +99,34 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `key=value` overrides (dotted keys, YAML values).
 
     Raises:
-        RecipeError: unreadable file, unknown key (with the nearest known one), a value of the wrong type or range,
-            fields that contradict.
+        RecipeError: unreadable file, unknown key (with the nearest known one), a key that has another name today, a
+            value of the wrong type or range, fields that contradict.
     """
+    content = _read(path)
+    for override in overrides:
+        _apply(content, override)
+    return _validated(content, path)
+
+
+def load_run(run: Path) -> Recipe:
+    """The recipe that RUN was started with. Its config.yaml was written by this program, so keys of version 0.1.0 are
+    read under today's names.
+
+    Raises:
+        RecipeError: no config.yaml there, or one that cannot be read.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise RecipeError(f"{run}: no config.yaml in it; give the output_dir of a run")
+    content = _read(path)
+    for old, new in RENAMED.items():
+        (section, was), name = old.split("."), new.rpartition(".")[2]
+        if isinstance(content.get(section), dict) and was in content[section]:
+            content[section][name] = content[section].pop(was)
+    return _validated(content, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -105,8 +137,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"{path}: a recipe is a mapping of sections (data:, policy:, …), this is a {type(content).__name__}"
         )
-    for override in overrides:
-        _apply(content, override)
+    return content
+
+
+def _validated(content: dict[str, Any], path: Path) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -175,29 +209,18 @@ def _check_batches(recipe: Recipe, world_size: int, task: str) -> None:
 
 
 def _check_paths(recipe: Recipe) -> None:
-    if not recipe.data.manifest.is_file():
-        raise RecipeError(f"data.manifest {recipe.data.manifest}: no such file; `mrg-r1 prepare` makes one")
+    check_manifest(recipe.data.manifest)
     check_checkpoint_directory(recipe.policy.path)
-    if recipe.phases != "update" and not recipe.reward.labeler.exists():
-        raise RecipeError(
-            f"reward.labeler {recipe.reward.labeler}: no such file or directory; `mrg-r1 labeler train` makes one"
-        )
+    if recipe.policy.adapter is not None:
+        check_adapter(recipe.policy.adapter)
+    check_deepspeed(recipe.engine.deepspeed)
+    if recipe.phases != "update":
+        check_labeler_path("reward.labeler", recipe.reward.labeler)
     held_out = recipe.evaluation.held_out_labeler
-    if held_out is not None and not held_out.exists():
-        raise RecipeError(
-            f"evaluation.held_out_labeler {held_out}: no such file or directory; `mrg-r1 labeler train` makes one, "
-            "or leave it out"
-        )
-    if held_out is not None and held_out.resolve() == recipe.reward.labeler.resolve():
-        raise RecipeError(held_out_is_rewarded(recipe))
-    if recipe.policy.adapter is not None and not (recipe.policy.adapter / "adapter_config.json").is_file():
-        raise RecipeError(
-            f"policy.adapter {recipe.policy.adapter}: no adapter_config.json there; give the adapter/ folder of a run"
-        )
-    if not recipe.engine.deepspeed.is_file():
-        raise RecipeError(
-            f"engine.deepspeed {recipe.engine.deepspeed}: no such file; ds_configs/ has zero1.json to zero3.json"
-        )
+    if held_out is not None:
+        check_labeler_path("evaluation.held_out_labeler", held_out)
+        if held_out.resolve() == recipe.reward.labeler.resolve():
+            raise RecipeError(held_out_is_rewarded(recipe))
 
 
 def held_out_is_rewarded(recipe: Recipe) -> str:
@@ -207,33 +230,6 @@ def held_out_is_rewarded(recipe: Recipe) -> str:
         "(equal weights): it would agree with itself, and never see a policy that fools it; give a labeler of another "
         "seed, size or training set (`mrg-r1 labeler train --seed 1`), or none"
     )
-
-
-def check_checkpoint_directory(path: Path) -> None:
-    """Refuse a directory that is not a checkpoint of a model family that loads.
-
-    Raises:
-        RecipeError: names policy.path, what was found there and the remedy.
-    """
-    config = path / "config.json"
-    if not config.is_file():
-        raise RecipeError(f"policy.path {path}: no config.json there; give the directory of a checkpoint")
-    try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except json.JSONDecodeError as error:
-        raise RecipeError(
-            f"policy.path {path}: config.json is not JSON ({error}); fetch the checkpoint again"
-        ) from error
-    families = sorted(folder.parent.name for folder in _FAMILIES.glob("*/__init__.py"))
-    if model_type not in families:
-        raise RecipeError(
-            f"policy.path {path}: config.json says model_type {model_type!r}; these load: {', '.join(families)}"
-        )
-    if not any(path.glob("*.safetensors")):
-        raise RecipeError(
-            f"policy.path {path}: no *.safetensors there; the download is incomplete, or the weights are a pickle "
-            "(not loaded)"
-        )
 
 
 def with_trained_policy(recipe: Recipe, run: Path) -> Recipe:
@@ -273,6 +269,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {override!r}: write key=value, as in steps=100 or grpo.group_size=16")
+    if key.strip() in RENAMED:
+        raise RecipeError(f"override {override!r}: {_renamed(key.strip())}")
     node = content
     *parents, last = key.strip().split(".")
     for parent in parents:
@@ -286,10 +284,16 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r}: the value is not YAML: {error}") from error
 
 
+def _renamed(key: str) -> str:
+    return f"{key} of version 0.1.0 is called {RENAMED[key]} now; rename it"
+
+
 def _explain(problem: Any) -> str:
     """One pydantic problem as a sentence: the field, the value, and for an unknown key the nearest known one."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location) or "recipe"
+    if key in RENAMED:
+        return _renamed(key)
     if problem["type"] == "extra_forbidden":
         known = [name for name, _ in _leaves(Recipe, "")]
         sections = [name for name in Recipe.model_fields]

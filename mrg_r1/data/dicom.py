@@ -6,6 +6,8 @@ quote the patient's.
 
 from __future__ import annotations
 
+import math
+import re
 from io import BytesIO
 from typing import Any
 
@@ -14,15 +16,20 @@ from numpy.typing import NDArray
 from pydicom import config, dcmread
 from pydicom.filereader import read_dataset
 from pydicom.pixels import get_decoder
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.tag import Tag
+from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _KEYWORDS = (
     "Rows Columns SamplesPerPixel PhotometricInterpretation PlanarConfiguration BitsAllocated BitsStored HighBit "
     "PixelRepresentation NumberOfFrames PixelAspectRatio PixelPaddingValue PixelPaddingRangeLimit RescaleSlope "
-    "RescaleIntercept ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction VOILUTSequence FloatPixelData "
-    "DoubleFloatPixelData PixelData"
+    "RescaleIntercept ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction VOILUTSequence PresentationLUTShape "
+    "FloatPixelData DoubleFloatPixelData PixelData"
 ).split()
+# Overlay Bit Position of each of the sixteen overlays that a file may have (PS3.3 C.9.2)
+_OVERLAY_BITS = [Tag(0x6000 + 2 * number, 0x0102) for number in range(16)]
+# What may be quoted of a number that is none: longer texts may be the patient's, brought here by a damaged length.
+_QUOTABLE = re.compile(r"[-+]?[\d.,/ ]{1,10}[A-Za-z%]{0,2}|nan|[-+]?inf", re.IGNORECASE)
 _CONVERT = "convert it (dcmtk: dcmdjpeg, gdcm: gdcmconv --raw) or take the study out"
 
 
@@ -64,7 +71,8 @@ def read_dicom(data: bytes) -> NDArray[np.uint8]:
 
     Grey: stored values (signed or not, unused bits left out), then the modality rescale or LUT, then the first VOI LUT
     or window, 0 and 255 at its ends; without one, the image's own smallest and largest value become 0 and 255 (padding
-    left out). MONOCHROME1 is inverted, so that air is dark. Colour of 8 bits is taken as it is.
+    left out). MONOCHROME1 is inverted, so that air is dark. Colour of 8 bits is taken as it is. Bits above the stored
+    ones are left out where an overlay's tag names them or all pixels have the same, and refused otherwise.
 
     Source: PS3.3 sections C.11.1 (modality), C.11.2 (VOI), C.7.6.3 (pixels), C.7.5.1.1.2 (padding).
 
@@ -72,8 +80,9 @@ def read_dicom(data: bytes) -> NDArray[np.uint8]:
         [H, W] or [H, W, 3].
 
     Raises:
-        DicomError: as `size_of_dicom`, a compression that nothing installed decodes, or a kind of pixels that no
-            radiograph has.
+        DicomError: as `size_of_dicom`, a compression that nothing installed decodes, a kind of pixels that no
+            radiograph has, values beyond the stored bits, a window or rescale that is no number, two tags that
+            contradict each other about which end is white.
     """
     dataset = _header(data)
     try:
@@ -106,7 +115,7 @@ def _header(data: bytes) -> Any:
             f"a DICOM file of transfer syntax {syntax.name}, whose size is not known until it is inflated", _CONVERT
         )
     try:
-        dataset = dcmread(BytesIO(data), specific_tags=_KEYWORDS)
+        dataset = dcmread(BytesIO(data), specific_tags=[*map(Tag, _KEYWORDS), *_OVERLAY_BITS])
         missing = [name for name in ("Rows", "Columns", "PhotometricInterpretation") if not dataset.get(name)]
         frames = int(dataset.get("NumberOfFrames") or 1)
         int(dataset.get("Rows", 0)) * int(dataset.get("Columns", 0))
@@ -132,12 +141,14 @@ def _header(data: bytes) -> Any:
 
 
 def _decoded(dataset: Any) -> NDArray[Any]:
-    """Stored values, [H, W] or [H, W, 3].
+    """Pixels, [H, W] or [H, W, 3]: grey that is not compressed (but by RLE) with all bits of its words, and else
+    stored values.
 
     Raises:
         DicomError: a compression that nothing installed decodes, or damaged pixels.
     """
     syntax = dataset.file_meta.TransferSyntaxUID
+    words = dataset.PhotometricInterpretation in _GREY and (not syntax.is_compressed or syntax == RLELossless)
     if syntax.is_compressed:
         try:
             decoder = get_decoder(syntax)
@@ -147,7 +158,9 @@ def _decoded(dataset: Any) -> NDArray[Any]:
             remedy = f"install what reads it ({' or '.join(decoder.missing_dependencies)}), or {_CONVERT}"
             raise DicomError(f"compressed as {syntax.name}, for which no decoder is installed", remedy)
     try:
-        pixels: NDArray[Any] = dataset.pixel_array
+        # pydicom itself would mask the evidence of values that the stored bits cannot hold
+        whole: Any = {"correct_unused_bits": False}
+        pixels: NDArray[Any] = get_decoder(syntax).as_array(dataset, **whole)[0] if words else dataset.pixel_array
     except Exception as error:  # whatever a decoder stumbles over in a damaged file; it speaks of pixels
         raise DicomError(
             f"its pixels ({syntax.name}) cannot be decoded ({error})", f"fetch it again, or {_CONVERT}"
@@ -175,36 +188,47 @@ def _refuse_what_is_no_radiograph(dataset: Any) -> None:
             f"HighBit {dataset.get('HighBit')} with BitsStored {stored}: it is not said where the values stand",
             _CONVERT,
         )
-    aspect = dataset.get("PixelAspectRatio")
-    if aspect and aspect[0] != aspect[1]:
+    aspect = _numbers(dataset, "PixelAspectRatio")
+    if aspect and (len(aspect) != 2 or aspect[0] != aspect[1]):
+        shown = ":".join(f"{number:g}" for number in aspect)
+        raise DicomError(f"PixelAspectRatio {shown}: its pixels are not square", "resample it to square pixels")
+    shape = str(dataset.get("PresentationLUTShape") or "")
+    if shape in ("IDENTITY", "INVERSE") and kind in _GREY and (shape == "INVERSE") != (kind == "MONOCHROME1"):
+        # PS3.3 C.8.11.3.1.2: INVERSE stands with MONOCHROME1, IDENTITY with MONOCHROME2
         raise DicomError(
-            f"PixelAspectRatio {aspect[0]}:{aspect[1]}: its pixels are not square", "resample it to square pixels"
+            f"PresentationLUTShape {shape} with {kind}: they contradict each other about which end is white",
+            "correct the one that is wrong (INVERSE goes with MONOCHROME1)",
         )
 
 
 def _displayed(pixels: NDArray[Any], dataset: Any) -> NDArray[np.uint8]:
-    """Stored values [H, W] -> [H, W] uint8, through a table of all values that the stored bits can hold."""
+    """Pixels [H, W] -> [H, W] uint8, through a table of all values that the stored bits can hold."""
     stored, signed = int(dataset.BitsStored), int(dataset.PixelRepresentation)
     lowest = -(2 ** (stored - 1)) if signed else 0
-    found = int(pixels.min()), int(pixels.max())
-    if found[0] < lowest or found[1] >= lowest + 2**stored:
-        remedy = f"correct BitsStored, or {_CONVERT}"
-        raise DicomError(f"values from {found[0]} to {found[1]}, which BitsStored {stored} cannot hold", remedy)
+    index, padding = _stored_values(pixels.astype(np.int64), dataset)
+    index -= lowest
     present = np.zeros(2**stored, dtype=bool)  # which values the image has
-    index = pixels.astype(np.int32) - lowest
-    present[index] = True
+    present[index[~padding]] = True
     values = np.arange(2**stored, dtype=np.float64) + lowest  # the table: a value a place, from here to its grey
-    present &= ~_is_padding(values, dataset)
     if modality := dataset.get("ModalityLUTSequence"):
-        values = _through(values, *_lut(modality[0], dataset))
+        values = _through(values, *_lut(modality[0], dataset, negative=lowest < 0))
     else:
-        slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
-        values = values * (1.0 if slope is None else float(slope)) + (0.0 if intercept is None else float(intercept))
+        slope, intercept = _number(dataset, "RescaleSlope", 1.0), _number(dataset, "RescaleIntercept", 0.0)
+        if slope == 0:
+            raise DicomError("RescaleSlope 0: every pixel becomes the same", "correct or remove the rescale")
+        with np.errstate(over="ignore"):
+            values = values * slope + intercept
+        if not np.isfinite(values).all():
+            raise DicomError(
+                f"RescaleSlope {slope:g} and RescaleIntercept {intercept:g} make values that are not finite",
+                "correct or remove the rescale",
+            )
+    window = [_numbers(dataset, name) for name in ("WindowCenter", "WindowWidth")]
     if voi := dataset.get("VOILUTSequence"):
-        first, table = _lut(voi[0], dataset)
+        first, table = _lut(voi[0], dataset, negative=bool(values.min() < 0))
         values, ends = _through(np.rint(values), first, table), (table.min(), table.max())
-    elif dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
-        values, ends = _windowed(values, dataset), (0.0, 1.0)
+    elif all(window):
+        values, ends = _windowed(values, window[0][0], window[1][0], dataset), (0.0, 1.0)
     else:
         shown = values[present]
         ends = (shown.min(), shown.max()) if len(shown) else (0.0, 0.0)
@@ -216,19 +240,108 @@ def _displayed(pixels: NDArray[Any], dataset: Any) -> NDArray[np.uint8]:
     return greys[index]
 
 
-def _is_padding(values: NDArray[np.float64], dataset: Any) -> NDArray[np.bool_]:
-    """Which stored values only fill the place around the image."""
-    padding = dataset.get("PixelPaddingValue")
-    if padding is None:
+def _stored_values(words: NDArray[np.int64], dataset: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Words -> the values that their stored bits hold, and which pixels only fill the place around the image.
+
+    Raises:
+        DicomError: bits above the stored ones that belong to the values.
+    """
+    stored, allocated, signed = (
+        int(dataset[name].value) for name in ("BitsStored", "BitsAllocated", "PixelRepresentation")
+    )
+    values = words & (2**stored - 1)
+    if signed:
+        values = np.where(values >= 2 ** (stored - 1), values - 2**stored, values)
+    padding = _is_padding(words, dataset) | _is_padding(values, dataset)
+    overlays = sum(1 << position for position in _overlay_positions(dataset) if position >= stored)
+    above = (2**allocated - 1) & ~(2**stored - 1) & ~overlays
+    beyond = ((words ^ values) & above != 0) & ~padding
+    if beyond.any():
+        unused, syntax = (words & above)[~padding], dataset.file_meta.TransferSyntaxUID
+        # The same in every pixel says nothing; but zeros beside a sign bit are what a large value has, and a codec
+        # other than RLE has no unused bits.
+        codec = syntax.is_compressed and syntax != RLELossless
+        if codec or unused.min() != unused.max() or unused.flat[0] == 0:
+            found = words[~padding]
+            raise DicomError(
+                f"values from {found.min()} to {found.max()}, which BitsStored {stored} cannot hold",
+                f"correct BitsStored, or {_CONVERT}",
+            )
+    return values, padding
+
+
+def _overlay_positions(dataset: Any) -> list[int]:
+    """Bits of a pixel's word that hold an overlay."""
+    return [int(dataset[tag].value) for tag in _OVERLAY_BITS if tag in dataset and dataset[tag].value is not None]
+
+
+def _is_padding(values: NDArray[np.int64], dataset: Any) -> NDArray[np.bool_]:
+    """Which pixels only fill the place around the image."""
+    given = dataset.get("PixelPaddingValue")
+    if given is None:
         return np.zeros(values.shape, dtype=bool)
-    limit = dataset.get("PixelPaddingRangeLimit", padding)
-    return (values >= min(padding, limit)) & (values <= max(padding, limit))
+    limit = dataset.get("PixelPaddingRangeLimit")
+    low, high = sorted(_as_pixel(int(value), dataset) for value in (given, given if limit is None else limit))
+    return (values >= low) & (values <= high)
 
 
-def _lut(item: Any, dataset: Any) -> tuple[int, NDArray[np.float64]]:
-    """A Modality or VOI LUT: the value that its first entry is for, and the entries."""
+def _as_pixel(value: int, dataset: Any) -> int:
+    """A tag of 16 bits as a pixel's value: scanners write -2000 as 63536 beside signed pixels, and the reverse."""
+    stored, signed = int(dataset.BitsStored), bool(dataset.PixelRepresentation)
+    lowest = -(2 ** (stored - 1)) if signed else 0
+    for same in (value, value - 2**16, value + 2**16, *((value - 2**stored,) if signed else ())):
+        if lowest <= same < lowest + 2**stored:
+            return same
+    return (value + 2**15) % 2**16 - 2**15 if signed else value % 2**16
+
+
+def _numbers(dataset: Any, name: str) -> list[float]:
+    """The numbers of a tag; empty where it is not there or has no value.
+
+    A comma as the decimal mark is read as a point, but for three digits behind it, which could be thousands.
+
+    Raises:
+        DicomError: a value that is no finite number.
+    """
+    value = dataset.get(name)
+    if value is None or value == "":
+        return []
+    numbers = []
+    for part in [value] if isinstance(value, (str, int, float)) else list(value):
+        text = str(part).strip()
+        if re.fullmatch(r"[-+]?\d*,\d+", text) and not re.fullmatch(r"[-+]?[1-9]\d{0,2},\d{3}", text):
+            text = text.replace(",", ".")
+        # as PS3.5 writes decimal strings; Python's float would take more, such as 1_400
+        number = float(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text, re.ASCII) else math.nan
+        if not math.isfinite(number):
+            quoted = repr(text) if not text or _QUOTABLE.fullmatch(text) else "a text"
+            raise DicomError(f"{name} is {quoted}, which is no number", "correct the tag, or remove it")
+        numbers.append(number)
+    return numbers
+
+
+def _number(dataset: Any, name: str, default: float) -> float:
+    """The one number of a tag, or the default where it is not there.
+
+    Raises:
+        DicomError: not a number, or several.
+    """
+    numbers = _numbers(dataset, name)
+    if len(numbers) > 1:
+        raise DicomError(f"{name} has {len(numbers)} values, and it has one", "correct the tag, or remove it")
+    return numbers[0] if numbers else default
+
+
+def _lut(item: Any, dataset: Any, *, negative: bool) -> tuple[int, NDArray[np.float64]]:
+    """A Modality or VOI LUT: the value that its first entry is for, and the entries.
+
+    Args:
+        negative: what goes through it may be below 0, so that a first value above 32767 is a negative one.
+    """
     count, first, _ = (int(number) for number in item.LUTDescriptor)
-    count = count or 2**16
+    count = count % 2**16 or 2**16
+    if negative and first >= 2**15:
+        first -= 2**16
     entries = item.LUTData
     if isinstance(entries, bytes):
         # 8 bits may be packed
@@ -245,9 +358,8 @@ def _through(values: NDArray[np.float64], first: int, table: NDArray[np.float64]
     return table[np.clip(values - first, 0, len(table) - 1).astype(np.int64)]
 
 
-def _windowed(values: NDArray[np.float64], dataset: Any) -> NDArray[np.float64]:
-    """The first window, as numbers from 0 to 1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
-    center, width = (_first(dataset[name].value) for name in ("WindowCenter", "WindowWidth"))
+def _windowed(values: NDArray[np.float64], center: float, width: float, dataset: Any) -> NDArray[np.float64]:
+    """A window, as numbers from 0 to 1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
     function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
     if function == "LINEAR":
         if width < 1:
@@ -260,7 +372,3 @@ def _windowed(values: NDArray[np.float64], dataset: Any) -> NDArray[np.float64]:
     if width == 0:  # a threshold
         return (values > center).astype(np.float64)
     return np.clip((values - center) / width + 0.5, 0, 1)
-
-
-def _first(value: Any) -> float:
-    return float(value if isinstance(value, (int, float)) else value[0])

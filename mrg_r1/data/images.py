@@ -7,11 +7,13 @@ from __future__ import annotations
 import struct
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from mrg_r1.data.dicom import DicomError, is_dicom, read_dicom, size_of_dicom
+from mrg_r1.data.png import without_large_texts
 
 # Only formats that Pillow decodes itself: EPS, for one, would start Ghostscript on a file from outside.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")
@@ -19,6 +21,7 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")
 MAX_PIXELS = 80_000_000
 # Qwen2-VL's image processor refuses longer strips, hours into a run and without the study's id.
 MAX_ASPECT = 200
+_TIFF_PHOTOMETRIC, _TIFF_LOWEST, _TIFF_HIGHEST, _TIFF_NO_DATA = 262, 280, 281, 42113
 # What Pillow's decoders raise on damaged files.
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -32,8 +35,9 @@ def load_image(path: Path, study_id: str) -> Image.Image:
 
     The format is read from the content, the extension is not looked at. EXIF orientation is applied. Transparency is
     laid over black. Palettes are resolved. Greyscale of more than 8 bits is scaled so that the image's own minimum and
-    maximum become 0 and 255 (12-bit data in 16-bit files would be near black under a fixed scale). Of a file with
-    several frames the first is read. DICOM files come as a viewer shows them first (`data.dicom`).
+    maximum become 0 and 255 (12-bit data in 16-bit files would be near black under a fixed scale); values that a tag
+    marks as no data are left out of that and are black, and a TIFF whose 0 is white is inverted. Of a file with several
+    frames the first is read. DICOM files come as a viewer shows them first (`data.dicom`).
 
     Args:
         path: the file.
@@ -44,16 +48,10 @@ def load_image(path: Path, study_id: str) -> Image.Image:
 
     Raises:
         ImageError: missing, unreadable, not an image, truncated, more than `MAX_PIXELS` pixels, a side more than
-            `MAX_ASPECT` times the other, a colour mode that cannot be turned into RGB, or a DICOM file that is no
-            radiograph or that nothing installed decodes.
+            `MAX_ASPECT` times the other, a colour mode that cannot be turned into RGB, every pixel the same, or a
+            DICOM file that is no radiograph or that nothing installed decodes.
     """
-    image = _decode(path, study_id)
-    try:
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except _DECODING_ERRORS as error:
-        raise _refusal(
-            path, study_id, f"mode {image.mode!r} cannot be read as RGB ({error})", "save it as an 8-bit PNG"
-        ) from error
+    return _shown(path, study_id, _decode(path, study_id))
 
 
 def check_image(path: Path, study_id: str) -> None:
@@ -62,7 +60,7 @@ def check_image(path: Path, study_id: str) -> None:
     Raises:
         ImageError: as `load_image`, or a checksum that does not match.
     """
-    data = _read(path, study_id)
+    data = without_large_texts(_read(path, study_id))
     try:
         if not is_dicom(data):
             with Image.open(BytesIO(data), formats=FORMATS) as image:
@@ -71,7 +69,7 @@ def check_image(path: Path, study_id: str) -> None:
         pass  # _decode says it better
     except _DECODING_ERRORS as error:
         raise _damaged(path, study_id, error) from error
-    _decode(path, study_id, data)
+    _shown(path, study_id, _decode(path, study_id, data))
 
 
 def image_problem(path: Path, study_id: str) -> str | None:
@@ -85,14 +83,14 @@ def image_problem(path: Path, study_id: str) -> str | None:
 
 def _decode(path: Path, study_id: str, data: bytes | None = None) -> Image.Image:
     if data is None:
-        data = _read(path, study_id)
+        data = without_large_texts(_read(path, study_id))
     try:
         if is_dicom(data):
             _check_size(path, study_id, *size_of_dicom(data))
             return Image.fromarray(read_dicom(data))
         image = Image.open(BytesIO(data), formats=FORMATS)
         _check_size(path, study_id, *image.size)
-        if any(";16" in str(tile.args) for tile in image.tile if image.mode in ("RGB", "RGBA", "LA")):
+        if any(";16" in str(tile.args) for tile in image.tile if image.mode[0] not in "IF"):
             # Pillow keeps the upper 8 bits of each: 12-bit data would be near black
             remedy = "save it as grey of 16 bits or colour of 8"
             raise _refusal(path, study_id, f"16 bits a channel of {image.mode}, of which only 8 would be read", remedy)
@@ -136,9 +134,60 @@ def _read(path: Path, study_id: str) -> bytes:
     return data
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _shown(path: Path, study_id: str, image: Image.Image) -> Image.Image:
+    """A decoded image as upright RGB that shows something."""
+    meaning = _meaning(path, study_id, image)
+    try:
+        shown = _to_rgb(ImageOps.exif_transpose(image), *meaning)
+    except _DECODING_ERRORS as error:
+        raise _refusal(
+            path, study_id, f"mode {image.mode!r} cannot be read as RGB ({error})", "save it as an 8-bit PNG"
+        ) from error
+    ends: Any = shown.getextrema()  # of each channel
+    if all(low == high for low, high in ends):
+        what = f"nothing to see: every pixel is {shown.getpixel((0, 0))} once it is shown"
+        remedy = "look at its transparency, window and rescale, fetch it again, or take the study out"
+        raise _refusal(path, study_id, what, remedy)
+    return shown
+
+
+def _meaning(path: Path, study_id: str, image: Image.Image) -> tuple[bool, float | None]:
+    """Of grey of more than 8 bits, which Pillow hands over as it is stored: whether 0 is white, and the value that
+    stands where there is no image.
+
+    Raises:
+        ImageError: pixels beyond the ends that the file states, or a value for no data that is no number.
+    """
+    if image.mode[0] not in "IF":
+        return False, None
+    clear = image.info.get("transparency")  # of a grey PNG
+    no_data = float(clear) if isinstance(clear, int) else None
+    if image.format != "TIFF":
+        return False, no_data
+    tags = image.tag_v2  # type: ignore[attr-defined]  # a TIFF's
+    if _TIFF_NO_DATA in tags:
+        written = str(tags[_TIFF_NO_DATA]).strip("\0 ")
+        try:
+            no_data = float(written)
+        except ValueError:
+            what = f"GDAL_NODATA (tag {_TIFF_NO_DATA}) is {written[:20]!r}, which is no number"
+            raise _refusal(path, study_id, what, "correct or remove the tag") from None
+    pixels = np.asarray(image)
+    pixels = pixels[pixels != no_data]
+    for tag, name in ((_TIFF_LOWEST, "MinSampleValue"), (_TIFF_HIGHEST, "MaxSampleValue")):
+        if not pixels.size or tag not in tags:
+            continue
+        stated = tags[tag][0] if isinstance(tags[tag], tuple) else tags[tag]
+        if pixels.min() < stated if tag == _TIFF_LOWEST else pixels.max() > stated:
+            what = f"{name} (tag {tag}) is {stated}, and its pixels go from {pixels.min()} to {pixels.max()}"
+            raise _refusal(path, study_id, what, "correct the tag, or what fills the place around the image")
+    return tags.get(_TIFF_PHOTOMETRIC) == 0, no_data
+
+
+def _to_rgb(image: Image.Image, zero_is_white: bool, no_data: float | None) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(_to_eight_bits(np.asarray(image).astype(np.float64)))
+        grey = _to_eight_bits(np.asarray(image).astype(np.float64), zero_is_white, no_data)
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
@@ -146,15 +195,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_eight_bits(pixels: np.ndarray) -> np.ndarray:
-    """[H, W] float64 -> [H, W] uint8, minimum to 0 and maximum to 255; a constant image is black."""
-    if not np.isfinite(pixels).all():
+def _to_eight_bits(pixels: np.ndarray, zero_is_white: bool, no_data: float | None) -> np.ndarray:
+    """[H, W] float64 -> [H, W] uint8: minimum to 0 and maximum to 255, or the reverse; black where there is no data."""
+    absent = np.isnan(pixels) if no_data is not None and np.isnan(no_data) else pixels == no_data
+    there = pixels[~absent]
+    if not np.isfinite(there).all():
         raise ValueError("a pixel is not finite")
-    low, high = pixels.min(), pixels.max()
-    if high == low:
+    if not there.size or there.min() == there.max():
         return np.zeros(pixels.shape, dtype=np.uint8)
-    scaled: np.ndarray = np.rint((pixels - low) * (255.0 / (high - low))).astype(np.uint8)
-    return scaled
+    low, high = there.min(), there.max()
+    scaled = (np.where(absent, low, pixels) - low) * (255.0 / (high - low))
+    shown: np.ndarray = np.rint(255.0 - scaled if zero_is_white else scaled).astype(np.uint8)
+    shown[absent] = 0
+    return shown
 
 
 def _bomb(path: Path, study_id: str, what: str) -> ImageError:

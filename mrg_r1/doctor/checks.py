@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mrg_r1.config.recipe import Recipe, RecipeError, check_checkpoint_directory, check_numbers
+from mrg_r1.config.paths import RecipeError, check_adapter, check_checkpoint_directory, check_deepspeed
+from mrg_r1.config.recipe import Recipe, check_numbers
 from mrg_r1.data.images import image_problem
 from mrg_r1.doctor.finding import Finding, examined
 from mrg_r1.doctor.fitting import Place, memory_findings
@@ -58,10 +59,12 @@ def recipe_findings(recipe: Recipe, *, task: Task, world_size: int, devices: lis
     images = most_images([study for part in splits.values() for study in part])
     findings += static_findings(recipe, task=task, place=place, images=images)
     findings += [
-        examined("output_dir", lambda: f"{recipe.output_dir} can be written ({check_output(recipe)} is there)")
+        examined(
+            "output_dir", lambda: f"{recipe.output_dir} can be written ({check_output(recipe.output_dir)} is there)"
+        )
     ]
     if findings[-1].state == "ok":
-        findings.append(examined("disk", lambda: check_disk(recipe, check_output(recipe))))
+        findings.append(examined("disk", lambda: _disk(recipe)))
     return [*findings, wandb_finding(recipe)]
 
 
@@ -96,10 +99,14 @@ def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
     return findings
 
 
+def _disk(recipe: Recipe) -> str:
+    trains_all, keep = recipe.sft.trainable == "all", recipe.checkpoint.keep
+    return check_disk(recipe.output_dir, policy=recipe.policy.path, trains_all=trains_all, keep=keep)
+
+
 def _deepspeed(recipe: Recipe, task: Task) -> str:
     path = recipe.engine.deepspeed
-    if not path.is_file():
-        raise RecipeError(f"engine.deepspeed {path}: no such file; ds_configs/ has zero1.json to zero3.json")
+    check_deepspeed(path)
     stage = read_config(path)["zero_optimization"]["stage"]
     check_stage(recipe, stage=stage, task=task)
     return f"{path}: ZeRO stage {stage}"
@@ -123,10 +130,8 @@ def _policy(recipe: Recipe) -> str:
     check_checkpoint_directory(path)
     shape, tensors = shape_of(path), [tensor for file in read_layout(path).values() for tensor in file]
     elements = sum(_elements(tensor.shape) for tensor in tensors)
-    if recipe.policy.adapter is not None and not (recipe.policy.adapter / "adapter_config.json").is_file():
-        raise RecipeError(
-            f"policy.adapter {recipe.policy.adapter}: no adapter_config.json there; give the adapter/ folder of a run"
-        )
+    if recipe.policy.adapter is not None:
+        check_adapter(recipe.policy.adapter)
     spare = shape.vocabulary * shape.hidden if shape.tied else 0  # a tied head may be stored twice
     if not shape.parameters <= elements <= shape.parameters + spare:
         raise RecipeError(

@@ -92,11 +92,14 @@ def check_stage(recipe: Recipe, *, stage: int, task: str) -> None:
         )
 
 
-def check_disk(recipe: Recipe, folder: Path) -> str:
+def check_disk(output_dir: Path, *, policy: Path, trains_all: bool, keep: int) -> str:
     """Refuse a disk that cannot hold the run's checkpoints.
 
     Args:
-        folder: on that disk; it exists.
+        output_dir: RUN, which may have to be made yet.
+        policy: the checkpoint that is trained.
+        trains_all: every parameter is, and not LoRA alone.
+        keep: checkpoints that are kept.
 
     Returns:
         What is free and what is needed, in words.
@@ -104,22 +107,20 @@ def check_disk(recipe: Recipe, folder: Path) -> str:
     Raises:
         RecipeError: too little is free.
     """
-    free = shutil.disk_usage(folder).free
-    weights = sum(path.stat().st_size for path in recipe.policy.path.glob("*.safetensors"))
+    free = shutil.disk_usage(_nearest(output_dir)).free
+    weights = sum(path.stat().st_size for path in policy.glob("*.safetensors"))
     # LoRA is small beside the weights it adapts; all parameters mean live, master and two moments, twice while one is
     # replaced
-    needed = _NEEDED_BYTES + (
-        weights * 8 * (recipe.checkpoint.keep + 1) if recipe.sft.trainable == "all" else weights // 2
-    )
+    needed = _NEEDED_BYTES + (weights * 8 * (keep + 1) if trains_all else weights // 2)
     if free < needed:
         raise RecipeError(
-            f"output_dir {recipe.output_dir}: {free / 1e9:.2f} GB free on that disk, about {needed / 1e9:.2f} GB "
+            f"output_dir {output_dir}: {free / 1e9:.2f} GB free on that disk, about {needed / 1e9:.2f} GB "
             "needed for checkpoints; free some, lower checkpoint.keep or set another output_dir"
         )
     return f"{free / 1e9:.1f} GB free, about {needed / 1e9:.2f} GB needed for checkpoints"
 
 
-def check_output(recipe: Recipe) -> Path:
+def check_output(output_dir: Path) -> Path:
     """Refuse an output_dir that could not be made or written; nothing is left there.
 
     Returns:
@@ -128,14 +129,17 @@ def check_output(recipe: Recipe) -> Path:
     Raises:
         RecipeError: a file stands in its place or in its way, or this user may not write there.
     """
-    there = next(folder for folder in (recipe.output_dir, *recipe.output_dir.absolute().parents) if folder.exists())
+    there = _nearest(output_dir)
     if not there.is_dir():
-        raise RecipeError(f"output_dir {recipe.output_dir}: {there} is a file; set another output_dir")
+        raise RecipeError(f"output_dir {output_dir}: {there} is a file; set another output_dir")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise RecipeError(
-            f"output_dir {recipe.output_dir}: {there} is not writable for this user; set another output_dir"
-        )
+        raise RecipeError(f"output_dir {output_dir}: {there} is not writable for this user; set another output_dir")
     return there
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself or, where it is not there yet, the nearest one above it that is."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
 
 
 def most_images(studies: Sequence[Study]) -> int:

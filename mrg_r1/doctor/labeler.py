@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from mrg_r1.config.recipe import Recipe, RecipeError
+from mrg_r1.config.paths import check_labeler_path
+from mrg_r1.config.recipe import Recipe
 from mrg_r1.doctor.finding import Finding
 from mrg_r1.labels import loading
 from mrg_r1.labels.chexbert import CheXbert
@@ -23,17 +24,14 @@ def check_labeler(path: Path, tokenizer: str | None) -> str:
     Raises:
         ValueError, OSError: names the file, what is wrong and the remedy.
     """
+    check_labeler_path("reward.labeler", path)
     if path.is_dir():
         config, state = loading.read_directory(path)
         words = read_tokenizer(tokenizer if tokenizer is not None else str(path))
-    elif path.is_file():
+    else:
         config, state = loading.read_checkpoint(path)
         words = read_tokenizer(tokenizer or PUBLISHED_VOCABULARY)
         require_uncased(words, config.vocab_size, tokenizer or PUBLISHED_VOCABULARY)
-    else:
-        raise RecipeError(
-            f"reward.labeler {path}: no such file or directory; `mrg-r1 labeler train` makes one (docs/labelers.md)"
-        )
     with torch.device("meta"):
         expected = CheXbert(config).state_dict()
     loading.require_fit(expected, state, path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from mrg_r1.engine.state import MOMENTS, gather_state, optimizer_steps, scatter_state
 from mrg_r1.engine.zero import Engine
 from mrg_r1.files import sha256_of, sync, write_text_atomically
+
+_ALWAYS = ("step", "optimizer_steps", "world_size", "zero_stage")  # of every record, beside `extra`
 
 
 class CheckpointError(ValueError):
@@ -86,11 +88,14 @@ def recorded_recipe(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def load_checkpoint(engine: Engine, directory: Path, *, say: Callable[[str], None] = print) -> dict[str, Any] | None:
+def load_checkpoint(
+    engine: Engine, directory: Path, *, needed: Sequence[str] = (), say: Callable[[str], None] = print
+) -> dict[str, Any] | None:
     """Load the newest whole checkpoint into the engine. Every rank calls this.
 
     Args:
         directory: RUN/checkpoints.
+        needed: names of `extra` values that the caller cannot go on without.
         say: is told, on rank 0, which damaged ones were passed over.
 
     Returns:
@@ -98,7 +103,8 @@ def load_checkpoint(engine: Engine, directory: Path, *, say: Callable[[str], Non
         checkpoint.
 
     Raises:
-        CheckpointError: none of them is whole, or it is of another set of parameters; on every rank.
+        CheckpointError: none of them is whole, or it was written by another version, or it is of another set of
+            parameters; on every rank.
     """
     # one verdict: ranks that read a shared disk a moment apart could see two
     name = engine.ranks.from_main(lambda: _newest_whole(directory, say), CheckpointError)
@@ -106,6 +112,12 @@ def load_checkpoint(engine: Engine, directory: Path, *, say: Callable[[str], Non
         return None
     path = directory / name
     record: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    missing = [name for name in (*_ALWAYS, *needed) if name not in record]
+    if missing:
+        raise CheckpointError(
+            f"{path}: its state.json has no {missing[0]!r}, so another version of mrg-r1 has written it; go on with "
+            "that version, or begin again in another output_dir"
+        )
     state = load_file(path / "state.safetensors")
     expected = {f"{kind}/{parameter}" for parameter in engine.trainable for kind in ("live", "master", *MOMENTS)}
     if set(state) != expected:

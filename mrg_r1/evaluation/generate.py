@@ -23,6 +23,7 @@ from mrg_r1.labels.observations import OBSERVATIONS, values_of_classes
 from mrg_r1.policy.policy import Policy
 from mrg_r1.report_format import Mode, parse
 from mrg_r1.rollout.decode import greedy, rollout
+from mrg_r1.rollout.sampling import Sampling
 from mrg_r1.types import Completions, Prompts, Study
 
 NOT_FOR_CLINICAL_USE = "Not for clinical use: written by a model under research, read by no radiologist."
@@ -127,9 +128,7 @@ def reports_of_one(
     if samples is None:
         completions = greedy(policy, prompts, vision, max_new_tokens=max_new_tokens)
     else:
-        completions = rollout(
-            policy, prompts, vision, group_size=samples, max_new_tokens=max_new_tokens, seed=seed, step=0
-        )
+        completions = rollout(policy, prompts, vision, Sampling(samples, max_new_tokens, seed=seed, step=0))
     return _rows(completions, mode)[0]
 
 

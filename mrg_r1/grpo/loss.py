@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,6 +26,35 @@ KL_CLAMP = 10.0
 # would send 0 * inf = NaN into the gradient.
 LOG_RATIO_CLAMP = 20.0
 MAX_SUFFIX = "_max"  # metrics that are reduced by maximum, not by sum
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Which loss it is; the same for every micro-batch of a run.
+
+    Attributes:
+        aggregation: see `loss_denominator`.
+        max_length: the most new tokens a completion may have; read by `dr_grpo` only.
+        clip_low: epsilon below 1. For `ratio="sequence"` about 3e-4 (arXiv 2507.18071, section 5.1).
+        clip_high: epsilon above 1.
+        beta: KL coefficient. With 0 and a reference the KL is measured without a gradient.
+        ratio: `token`, one ratio a token; `sequence` (GSPO), one ratio a row, `exp(mean over kept tokens of logp -
+            old_logp)`, its gradient shared evenly by the row's tokens.
+        correction: `tis` weighs each token's policy term by `w = min(exp(old_logp - sampled_logp), cap)`, detached;
+            `none` leaves w at 1. The KL term is not weighted.
+        correction_cap: the largest weight.
+        kl_clamp: see `k3`.
+    """
+
+    aggregation: Aggregation
+    max_length: int
+    clip_low: float
+    clip_high: float
+    beta: float
+    ratio: Ratio = "token"
+    correction: Correction = "none"
+    correction_cap: float = 2.0
+    kl_clamp: float = KL_CLAMP
 
 
 def loss_denominator(mask: Tensor, aggregation: Aggregation) -> Tensor:
@@ -81,17 +111,9 @@ def grpo_loss(
     reference_logp: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
-    aggregation: Aggregation,
     denominator: float,
-    max_length: int,
-    clip_low: float,
-    clip_high: float,
-    beta: float,
-    ratio: Ratio = "token",
+    config: LossConfig,
     sampled_logp: Tensor | None = None,
-    correction: Correction = "none",
-    tis_cap: float = 2.0,
-    kl_clamp: float = KL_CLAMP,
 ) -> tuple[Tensor, Metrics]:
     """This micro-batch's share of the global loss.
 
@@ -109,20 +131,10 @@ def grpo_loss(
         advantages: [R] float.
         mask: [R, C] bool. A row of False (a truncated or padding row) adds nothing to loss, gradient or metrics,
             whatever its other values are.
-        aggregation: see `loss_denominator`.
         denominator: `loss_denominator` summed over the global batch. 0 (nothing kept anywhere) gives a loss of 0.
-        max_length: the most new tokens a completion may have; read by `dr_grpo` only.
-        clip_low: epsilon below 1. For `ratio="sequence"` about 3e-4 (arXiv 2507.18071, section 5.1).
-        clip_high: epsilon above 1.
-        beta: KL coefficient. With 0 and a reference the KL is measured without a gradient.
-        ratio: `token`, one ratio a token; `sequence` (GSPO), one ratio a row, `exp(mean over kept tokens of logp -
-            old_logp)`, its gradient shared evenly by the row's tokens.
+        config: the loss's own settings, the same for every micro-batch.
         sampled_logp: [R, C] float, what the rollout's decoder gave its own tokens; the gap to `old_logp` is measured
             when given.
-        correction: `tis` weighs each token's policy term by `w = min(exp(old_logp - sampled_logp), tis_cap)`, detached;
-            `none` leaves w at 1. The KL term is not weighted.
-        tis_cap: the largest weight.
-        kl_clamp: see `k3`.
 
     Returns:
         The loss, a float32 scalar, and metrics: name -> (sum, count), float64 scalars without gradient. Means over kept
@@ -153,8 +165,8 @@ def grpo_loss(
             )
     if advantages.shape != mask.shape[:1]:
         raise ValueError(f"advantages of shape {tuple(advantages.shape)}; expected [{mask.shape[0]}], one a row")
-    if beta != 0 and reference_logp is None:
-        raise ValueError(f"beta {beta} needs reference_logp; score the reference or set beta to 0")
+    if config.beta != 0 and reference_logp is None:
+        raise ValueError(f"beta {config.beta} needs reference_logp; score the reference or set beta to 0")
     if not (math.isfinite(denominator) and denominator >= 0):
         raise ValueError(f"denominator {denominator}; expected the global count from loss_denominator")
 
@@ -164,42 +176,42 @@ def grpo_loss(
     old = (logp if old_logp is None else old_logp).detach().float().masked_fill(~mask, 0.0)
     lengths = mask.sum(dim=1)  # [R]
 
-    if ratio == "token":
+    if config.ratio == "token":
         log_ratio, counted = policy - old, mask  # [R, C]
-    elif ratio == "sequence":
+    elif config.ratio == "sequence":
         log_ratio = ((policy - old).sum(dim=1) / lengths.clamp_min(1))[:, None]  # [R, 1]
         counted = (lengths > 0)[:, None]
     else:
-        raise ValueError(f"ratio {ratio!r}; allowed are 'token' and 'sequence'")
+        raise ValueError(f"ratio {config.ratio!r}; allowed are 'token' and 'sequence'")
     ratios = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
-    clipped = ratios.clamp(1 - clip_low, 1 + clip_high)
+    clipped = ratios.clamp(1 - config.clip_low, 1 + config.clip_high)
     per_token = -torch.minimum(ratios * advantage, clipped * advantage).expand_as(policy)  # [R, C]
 
     metrics: Metrics = {
         "ratio": _mean(ratios, counted),
         "ratio" + MAX_SUFFIX: _maximum(ratios, counted),
-        "clip_low": _mean((ratios < 1 - clip_low) & (advantage < 0), counted),
-        "clip_high": _mean((ratios > 1 + clip_high) & (advantage > 0), counted),
+        "clip_low": _mean((ratios < 1 - config.clip_low) & (advantage < 0), counted),
+        "clip_high": _mean((ratios > 1 + config.clip_high) & (advantage > 0), counted),
     }
-    weights = _correction_weights(old, sampled_logp, mask, correction, tis_cap, metrics)
+    weights = _correction_weights(old, sampled_logp, mask, config, metrics)
     if weights is not None:
         per_token = per_token * weights
     if reference_logp is not None:
         reference = reference_logp.detach().float().masked_fill(~mask, 0.0)
-        kl = k3(reference, policy if beta != 0 else policy.detach(), kl_clamp)
+        kl = k3(reference, policy if config.beta != 0 else policy.detach(), config.kl_clamp)
         metrics["kl"] = _mean(kl, mask)
-        if beta != 0:
-            per_token = per_token + beta * kl
+        if config.beta != 0:
+            per_token = per_token + config.beta * kl
 
     per_token = per_token.masked_fill(~mask, 0.0)
-    if aggregation == "grpo":
+    if config.aggregation == "grpo":
         total = (per_token.sum(dim=1) / lengths.clamp_min(1)).sum()
-    elif aggregation == "dapo":
+    elif config.aggregation == "dapo":
         total = per_token.sum()
-    elif aggregation == "dr_grpo":
-        total = per_token.sum() / max_length
+    elif config.aggregation == "dr_grpo":
+        total = per_token.sum() / config.max_length
     else:
-        raise ValueError(f"aggregation {aggregation!r}; allowed are 'grpo', 'dapo' and 'dr_grpo'")
+        raise ValueError(f"aggregation {config.aggregation!r}; allowed are 'grpo', 'dapo' and 'dr_grpo'")
     # A global count of 0 means that every total is 0: dividing by 1 keeps it 0 where 0 / 0 would be NaN.
     return total / (denominator or 1.0), metrics
 
@@ -231,21 +243,21 @@ def merge_metrics(parts: Sequence[Metrics]) -> Metrics:
 
 
 def _correction_weights(
-    old: Tensor, sampled_logp: Tensor | None, mask: Tensor, correction: Correction, cap: float, metrics: Metrics
+    old: Tensor, sampled_logp: Tensor | None, mask: Tensor, config: LossConfig, metrics: Metrics
 ) -> Tensor | None:
     """[R, C] truncated importance weights, or None; the gap between scorer and sampler goes into `metrics`."""
-    if correction not in ("none", "tis"):
-        raise ValueError(f"correction {correction!r}; allowed are 'none' and 'tis'")
+    if config.correction not in ("none", "tis"):
+        raise ValueError(f"correction {config.correction!r}; allowed are 'none' and 'tis'")
     if sampled_logp is None:
-        if correction == "tis":
+        if config.correction == "tis":
             raise ValueError("correction 'tis' needs sampled_logp, the log-probs that the rollout recorded")
         return None
     gap = old - sampled_logp.detach().float().masked_fill(~mask, 0.0)
     metrics["logp_gap"] = _mean(gap.abs(), mask)
     metrics["logp_gap" + MAX_SUFFIX] = _maximum(gap.abs(), mask)
-    if correction == "none":
+    if config.correction == "none":
         return None
-    weights = gap.exp().clamp(max=cap)
+    weights = gap.exp().clamp(max=config.correction_cap)
     metrics["tis_weight"] = _mean(weights, mask)
     return weights
 

@@ -15,7 +15,7 @@ from mrg_r1.policy.language import LanguageModel, PromptCache
 from mrg_r1.policy.packing import pack_prompts
 from mrg_r1.policy.policy import Policy
 from mrg_r1.rollout.decoder import Answers, Decoder
-from mrg_r1.rollout.sampling import keyed_uniforms
+from mrg_r1.rollout.sampling import Sampling, keyed_uniforms
 from mrg_r1.types import Completions, Prompts, VisionFeatures
 
 _CHECK_EVERY = {"cpu": 1, "cuda": 16}  # tokens between two looks at who has ended: a look waits for the device
@@ -27,31 +27,24 @@ def rollout(
     policy: Policy,
     prompts: Prompts,
     vision: VisionFeatures,
+    sampling: Sampling,
     *,
-    group_size: int,
-    max_new_tokens: int,
-    seed: int,
-    step: int,
-    attempt: int = 0,
-    cache_tokens: int | None = None,
     states: PromptCache | None = None,
     on_ended: Callable[[list[str]], None] | None = None,
 ) -> Completions:
-    """Sample `group_size` reports a study.
+    """Sample a group of reports for each study.
 
     Args:
-        cache_tokens: tokens whose keys and values are held at a time, prompts once a study and completions at full
-            length; more are sampled in parts, the largest first, which changes nothing, since sampling is keyed. None:
-            all studies together.
         states: the prompts' states, where a prefill was made already.
         on_ended: is given texts of completions that have ended while others go on, so that their labels can be read
             meanwhile.
 
     Returns:
-        Completions [B, G, C] with C at most `max_new_tokens`.
+        Completions [B, G, C] with C at most `sampling.max_new_tokens`.
     """
+    group_size, max_new_tokens = sampling.group_size, sampling.max_new_tokens
     own, tokens = group_size * max_new_tokens, prompts.attention_mask.sum(dim=1)
-    cut = _parts(prompts, own=own, cache_tokens=cache_tokens)
+    cut = _parts(prompts, own=own, cache_tokens=sampling.cache_tokens)
     # largest first: what does not fit into memory shows now, and not when the last part's turn comes
     turns = sorted(range(len(cut)), key=lambda part: -int(tokens[cut[part]].sum() + own * len(cut[part])))
     parts: dict[int, Completions] = {}
@@ -62,12 +55,12 @@ def rollout(
                 on_ended([text for group in parts[next(reversed(parts))].texts for text in group])
             some = prompts if len(rows) == len(prompts) else prompts.select(rows)
             uniforms = keyed_uniforms(
-                seed=seed,
-                step=step,
+                seed=sampling.seed,
+                step=sampling.step,
                 study_ids=some.study_ids,
                 group_size=group_size,
                 length=max_new_tokens,
-                attempt=attempt,
+                attempt=sampling.attempt,
             ).to(policy.device)
             known = None if states is None else states.select(rows)
             parts[turn] = _decode(

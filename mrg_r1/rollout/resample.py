@@ -7,6 +7,7 @@ from torch.nn.functional import pad
 
 from mrg_r1.policy.policy import Policy
 from mrg_r1.rollout.decode import rollout
+from mrg_r1.rollout.sampling import Sampling
 from mrg_r1.types import Completions, Prompts, VisionFeatures
 
 
@@ -16,26 +17,12 @@ def resample_groups(
     vision: VisionFeatures,
     completions: Completions,
     rows: list[int],
-    *,
-    group_size: int,
-    max_new_tokens: int,
-    cache_tokens: int | None = None,
-    seed: int,
-    step: int,
-    attempt: int,
+    sampling: Sampling,
 ) -> Completions:
-    """Completions in which the groups at `rows` are sampled anew, with random numbers keyed by `attempt` too."""
-    fresh = rollout(
-        policy,
-        prompts.select(rows),
-        vision.select(rows),
-        group_size=group_size,
-        max_new_tokens=max_new_tokens,
-        cache_tokens=cache_tokens,
-        seed=seed,
-        step=step,
-        attempt=attempt,
-    )
+    """Completions in which the groups at `rows` are sampled anew; `sampling.attempt` makes their random numbers
+    others.
+    """
+    fresh = rollout(policy, prompts.select(rows), vision.select(rows), sampling)
     return replace_groups(completions, rows, fresh, pad_id=policy.pad_id)
 
 

@@ -8,9 +8,33 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a batch of studies is sampled.
+
+    Attributes:
+        group_size: G, reports a study.
+        max_new_tokens: of the longest completion.
+        seed: of the run.
+        step: the outer step that samples, counted from 0.
+        attempt: 0, or the how-many-th resampling of a zero-signal group.
+        cache_tokens: tokens whose keys and values are held at a time, prompts once a study and completions at full
+            length; more are sampled in parts, the largest first, which changes nothing, since sampling is keyed. None:
+            all studies together.
+    """
+
+    group_size: int
+    max_new_tokens: int
+    seed: int
+    step: int
+    attempt: int = 0
+    cache_tokens: int | None = None
 
 
 def keyed_uniforms(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mrg_r1.config.recipe import Recipe, RecipeError, load_recipe
+from mrg_r1.config.recipe import Recipe, RecipeError, load_recipe, load_run
 
 Task = Literal["grpo", "sft"]
 SCRIPTS: dict[Task, str] = {"grpo": "launch/train.py", "sft": "launch/sft.py"}
@@ -261,10 +261,9 @@ def check_inputs(plan: Plan) -> None:
 
 def _check_made_with(folder: Path, recipe: Recipe) -> None:
     """Refuse a folder whose run had other values: a default may have changed since, which its name does not tell."""
-    path = folder / "config.yaml"
-    if not path.is_file():
+    if not (folder / "config.yaml").is_file():
         return
-    theirs, ours = (_flat(one.model_dump(mode="json", exclude=_BESIDE)) for one in (load_recipe(path), recipe))
+    theirs, ours = (_flat(one.model_dump(mode="json", exclude=_BESIDE)) for one in (load_run(folder), recipe))
     for key, value in ours.items():
         if theirs.get(key) != value and key != "sft.max_cpu_seconds":  # which the scheduler adds
             raise TableError(

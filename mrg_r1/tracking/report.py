@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from mrg_r1.console import wide_console
+from mrg_r1.metrics.renamed import todays_names
 from mrg_r1.tracking.terminal import where_time_went
 
 _LEGEND = {  # part of a key -> what it means, said where such a row is shown
@@ -30,7 +31,7 @@ def read_summary(run: Path) -> dict[str, Any]:
     path = run / "summary.json"
     if not path.is_file():
         raise ValueError(f"{run}: no summary.json; the run has not ended, or this is not a run's folder")
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    summary: dict[str, Any] = todays_names(json.loads(path.read_text(encoding="utf-8")))
     if summary.get("after") is None:
         raise ValueError(
             f"{run}: its summary has no `after`; the recipe did not evaluate the test split (evaluation.test)"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mrg_r1.config.recipe import Recipe, RecipeError, load_recipe, with_trained_policy
+from mrg_r1.config.recipe import Recipe, RecipeError, load_run, with_trained_policy
 from mrg_r1.console import wide_console
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.evaluation.evaluate import write_evaluation
@@ -36,7 +36,7 @@ def evaluate_run(recipe: Recipe, ranks: Ranks) -> None:
     name = ranks.agree(evaluation_name(recipe))  # before an untrained RUN is given its config.yaml
     run = open_run(recipe, ranks, task="evaluate")
     studies = run.studies["test"][: recipe.evaluation.max_test_studies]
-    scored = run.rewards is not None
+    scored = run.rewards_if_any is not None
     path = run.directory / "evaluation" / f"{name}{'_predictions' if scored else '_reports'}.jsonl"
     if name != recipe.data.test_split:
         _keep_others(path, studies, recipe)
@@ -60,7 +60,7 @@ def evaluation_name(recipe: Recipe) -> str:
     `data/iu/manifest.jsonl`, as `mrg-r1 prepare` calls it, is named after its folder.
     """
     split, manifest, trained = recipe.data.test_split, recipe.data.manifest, recipe.output_dir / "config.yaml"
-    if not trained.is_file() or load_recipe(trained).data.manifest.resolve() == manifest.resolve():
+    if not trained.is_file() or load_run(recipe.output_dir).data.manifest.resolve() == manifest.resolve():
         return split
     return f"{manifest.resolve().parent.name if manifest.stem == 'manifest' else manifest.stem}_{split}"
 

@@ -29,7 +29,7 @@ from mrg_r1.reward.service.supervisor import ServiceSettings, Supervisor
 from mrg_r1.reward.terms import inverse_prevalence
 from mrg_r1.types import Rewards, Study
 
-JUDGE_DTYPE = "float32"
+_HELD_OUT_DTYPE = "float32"
 
 
 @dataclass
@@ -174,7 +174,7 @@ def start_held_out(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
         labeler=str(evaluation.held_out_labeler),
         tokenizer=evaluation.held_out_tokenizer,
         device=evaluation.held_out_device,
-        dtype=JUDGE_DTYPE,
+        dtype=_HELD_OUT_DTYPE,
         reward_function={"mode": recipe.prompt.mode},  # nothing is scored there; hints are taken apart
         threads=max(1, min(16, len(os.sched_getaffinity(0)) - ranks.node.size)),
         name="held_out",
@@ -248,35 +248,35 @@ def prepare_held_out(
     references = reference_labels(
         studies,
         manifest=recipe.data.manifest,
-        labeler=labeler | {"dtype": JUDGE_DTYPE, "tokenizer": str(recipe.evaluation.held_out_tokenizer)},
+        labeler=labeler | {"dtype": _HELD_OUT_DTYPE, "tokenizer": str(recipe.evaluation.held_out_tokenizer)},
         label=service.label,
         fallback=recipe.output_dir / "reference_labels",
     )
     return HeldOutLabeler(service, labeler, references, supervisor)
 
 
-def wait(rewards: RewardService, ticket: Ticket) -> Rewards | RewardError:
+def wait(service: RewardService, ticket: Ticket) -> Rewards | RewardError:
     """The rewards, or why there are none: other ranks have theirs, and go on to the next collective."""
     try:
-        return rewards.result(ticket)
+        return service.result(ticket)
     except RewardError as error:
         return error
 
 
-def on_all_ranks(judged: Rewards | RewardError, ranks: Ranks) -> Rewards:
+def on_all_ranks(found: Rewards | RewardError, ranks: Ranks) -> Rewards:
     """This rank's rewards, if every rank has its own.
 
     Raises:
         RewardsMissing: a rank has none; all ranks raise it, before anything is learned from the others (docs/traps.md
             #22). `RewardsNotFinite` where numbers that are not finite are the only reason.
     """
-    mine = (str(judged), isinstance(judged, NotFiniteError)) if isinstance(judged, RewardError) else None
+    mine = (str(found), isinstance(found, NotFiniteError)) if isinstance(found, RewardError) else None
     problems = ranks.gather(mine)
     failed = [f"rank {rank}: {problem[0]}" for rank, problem in enumerate(problems) if problem is not None]
-    if failed or isinstance(judged, RewardError):
+    if failed or isinstance(found, RewardError):
         skippable = all(problem is None or problem[1] for problem in problems)
         raise (RewardsNotFinite if skippable else RewardsMissing)("\n".join(failed))
-    return judged
+    return found
 
 
 def service_metrics(health: Health) -> Metrics:

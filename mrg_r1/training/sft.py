@@ -13,8 +13,7 @@ from torch import Tensor
 
 from mrg_r1.config.recipe import Recipe, RecipeError
 from mrg_r1.data.loader import StudyLoader
-from mrg_r1.engine.checkpoint import load_checkpoint, save_checkpoint
-from mrg_r1.engine.faults import NotFinite, Requeue, Signals, any_signal
+from mrg_r1.engine.faults import Signals
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
 from mrg_r1.labels.observations import NO_FINDING
@@ -24,8 +23,20 @@ from mrg_r1.policy.logprobs import micro_batches
 from mrg_r1.policy.lora import add_lora, save_adapter
 from mrg_r1.report_format import target_text
 from mrg_r1.tracking.log import Clock
-from mrg_r1.training.run import Run, build_engine, finish, is_finished, open_loader, open_log, open_run, say_resuming
+from mrg_r1.training.preflight import is_finished
+from mrg_r1.training.run import Run
+from mrg_r1.training.state import start_training
 from mrg_r1.types import Study
+
+# of a validation, what metrics.jsonl has
+_VALIDATED = (
+    "disease_micro13",
+    "disease_macro13",
+    "mean_reward",
+    "format_rate",
+    "held_out_disease_micro13",
+    "hacking_gap",
+)
 
 
 def sft_step(
@@ -94,112 +105,49 @@ def target_ids(run: Run, study: Study) -> list[int]:
 
 def train(recipe: Recipe, ranks: Ranks) -> None:
     """Run or resume an SFT recipe. Leaves RUN/adapter (LoRA) or RUN/policy (all parameters, a checkpoint directory)."""
-    if is_finished(recipe, ranks):
+    if is_finished(recipe.output_dir, ranks):
         return
-    signals, clock = Signals(), Clock(ranks.beat)
-    with clock.phase("start"):
-        run = open_run(recipe, ranks, task="sft")
-    with clock.phase("evaluation"):
-        before = (
-            run.evaluate_test("test_before", title="evaluating before")
-            if recipe.evaluation.test and recipe.evaluation.before
-            else None
-        )
-    with clock.phase("start"):
+
+    def make_trainable(run: Run) -> None:
         if recipe.sft.trainable == "lora":
             add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
         else:
             run.policy.requires_grad_(True)
-        engine = build_engine(run)
-        record = load_checkpoint(engine, run.directory / "checkpoints") or {
-            "step": 0,
-            "best": None,
-            "seconds": {},
-            "stopped": None,
-        }
-    start, best, stopped = record["step"], record["best"], record["stopped"]
-    clock.add(record["seconds"], record.get("cpu_seconds", 0.0))  # of the run before it was interrupted
-    loader = open_loader(run, record, batch_size=recipe.sft.batch_size)
-    log = open_log(run, start, clock)
-    say_resuming(run, log, record, stage=engine.stage)
-    run.policy.train()
 
-    skipped_in_a_row: int = record.get("skipped_in_a_row", 0)
-    signals.deferring = True  # from here on a step is finished first
-    for step in range(start, recipe.steps):
-        if stopped is not None:
-            break
-        rate = engine.set_learning_rate(step)
-        parts = sft_step(step, run=run, engine=engine, loader=loader, clock=clock)
-        metrics: dict[str, Any] = {
-            **ranks.reduce_metrics(parts),
-            "policy/grad_norm": engine.grad_norm(),
-            "policy/learning_rate": rate,
-        }
-        if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0:
-            with clock.phase("validation"):
-                result, _ = run.validate()
-            shown = (
-                "disease_micro13",
-                "disease_macro13",
-                "mean_reward",
-                "format_rate",
-                "held_out_disease_micro13",
-                "hacking_gap",
-            )
-            metrics |= {f"validation/{key}": result[key] for key in shown if result[key] is not None}
-            if recipe.sft.stop_at is not None and result["disease_micro13"] >= recipe.sft.stop_at:
-                stopped = (
-                    f"validation disease_micro13 {result['disease_micro13']:.3f} reached sft.stop_at "
-                    f"{recipe.sft.stop_at}"
-                )
-        if recipe.sft.max_seconds is not None and ranks.agree(clock.training_seconds >= recipe.sft.max_seconds):
-            stopped = f"sft.max_seconds {recipe.sft.max_seconds} reached"
-        if recipe.sft.max_cpu_seconds is not None and ranks.agree(
-            clock.training_cpu_seconds >= recipe.sft.max_cpu_seconds
-        ):
-            stopped = f"sft.max_cpu_seconds {recipe.sft.max_cpu_seconds} reached"
-        # before the checkpoint: a killed run's surplus lines are cut off at resuming, missing ones would be lost
-        log.log(step, metrics | clock.end_step(), run.take_validated())
-        skipped_in_a_row = skipped_in_a_row + 1 if metrics["policy/skipped_updates"] else 0
-        failing = skipped_in_a_row >= recipe.engine.max_skipped
-        signalled = any_signal(ranks.gather(signals.received))
-        if (
-            stopped is not None
-            or signalled
-            or failing
-            or step + 1 == recipe.steps
-            or (step + 1) % recipe.checkpoint.every == 0
-        ):
-            with clock.phase("checkpoint"):
-                best = {"step": step + 1, "score": None}
-                extra = {
-                    "best": best,
-                    "seconds": clock.totals,
-                    "cpu_seconds": clock.training_cpu_seconds,
-                    "stopped": stopped,
-                    "skipped_in_a_row": skipped_in_a_row,
-                    "position": loader.position(step + 1),
-                    "studies": loader.fingerprint,
-                    "recipe": recipe.model_dump(mode="json"),
-                }
-                log.sync()
-                save_checkpoint(
-                    engine, run.directory / "checkpoints", step=step + 1, extra=extra, keep=recipe.checkpoint.keep
-                )
-        if failing:
-            run.close()
-            raise NotFinite(
-                f"{skipped_in_a_row} steps in a row had a gradient that is not finite (engine.max_skipped), the "
-                f"last one step {step}; the weights are as they were before them, and in the checkpoint; a smaller "
-                "optimizer.learning_rate or float32 may help"
-            )
-        if signalled and stopped is None and step + 1 < recipe.steps:
-            run.close()
-            raise Requeue(f"stopped by {signalled} after step {step + 1} of {recipe.steps}, checkpoint written")
-    signals.deferring = False
+    clock = Clock(ranks.beat)
+    state = start_training(
+        recipe,
+        ranks,
+        Signals(),
+        clock,
+        task="sft",
+        batch_size=recipe.sft.batch_size,
+        make_trainable=make_trainable,
+    )
+    run, engine, log = state.run, state.engine, state.log
+    stopped: str | None = state.record.get("stopped")
+    state.own = lambda: {"stopped": stopped}
+    with state.stepping():
+        for step in range(state.start, recipe.steps):
+            if stopped is not None:
+                break
+            rate = engine.set_learning_rate(step)
+            parts = sft_step(step, run=run, engine=engine, loader=state.loader, clock=clock)
+            metrics: dict[str, Any] = {
+                **ranks.reduce_metrics(parts),
+                "policy/grad_norm": engine.grad_norm(),
+                "policy/learning_rate": rate,
+            }
+            if recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0:
+                with clock.phase("validation"):
+                    result, _ = run.validate()
+                metrics |= {f"validation/{key}": result[key] for key in _VALIDATED if result[key] is not None}
+                stopped = _taught_enough(recipe, result)
+            stopped = _out_of_time(recipe, ranks, clock) or stopped
+            state.log_step(step, metrics)
+            state.best = {"step": step + 1, "score": None}  # the last policy is the one that is kept
+            state.end_step(step, last=stopped is not None or step + 1 == recipe.steps)
 
-    loader.close()
     if stopped is not None:
         log.say(f"stopped early: {stopped}")
     elif recipe.sft.stop_at is not None:
@@ -210,6 +158,22 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         else:
             save_policy(run.policy, run.directory / "policy", source=recipe.policy.path)
     ranks.barrier()
-    with clock.phase("evaluation"):
-        after = run.evaluate_test("test", title="evaluating after") if recipe.evaluation.test else None
-    finish(run, log, clock, stage=engine.stage, before=before, after=after, best=best)
+    state.finish(state.evaluate_after())
+
+
+def _taught_enough(recipe: Recipe, result: dict[str, Any]) -> str | None:
+    """Why a validation ends the run, or None."""
+    stop_at, reached = recipe.sft.stop_at, result["disease_micro13"]
+    if stop_at is None or reached < stop_at:
+        return None
+    return f"validation disease_micro13 {reached:.3f} reached sft.stop_at {stop_at}"
+
+
+def _out_of_time(recipe: Recipe, ranks: Ranks, clock: Clock) -> str | None:
+    """Why the time that was spent ends the run, or None. Every rank calls this; rank 0's clock decides."""
+    sft, stopped = recipe.sft, None
+    if sft.max_seconds is not None and ranks.agree(clock.training_seconds >= sft.max_seconds):
+        stopped = f"sft.max_seconds {sft.max_seconds} reached"
+    if sft.max_cpu_seconds is not None and ranks.agree(clock.training_cpu_seconds >= sft.max_cpu_seconds):
+        stopped = f"sft.max_cpu_seconds {sft.max_cpu_seconds} reached"
+    return stopped

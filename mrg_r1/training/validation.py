@@ -7,6 +7,7 @@ import shutil
 from typing import Any
 
 from mrg_r1.evaluation.evaluate import short_summary
+from mrg_r1.metrics.renamed import todays_names
 from mrg_r1.policy.lora import save_adapter
 from mrg_r1.tracking.gaps import GapWatch
 from mrg_r1.tracking.log import RunLog
@@ -69,9 +70,10 @@ def warn_at_close(run: Run, log: RunLog) -> None:
         return
     watch, folder = GapWatch(), run.directory / "evaluation"
     for name, when in (("test_before", "before training"), ("test", "after training, on the test split")):
-        result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        result = todays_names(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
         lines = (folder / f"{name}_predictions.jsonl").read_text(encoding="utf-8").split("\n")
-        for warning in watch.update([json.loads(line) for line in lines if line], _readers(result), when=when):
+        rows = [todays_names(json.loads(line)) for line in lines if line]
+        for warning in watch.update(rows, _readers(result), when=when):
             log.say(warning)
 
 

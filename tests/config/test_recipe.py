@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mrg_r1.config.recipe import Recipe, RecipeError, _leaves, check_recipe, describe_fields, dump_recipe, load_recipe
+from mrg_r1.config.recipe import (
+    RENAMED,
+    Recipe,
+    RecipeError,
+    _leaves,
+    check_recipe,
+    describe_fields,
+    dump_recipe,
+    load_recipe,
+    load_run,
+)
 
 MINIMAL = {
     "output_dir": "run",
@@ -181,6 +191,28 @@ def test_recipes_that_come_along_are_valid():
     assert len(recipes) >= 3
     for path in recipes:
         load_recipe(path)
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_key_that_has_another_name_today_is_refused_with_it(recipe_file, old, new):
+    section, name = old.split(".")
+    assert old in refused(recipe_file, f"{old}=cpu") and new in refused(recipe_file, f"{old}=null")
+    recipe_file.write_text(yaml.safe_dump(MINIMAL | {section: {name: None}}))
+    said = refused(recipe_file)
+    assert old in said and new in said
+
+
+def test_the_recipe_of_an_older_run_is_read(tmp_path):
+    with pytest.raises(RecipeError, match="config.yaml"):
+        load_run(tmp_path)
+    old = {"judge": "second", "judge_tokenizer": None, "judge_device": "cuda:1", "every": 7}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(MINIMAL | {"evaluation": old}))
+    evaluation = load_run(tmp_path).evaluation
+    assert evaluation.held_out_labeler == Path("second") and evaluation.held_out_device == "cuda:1"
+    assert evaluation.every == 7
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(MINIMAL | {"evaluation": {"jugde": None}}))
+    with pytest.raises(RecipeError, match="evaluation.jugde"):
+        load_run(tmp_path)
 
 
 def test_a_reward_term_that_nobody_wrote_is_refused_by_its_field(recipe_file):

@@ -9,9 +9,8 @@ import pytest
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.context import with_prior_reports
 from mrg_r1.data.study import read_manifest, write_manifest
-from mrg_r1.training.run import _read_studies
+from mrg_r1.doctor.inputs import read_splits
 from mrg_r1.types import Study, StudyImage
-from tests.conftest import OneRank
 
 
 def study(name: str, *, split: str = "train", prior: str | None = None, image: str | None = None) -> Study:
@@ -51,10 +50,10 @@ def test_a_run_reads_priors_only_where_its_recipe_asks(world, tmp_path):
     write_manifest(tmp_path / "manifest.jsonl", [known if one.id == later.id else one for one in studies])
     recipe = world.recipe(tmp_path / "run")
     manifest = f"data.manifest={tmp_path / 'manifest.jsonl'}"
-    plain = _read_studies(load_recipe(recipe, [manifest]), OneRank(), "grpo")
+    plain = read_splits(load_recipe(recipe, [manifest]))[0]
     assert all(one.prior_report is None for part in plain.values() for one in part)
-    asked = _read_studies(load_recipe(recipe, [manifest, "data.context=[prior_report]"]), OneRank(), "grpo")
+    asked = read_splits(load_recipe(recipe, [manifest, "data.context=[prior_report]"]))[0]
     found = {one.id: one.prior_report for part in asked.values() for one in part if one.prior_report}
     assert found == {later.id: earlier.report}
     with pytest.raises(RecipeError, match="manifest.jsonl: .*data.context"):
-        _read_studies(load_recipe(recipe, ["data.context=[prior_report]"]), OneRank(), "grpo")
+        read_splits(load_recipe(recipe, ["data.context=[prior_report]"]))

@@ -14,7 +14,7 @@ import pytest
 from mrg_r1.config.recipe import RecipeError
 from mrg_r1.data.loader import PromptError, StudyLoader, prompts_ahead
 from mrg_r1.tracking.log import Clock
-from mrg_r1.training.run import open_loader
+from mrg_r1.training.state import open_loader
 from mrg_r1.types import Study
 from tests.conftest import OneRank, make_study
 
@@ -76,7 +76,13 @@ def opened(tmp_path, record, *, batch_size=4, sampling="uniform", skip=0, allow=
     )
     rewards = SimpleNamespace(classes=lambda split: classes)
     run = SimpleNamespace(
-        recipe=recipe, studies={"train": named(count)}, build=None, ranks=OneRank(), rewards=rewards, directory=tmp_path
+        recipe=recipe,
+        studies={"train": named(count)},
+        build=None,
+        ranks=OneRank(),
+        rewards=rewards,
+        rewards_if_any=rewards,
+        directory=tmp_path,
     )
     return open_loader(run, record, batch_size=batch_size)
 

@@ -267,7 +267,7 @@ def test_a_launch_stops_before_the_policy_is_loaded_and_names_every_failure(
         raise AssertionError("a model was loaded before the input was checked")
 
     monkeypatch.setattr(run_module, "load_policy", refuse)
-    monkeypatch.setattr(run_module.rewarding, "start_service", refuse)
+    monkeypatch.setattr(run_module.rewards, "start_service", refuse)
     (broken.folder / "labeler/model.safetensors").unlink()
     (broken.folder / "policy/preprocessor_config.json").unlink()
     with pytest.raises(RecipeError) as caught:

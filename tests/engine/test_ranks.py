@@ -41,3 +41,28 @@ def test_one_of_many_processes_that_nobody_numbered_is_refused(monkeypatch):
         start_ranks(0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert not on_one_node()
+
+
+class Other(Ranks):
+    """A rank that is told what rank 0 has agreed on."""
+
+    def __init__(self, rank, told=None):
+        super().__init__(rank, 2, CPU)
+        object.__setattr__(self, "told", told)
+
+    def agree(self, value):
+        return value if self.is_main else self.told
+
+
+def test_what_rank_0_finds_is_everybodys_and_so_is_what_it_refuses():
+    def refuse():
+        raise KeyError("a")
+
+    assert Other(0).from_main(lambda: 3, KeyError) == 3
+    assert Other(1, told=(3, None)).from_main(lambda: pytest.fail("rank 1 looked"), KeyError) == 3
+    with pytest.raises(KeyError):
+        Other(0).from_main(refuse, KeyError)
+    with pytest.raises(KeyError):
+        Other(1, told=(None, KeyError("a"))).from_main(lambda: pytest.fail("rank 1 looked"), KeyError)
+    with pytest.raises(KeyError):  # not named: rank 0's own failure, and nothing is agreed on
+        Other(0).from_main(refuse, OSError)

@@ -131,7 +131,7 @@ def test_agreement_is_the_share_of_equal_classes_of_the_references(world, tmp_pa
     run = opened(world, tmp_path)
     writes(monkeypatch, run, lambda study: "clear.")
     for number, study in enumerate(run.studies["test"]):
-        other = list(run.rewarding.labels[study.id])
+        other = list(run.rewards.labels[study.id])
         other[2] = (other[2] + 1) % 3 if number < 3 else other[2]
         run.held_out.references[study.id] = other
     result, _ = run.evaluate(run.studies["test"], title="")
@@ -274,7 +274,7 @@ def test_a_held_out_labeler_in_its_own_process_reads_and_is_missed_when_it_is_go
     run = opened(world, tmp_path, f"evaluation.held_out_labeler={other}")
     assert (tmp_path / "run" / "held_out_service.log").is_file() and run.held_out.labeler[
         "fingerprint"
-    ] != run.rewarding.labeler["fingerprint"]
+    ] != run.rewards.labeler["fingerprint"]
     writes(monkeypatch, run, lambda study: study.report)
     result, _ = run.evaluate(run.studies["test"], title="")
     assert result["held_out"]["labeler"] == run.held_out.labeler and result["hacking_gap"] is not None

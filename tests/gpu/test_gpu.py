@@ -14,6 +14,7 @@ from mrg_r1.policy.logprobs import completion_logprobs
 from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.rollout.decoder import Decoder
+from mrg_r1.rollout.sampling import Sampling
 from tests.conftest import with_lora
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -56,7 +57,7 @@ def test_decoding_on_the_device_is_decoding_on_the_cpu(tiny_policy_directory, st
         prompts = build(policy)(studies).to(device)
         vision = policy.encode_images(prompts)
         best = greedy(policy, prompts, vision, max_new_tokens=200)
-        drawn = rollout(policy, prompts, vision, group_size=3, max_new_tokens=200, seed=0, step=0)
+        drawn = rollout(policy, prompts, vision, Sampling(group_size=3, max_new_tokens=200, seed=0, step=0))
         answers.append((best.token_ids.cpu(), drawn.token_ids.cpu(), drawn.logp.cpu()))
     assert torch.equal(answers[0][0][:, :, :20], answers[1][0][:, :, :20])
     same = (answers[0][1][:, :, :40] == answers[1][1][:, :, :40]).float().mean()
@@ -68,11 +69,11 @@ def test_a_replayed_graph_is_the_step_itself(tiny_policy_directory, studies, bui
     prompts = build(policy)(studies).to("cuda")
     vision = policy.encode_images(prompts)
     options = {"group_size": 4, "max_new_tokens": 150, "seed": 0, "step": 0}
-    by_graph = rollout(policy, prompts, vision, **options)
+    by_graph = rollout(policy, prompts, vision, Sampling(**options))
     monkeypatch.setattr(
         Decoder, "advance", lambda decoder, written: decoder._advance(min(decoder.length, -(-written // 128) * 128))
     )
-    eager = rollout(policy, prompts, vision, **options)
+    eager = rollout(policy, prompts, vision, Sampling(**options))
     assert torch.equal(by_graph.token_ids, eager.token_ids) and torch.equal(by_graph.mask, eager.mask)
     torch.testing.assert_close(by_graph.logp, eager.logp, atol=1e-5, rtol=0)
 
@@ -81,7 +82,7 @@ def test_sampled_logp_is_near_the_scored_one_in_bf16(tiny_policy_directory, stud
     policy = lora_on(tiny_policy_directory, "cuda", torch.bfloat16)
     prompts = build(policy)(studies).to("cuda")
     vision = policy.encode_images(prompts)
-    done = rollout(policy, prompts, vision, group_size=4, max_new_tokens=60, seed=0, step=0)
+    done = rollout(policy, prompts, vision, Sampling(group_size=4, max_new_tokens=60, seed=0, step=0))
     length = done.token_ids.shape[2]
     rows = torch.arange(4, device="cuda").repeat_interleave(4)
     with torch.no_grad():

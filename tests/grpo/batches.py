@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mrg_r1.grpo.loss import Metrics
+from mrg_r1.grpo.loss import LossConfig, Metrics, grpo_loss
 
 AGGREGATIONS = ["grpo", "dapo", "dr_grpo"]
 CLIP: Any = {"clip_low": 0.2, "clip_high": 0.28}
@@ -24,6 +26,13 @@ def by_hand() -> dict[str, Any]:
         "beta": 0.0,
         **CLIP,
     }
+
+
+def loss_of(**values: Any) -> tuple[Tensor, Metrics]:
+    """`grpo_loss` of a batch and of settings that stand side by side."""
+    names = {field.name for field in fields(LossConfig)}
+    config = LossConfig(**{name: value for name, value in values.items() if name in names})
+    return grpo_loss(**{name: value for name, value in values.items() if name not in names}, config=config)
 
 
 def mean(metrics: Metrics, name: str) -> float:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mrg_r1.grpo.loss import grpo_loss, k3, loss_denominator, merge_metrics
-from tests.grpo.batches import AGGREGATIONS, CLIP, by_hand, mean
+from mrg_r1.grpo.loss import k3, loss_denominator, merge_metrics
+from tests.grpo.batches import AGGREGATIONS, CLIP, by_hand, loss_of, mean
 from tests.grpo.paper_loss import paper_loss
 
 
@@ -28,13 +28,13 @@ from tests.grpo.paper_loss import paper_loss
 def test_loss_by_hand(aggregation: Any, denominator: int, expected: float) -> None:
     batch = by_hand()
     assert loss_denominator(batch["mask"], aggregation).item() == denominator
-    loss, _ = grpo_loss(**batch, aggregation=aggregation, denominator=denominator)
+    loss, _ = loss_of(**batch, aggregation=aggregation, denominator=denominator)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_gradient_by_hand() -> None:
     batch = by_hand()
-    loss, _ = grpo_loss(**batch, aggregation="grpo", denominator=3)
+    loss, _ = loss_of(**batch, aggregation="grpo", denominator=3)
     loss.backward()
     # -A r / (tokens * sequences); the fifth token is clipped, the fourth masked
     expected = [[-1.25 / 6, -0.5 / 6], [2 * 1.5 / 3, 0.0], [0.0, -1 / 6]]
@@ -44,7 +44,7 @@ def test_gradient_by_hand() -> None:
 def test_metrics_by_hand() -> None:
     batch = by_hand()
     batch["sampled_logp"] = batch["old_logp"] - torch.tensor([[0.1, -0.1], [0.0, 9.0], [0.3, 0.0]])
-    _, metrics = grpo_loss(**batch, aggregation="grpo", denominator=3)
+    _, metrics = loss_of(**batch, aggregation="grpo", denominator=3)
     assert mean(metrics, "ratio") == pytest.approx((1.25 + 0.5 + 1.5 + 1.5 + 1) / 5)
     assert metrics["ratio_max"][0].item() == pytest.approx(1.5)
     # the third 1.5 pushes with its advantage, the second against it
@@ -59,7 +59,7 @@ def test_metrics_by_hand() -> None:
 def test_low_clip_acts_on_negative_advantages_only() -> None:
     logp = torch.tensor([[0.5], [0.5]]).log().requires_grad_()
     batch = by_hand() | {"logp": logp, "old_logp": torch.zeros(2, 1), "mask": torch.ones(2, 1, dtype=torch.bool)}
-    loss, metrics = grpo_loss(**batch | {"advantages": torch.tensor([-1.0, 1.0])}, aggregation="dapo", denominator=2)
+    loss, metrics = loss_of(**batch | {"advantages": torch.tensor([-1.0, 1.0])}, aggregation="dapo", denominator=2)
     loss.backward()
     assert loss.item() == pytest.approx((0.8 - 0.5) / 2)
     assert logp.grad is not None and logp.grad.flatten().tolist() == pytest.approx([0.0, -0.25])
@@ -72,7 +72,7 @@ def test_kl_by_hand() -> None:
     reference = torch.tensor([[0.5, 0.25]]).log()
     batch = by_hand() | {"logp": logp, "old_logp": None, "reference_logp": reference, "beta": 0.5}
     batch |= {"advantages": torch.zeros(1), "mask": torch.ones(1, 2, dtype=torch.bool)}
-    loss, metrics = grpo_loss(**batch, aggregation="dapo", denominator=2)
+    loss, metrics = loss_of(**batch, aggregation="dapo", denominator=2)
     loss.backward()
     first, second = 1 - math.log(2), math.log(2) - 0.5
     assert mean(metrics, "kl") == pytest.approx((first + second) / 2, rel=1e-5)
@@ -83,9 +83,9 @@ def test_kl_by_hand() -> None:
 
 def test_beta_zero_measures_the_kl_without_a_gradient() -> None:
     batch = by_hand()
-    loss, _ = grpo_loss(**batch, aggregation="dapo", denominator=5)
+    loss, _ = loss_of(**batch, aggregation="dapo", denominator=5)
     batch["reference_logp"] = batch["old_logp"] + 0.7
-    with_reference, metrics = grpo_loss(**batch, aggregation="dapo", denominator=5)
+    with_reference, metrics = loss_of(**batch, aggregation="dapo", denominator=5)
     assert loss.item() == with_reference.item()
     assert metrics["kl"][0] > 0
 
@@ -101,7 +101,7 @@ def test_truncated_importance_weights_by_hand() -> None:
         "mask": torch.ones(1, 3, dtype=torch.bool),
     }
     batch |= {"sampled_logp": torch.tensor([[0.1, 0.4, 0.3]]).log(), "correction": "tis"}
-    loss, metrics = grpo_loss(**batch, aggregation="dapo", denominator=3)
+    loss, metrics = loss_of(**batch, aggregation="dapo", denominator=3)
     loss.backward()
     assert loss.item() == pytest.approx(-3.5 / 3)
     assert mean(metrics, "tis_weight") == pytest.approx(3.5 / 3)
@@ -117,13 +117,13 @@ def test_importance_weights_leave_the_kl_term_alone() -> None:
         "mask": torch.ones(1, 1, dtype=torch.bool),
         "sampled_logp": torch.tensor([[0.2]]).log(),
     }
-    loss, _ = grpo_loss(**batch, correction="tis", aggregation="dapo", denominator=1)
+    loss, _ = loss_of(**batch, correction="tis", aggregation="dapo", denominator=1)
     assert loss.item() == pytest.approx(1 - math.log(2), rel=1e-5)
 
 
 def test_sequence_ratio_by_hand() -> None:
     batch = by_hand()
-    loss, metrics = grpo_loss(
+    loss, metrics = loss_of(
         **batch | {"clip_low": 0.3, "clip_high": 0.3}, ratio="sequence", aggregation="grpo", denominator=3
     )
     loss.backward()
@@ -167,7 +167,7 @@ def test_loss_and_gradient_equal_the_papers_formula_in_loops(
 ) -> None:
     batch = random_batch(seed)
     logp = batch["logp"].clone().requires_grad_()
-    loss, _ = grpo_loss(
+    loss, _ = loss_of(
         **batch | {"logp": logp},
         aggregation=aggregation,
         denominator=loss_denominator(batch["mask"], aggregation).item(),
@@ -208,7 +208,7 @@ def test_loss_and_gradient_equal_the_papers_formula_in_loops(
 def test_only_the_policys_own_log_probs_get_a_gradient() -> None:
     batch = random_batch(1)
     leaves: dict[str, Any] = {name: tensor.clone().requires_grad_() for name, tensor in batch.items() if name != "mask"}
-    loss, _ = grpo_loss(
+    loss, _ = loss_of(
         **leaves,
         mask=batch["mask"],
         aggregation="dapo",
@@ -274,7 +274,7 @@ def test_loss_stays_finite_when_policy_and_old_are_far_apart(difference: float, 
         "reference_logp": torch.full((1, 2), -1.0),
     }
     batch |= {"advantages": torch.tensor([advantage]), "mask": torch.ones(1, 2, dtype=torch.bool), "beta": 0.04}
-    loss, metrics = grpo_loss(**batch, ratio=ratio, aggregation="dapo", denominator=2)
+    loss, metrics = loss_of(**batch, ratio=ratio, aggregation="dapo", denominator=2)
     loss.backward()
     assert torch.isfinite(loss)
     assert logp.grad is not None and torch.isfinite(logp.grad).all()
@@ -309,7 +309,7 @@ def test_denominators_by_hand() -> None:
 )
 def test_mistakes_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        grpo_loss(**by_hand() | {"aggregation": "grpo", "denominator": 3} | change)
+        loss_of(**by_hand() | {"aggregation": "grpo", "denominator": 3} | change)
 
 
 def test_metrics_that_differ_in_name_are_not_merged() -> None:

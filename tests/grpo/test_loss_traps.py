@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mrg_r1.grpo.loss import Metrics, grpo_loss, loss_denominator, merge_metrics
-from tests.grpo.batches import AGGREGATIONS, CLIP, by_hand, mean
+from mrg_r1.grpo.loss import Metrics, loss_denominator, merge_metrics
+from tests.grpo.batches import AGGREGATIONS, CLIP, by_hand, loss_of, mean
 
 
 class LinearPolicy:
@@ -39,7 +39,7 @@ def test_at_ratio_one_the_gradient_is_reinforce(aggregation: Any, ratio: Any, ol
     policy = LinearPolicy()
     weight = policy.weight.clone().requires_grad_()
     logp = policy.logp(weight)
-    loss, metrics = grpo_loss(
+    loss, metrics = loss_of(
         logp=logp,
         old_logp=None if old.startswith("its") else logp.detach().clone(),
         reference_logp=policy.logp(policy.weight),
@@ -82,7 +82,7 @@ def cut(
 
     total, metrics = 0.0, []
     for rows in parts:
-        loss, found = grpo_loss(
+        loss, found = loss_of(
             logp=padded(policy.logp(weight, rows), 0.0),
             old_logp=padded(old[rows], math.nan),
             reference_logp=padded(reference[rows], -math.inf),
@@ -157,7 +157,7 @@ def test_an_all_masked_row_is_harmless(aggregation: Any, ratio: Any) -> None:
 def test_a_batch_with_nothing_kept_has_loss_and_gradient_zero(aggregation: Any, ratio: Any, rows: int) -> None:
     logp = torch.full((rows, 4), math.nan, requires_grad=True)
     mask = torch.zeros(rows, 4, dtype=torch.bool)
-    loss, metrics = grpo_loss(
+    loss, metrics = loss_of(
         logp=logp,
         old_logp=torch.full((rows, 4), -math.inf),
         reference_logp=torch.full((rows, 4), math.inf),
@@ -188,7 +188,7 @@ def test_with_three_inner_iterations_the_denominator_stays_the_rollouts() -> Non
         ]
         before = torch.softmax(policy.features @ policy.weight, dim=-1).gather(-1, policy.tokens[..., None])[..., 0]
         expected = (probabilities / before)[policy.mask]
-        loss, metrics = grpo_loss(
+        loss, metrics = loss_of(
             logp=policy.logp(weight),
             old_logp=rollout,
             reference_logp=None,
@@ -218,7 +218,7 @@ def test_two_ranks_with_unequal_counts_reduce_to_the_mean_of_all_tokens() -> Non
             "old_logp": torch.zeros_like(logp),
             "mask": torch.ones_like(logp, dtype=torch.bool),
         }
-        parts.append(grpo_loss(**batch | {"advantages": torch.ones(1)}, aggregation="dapo", denominator=4)[1])
+        parts.append(loss_of(**batch | {"advantages": torch.ones(1)}, aggregation="dapo", denominator=4)[1])
     merged = merge_metrics(parts)
     assert mean(merged, "ratio") == pytest.approx(1.25)
     assert mean(merged, "clip_high") == pytest.approx(0.25)

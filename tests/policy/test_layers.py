@@ -10,6 +10,7 @@ import torch
 from mrg_r1.policy.load import load_policy, save_policy
 from mrg_r1.policy.lora import add_lora, reference
 from mrg_r1.rollout.decode import rollout
+from mrg_r1.rollout.sampling import Sampling
 
 
 def qkv_modules(policy, layer=0):
@@ -47,7 +48,12 @@ def test_merged_equals_unmerged_and_adapters_off_is_the_base(lora_policy, tiny_p
 def test_a_rollout_leaves_every_weight_bitwise_as_it_was(lora_policy, studies, build):
     before = {name: parameter.detach().clone() for name, parameter in lora_policy.named_parameters()}
     prompts = build(lora_policy)(studies)
-    rollout(lora_policy, prompts, lora_policy.encode_images(prompts), group_size=3, max_new_tokens=6, seed=0, step=0)
+    rollout(
+        lora_policy,
+        prompts,
+        lora_policy.encode_images(prompts),
+        Sampling(group_size=3, max_new_tokens=6, seed=0, step=0),
+    )
     for name, parameter in lora_policy.named_parameters():
         assert torch.equal(parameter, before[name]), name
 

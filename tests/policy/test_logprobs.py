@@ -11,12 +11,15 @@ from mrg_r1.policy.logprobs import completion_logprobs, group_logprobs
 from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.policy.lora import reference
 from mrg_r1.rollout.decode import rollout
+from mrg_r1.rollout.sampling import Sampling
 from tests.conftest import with_lora
 
 
 def rolled_out(policy, prompts, *, group_size=3, length=12, step=0, seed=0):
     vision = policy.encode_images(prompts)
-    return vision, rollout(policy, prompts, vision, group_size=group_size, max_new_tokens=length, seed=seed, step=step)
+    return vision, rollout(
+        policy, prompts, vision, Sampling(group_size=group_size, max_new_tokens=length, seed=seed, step=step)
+    )
 
 
 def plain_forward_logp(policy, prompts, completions, *, banned, temperature):

@@ -14,6 +14,7 @@ from mrg_r1.policy.load import load_image_processor
 from mrg_r1.policy.logprobs import completion_logprobs, group_logprobs, micro_batches
 from mrg_r1.rollout import decode
 from mrg_r1.rollout.decode import rollout
+from mrg_r1.rollout.sampling import Sampling
 from mrg_r1.types import Completions, Prompts, Study, StudyImage
 from tests.conftest import make_study
 from tests.shared_data import shared_data
@@ -123,7 +124,7 @@ def test_log_probs_follow_their_study_through_permuting_and_slicing(lora_policy,
     """Trap 10: other views, or another order of a study's own, give other log-probs."""
     prompts = build(lora_policy)(studies)
     vision = lora_policy.encode_images(prompts)
-    done = rollout(lora_policy, prompts, vision, group_size=2, max_new_tokens=8, seed=0, step=0)
+    done = rollout(lora_policy, prompts, vision, Sampling(group_size=2, max_new_tokens=8, seed=0, step=0))
     whole = group_logprobs(lora_policy, prompts, vision, done, token_budget=4096)
     length = done.token_ids.shape[2]
 
@@ -146,7 +147,9 @@ def test_log_probs_follow_their_study_through_permuting_and_slicing(lora_policy,
 def sampled(policy, loader: StudyLoader, step: int) -> dict[str, list[list[int]]]:
     """Study -> the tokens of its group, in the order of its members."""
     prompts = loader.batch(step)
-    done = rollout(policy, prompts, policy.encode_images(prompts), group_size=3, max_new_tokens=6, seed=0, step=step)
+    done = rollout(
+        policy, prompts, policy.encode_images(prompts), Sampling(group_size=3, max_new_tokens=6, seed=0, step=step)
+    )
     return {
         study: [done.token_ids[b, g][done.mask[b, g]].tolist() for g in range(3)]
         for b, study in enumerate(prompts.study_ids)
@@ -216,11 +219,11 @@ def test_what_needs_most_memory_comes_first_in_a_step(lora_policy, studies, buil
     vision = lora_policy.encode_images(prompts)
     assert passes == [sum(VIEWS)]
     options = {"group_size": 2, "max_new_tokens": 8, "seed": 0, "step": 0}
-    done = rollout(lora_policy, prompts, vision, cache_tokens=max(tokens) + 16 + tokens[0], **options)
+    done = rollout(lora_policy, prompts, vision, Sampling(cache_tokens=max(tokens) + 16 + tokens[0], **options))
     cut = decode._parts(prompts, own=16, cache_tokens=max(tokens) + 16 + tokens[0])
     sizes = [sum(tokens[study] + 16 for study in part) for part in cut]
     assert len(parts) > 2 and parts == sorted(sizes, reverse=True) != sizes
-    whole: Completions = rollout(lora_policy, prompts, vision, **options)
+    whole: Completions = rollout(lora_policy, prompts, vision, Sampling(**options))
     assert torch.equal(done.token_ids, whole.token_ids) and done.texts == whole.texts  # back in the studies' order
 
     mask, study_of_row = done.mask.flatten(0, 1), torch.arange(len(prompts)).repeat_interleave(2)

@@ -17,6 +17,7 @@ from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.logprobs import group_logprobs
 from mrg_r1.policy.lora import merge_adapter, reference, save_adapter
 from mrg_r1.rollout.decode import greedy, rollout
+from mrg_r1.rollout.sampling import Sampling
 from tests.conftest import with_lora
 
 
@@ -67,7 +68,9 @@ def test_scores_gradients_and_samples_are_those_of_the_whole_policy(pair, studie
     for policy in pair:
         prompts = build(policy)(studies)
         vision = policy.encode_images(prompts)
-        done = rollout(policy, prompts, vision, group_size=3, max_new_tokens=9, seed=0, step=0, cache_tokens=200)
+        done = rollout(
+            policy, prompts, vision, Sampling(group_size=3, max_new_tokens=9, seed=0, step=0, cache_tokens=200)
+        )
         with reference(policy):
             base = group_logprobs(policy, prompts, vision, done, token_budget=200)
         ids, mask = done.token_ids.flatten(0, 1), done.mask.flatten(0, 1)
@@ -88,7 +91,7 @@ def test_a_held_policy_samples_without_asking_for_weights(pair, studies, build):
     with policy.whole_decoder(images=True):
         before = policy.partition.opened
         vision = policy.encode_images(prompts)
-        rollout(policy, prompts, vision, group_size=2, max_new_tokens=4, seed=0, step=0)
+        rollout(policy, prompts, vision, Sampling(group_size=2, max_new_tokens=4, seed=0, step=0))
         greedy(policy, prompts, vision, max_new_tokens=4)
         assert policy.partition.opened == before
     assert all(parameter.numel() == 0 for parameter in policy.partition.kept)

@@ -27,9 +27,10 @@ from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.logprobs import group_logprobs
 from mrg_r1.policy.policy import Policy
 from mrg_r1.rollout.decode import rollout
+from mrg_r1.rollout.sampling import Sampling
 from mrg_r1.training.grpo import train as train_grpo
-from mrg_r1.training.grpo import update
 from mrg_r1.training.sft import train as train_sft
+from mrg_r1.training.update import update
 from mrg_r1.types import Experience, Prompts, Rewards, VisionFeatures
 from tests.conftest import make_study, with_lora
 from tests.inline_rewards import score_inline
@@ -80,7 +81,7 @@ def fixed_experience(policy: Policy, directory: str, images: str, studies: list[
     """
     prompts, vision = prompts_of(policy, directory, images, studies)
     # ragged: study b stops after 4 + 3 b tokens
-    completions = rollout(policy, prompts, vision, group_size=GROUP, max_new_tokens=13, seed=0, step=0)
+    completions = rollout(policy, prompts, vision, Sampling(group_size=GROUP, max_new_tokens=13, seed=0, step=0))
     limit = torch.tensor([4 + 3 * b for b in studies])[:, None, None]
     completions.mask &= torch.arange(completions.mask.shape[2]) < limit
     shift = torch.stack([torch.randn(GROUP, 13, generator=torch.Generator().manual_seed(b)) for b in studies])[
@@ -277,19 +278,19 @@ def unequal_rollouts(ranks: Ranks, *, directory: str, images: str, repeats: int 
     pairs = zip(vision.per_study, whole_vision.per_study, strict=True)
     answer: dict[str, Any] = {"vision": max((found - wanted).abs().max().item() for found, wanted in pairs)}
     sampling: dict[str, Any] = {"group_size": 1, "seed": 0, "step": 0}
-    first = rollout(whole, prompts, whole_vision, max_new_tokens=3, **sampling)
+    first = rollout(whole, prompts, whole_vision, Sampling(max_new_tokens=3, **sampling))
     for policy in (cut, whole):
         policy.eos_ids = [int(first.token_ids[0, 0, 2])] if ranks.rank == 0 else [policy.pad_id]
-    found = rollout(cut, prompts, vision, max_new_tokens=40, **sampling)
-    wanted = rollout(whole, prompts, whole_vision, max_new_tokens=40, **sampling)
+    found = rollout(cut, prompts, vision, Sampling(max_new_tokens=40, **sampling))
+    wanted = rollout(whole, prompts, whole_vision, Sampling(max_new_tokens=40, **sampling))
     answer["length"] = found.token_ids.shape[2]
     answer["equal"] = torch.equal(found.token_ids, wanted.token_ids)
     answer["gap"] = (found.logp - wanted.logp).abs().max().item()
     with cut.whole_decoder(images=True):
         for attempt in range(1 if ranks.rank == 0 else 3):
             cut.encode_images(prompts)
-            found = rollout(cut, prompts, vision, max_new_tokens=8, attempt=attempt, **sampling)
-            wanted = rollout(whole, prompts, whole_vision, max_new_tokens=8, attempt=attempt, **sampling)
+            found = rollout(cut, prompts, vision, Sampling(max_new_tokens=8, attempt=attempt, **sampling))
+            wanted = rollout(whole, prompts, whole_vision, Sampling(max_new_tokens=8, attempt=attempt, **sampling))
             answer["equal"] &= torch.equal(found.token_ids, wanted.token_ids)
     ranks.barrier()
     return answer

@@ -169,7 +169,8 @@ def test_sft_that_explodes_stops_with_a_checkpoint(pool, world, tmp_path):
         "evaluation.test=false",
     ]
     with pytest.raises(
-        RuntimeError, match="NotFinite: 2 steps in a row had a gradient that is not finite .* the last one step 2"
+        RuntimeError,
+        match="NotFinite: 2 steps in a row had a loss, gradient or reward that is not finite .* the last one step 2",
     ):
         pool.run("sft", recipe=str(world.recipe(run)), overrides=overrides)
     assert [row["policy/skipped_updates"] for row in metrics(run)] == [0, 1, 1]

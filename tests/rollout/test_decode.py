@@ -11,12 +11,12 @@ import torch
 from mrg_r1.rollout import decode
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.rollout.resample import resample_groups
-from mrg_r1.rollout.sampling import keyed_uniforms, sample_tokens
+from mrg_r1.rollout.sampling import Sampling, keyed_uniforms, sample_tokens
 
 
-def sample(policy, prompts, **changes):
+def sample(policy, prompts, on_ended=None, **changes):
     options = {"group_size": 4, "max_new_tokens": 10, "seed": 0, "step": 0} | changes
-    return rollout(policy, prompts, policy.encode_images(prompts), **options)
+    return rollout(policy, prompts, policy.encode_images(prompts), Sampling(**options), on_ended=on_ended)
 
 
 def test_near_greedy_generation_config_is_not_obeyed(policy, studies, build):
@@ -125,9 +125,9 @@ def test_resampled_groups_replace_only_their_studies(policy, studies, build):
     prompts = build(policy)(studies)
     vision = policy.encode_images(prompts)
     options = {"group_size": 3, "max_new_tokens": 8, "seed": 0, "step": 0}
-    first = rollout(policy, prompts, vision, **options)
-    again = resample_groups(policy, prompts, vision, first, [1, 3], attempt=1, **options)
-    fresh = rollout(policy, prompts, vision, attempt=1, **options)
+    first = rollout(policy, prompts, vision, Sampling(**options))
+    again = resample_groups(policy, prompts, vision, first, [1, 3], Sampling(**options, attempt=1))
+    fresh = rollout(policy, prompts, vision, Sampling(attempt=1, **options))
     assert again.texts == [first.texts[0], fresh.texts[1], first.texts[2], fresh.texts[3]]
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from mrg_r1.config.recipe import RecipeError, check_recipe, load_recipe
 from mrg_r1.data.study import read_manifest
 from mrg_r1.training import grpo as trainer
+from mrg_r1.training import state as state_module
 from mrg_r1.training.experience import (
     adapter_folder,
     keep_newest_adapters,
@@ -80,7 +81,7 @@ def recipe(world: World, tmp_path):
     )
 
 
-def sampled_of(studies: list[Study], *, first: int, length: int, step: int = 0, rewards: bool = True) -> Sampled:
+def sampled_of(studies: list[Study], *, first: int, length: int, step: int = 0, rewarded: bool = True) -> Sampled:
     """Studies number `first` and on: every number says its study and member."""
     rows = len(studies)
     ids = (
@@ -104,7 +105,7 @@ def sampled_of(studies: list[Study], *, first: int, length: int, step: int = 0, 
     texts = [[f"{study.id}-{g}\ud800" for g in range(3)] for study in studies]
     done = Completions(ids, mask, -ids.float(), mask.all(-1), texts)
     return Sampled(
-        FakeBuild()(studies), done, made if rewards else None, reference_logp=ids.float(), old_logp=ids.float() + 1
+        FakeBuild()(studies), done, made if rewarded else None, reference_logp=ids.float(), old_logp=ids.float() + 1
     )
 
 
@@ -112,7 +113,7 @@ def write(folder: Path, studies: list[Study], recipe, *, ranks: int = 2, step: i
     share = len(studies) // ranks
     for rank in range(ranks):
         part = studies[rank * share : (rank + 1) * share]
-        sampled = sampled_of(part, first=rank * share, length=4 + rank, step=step, rewards="problem" not in options)
+        sampled = sampled_of(part, first=rank * share, length=4 + rank, step=step, rewarded="problem" not in options)
         write_step(folder, step, sampled, recipe=recipe, ranks=Numbered(rank, ranks), **options)
 
 
@@ -326,16 +327,16 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 def test_a_rollout_only_run_goes_on_at_the_first_step_that_is_not_whole(world, tmp_path, inline_rewards, monkeypatch):
     """No engine, no weights; the same bytes whether it was interrupted or not; another recipe is refused."""
-    monkeypatch.setattr(trainer, "build_engine", lambda run: pytest.fail("an engine was built"))
+    monkeypatch.setattr(state_module, "build_engine", lambda run: pytest.fail("an engine was built"))
     monkeypatch.setattr(trainer, "Signals", lambda: type("Signals", (), {"received": None, "deferring": False})())
     path, run = world.recipe(tmp_path / "run"), tmp_path / "run"
 
     def start(*overrides: str) -> list[int]:
         (run / "summary.json").unlink(missing_ok=True)
         taken = []
-        inner = trainer.grpo_step
+        inner = trainer.rollout_step
         with monkeypatch.context() as patched:
-            patched.setattr(trainer, "grpo_step", lambda step, **rest: taken.append(step) or inner(step, **rest))
+            patched.setattr(trainer, "rollout_step", lambda step, **rest: taken.append(step) or inner(step, **rest))
             trainer.train(load_recipe(path, ["phases=rollout", "steps=3", *overrides]), OneRank())
         return taken
 

@@ -15,11 +15,15 @@ from mrg_r1.policy.logprobs import group_logprobs
 from mrg_r1.reward.compute import NotFiniteError, RewardContext, RewardError, RewardFunction
 from mrg_r1.reward.service.interface import RewardsMissing, RewardsNotFinite
 from mrg_r1.rollout.decode import rollout
+from mrg_r1.rollout.sampling import Sampling
 from mrg_r1.tracking.log import Clock
+from mrg_r1.training import update
+from mrg_r1.training.rewards import on_all_ranks
 from mrg_r1.training.validation import warn_of_gap
 from mrg_r1.types import Experience, Rewards
 from tests.conftest import OneRank
 from tests.reward.in_process import InProcessRewards
+from tests.reward.keyword_labeler import KeywordLabeler
 
 
 class PlainEngine:
@@ -57,7 +61,7 @@ def rewards_of(total):
 def experience(lora_policy, studies, build):
     prompts = build(lora_policy)(studies)
     vision = lora_policy.encode_images(prompts)
-    done = rollout(lora_policy, prompts, vision, group_size=4, max_new_tokens=8, seed=0, step=0)
+    done = rollout(lora_policy, prompts, vision, Sampling(group_size=4, max_new_tokens=8, seed=0, step=0))
     total = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
     old = group_logprobs(lora_policy, prompts, vision, done, token_budget=4096)
     return Experience(prompts, vision, done, rewards_of(total), group_advantages(total), None, old)
@@ -73,7 +77,7 @@ def recipe_of(world, tmp_path, *overrides):
 def test_old_logp_stays_the_rollouts_in_every_inner_iteration(lora_policy, experience, world, tmp_path, monkeypatch):
     """Trap 16: with mu 3 the ratio's denominator is the rollout's in all three, while the policy moves."""
     olds, ratios = [], []
-    inner = trainer.grpo_loss
+    inner = update.grpo_loss
 
     def recording(**arguments):
         loss, metrics = inner(**arguments)
@@ -81,10 +85,10 @@ def test_old_logp_stays_the_rollouts_in_every_inner_iteration(lora_policy, exper
         ratios.append(float(metrics["ratio"][0] / metrics["ratio"][1]))
         return loss, metrics
 
-    monkeypatch.setattr(trainer, "grpo_loss", recording)
+    monkeypatch.setattr(update, "grpo_loss", recording)
     before = experience.old_logp.clone()
     recipe = recipe_of(world, tmp_path, "grpo.inner_iterations=3")
-    trainer.update(experience, recipe=recipe, engine=PlainEngine(lora_policy), ranks=OneRank())
+    update.update(experience, recipe=recipe, engine=PlainEngine(lora_policy), ranks=OneRank())
     rollouts = sorted(before.flatten(0, 1).tolist())  # a pass takes its rows in an order of its own
     assert len(olds) == 3 and all(sorted(old.tolist()) == rollouts for old in olds)
     assert ratios[0] == pytest.approx(1, abs=1e-6) and abs(ratios[2] - 1) > 1e-4
@@ -97,7 +101,7 @@ def test_first_update_moves_towards_the_better_reports(lora_policy, experience, 
     ids = experience.completions
     logp = [group_logprobs(lora_policy, experience.prompts, experience.vision, ids, token_budget=4096).sum(-1)]
     once = replace(experience, old_logp=None)
-    metrics = trainer.update(
+    metrics = update.update(
         once, recipe=recipe_of(world, tmp_path), engine=PlainEngine(lora_policy, rate=0.05), ranks=OneRank()
     )
     assert float(metrics["policy/ratio"][0] / metrics["policy/ratio"][1]) == pytest.approx(1, abs=1e-6)
@@ -121,12 +125,10 @@ def test_going_on_from_the_prefill_gives_the_same_update(lora_policy, experience
             for parameter, value in zip(trained, start, strict=True):
                 parameter.copy_(value)
         states = lora_policy.prompt_cache(once.prompts, once.vision) if reuse else None
-        again = rollout(
-            lora_policy, once.prompts, once.vision, group_size=4, max_new_tokens=8, seed=0, step=0, states=states
-        )
+        again = rollout(lora_policy, once.prompts, once.vision, Sampling(4, 8, seed=0, step=0), states=states)
         assert torch.equal(again.token_ids, once.completions.token_ids)
         engine = PlainEngine(lora_policy)
-        metrics = trainer.update(once, recipe=recipe, engine=engine, ranks=OneRank(), states=states)
+        metrics = update.update(once, recipe=recipe, engine=engine, ranks=OneRank(), states=states)
         assert engine.updates == 1
         counts.append(float(metrics["loss"][1]))
         moves.append(torch.cat([(p.detach() - value).flatten() for p, value in zip(trained, start, strict=True)]))
@@ -150,7 +152,7 @@ def test_a_gap_between_sampling_and_scoring_is_said():
 
 def test_truncated_completions_leave_the_loss_when_masked(lora_policy, experience, world, tmp_path):
     experience.completions.ended[:] = False
-    metrics = trainer.update(
+    metrics = update.update(
         experience,
         recipe=recipe_of(world, tmp_path, "grpo.mask_truncated=true"),
         engine=PlainEngine(lora_policy),
@@ -176,7 +178,7 @@ def test_a_reward_that_fails_stops_the_step_and_names_the_studies(lora_policy, s
 
     class FakeRun:
         ranks, policy, directory = OneRank(), lora_policy, tmp_path
-        rewarding = SimpleNamespace(context_of=lambda study_ids, step: RewardContext())
+        rewards = SimpleNamespace(context_of=lambda study_ids, step: RewardContext())
 
     FakeRun.recipe = recipe
     weights = torch.cat([p.detach().flatten() for p in lora_policy.parameters()])
@@ -186,7 +188,7 @@ def test_a_reward_that_fails_stops_the_step_and_names_the_studies(lora_policy, s
             run=FakeRun(),
             engine=PlainEngine(lora_policy),
             loader=Loader(),
-            rewards=InProcessRewards(stage),
+            reward_service=InProcessRewards(stage),
             clock=Clock(),
         )
     assert torch.equal(weights, torch.cat([p.detach().flatten() for p in lora_policy.parameters()]))
@@ -197,7 +199,7 @@ def test_per_term_normalisation_keeps_a_term_alive_beside_a_saturated_one(world,
     findings' own.
     """
     findings = torch.tensor([[0.0, 0.2, 0.4, 0.6]])
-    judged = Rewards(
+    rewards = Rewards(
         findings + 1,
         {"mccs": findings, "format": torch.ones(1, 4)},
         {"mccs": 1.0, "format": 1.0},
@@ -205,15 +207,15 @@ def test_per_term_normalisation_keeps_a_term_alive_beside_a_saturated_one(world,
         [[]],
     )
     for normalise in ("total", "per_term"):
-        advantages = trainer.global_advantages(
-            judged, recipe_of(world, tmp_path, f"reward.normalise={normalise}"), OneRank()
+        advantages = update.global_advantages(
+            rewards, recipe_of(world, tmp_path, f"reward.normalise={normalise}"), OneRank()
         )
         torch.testing.assert_close(advantages, group_advantages(findings), atol=1e-3, rtol=0)
 
 
 def test_a_rank_whose_rewards_are_there_stops_with_the_one_whose_are_not():
     """Trap 22 over ranks: both raise the same message, and nobody waits for a rank that has left."""
-    judged = rewards_of(torch.rand(2, 2))
+    rewards = rewards_of(torch.rand(2, 2))
 
     class Pair(OneRank):
         def __init__(self, others):
@@ -223,16 +225,16 @@ def test_a_rank_whose_rewards_are_there_stops_with_the_one_whose_are_not():
         def gather(self, value):
             return [value, self.others]
 
-    assert trainer.on_all_ranks(judged, Pair(None)) is judged
+    assert on_all_ranks(rewards, Pair(None)) is rewards
     with pytest.raises(RewardsMissing, match="^rank 1: the labeler failed on CXR7$"):
-        trainer.on_all_ranks(judged, Pair(("the labeler failed on CXR7", False)))
+        on_all_ranks(rewards, Pair(("the labeler failed on CXR7", False)))
     with pytest.raises(RewardsMissing, match="^rank 0: NaN\nrank 1: broken$") as stopped:
-        trainer.on_all_ranks(NotFiniteError("NaN"), Pair(("broken", False)))
+        on_all_ranks(NotFiniteError("NaN"), Pair(("broken", False)))
     assert not isinstance(stopped.value, RewardsNotFinite)
     with pytest.raises(
         RewardsNotFinite, match="^rank 1: NaN$"
     ):  # nothing but numbers that are not finite: the step can be skipped
-        trainer.on_all_ranks(judged, Pair(("NaN", True)))
+        on_all_ranks(rewards, Pair(("NaN", True)))
 
 
 def test_resampling_stops_where_a_reward_fails(lora_policy, studies, build, world, tmp_path, monkeypatch):
@@ -245,12 +247,88 @@ def test_resampling_stops_where_a_reward_fails(lora_policy, studies, build, worl
 
     class FakeRun:
         ranks, policy, directory = OneRank(), lora_policy, tmp_path
-        rewarding = SimpleNamespace(context_of=lambda study_ids, step: RewardContext())
+        rewards = SimpleNamespace(context_of=lambda study_ids, step: RewardContext())
 
     FakeRun.recipe = recipe
     rewards = InProcessRewards(RewardFunction(BrokenLabeler(), weights={"mccs": 1.0}, mode="plain"))
     loader = SimpleNamespace(batch=lambda step: prompts)
     with pytest.raises(RewardsMissing, match="the labeler's device is full"):
         trainer.grpo_step(
-            0, run=FakeRun(), engine=PlainEngine(lora_policy), loader=loader, rewards=rewards, clock=Clock()
+            0, run=FakeRun(), engine=PlainEngine(lora_policy), loader=loader, reward_service=rewards, clock=Clock()
         )
+
+
+def test_the_frozen_log_probs_are_made_while_the_labeler_works(
+    lora_policy, studies, build, world, tmp_path, monkeypatch
+):
+    """The first half hands over reports whose rewards are on their way; the second asks for them once it must."""
+    order = []
+
+    class Service(InProcessRewards):
+        def submit(self, *arguments):
+            order.append("submit")
+            return super().submit(*arguments)
+
+        def result(self, ticket):
+            order.append("result")
+            return super().result(ticket)
+
+    inner = trainer.frozen_logprobs
+
+    def frozen(*arguments, **options):
+        order.append("frozen")
+        inner(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "frozen_logprobs", frozen)
+    prompts = build(lora_policy)(studies)
+
+    class FakeRun:
+        ranks, policy, directory = OneRank(), lora_policy, tmp_path
+        rewards = SimpleNamespace(context_of=lambda study_ids, step: RewardContext())
+
+    FakeRun.recipe = recipe_of(world, tmp_path, "grpo.beta=0.1", "rollout.max_new_tokens=8")
+    reward_service = Service(RewardFunction(KeywordLabeler(), weights={"format": 1.0}, mode="plain"))
+    loader, run, clock = SimpleNamespace(batch=lambda step: prompts), FakeRun(), Clock()
+    pending = trainer.sample_step(0, run=run, loader=loader, reward_service=reward_service, clock=clock)
+    assert order == ["submit"] and pending.sampled.rewards is None
+    metrics = trainer.update_step(0, pending, run=run, engine=PlainEngine(lora_policy), clock=clock)
+    assert order == ["submit", "frozen", "result"] and pending.sampled.reference_logp is not None
+    assert {"loss", "policy/kl", "reward/total"} <= metrics.keys()
+    assert pending.rewards() is pending.sampled.rewards and order.count("result") == 1  # a ticket is good once
+
+
+def test_groups_of_equal_rewards_are_sampled_again_and_the_last_rewards_count(
+    lora_policy, studies, build, world, tmp_path
+):
+    """Study 1's rewards are equal at first and not after one more attempt, which is for that study alone."""
+    prompts = build(lora_policy)(studies)
+    varied = torch.arange(4.0).repeat(4, 1)
+    equal = varied.clone()
+    equal[1] = 0.5
+    answers, submitted = [rewards_of(equal), rewards_of(varied)], []
+
+    class Service:
+        def hint(self, texts):
+            pass
+
+        def submit(self, texts, *rest):
+            submitted.append([list(group) for group in texts])
+            return len(submitted) - 1
+
+        def result(self, ticket):
+            return answers[ticket]
+
+    class FakeRun:
+        ranks, policy, directory = OneRank(), lora_policy, tmp_path
+        rewards = SimpleNamespace(context_of=lambda study_ids, step: RewardContext())
+
+    FakeRun.recipe = recipe_of(world, tmp_path, "grpo.max_resample=3", "rollout.max_new_tokens=8")
+    loader, run, clock = SimpleNamespace(batch=lambda step: prompts), FakeRun(), Clock()
+    pending = trainer.sample_step(5, run=run, loader=loader, reward_service=Service(), clock=clock)
+    vision = lora_policy.encode_images(prompts)
+    first, again = (
+        rollout(lora_policy, prompts, vision, Sampling(4, 8, seed=0, step=5, attempt=attempt)) for attempt in (0, 1)
+    )
+    wanted = [first.texts[0], again.texts[1], first.texts[2], first.texts[3]]
+    assert submitted == [first.texts, wanted] and pending.sampled.completions.texts == wanted
+    assert trainer.take_rewards(5, pending, run=run, clock=clock) is answers[1]

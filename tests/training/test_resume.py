@@ -44,13 +44,13 @@ def write(tmp_path, monkeypatch):
 def load(monkeypatch):
     """What a resume takes: the record and the tensor, and what was said."""
 
-    def run(folder):
+    def run(folder, **options):
         taken, said = [], []
         engine = SmallEngine()
         engine.trainable = {}
         monkeypatch.setattr(checkpoint, "scatter_state", lambda engine, state, steps: taken.append(state))
         monkeypatch.setattr(checkpoint, "load_file", lambda path: taken.append(path.parent.name) or {})
-        record = checkpoint.load_checkpoint(engine, folder, say=said.append)
+        record = checkpoint.load_checkpoint(engine, folder, say=said.append, **options)
         return record, taken, said
 
     return run
@@ -170,3 +170,23 @@ def test_other_ranks_another_stage_and_other_passes_are_said(world, tmp_path):
     other = recipe_of(world, tmp_path, "engine.micro_batch_tokens=50")
     reasons = what_rounds_otherwise(record, other, world_size=4, stage=1)
     assert reasons == ["ZeRO stage 2 -> 1", "2 -> 4 ranks", "engine.micro_batch_tokens: 96 -> 50"]
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_what_it_lacks(write, load):
+    folder = write(2, extra={"best": None})
+    assert load(folder, needed=("best",))[0]["best"] is None
+    with pytest.raises(CheckpointError, match="step_2.*'seconds'.*another version.*another output_dir"):
+        load(folder, needed=("best", "seconds"))
+
+
+def test_a_checkpoint_of_version_0_1_0_belongs_to_its_run(world, tmp_path, write):
+    recipe = recipe_of(world, tmp_path)
+    old = recipe.model_dump(mode="json")
+    for name in ("labeler", "tokenizer", "device"):
+        old["evaluation"]["judge" if name == "labeler" else f"judge_{name}"] = old["evaluation"].pop(f"held_out_{name}")
+    write(2, extra={"recipe": old})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "checkpoints").rename(tmp_path / "run" / "checkpoints")
+    check_changes(recipe, OneRank())
+    record = {"world_size": 2, "zero_stage": 2, "recipe": old}
+    assert what_rounds_otherwise(record, recipe, world_size=2, stage=2) == []

@@ -25,12 +25,12 @@ def test_every_study_is_rewarded_by_its_own_reference_and_the_margin_of_the_step
     run = opened(world, tmp_path, *annealed, "reward.ccs_weights=inverse_prevalence")
     studies = [run.studies["test"][3], run.studies["train"][5], run.studies["val"][0]]
     labels = Labeler.load(world.folder / "labeler").label([study.report for study in studies])
-    context_of = run.rewarding.context_of([study.id for study in studies], step=1)
+    context_of = run.rewards.context_of([study.id for study in studies], step=1)
     assert np.array_equal(context_of.reference_labels, labels) and context_of.margin == pytest.approx(0.4)
-    assert run.rewarding.context_of([studies[0].id]).margin == pytest.approx(0.6)  # evaluations are at the last one
+    assert run.rewards.context_of([studies[0].id]).margin == pytest.approx(0.6)  # evaluations are at the last one
     train = Labeler.load(world.folder / "labeler").label([study.report for study in run.studies["train"]])
     assert np.array_equal(context_of.ccs_weights, inverse_prevalence(train)) and np.array_equal(
-        run.rewarding.classes("train"), train
+        run.rewards.classes("train"), train
     )
     assert list((world.folder / "phantoms" / FOLDER).glob("labeler-*.csv"))
 
@@ -38,10 +38,10 @@ def test_every_study_is_rewarded_by_its_own_reference_and_the_margin_of_the_step
 def test_the_constant_report_is_the_training_report_that_would_earn_most(world, tmp_path, inline_rewards):
     run = opened(world, tmp_path, "reward.margin=0.3")
     reports = [study.report for study in run.studies["train"]]
-    vectors = signed_vector(run.rewarding.classes("train"))
+    vectors = signed_vector(run.rewards.classes("train"))
     earned = [mccs(ccs(np.broadcast_to(vector, vectors.shape), vectors), 0.3).mean() for vector in vectors]
-    assert run.rewarding.constant in reports
-    assert earned[reports.index(run.rewarding.constant)] == pytest.approx(max(earned))
+    assert run.rewards.constant in reports
+    assert earned[reports.index(run.rewards.constant)] == pytest.approx(max(earned))
     result, _ = run.evaluate(run.studies["val"], title="")
     assert set(result["constant"]) == {"total", *run.recipe.reward.weights}
     assert result["constant"]["total"] == pytest.approx(
@@ -53,7 +53,7 @@ def test_a_labeler_that_does_not_load_is_bad_input_on_every_rank(world, tmp_path
     """With a real process: its message arrives, no model and no run is left waiting. (A launch looks at the labeler
     before; not here.)
     """
-    monkeypatch.setattr("mrg_r1.training.run.launch_findings", lambda *args, **kwargs: [])
+    monkeypatch.setattr("mrg_r1.training.preflight.launch_findings", lambda *args, **kwargs: [])
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text('{"architectures": ["Bert"]}')
@@ -64,7 +64,7 @@ def test_a_labeler_that_does_not_load_is_bad_input_on_every_rank(world, tmp_path
 def test_a_run_with_its_own_process_opens_rewards_and_closes(world, tmp_path):
     run = opened(world, tmp_path)
     result, _ = run.evaluate(run.studies["val"], title="")
-    assert result["labeler"] == run.rewarding.labeler and result["n"] == 8
-    directory = run.rewarding.supervisor.directory
-    run.rewarding.close()
+    assert result["labeler"] == run.rewards.labeler and result["n"] == 8
+    directory = run.rewards.supervisor.directory
+    run.rewards.close()
     assert not directory.exists() and (tmp_path / "run" / "reward_service_0.log").is_file()

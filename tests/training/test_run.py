@@ -11,7 +11,8 @@ import pytest
 import mrg_r1.training.run as run_module
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.study import ManifestError, read_manifest, write_manifest
-from mrg_r1.training.run import is_finished, open_run
+from mrg_r1.training.preflight import is_finished
+from mrg_r1.training.run import open_run
 from tests.conftest import OneRank
 
 
@@ -30,7 +31,7 @@ def no_model(monkeypatch):
         raise AssertionError("a model was loaded before the input was checked")
 
     monkeypatch.setattr(run_module, "load_policy", refuse)
-    monkeypatch.setattr(run_module.rewarding, "start_service", refuse)
+    monkeypatch.setattr(run_module.rewards, "start_service", refuse)
 
 
 def opened(world, tmp_path, *overrides, task="grpo"):
@@ -123,9 +124,9 @@ def test_a_good_run_opens_and_says_what_it_is(world, tmp_path, inline_rewards):
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["seed"] == 0 and environment["world_size"] == 1 and environment["packages"]["torch"]
     assert not any(parameter.requires_grad for parameter in run.policy.parameters())
-    assert not is_finished(run.recipe, run.ranks)
+    assert not is_finished(run.directory, run.ranks)
     run.write_summary({"status": "complete"})
-    assert is_finished(run.recipe, run.ranks)
+    assert is_finished(run.directory, run.ranks)
 
 
 def test_image_checks_can_be_left_out(world, copied, tmp_path, inline_rewards):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mrg_r1.labels.observations import OBSERVATIONS
+from mrg_r1.metrics.renamed import todays_names
 
 # file value of a label -> its letter on the page
 _LETTERS = {1: "+", 0: "-", -1: "?", None: "."}
@@ -34,7 +35,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}, line 1: {str(content)[:60]!r} is not a JSON object; mend the file or remove it")
-    return content
+    renamed: dict[str, Any] = todays_names(content)
+    return renamed
 
 
 def read_lines(path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -65,6 +67,7 @@ def read_lines(path: Path, needed: Sequence[str]) -> Iterator[tuple[str, dict[st
                 ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: {str(row)[:60]!r} is not a JSON object; mend or remove the line")
+            row = todays_names(row)
             for key in needed:
                 if key not in row:
                     raise ValueError(f"{where}: no field `{key}`; mend or remove the line")

@@ -1,0 +1,84 @@
+"""What a recipe points at: each check is handed a path, and says whether what should be there is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+# A folder each, named as config.json names the family. A recipe is read without importing any.
+_FAMILIES = Path(__file__).parents[1] / "policy" / "families"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the file, the field, the value and the remedy."""
+
+
+def check_manifest(path: Path) -> None:
+    """Refuse a manifest that is not there.
+
+    Raises:
+        RecipeError: names data.manifest and the remedy.
+    """
+    if not path.is_file():
+        raise RecipeError(f"data.manifest {path}: no such file; `mrg-r1 prepare` makes one")
+
+
+def check_labeler_path(field: str, path: Path) -> None:
+    """Refuse a labeler that is not there.
+
+    Args:
+        field: of the recipe, which names it.
+
+    Raises:
+        RecipeError: names the field and the remedy.
+    """
+    if not path.exists():
+        optional = ", or leave it out" if field != "reward.labeler" else ""
+        raise RecipeError(f"{field} {path}: no such file or directory; `mrg-r1 labeler train` makes one{optional}")
+
+
+def check_adapter(path: Path) -> None:
+    """Refuse a folder that holds no adapter.
+
+    Raises:
+        RecipeError: names policy.adapter and the remedy.
+    """
+    if not (path / "adapter_config.json").is_file():
+        raise RecipeError(f"policy.adapter {path}: no adapter_config.json there; give the adapter/ folder of a run")
+
+
+def check_deepspeed(path: Path) -> None:
+    """Refuse a DeepSpeed configuration that is not there.
+
+    Raises:
+        RecipeError: names engine.deepspeed and the remedy.
+    """
+    if not path.is_file():
+        raise RecipeError(f"engine.deepspeed {path}: no such file; ds_configs/ has zero1.json to zero3.json")
+
+
+def check_checkpoint_directory(path: Path) -> None:
+    """Refuse a directory that is not a checkpoint of a model family that loads.
+
+    Raises:
+        RecipeError: names policy.path, what was found there and the remedy.
+    """
+    config = path / "config.json"
+    if not config.is_file():
+        raise RecipeError(f"policy.path {path}: no config.json there; give the directory of a checkpoint")
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except json.JSONDecodeError as error:
+        raise RecipeError(
+            f"policy.path {path}: config.json is not JSON ({error}); fetch the checkpoint again"
+        ) from error
+    families = sorted(folder.parent.name for folder in _FAMILIES.glob("*/__init__.py"))
+    if model_type not in families:
+        raise RecipeError(
+            f"policy.path {path}: config.json says model_type {model_type!r}; these load: {', '.join(families)}"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise RecipeError(
+            f"policy.path {path}: no *.safetensors there; the download is incomplete, or the weights are a pickle "
+            "(not loaded)"
+        )
