@@ -14,6 +14,7 @@ from mrg_r1.policy.logprobs import completion_logprobs
 from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.policy.policy import Policy
 from mrg_r1.rollout.decode import rollout
+from mrg_r1.rollout.sampling import Sampling
 from tests.conftest import with_lora
 from tests.policy.families.another import ANOTHER, random_model
 
@@ -95,7 +96,7 @@ def test_another_familys_modules_are_fed_as_transformers_feeds_them(another, stu
 def test_another_family_samples_what_it_scores(another, studies, build):
     prompts = build(another)(studies)
     vision = another.encode_images(prompts)
-    done = rollout(another, prompts, vision, group_size=3, max_new_tokens=9, seed=0, step=0)
+    done = rollout(another, prompts, vision, Sampling(group_size=3, max_new_tokens=9, seed=0, step=0))
     rows = torch.arange(4).repeat_interleave(3)
     with torch.no_grad():
         logp, _ = another(prompts, vision, done.token_ids.flatten(0, 1), done.mask.flatten(0, 1), rows)

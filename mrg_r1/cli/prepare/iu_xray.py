@@ -92,3 +92,4 @@ def _prepare_iu_xray(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
     )
     print_outcome("IU X-Ray, studies", counts, arguments.output)
+    collection.headings.show()

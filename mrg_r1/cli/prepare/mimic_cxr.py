@@ -95,6 +95,7 @@ def _prepare_mimic_cxr(arguments: argparse.Namespace) -> None:
     if prepared.found:
         print(f"{arguments.output}: went on after the {prepared.found:,} studies of the run that was interrupted")
     print_outcome("MIMIC-CXR, studies", prepared.counts, arguments.output)
+    prepared.headings.show()
     if prepared.not_utf8:
         print(
             f"reports that were not UTF-8 and were read as Windows-1252: {len(prepared.not_utf8):,}, the first "

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 from xml.etree import ElementTree
 
+from mrg_r1.data.prepare.headings import Headings, nearest
 from mrg_r1.data.prepare.iu_xray.study import (
     IuCollection,
     IuImage,
@@ -51,6 +52,7 @@ def read_open_i(source: Path) -> IuCollection:
     files = _folder_files(source) if source.is_dir() else _archive_files(source)
     studies: list[IuStudy] = []
     refusals: list[IuRefusal] = []
+    headings = Headings()
     for name, data, problem in files:
         where = f"{source}, {name}"
         number = study_number(PurePosixPath(name).stem)
@@ -59,16 +61,16 @@ def read_open_i(source: Path) -> IuCollection:
             refusals.append(IuRefusal(study_id, where, problem))
             continue
         try:
-            studies.append(_study(data, where, number))
+            studies.append(_study(data, where, number, headings))
         except ValueError as error:
             refusals.append(IuRefusal(study_id, where, str(error)))
     if not studies and not refusals:
         raise ManifestError([f"{source}: no XML reports in it; {_FETCH}, or give the folder of its *.xml"])
     kept, repeats = without_repeats(studies)
-    return IuCollection(source, "open-i", "Open-i reports (XML)", tuple(kept), (*refusals, *repeats))
+    return IuCollection(source, "open-i", "Open-i reports (XML)", tuple(kept), (*refusals, *repeats), headings=headings)
 
 
-def _study(data: bytes, where: str, number_of_file: str | None) -> IuStudy:
+def _study(data: bytes, where: str, number_of_file: str | None, headings: Headings) -> IuStudy:
     root = _parse(data)
     if root.tag != "eCitation":
         raise ValueError(f"element <{root.tag}>; an Open-i report is an <eCitation>")
@@ -85,7 +87,13 @@ def _study(data: bytes, where: str, number_of_file: str | None) -> IuStudy:
     for element in root.iter("AbstractText"):
         label = (element.get("Label") or "").strip().upper()
         if label not in _SECTIONS:
-            continue
+            meant = nearest(label, _SECTIONS, twice=("FINDINGS", "IMPRESSION"))
+            if meant is None:
+                if "".join(element.itertext()).strip():
+                    headings.count((), (label or "(none)",))
+                continue
+            headings.count(((label, _SECTIONS[meant]),), ())
+            label = meant
         if _SECTIONS[label] in texts:
             raise ValueError(f"<AbstractText Label={label!r}> stands twice; one report has one")
         texts[_SECTIONS[label]] = "".join(element.itertext())

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from mrg_r1.data.prepare.headings import Headings
 
 _IMAGE_SUFFIX = re.compile(r"(\.(dcm|dicom|png|jpe?g|tiff?|bmp|webp|gif|jp2))+$", re.IGNORECASE)
 # One study carries its number twice at Open-i, CXR1_1_IM-0001-3001, and once at Kaggle.
@@ -66,6 +68,7 @@ class IuCollection:
     studies: tuple[IuStudy, ...]
     refusals: tuple[IuRefusal, ...]
     projections: Path | None = None  # read beside `source`
+    headings: Headings = field(default_factory=Headings)  # labels of sections that are not known
 
 
 def study_number(study_id: str) -> str | None:

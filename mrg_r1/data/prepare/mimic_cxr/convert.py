@@ -21,6 +21,7 @@ from mrg_r1.console import progress
 from mrg_r1.data.images import image_problem
 from mrg_r1.data.prepare.checking import refuse_changed_sources
 from mrg_r1.data.prepare.conversion import Conversion, Counts
+from mrg_r1.data.prepare.headings import Headings
 from mrg_r1.data.prepare.mimic_cxr.sections import Report, read_report
 from mrg_r1.data.prepare.mimic_cxr.tables import AP, LATERAL, PA, SPLITS, Labels, Studies, find_table, read_studies
 from mrg_r1.types import Study, StudyImage
@@ -57,6 +58,7 @@ class Prepared:
     counts: Counts
     found: int  # lines that an interrupted run had written
     not_utf8: list[str]  # reports that this run read as Windows-1252
+    headings: Headings  # that are not known, of the reports that this run read
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def prepare_mimic_cxr(
         with Conversion(output, settings) as conversion:
             reader = _Reader(root.absolute(), studies, labels, texts, choices)
             _settle(reader, conversion)
-            return Prepared(conversion.close(), conversion.found, texts.not_utf8)
+            return Prepared(conversion.close(), conversion.found, texts.not_utf8, reader.headings)
 
 
 def _settle(reader: _Reader, conversion: Conversion) -> None:
@@ -156,6 +158,7 @@ class _Reader:
     def __init__(self, root: Path, studies: Studies, labels: Labels | None, texts: _Reports, choices: Choices) -> None:
         self.studies = studies
         self.labels = labels
+        self.headings = Headings()
         self._root, self._texts, self._choices = root, texts, choices
 
     def split(self, place: int) -> str:
@@ -173,6 +176,7 @@ class _Reader:
         folder = f"files/p{str(subject)[:2]}/p{subject}/s{number}"
         try:
             report = read_report(self._texts.read(f"{folder}.txt"))
+            self.headings.count(report.misspelt, report.unknown)
             text = _text_to_learn(report, self._choices)
         except _NoText as error:
             return _Refused(str(error), self.where(place))

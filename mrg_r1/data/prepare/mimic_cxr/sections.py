@@ -8,6 +8,10 @@ Nothing is guessed from the wording of sentences. What decides is where a headin
   clear.`);
 - in capitals with a colon behind a sentence's end or two blanks (`... clear.  IMPRESSION: Normal.`).
 
+A heading that is misspelt (`IMPRESION:`) opens the section that it means, where it stands with a colon or alone on its
+line in capitals. Other words in capitals with a colon at a line's start (`SUMMARY:`) belong to the section that they
+stand in, and are named (`Report.unknown`).
+
 Headings that are merged (`FINDINGS AND IMPRESSION:`, `COMPARISON/TECHNIQUE:`) open one section, of the first of
 findings, impression and the rest that is among them. Other words with a colon (`LUNGS:`) belong to the section that
 they stand in.
@@ -17,6 +21,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+
+from mrg_r1.data.prepare.headings import nearest
 
 # heading -> section; first match wins among merged headings in the order of _RANK
 _HEADINGS = {
@@ -66,7 +73,11 @@ _MERGED = (
     rf"(?:{_WORDS})(?:\(S\))?(?:\s*(?:[,/&]|\bAND\b)\s*(?:{_WORDS})(?:\(S\))?)*(?!\w)(?:\s*#?\s*\d+(?=\s*:|\s*$))?"
 )
 _AT_START = re.compile(rf"(?P<heading>{_MERGED})(?P<colon>\s*:)?", re.IGNORECASE)
-_WITHIN = re.compile(rf"(?:(?<=[.!?:;)\]_]\s)|(?<=\s\s))(?:{_MERGED})\s*:")
+# Words that may be a heading: whether they are one, or one misspelt, is looked up.
+_CAPITALS = r"[A-Z][A-Z]+(?:[\s,/&-]+[A-Z]+)*(?:\(S\))?"
+_WITHIN = re.compile(rf"(?:(?<=[.!?:;)\]_]\s)|(?<=\s\s))(?:(?P<known>{_MERGED})|(?P<perhaps>{_CAPITALS}))\s*:")
+_PERHAPS = re.compile(rf"(?P<heading>{_CAPITALS}|[A-Z][a-z]+)(?:(?P<colon>\s*:)|(?=[\s.-]*$))")
+_TWICE = ("FINDINGS", "IMPRESSION", "IMPRESSIONS")
 _VIEW = (
     r"AP|PA|LAT(?:ERAL)?|FRONTAL|CHEST|PORTABLE|UPRIGHT|SUPINE|ERECT|SEMI-?\s?(?:UPRIGHT|ERECT)|SINGLE|ONE|TWO|[1-4]|VIEWS?|FILMS?|"
     r"RADIOGRAPHS?|X-?RAYS?|OF|THE|AND"
@@ -99,6 +110,8 @@ class Report:
     comparison: str | None
     combined: bool  # the findings stand under FINDINGS AND IMPRESSION
     last_paragraph: str | None  # without a heading, where there are neither findings nor an impression
+    misspelt: tuple[tuple[str, str], ...] = ()  # headings that are misspelt, and the sections that they opened
+    unknown: tuple[str, ...] = ()  # words in capitals with a colon at a line's start that opened none
 
 
 def read_report(text: str) -> Report:
@@ -131,10 +144,15 @@ def read_report(text: str) -> Report:
         indication=_joined(sections, "indication"),
         comparison=_joined(sections, "comparison"),
         combined=any(
-            section.name == "findings" and re.search("impression|conclusion", section.heading, re.I)
-            for section in sections
+            section.name == "findings" and "impression" in _sections_meant(section.heading) for section in sections
         ),
         last_paragraph=last,
+        misspelt=tuple(
+            (words, section.name)
+            for section in sections
+            if (words := section.heading.rstrip(" :.-")) and _misspelt(words) == section.name
+        ),
+        unknown=tuple(_unknown_headings(text, sections)),
     )
 
 
@@ -180,8 +198,11 @@ def _cut(line: str, current: str) -> list[tuple[str | None, str, str]]:
     pieces: list[tuple[str | None, str, str]] = []
     opened, begin, after = (start[0], 0, start[1]) if start else (None, 0, 0)
     for match in _WITHIN.finditer(line, after):
+        name = _named(match["known"]) if match["known"] else _misspelt(match["perhaps"])
+        if name is None:
+            continue
         pieces.append((opened, line[begin:after], line[after : match.start()]))
-        opened, begin, after = _named(match[0]), match.start(), match.end()
+        opened, begin, after = name, match.start(), match.end()
     pieces.append((opened, line[begin:after], line[after:]))
     return pieces
 
@@ -189,6 +210,10 @@ def _cut(line: str, current: str) -> list[tuple[str | None, str, str]]:
 def _opening(line: str, current: str) -> tuple[str, int] | None:
     """The section that a line opens, and where its heading ends."""
     match = _AT_START.match(line)
+    if (match is None or not match["colon"]) and (near := _PERHAPS.match(line)):
+        name = _misspelt(near["heading"]) if near["colon"] or near["heading"].isupper() else None
+        if name is not None:
+            return name, near.end()
     if match is None:
         title = _VIEW_TITLE.match(line)
         # within findings or an impression such a title is a part of them
@@ -208,9 +233,46 @@ def _opening(line: str, current: str) -> tuple[str, int] | None:
 
 def _named(heading: str) -> str:
     """The section of a heading, of merged ones the first in rank."""
-    words = re.split(r"\s*(?:[,/&:]|\bAND\b)\s*", re.sub(r"[#\d]|\(S\)", "", heading.upper()))
-    names = [_SECTION_OF[word] for word in map(_collapsed, words) if word in _SECTION_OF]
+    names = [_SECTION_OF[word] for word in _split(heading) if word in _SECTION_OF]
     return min(names, key=_RANK.__getitem__)
+
+
+@lru_cache(maxsize=4096)
+def _misspelt(heading: str) -> str | None:
+    """The section of a heading that is misspelt, alone or merged with others; None where it is right or no heading."""
+    meant = _meant(heading)
+    if meant == _split(heading) or not all(meant):
+        return None
+    return min((_SECTION_OF[word] for word in meant if word), key=_RANK.__getitem__)
+
+
+def _meant(heading: str) -> list[str | None]:
+    """The known heading that each of merged headings is or is a misspelling of."""
+    return [word if word in _SECTION_OF else nearest(word, _SECTION_OF, twice=_TWICE) for word in _split(heading)]
+
+
+def _sections_meant(heading: str) -> set[str]:
+    return {_SECTION_OF[word] for word in _meant(heading.rstrip(" :.-")) if word}
+
+
+def _split(heading: str) -> list[str]:
+    plain = re.sub(r"[#\d]|\(S\)", "", heading.upper())
+    return [_collapsed(part) for part in re.split(r"\s*(?:[,/&:]|\bAND\b)\s*", plain)]
+
+
+def _unknown_headings(text: str, sections: list[Section]) -> list[str]:
+    """Words in capitals with a colon at a line's start that opened no section of their own."""
+    opened = {section.heading for section in sections}
+    found: dict[str, None] = {}
+    for line in map(str.strip, text.splitlines()):
+        match = _PERHAPS.match(line)
+        if match is None or not match["colon"] or not match["heading"].isupper():
+            continue
+        whole = _collapsed(match[0])
+        known = _AT_START.match(line) is not None or _VIEW_TITLE.match(line) is not None
+        if whole not in opened and not known and _misspelt(match["heading"]) is None:
+            found[_collapsed(match["heading"])] = None
+    return list(found)
 
 
 def _joined(sections: list[Section], name: str) -> str | None:

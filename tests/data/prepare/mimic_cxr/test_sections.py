@@ -227,6 +227,9 @@ PIECES = [
         "WET READ",
         "HISTORY",
         "COMPARISON",
+        "IMPRESION",
+        "FINDNGS",
+        "SUMMARY",
     ),
     *(
         "AND",

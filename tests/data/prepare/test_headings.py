@@ -1,0 +1,109 @@
+"""A heading that is misspelt opens the section that it means; one that is not known is counted and named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mrg_r1.cli import main
+from mrg_r1.data.prepare.headings import nearest
+from mrg_r1.data.prepare.iu_xray.open_i import read_open_i
+from mrg_r1.data.prepare.mimic_cxr.sections import read_report
+from tests.data.prepare.mimic_cxr.mimic_tree import ONE, TWO, TreeStudy, kept, write_tree
+
+LUNGS, NORMAL = "The lungs are clear. No effusion.", "No acute process."
+IMPRESSIONS = [
+    *("IMPRESION", "IMPRESSON", "IMPRSSION", "IMPRESSIOM", "IMPRESSSION", "IMRPESSION", "INPRESSION", "MPRESSION"),
+    *("IMPRESIONS", "IMPRESIION", "IMPRE SSION", "CONCLUSON", "IMPPRESION"),
+]
+FINDINGS = ["FINDNGS", "FINDIGNS", "FINDINS", "FIDNINGS", "FINDINGGS", "FNDINGS", "FIINDNGS", "INDINGS", "FINDIN GS"]
+
+
+@pytest.mark.parametrize("layout", ["{}: ", "{}:\n\n", "  {} : ", "{}\n"])
+@pytest.mark.parametrize("heading", [*IMPRESSIONS, *FINDINGS])
+def test_a_misspelt_heading_opens_its_section(heading: str, layout: str) -> None:
+    findings, impression = ("FINDINGS", heading) if heading in IMPRESSIONS else (heading, "IMPRESSION")
+    text = f"HISTORY: Cough.\n\n{layout.format(findings)}{LUNGS}\n\n{layout.format(impression)}{NORMAL}\n"
+    report = read_report(text)
+    assert (report.indication, report.findings, report.impression) == ("Cough.", LUNGS, NORMAL)
+    assert report.misspelt == ((heading, "impression" if heading in IMPRESSIONS else "findings"),)
+    assert report.unknown == ()
+
+
+def test_other_headings_and_other_places() -> None:
+    report = read_report(f"INDCATION: Cough. COMPARSION: None. FINDNGS: {LUNGS[:-1]}.  IMPRESION: {NORMAL}")
+    assert (report.indication, report.comparison, report.findings) == ("Cough.", "None.", LUNGS)
+    assert report.impression == NORMAL
+    merged = read_report(f"FINDINGS AND IMPRESION: {LUNGS}")
+    assert merged.combined and merged.findings == LUNGS
+    assert read_report(f"Findings: {LUNGS}\nImpresion: {NORMAL}").impression == NORMAL
+    with_technique = read_report(f"FINDINGS: {LUNGS}\nTECHNIQE: PA.\nRECOMENDATION(S): CT.\nADENDUM: The side.")
+    assert with_technique.findings == LUNGS
+
+
+@pytest.mark.parametrize(
+    "heading",
+    [
+        *("SUMMARY", "OPINION", "INTERPRETATION", "LUNGS", "COMPRESSION", "DEPRESSION", "CONTUSION", "CONCUSSION"),
+        *("OCCLUSION", "MEDICATIONS", "LUNGS AND PLEURA", "HEART/MEDIASTINUM", "STURDY", "DIAGNOSIS"),
+    ],
+)
+def test_an_unknown_heading_stays_where_it_is_and_is_named(heading: str) -> None:
+    report = read_report(f"FINDINGS: {LUNGS}\n{heading}: Something.\n{heading}: Again.\nIMPRESSION: {NORMAL}")
+    assert report.findings == f"{LUNGS} {heading}: Something. {heading}: Again."
+    assert report.impression == NORMAL and report.unknown == (heading,) and report.misspelt == ()
+
+
+def test_known_headings_titles_and_running_text_are_not_named() -> None:
+    report = read_report(
+        f"FINAL REPORT\nEXAMINATION: CHEST\nRECOMMENDATION(S): CT.\nPORTABLE CHEST: Rotated.\nFINDINGS: {LUNGS}\n"
+        f"Of note: nothing. Impressions\nof the trachea: none.\nIMPRESSION: {NORMAL}\nADDENDUM #2: The side."
+    )
+    assert report.unknown == () and report.misspelt == () and report.impression == NORMAL
+
+
+@pytest.mark.parametrize("word", ["EXAN", "STUDI", "", "LUNGS", "COMPRESSION", "FINDINGS"])
+def test_short_right_and_distant_words_mean_nothing(word: str) -> None:
+    assert nearest(word, ("EXAM", "STUDY", "FINDINGS", "IMPRESSION"), twice=("FINDINGS", "IMPRESSION")) is None
+
+
+def test_mimic_cxr_closes_with_the_headings_that_are_not_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    three = TreeStudy(10000999, 50000003, report=f"FINDINGS: {LUNGS}\nSUMMARY: {NORMAL}")
+    two = TreeStudy(TWO.subject, TWO.study, report=f"FINDNGS: {LUNGS}\nIMPRESION: {NORMAL}\nOPINION: None.")
+    four = TreeStudy(10001999, 50000004, report=f"FINDINGS: {LUNGS}\nSUMMARY: {NORMAL}")
+    write_tree(tmp_path / "mimic", [ONE, two, three, four])
+    assert main(["prepare", "mimic-cxr", str(tmp_path / "mimic"), "-o", str(tmp_path / "out")]) == 0
+    rows = {
+        tuple(cell.strip() for cell in line.split("│")[1:-1])
+        for line in capsys.readouterr().out.splitlines()
+        if "│" in line
+    }
+    assert {("FINDNGS", "findings", "1"), ("IMPRESION", "impression", "1")} <= rows
+    found = {row[0]: row[2] for row in rows}
+    assert (found["SUMMARY"], found["OPINION"]) == ("2", "1") and "LUNGS" not in found
+    study = kept(tmp_path)[two.name]
+    assert (study.findings, study.impression) == (LUNGS, f"{NORMAL} OPINION: None.")
+
+
+def test_nothing_is_said_where_every_heading_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tree(tmp_path / "mimic", [ONE])
+    assert main(["prepare", "mimic-cxr", str(tmp_path / "mimic"), "-o", str(tmp_path / "out")]) == 0
+    assert "heading" not in capsys.readouterr().out
+
+
+def test_labels_of_open_i_are_read_alike(tmp_path: Path) -> None:
+    def section(label: str, text: str) -> str:
+        return f'<AbstractText Label="{label}">{text}</AbstractText>'
+
+    sections = section("FINDNGS", LUNGS) + section("IMPRESION", NORMAL) + section("SUMMARY", "x") + section("LUNGS", "")
+    (tmp_path / "7.xml").write_text(
+        f'<eCitation><uId id="CXR7"/><Abstract>{sections}</Abstract><parentImage id="CXR7_IM-1-1"/></eCitation>'
+    )
+    collection = read_open_i(tmp_path)
+    (study,) = collection.studies
+    assert (study.findings, study.impression) == (LUNGS, NORMAL)
+    assert dict(collection.headings.unknown) == {"SUMMARY": 1}
+    assert set(collection.headings.misspelt) == {("FINDNGS", "findings"), ("IMPRESION", "impression")}
