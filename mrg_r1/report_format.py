@@ -35,6 +35,11 @@ class Parsed:
     rules: dict[str, bool]  # THINK_RULES or PLAIN_RULES -> kept
 
 
+def has_tag(text: str) -> bool:
+    """Whether one of the four tags of think mode stands in a text."""
+    return _TAG.search(text) is not None
+
+
 def parse(text: str, mode: Mode) -> Parsed:
     """Take a completion apart.
 

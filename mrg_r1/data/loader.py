@@ -36,6 +36,12 @@ class PromptWords:
     max_tokens: int = 4096
 
 
+def special_tokens(tokenizer: Any) -> list[str]:
+    """What a tokenizer reads as one of its special tokens wherever it is spelled out in a text."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*added, *tokenizer.all_special_tokens})
+
+
 class PromptBuilder:
     """Studies -> `Prompts`, left-padded.
 
@@ -44,6 +50,9 @@ class PromptBuilder:
         image_processor: PIL images -> named tensors.
         layout: how the policy's family writes images into a prompt; `policy.layout`.
         workers: processes that read images; 0: the thread that builds.
+
+    Raises:
+        PromptError: an instruction that has a special token spelled out in it.
     """
 
     def __init__(
@@ -54,7 +63,12 @@ class PromptBuilder:
         self.images = ImageReader(image_processor, workers=workers)
         self.layout = layout
         self.words = words
-        self._special = sorted(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._special = special_tokens(tokenizer)
+        found = next((token for token in self._special if token in words.instruction), None)
+        if found is not None:
+            raise PromptError(
+                f"prompt.instruction contains {found}, a special token of the policy's tokenizer; take it out"
+            )
 
     def messages(self, study: Study) -> list[dict[str, Any]]:
         """One user turn: each image after its view where known, then the study's context where asked, then the

@@ -114,9 +114,13 @@ class Engine:
 
         Every rank must make equally many calls before its last one: ZeRO-2 and 3 meet in each. DeepSpeed averages over
         ranks; a share is already divided by the global count, so that is undone here, and nowhere else.
+
+        A loss that is not finite leaves the update out on all ranks, whatever its gradient is: that of an infinite
+        log-prob may well be finite.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss_share * self.ranks.world_size)
+        sound = torch.where(loss_share.detach().isfinite(), 1.0, torch.nan)  # without waiting for the device
+        self._engine.backward(loss_share * self.ranks.world_size * sound)
         self._step()
 
     def finish_backward(self, continuation: Tensor) -> None:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,9 @@ class PolicyWeights(nn.Module):
         self.layout = self.family.prompt_layout(config, tokenizer)
         self.image_token_id = self.layout.image_token_id
         self.eos_ids = eos_ids(self.base, tokenizer)
+        # what a completion that is to be learned ends with
+        turn = end_of_turn(tokenizer)
+        self.end_id: int = next(one for one in (turn, tokenizer.eos_token_id, self.eos_ids[0]) if one is not None)
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
         banned = torch.zeros(self.base.lm_head.out_features, dtype=torch.bool)
         banned[sorted(self.family.banned_ids(config, tokenizer))] = True
@@ -121,8 +125,8 @@ class PolicyWeights(nn.Module):
 
 
 def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: a checkpoint may name several, one of which is also the pad id (docs/traps.md
-    #8).
+    """Every id that ends a completion: a checkpoint may name several, one of which is also the pad id, and may leave
+    out the one that its own chat template ends a turn with (docs/traps.md #8).
 
     Raises:
         ValueError: neither the generation config, the tokenizer nor the config names one.
@@ -135,4 +139,21 @@ def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         raise ValueError(
             "the checkpoint names no eos_token_id (generation_config.json, tokenizer_config.json or config.json)"
         )
-    return sorted(found)
+    turn = end_of_turn(tokenizer)
+    return sorted(found if turn is None else {*found, turn})
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The added token that the chat template writes right after what an assistant said; None where it writes none, or
+    takes no assistant's turn.
+    """
+    said = "All clear"
+    turns = [("user", "What?"), ("assistant", said)]
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError:
+        return None
+    before, _, after = text.rpartition(said)
+    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if before else []
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mrg_r1.config.recipe import Recipe, RecipeError
-from mrg_r1.data.loader import StudyLoader
+from mrg_r1.data.loader import StudyLoader, special_tokens
 from mrg_r1.engine.faults import Signals
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
@@ -21,7 +21,7 @@ from mrg_r1.phantom.wording import think_text
 from mrg_r1.policy.load import save_policy
 from mrg_r1.policy.logprobs import micro_batches
 from mrg_r1.policy.lora import add_lora, save_adapter
-from mrg_r1.report_format import target_text
+from mrg_r1.report_format import has_tag, target_text
 from mrg_r1.tracking.log import Clock
 from mrg_r1.training.preflight import is_finished
 from mrg_r1.training.run import Run
@@ -92,9 +92,7 @@ def target_ids(run: Run, study: Study) -> list[int]:
             )
         think = think_text(study.said, range(NO_FINDING))
     text = target_text(study.report, think, recipe.prompt.mode)
-    ids: list[int] = run.policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [
-        run.policy.tokenizer.eos_token_id
-    ]
+    ids: list[int] = run.policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [run.policy.end_id]
     if len(ids) > recipe.rollout.max_new_tokens:
         raise RecipeError(
             f"study {study.id}: a target of {len(ids)} tokens, rollout.max_new_tokens is "
@@ -103,12 +101,42 @@ def target_ids(run: Run, study: Study) -> list[int]:
     return ids
 
 
+def check_reports(run: Run) -> None:
+    """Refuse reports to be learned that have a special token, or in think mode a tag of the format, spelled out.
+
+    The tokenizer would read the token as itself: an end in mid-report would be learned, or an image's place, whose
+    probability is zero and its loss infinite. Reports that only serve as references need no such check: labelers and
+    metrics have other tokenizers, and the policy never reads them.
+
+    Raises:
+        RecipeError: names the study and the token.
+    """
+    tokenizer, think = run.policy.tokenizer, run.recipe.prompt.mode == "think"
+    unsafe = {*special_tokens(tokenizer), *tokenizer.convert_ids_to_tokens(run.policy.eos_ids)}
+    # ids that are never sampled, an image's say: added tokens need not be special to be read as such
+    added = tokenizer.added_tokens_decoder
+    unsafe |= {str(added[token]) for token in run.policy.banned.nonzero().flatten().tolist() if token in added}
+    for study in run.studies["train"]:
+        found = next((token for token in sorted(unsafe) if token in study.report), None)
+        if found is not None:
+            raise RecipeError(
+                f"study {study.id}: its report contains {found}, a special token of the policy's tokenizer; take it "
+                "out of the text"
+            )
+        if think and has_tag(study.report):
+            raise RecipeError(
+                f"study {study.id}: its report contains a tag of think mode (<think>, <report>), and would break the "
+                "format that is to be learned; take it out of the text"
+            )
+
+
 def train(recipe: Recipe, ranks: Ranks) -> None:
     """Run or resume an SFT recipe. Leaves RUN/adapter (LoRA) or RUN/policy (all parameters, a checkpoint directory)."""
     if is_finished(recipe.output_dir, ranks):
         return
 
     def make_trainable(run: Run) -> None:
+        check_reports(run)
         if recipe.sft.trainable == "lora":
             add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
         else:

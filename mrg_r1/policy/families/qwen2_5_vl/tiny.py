@@ -13,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from mrg_r1.files import folder_filled
+
 _SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -71,10 +73,10 @@ def create_tiny_policy(
     model.generation_config.update(
         do_sample=True, temperature=1e-6, top_k=1, repetition_penalty=1.05, eos_token_id=[2, 0], pad_token_id=0
     )
-    output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(output, safe_serialization=True)
-    tokenizer.save_pretrained(output)
-    Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=image_side * image_side).save_pretrained(output)
+    processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=image_side * image_side)
+    with folder_filled(output) as fresh:
+        for part in (model, tokenizer, processor):
+            part.save_pretrained(fresh)
 
 
 def _learn_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:

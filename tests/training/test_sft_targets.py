@@ -1,0 +1,67 @@
+"""Reports that SFT would learn wrongly are refused before the first step, and a loss that is not finite is skipped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mrg_r1.config.recipe import RecipeError, load_recipe
+from mrg_r1.data.loader import PromptError
+from mrg_r1.data.study import read_manifest, write_manifest
+from mrg_r1.engine.zero import Engine
+from mrg_r1.training.sft import check_reports, target_ids, train
+from tests.conftest import OneRank
+
+
+@pytest.mark.usefixtures("inline_rewards")
+@pytest.mark.parametrize("word", ["<|image_pad|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>"])
+def test_a_report_with_a_special_token_is_refused_with_its_study(world, tmp_path, word):
+    studies = read_manifest(world.folder / "phantoms/manifest.jsonl")
+    bad = next(study for study in studies if study.split == "train")
+    changed = [replace(study, report=f"Clear.{word} No more.") if study is bad else study for study in studies]
+    write_manifest(tmp_path / "manifest.jsonl", changed)
+    recipe = load_recipe(world.recipe(tmp_path / "run"), [f"data.manifest={tmp_path / 'manifest.jsonl'}"])
+    with pytest.raises(RecipeError) as caught:
+        train(recipe, OneRank())
+    assert bad.id in str(caught.value) and word in str(caught.value)
+
+
+def run_of(policy, report, mode):
+    study = SimpleNamespace(id="s-1", report=report, rendered=False, said=None)
+    recipe = SimpleNamespace(prompt=SimpleNamespace(mode=mode), rollout=SimpleNamespace(max_new_tokens=99))
+    return SimpleNamespace(policy=policy, recipe=recipe, studies={"train": [study]})
+
+
+def test_tags_are_refused_where_they_are_the_format_alone(policy):
+    report = "The heart is enlarged.</report>"
+    with pytest.raises(RecipeError, match="s-1"):
+        check_reports(run_of(policy, report, "think"))
+    check_reports(run_of(policy, report, "plain"))
+    check_reports(run_of(policy, "The heart is < 1 > enlarged.", "think"))
+
+
+def test_a_target_ends_as_the_template_ends_a_turn(policy):
+    run = run_of(policy, "The heart is enlarged.", "plain")
+    assert target_ids(run, run.studies["train"][0])[-1] == policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_an_instruction_with_a_special_token_is_refused_by_field(policy, build):
+    with pytest.raises(PromptError, match=r"prompt.instruction.*<\|im_end\|>"):
+        build(policy, instruction="Write.<|im_end|>")
+
+
+@pytest.mark.parametrize("loss", [float("inf"), float("nan"), 2.0])
+def test_a_loss_that_is_not_finite_leaves_no_finite_gradient(loss):
+    """DeepSpeed leaves out an update by its gradient, and an infinite loss may have a finite one."""
+    weight = torch.ones(3, requires_grad=True)
+    engine = Engine.__new__(Engine)
+    engine.ranks = SimpleNamespace(world_size=2)
+    inner = SimpleNamespace(set_gradient_accumulation_boundary=lambda last: None, backward=lambda one: one.backward())
+    engine._engine, engine._step = inner, lambda: None
+    engine.backward(weight.sum() + loss, last=True)
+    assert bool(weight.grad.isfinite().all()) == (loss == 2.0)
+    if loss == 2.0:
+        assert torch.equal(weight.grad, torch.full((3,), 2.0))
