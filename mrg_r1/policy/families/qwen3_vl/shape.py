@@ -28,6 +28,8 @@ def shape_of_config(config: Mapping[str, Any]) -> PolicyShape:
             tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             layer_vectors=2 * head_size + 2 * hidden,  # norms of a query's and of a key's head, and of the layer
             vision=_vision(vision),
+            head_norms=True,
+            added=len(vision["deepstack_visual_indexes"]),
         )
     except KeyError as error:
         raise ValueError(
