@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# As libraries in Rust (safetensors, tokenizers) say it, whose errors are no OSError.
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
 def atomically(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """A name beside `path`, under which the block writes a file or a folder; it becomes `path` where the block ends
-    well, and is removed where it does not. What stood at `path` before is replaced (a folder must have been empty).
+    well, and is removed where it does not. What stood at `path` before is replaced (a folder must have been empty). A
+    device or a pipe, such as /dev/stdout, is written to as it is.
 
     Args:
         synced: brought to the disk first; False where what a crash of the machine damages is easily made again.
 
     Raises:
-        OSError: it cannot be put in place; what was there before is untouched.
+        OSError: it cannot be written or put in place, and names `path`; what was there before is untouched.
     """
+    if _is_stream(path):
+        with naming(path):
+            yield path
+        return
+    if path.is_symlink():
+        path = path.resolve()  # the file that it leads to is replaced, and not the link
     # the process's number: two runs may write the same file at once
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        if synced:
-            sync(temporary)
-        os.replace(temporary, path)
+        with naming(path, temporary):
+            yield temporary
+            if synced:
+                sync(temporary)
+            os.replace(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -42,6 +58,86 @@ def write_text_atomically(path: Path, text: str) -> None:
     """
     with atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether what stands there is to be written to and not replaced."""
+    if path.parent in (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+@contextmanager
+def folder_filled(folder: Path) -> Iterator[Path]:
+    """A fresh folder to write files into, which become files of `folder` where the block ends well: each is then whole,
+    has the umask's permissions, and replaces one of its name; others of `folder` stay.
+
+    Raises:
+        OSError: they cannot be written or put in place, and names `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{os.getpid()}.tmp"
+    try:
+        with naming(folder, temporary):
+            temporary.mkdir()
+            yield temporary
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            for path in files:
+                follow_umask(path)
+                sync(path)
+            for path in files:
+                target = folder / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """What fails in writing names the file: a full disk is otherwise an error without one.
+
+    Args:
+        path: the name for the message.
+        temporary: what stands for it, and is not to be named.
+
+    Raises:
+        OSError: in place of one without a file or with `temporary`, and of what libraries in Rust raise.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = None if error.filename is None else str(os.fsdecode(error.filename))
+        if error.errno is not None and (named is None or temporary is not None and named.startswith(str(temporary))):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    except Exception as error:
+        if found := _RUST_ERROR.search(str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of the umask; safetensors' own are for the owner alone.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    from safetensors.torch import save_file  # it brings torch, which the rest of this module does not wait for
+
+    with naming(path):
+        save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+        follow_umask(path)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions of one that is made anew."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.mode")
+    fresh.touch()
+    try:
+        shutil.copymode(fresh, path)
+    finally:
+        fresh.unlink()
 
 
 def sync(path: Path) -> None:

@@ -51,7 +51,8 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="values to change, as in steps=100 grpo.group_size=16"
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the DeepSpeed launcher adds it
+    # launchers add it, older ones with an underscore
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     recipe, problem = None, None
     try:

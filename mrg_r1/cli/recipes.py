@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mrg_r1.cli.arguments import add_output, described
+from mrg_r1.files import atomically
 
 
 def add_commands(commands: Any) -> None:
@@ -47,7 +48,8 @@ def _recipes(arguments: argparse.Namespace) -> None:
             )
     for name, content in files.items():
         (arguments.output / name).parent.mkdir(parents=True, exist_ok=True)
-        (arguments.output / name).write_bytes(content)
+        with atomically(arguments.output / name, synced=False) as temporary:
+            temporary.write_bytes(content)
     print(
         f"{arguments.output}: {len(files)} files; start there, for example: deepspeed launch/train.py "
         "launch/recipes/demo.yaml"

@@ -149,6 +149,7 @@ def _reward_card(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from mrg_r1.data.study import read_manifest
+    from mrg_r1.files import write_text_atomically
     from mrg_r1.reward.card.card import reward_card
     from mrg_r1.reward.card.picture import write_picture
     from mrg_r1.reward.card.tables import LabelSource, Source, card_json, print_card
@@ -170,7 +171,7 @@ def _reward_card(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         written = arguments.output / "reward_card.json"
-        written.write_text(json.dumps(card_json(card, source, arguments.margin), indent=2) + "\n", encoding="utf-8")
+        write_text_atomically(written, json.dumps(card_json(card, source, arguments.margin), indent=2) + "\n")
         write_picture(arguments.output / "reward_card.png", card, source, arguments.margin)
         print(f"{written}: written, with reward_card.png")
 

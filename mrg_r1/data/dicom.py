@@ -277,11 +277,11 @@ def _overlay_positions(dataset: Any) -> list[int]:
 
 def _is_padding(values: NDArray[np.int64], dataset: Any) -> NDArray[np.bool_]:
     """Which pixels only fill the place around the image."""
-    given = dataset.get("PixelPaddingValue")
-    if given is None:
+    if not _numbers(dataset, "PixelPaddingValue"):
         return np.zeros(values.shape, dtype=bool)
-    limit = dataset.get("PixelPaddingRangeLimit")
-    low, high = sorted(_as_pixel(int(value), dataset) for value in (given, given if limit is None else limit))
+    given = _number(dataset, "PixelPaddingValue", 0)
+    limit = _number(dataset, "PixelPaddingRangeLimit", given)
+    low, high = sorted(_as_pixel(int(value), dataset) for value in (given, limit))
     return (values >= low) & (values <= high)
 
 

@@ -18,6 +18,7 @@ from mrg_r1.console import progress
 from mrg_r1.data.images import image_problem
 from mrg_r1.files import atomically
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
+from mrg_r1.labels.reports import report_fault, visible
 from mrg_r1.types import Study, StudyImage
 
 SHOWN_PROBLEMS = 10
@@ -224,11 +225,14 @@ def study_of_record(
                 f"{_shown(value)} is not a string; write it in "
                 f"quotes{' or null' if key in _OPTIONAL_TEXT_KEYS else ''}",
             )
-        elif key in _TEXT_KEYS and not value.strip():
-            remedy = "write the text to learn or take the study out" if key == "report" else "give it a value"
-            refuse(key, f"empty ({value!r}); {remedy}")
+        elif key == "report" and (fault := report_fault(value)):
+            refuse(key, f"{fault} ({_shown(value)}); write the text to learn or take the study out")
+        elif key in _TEXT_KEYS and not visible(value):
+            refuse(key, f"empty ({value!a}); give it a value")
         elif key in ("id", "prior") and value != value.strip():
             refuse(key, f"{value!r} begins or ends with white space; take it out, label CSVs are joined on the id")
+        elif key in ("id", "patient_id", "split", "prior") and visible(value) != "".join(value.split()):
+            refuse(key, f"{value!a} has a character that cannot be seen; take it out, others will not write it")
         elif any("\ud800" <= letter <= "\udfff" for letter in value):
             refuse(key, f"{_shown(value)} has half a surrogate pair; write the text as UTF-8")
     if not isinstance(record["rendered"], bool):

@@ -94,7 +94,7 @@ def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
             examined("labeler", lambda: check_labeler(reward.labeler, reward.tokenizer)),
             device_of_labeler(recipe, place.gpus),
         ]
-    if findings[0].state == "ok" and recipe.engine.deepspeed.is_file():
+    if findings[0].state == "ok" and _can_be_run(recipe.engine.deepspeed):
         findings += memory_findings(recipe, task=task, place=place, images=images)
     return findings
 
@@ -110,6 +110,15 @@ def _deepspeed(recipe: Recipe, task: Task) -> str:
     stage = read_config(path)["zero_optimization"]["stage"]
     check_stage(recipe, stage=stage, task=task)
     return f"{path}: ZeRO stage {stage}"
+
+
+def _can_be_run(deepspeed: Path) -> bool:
+    """Whether memory can be told by this configuration; what is wrong with it is a finding of its own."""
+    try:
+        read_config(deepspeed)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _first_images(splits: dict[str, list[Study]]) -> str:

@@ -7,11 +7,11 @@ beside it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from mrg_r1.config.recipe import Recipe
+from mrg_r1.engine.config import read_config
 from mrg_r1.policy.logprobs import CHUNK_ELEMENTS
 from mrg_r1.policy.packing import plan_micro_batches
 from mrg_r1.policy.shape import PolicyShape
@@ -280,7 +280,7 @@ def workload_of(
         images: of the study that has most.
         labeler_bytes: the labeler's weights, where they lie on a rank's device.
     """
-    zero = _zero(recipe)
+    zero = read_config(recipe.engine.deepspeed)["zero_optimization"]
     image_tokens = images * (recipe.data.max_pixels // shape.vision.pixels)
     words = _PROMPT_WORDS + len(recipe.prompt.words) // 3 + images * _IMAGE_WORDS
     words += sum(
@@ -334,8 +334,3 @@ def host_bytes(shape: PolicyShape, work: Workload, *, ranks_here: int) -> Parts:
     if work.offload_parameters:
         parts["offloaded weights"] = shape.parameters * b // work.world_size * ranks_here
     return parts
-
-
-def _zero(recipe: Recipe) -> dict[str, Any]:
-    zero: dict[str, Any] = json.loads(recipe.engine.deepspeed.read_text(encoding="utf-8"))["zero_optimization"]
-    return zero

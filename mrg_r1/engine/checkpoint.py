@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mrg_r1.engine.state import MOMENTS, gather_state, optimizer_steps, scatter_state
 from mrg_r1.engine.zero import Engine
-from mrg_r1.files import sha256_of, sync, write_text_atomically
+from mrg_r1.files import naming, save_tensors, sha256_of, sync, write_text_atomically
 
 _ALWAYS = ("step", "optimizer_steps", "world_size", "zero_stage")  # of every record, beside `extra`
 
@@ -134,12 +134,13 @@ def _write(directory: Path, step: int, state: dict[str, Tensor], record: dict[st
     target, temporary = directory / f"step_{step}", directory / f".step_{step}.tmp"
     for left in directory.glob(".step_*.tmp"):  # of a run that was killed while writing
         shutil.rmtree(left)
-    temporary.mkdir(parents=True)
-    save_file(state, temporary / "state.safetensors")
-    described = {**record, "sha256": sha256_of(temporary / "state.safetensors")}
-    (temporary / "state.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
-    for name in ("state.safetensors", "state.json"):
-        sync(temporary / name)
+    with naming(target, temporary):
+        temporary.mkdir(parents=True)
+        save_tensors(temporary / "state.safetensors", state)
+        described = {**record, "sha256": sha256_of(temporary / "state.safetensors")}
+        (temporary / "state.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+        for name in ("state.safetensors", "state.json"):
+            sync(temporary / name)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(temporary, target)
     sync(directory)

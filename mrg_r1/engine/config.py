@@ -19,25 +19,49 @@ _UNTRIED = (
     "mics_shard_size",
     "zenflow",
 )
+# What each key holds; others are DeepSpeed's to check. Within an object a key stands for itself wherever it is.
+_OBJECTS = ("zero_optimization", "bf16", "fp16", "offload_param", "offload_optimizer", "optimizer", "scheduler")
+_POSITIVE = (
+    "reduce_bucket_size train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps steps_per_print"
+).split()
+_COUNTS = (
+    "allgather_bucket_size sub_group_size stage3_prefetch_bucket_size stage3_param_persistence_threshold "
+    "stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance "
+    "stage3_module_granularity_threshold prefetch_bucket_size param_persistence_threshold model_persistence_threshold "
+    "max_live_parameters max_reuse_distance module_granularity_threshold buffer_count buffer_size max_in_cpu"
+).split()
+_SWITCHES = (
+    "enabled contiguous_gradients reduce_scatter allgather_partitions overlap_comm load_from_fp32_weights "
+    "elastic_checkpoint round_robin_gradients ignore_unused_parameters use_multi_rank_bucket_allreduce "
+    "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save "
+    "stage3_use_all_reduce_for_fetch_params memory_efficient_linear pin_memory fast_init pipeline_read pipeline_write "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer wall_clock_breakdown prescale_gradients"
+).split()
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A DeepSpeed configuration that can be run.
+    """A DeepSpeed configuration that can be run, without the values that are "auto": they are as good as absent.
 
     Raises:
-        ValueError: not JSON; a stage other than 1, 2 and 3; an optimizer or scheduler of its own; an offload that is
-            not supported.
+        ValueError: not JSON, or no object; a value of the wrong kind; a stage other than 1, 2 and 3; an optimizer or
+            scheduler of its own; fp16; an offload that is not supported. Names the file and the key.
     """
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        config: Any = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except ValueError as error:  # also where it is not UTF-8
         raise ValueError(f"{path}: not valid JSON: {error}") from error
-    zero = config.get("zero_optimization", {})
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: {json.dumps(config)[:40]} is no object of settings; ds_configs/ has examples")
+    _drop_auto(config)
+    _check_values(path, config, "")
+    zero = config.setdefault("zero_optimization", {})
     stage = zero.get("stage")
-    if stage not in (1, 2, 3):
+    if stage not in (1, 2, 3) or not isinstance(stage, int) or isinstance(stage, bool):
         raise ValueError(f"{path}: zero_optimization.stage is {stage!r}; stages 1, 2 and 3 are supported")
     if "optimizer" in config or "scheduler" in config:
         raise ValueError(f"{path}: optimizer and scheduler come from the recipe (optimizer.*); remove them here")
+    if config.get("fp16", {}).get("enabled", False):
+        raise ValueError(f"{path}: fp16.enabled is true; policy.dtype is bfloat16 or float32, remove it here")
     for key in _UNTRIED:
         if key in zero:
             raise ValueError(f"{path}: zero_optimization.{key} is not supported; remove it")
@@ -57,6 +81,48 @@ def read_config(path: Path) -> dict[str, Any]:
             "is torch's AdamW, DeepSpeed's own would be compiled first"
         )
     return config
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _drop_auto(node: dict[str, Any]) -> None:
+    for key, value in list(node.items()):
+        if value == "auto":
+            del node[key]
+        elif isinstance(value, dict):
+            _drop_auto(value)
+
+
+def _check_values(path: Path, node: dict[str, Any], above: str) -> None:
+    """Refuse values that DeepSpeed, or what reads them here, would stumble over.
+
+    Raises:
+        ValueError: names file, key, value, and what is expected.
+    """
+    for key, value in node.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key in _OBJECTS:
+            right, expected = isinstance(value, dict), "an object"
+        elif key in _POSITIVE:
+            right, expected = number and value > 0 and value % 1 == 0, "a whole number above 0"
+        elif key in _COUNTS:
+            right, expected = number and value >= 0 and value % 1 == 0, "a whole number, 0 or more"
+        elif key in _SWITCHES:
+            right, expected = isinstance(value, bool), "true or false"
+        elif key == "gradient_clipping":
+            right, expected = number and value >= 0, "a number, 0 or more"
+        elif key == "device":
+            right, expected = isinstance(value, str), '"cpu" or "none"'
+        else:
+            right, expected = True, ""
+        if not right:
+            raise ValueError(
+                f'{path}: {above}{key} is {json.dumps(value)[:60]}; write {expected}, or "auto", or remove it'
+            )
+        if isinstance(value, dict):
+            _check_values(path, value, f"{above}{key}.")
 
 
 def fill_config(path: Path, values: dict[str, Any], *, largest_trainable: int) -> dict[str, Any]:

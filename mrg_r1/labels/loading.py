@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig
 
+from mrg_r1.files import atomically, save_tensors, write_text_atomically
 from mrg_r1.labels.observations import OBSERVATIONS
 
 # of every BERT published by its authors; a checkpoint's tensors do not tell the number of attention heads
@@ -128,7 +129,8 @@ def require_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], pat
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write tensors as one safetensors file in float32."""
     weights = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
-    save_file(weights, path, metadata={"format": "pt"})
+    with atomically(path) as temporary:
+        save_tensors(temporary, weights, {"format": "pt"})
 
 
 def write_directory(
@@ -138,11 +140,11 @@ def write_directory(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / WEIGHTS).unlink(missing_ok=True)
     described = {**config.to_dict(), "architectures": ["CheXbert"], "observations": list(OBSERVATIONS)}
-    (directory / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    tokenizer.save(str(directory / "tokenizer.json"))
+    write_text_atomically(directory / CONFIG, json.dumps(described, indent=2) + "\n")
+    write_text_atomically(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}
     words = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_tokens, **special}
-    (directory / "tokenizer_config.json").write_text(json.dumps(words, indent=2) + "\n", encoding="utf-8")
+    write_text_atomically(directory / "tokenizer_config.json", json.dumps(words, indent=2) + "\n")
     write_weights(directory / WEIGHTS, state)
 
 

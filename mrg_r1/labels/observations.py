@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mrg_r1.files import atomically
+
 OBSERVATIONS: tuple[str, ...] = (
     "Enlarged Cardiomediastinum",
     "Cardiomegaly",
@@ -119,7 +121,7 @@ def read_labels_csv(path: Path, *, numbered: bool = False) -> dict[str, list[int
 
 def write_labels_csv(path: Path, labels: dict[str, Sequence[int]]) -> None:
     """Write classes by id as `id` and the 14 observation columns, values 1, 0, -1 and empty."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", *OBSERVATIONS])
         for study_id, classes in labels.items():

@@ -6,13 +6,52 @@ Paths enter, texts (and [N, 14] classes) leave.
 from __future__ import annotations
 
 import csv
+import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mrg_r1.files import atomically
 from mrg_r1.labels.observations import read_labels_csv
+
+# What stands where something was taken out: XXXX in IU X-Ray, ___ in MIMIC-CXR.
+_TAKEN_OUT = re.compile(r"X{3,}|_+")
+# Letters to Unicode, and nothing to the eye.
+_BLANK_LETTERS = "\u115f\u1160\u3164\uffa0"
+# What programs write for a value that is not there; without blanks, in small letters.
+_NOT_A_NUMBER = frozenset("nan null nat 1.#ind 1.#qnan name? ref! value! div/0! num! undefined".split())
+_MISSING = _NOT_A_NUMBER | frozenset("none n/a n/an/a na n.a nil missing notavailable".split())
+
+
+def visible(text: str) -> str:
+    """A text without white space and without what cannot be seen: control and format characters, blanks."""
+    return "".join(
+        letter for letter in text if unicodedata.category(letter)[0] not in "CZ" and letter not in _BLANK_LETTERS
+    )
+
+
+def is_missing(text: str, *, words: bool = True) -> bool:
+    """Whether a text is empty to the eye, or a missing value written out, such as NaN.
+
+    Args:
+        words: None, N/A and the like too, which are answers to some questions.
+    """
+    seen = visible(text).casefold()
+    return not seen or seen.strip("<>#()[]\"'.+-") in (_MISSING if words else _NOT_A_NUMBER)
+
+
+def report_fault(text: str) -> str | None:
+    """What keeps a text from being a report, or None: it has not one word, or is a missing value written out."""
+    told = _TAKEN_OUT.sub("", text)
+    if len(told) > 20 and re.search(r"[A-Za-z]{3}", told):  # nearly all: seen without a look at every letter
+        return None
+    left = visible(told)
+    if not any(unicodedata.category(letter).startswith("L") for letter in left):
+        return "empty" if not visible(text) else "without a word"
+    return "a missing value written out" if is_missing(text) else None
 
 
 def read_reports_csv(path: Path) -> dict[str, str]:
@@ -48,7 +87,7 @@ def read_reports_csv(path: Path) -> dict[str, str]:
 
 def write_reports_csv(path: Path, reports: Mapping[str, str]) -> None:
     """Write reports by id as `id,report`."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "report"])
         writer.writerows(reports.items())
@@ -65,10 +104,10 @@ def read_labelled_reports(reports: Path, labels: Path) -> tuple[list[str], NDArr
                 "such ids); every report needs its labels and every row of labels its report"
             )
     for study_id, text in texts.items():
-        if not text.strip():
+        if fault := report_fault(text):
             raise ValueError(
-                f"{reports}, line {_line_of(reports, study_id)}: the report of id {study_id!r} is empty; leave the "
-                "study out"
+                f"{reports}, line {_line_of(reports, study_id)}: the report of id {study_id!r} is {fault} "
+                f"({text[:40]!r}); leave the study out"
             )
     return list(texts.values()), np.array([classes[study_id] for study_id in texts], dtype=np.int64)
 

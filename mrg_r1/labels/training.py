@@ -22,6 +22,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.augmentation import Augmentation, SpecialIds
 from mrg_r1.labels.chexbert import CheXbert
 from mrg_r1.labels.fitting import Fitting, Regime, TrainingBar
@@ -181,7 +182,7 @@ def train_labeler(
         "versions": {"python": platform.python_version()}
         | {library.__name__: str(library.__version__) for library in (torch, transformers, tokenizers)},
     }
-    (Path(output) / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_text_atomically(Path(output) / "training.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from mrg_r1.files import atomically
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
 from mrg_r1.phantom.findings import render
 from mrg_r1.phantom.sampler import FIVE_FINDINGS
@@ -108,7 +109,8 @@ def _write(path: Path, rows: Sequence[Sequence[_Cell]]) -> None:
         for c, (caption, pixels) in enumerate(row):
             sheet.paste(Image.fromarray(pixels), (c * side, r * (side + _CAPTION)))
             write.text((c * side + 3, r * (side + _CAPTION) + side + 2), caption, fill=0)
-    sheet.save(path, format="PNG")
+    with atomically(path, synced=False) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def _caption(observation: int, value: int, trait: Trait) -> str:

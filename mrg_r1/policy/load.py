@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from mrg_r1.files import folder_filled
 from mrg_r1.policy.family import family_of
 from mrg_r1.policy.partition import Partition, load_parts
 from mrg_r1.policy.policy import Policy
@@ -75,6 +76,7 @@ def save_policy(policy: PolicyWeights, directory: Path, *, source: Path) -> None
     """Write the policy as a checkpoint directory of the layout that `load_policy` reads; tokenizer and processor come
     from `source`.
     """
-    policy.base.save_pretrained(directory, safe_serialization=True)
-    policy.tokenizer.save_pretrained(directory)
-    shutil.copy(source / "preprocessor_config.json", directory)
+    with folder_filled(directory) as fresh:
+        policy.base.save_pretrained(fresh, safe_serialization=True)
+        policy.tokenizer.save_pretrained(fresh)
+        shutil.copy(source / "preprocessor_config.json", fresh)

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
+from mrg_r1.files import folder_filled
 from mrg_r1.policy.weights import PolicyWeights
 
 
@@ -66,8 +67,9 @@ def load_adapter(policy: PolicyWeights, adapter: Path) -> None:
 def save_adapter(policy: PolicyWeights, directory: Path, *, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json` in PEFT's own layout."""
     assert isinstance(policy.model, PeftModel)
-    policy.model.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False, state_dict=state)
-    (directory / "README.md").unlink(missing_ok=True)  # PEFT's model-card template says nothing about this run
+    with folder_filled(directory) as fresh:
+        policy.model.save_pretrained(fresh, safe_serialization=True, save_embedding_layers=False, state_dict=state)
+        (fresh / "README.md").unlink(missing_ok=True)  # PEFT's model-card template says nothing about this run
 
 
 @contextmanager

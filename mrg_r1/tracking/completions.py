@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from mrg_r1.files import atomically
 from mrg_r1.labels.observations import values_of_classes
 from mrg_r1.types import Completions, Prompts, Rewards
 
@@ -19,9 +20,11 @@ def write_completions(
     directory.mkdir(parents=True, exist_ok=True)
     lengths = completions.lengths.tolist()
     path = directory / f"step_{step:06d}_rank{rank}.jsonl"
-    with open(
-        path, "w", encoding="utf-8", errors="backslashreplace"
-    ) as file:  # a lone surrogate comes out as JSON escapes it
+    # a lone surrogate comes out as JSON escapes it
+    with (
+        atomically(path, synced=False) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         for b, study_id in enumerate(prompts.study_ids):
             for g, text in enumerate(completions.texts[b]):
                 labels = rewards.labels[b, g].tolist()

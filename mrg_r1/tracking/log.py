@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrg_r1.files import write_text_atomically
 from mrg_r1.tracking.backend import Backend, Tracked, TrackingOptions
 from mrg_r1.tracking.backends import open_backends
 from mrg_r1.tracking.sharing import Sample, shared_of, without_paths
@@ -182,7 +183,7 @@ def write_environment(directory: Path, *, world_size: int, device: str, seed: in
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "seed": seed,
     }
-    (directory / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+    write_text_atomically(directory / "environment.json", json.dumps(environment, indent=1) + "\n")
 
 
 def _commit() -> str | None:

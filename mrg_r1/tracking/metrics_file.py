@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mrg_r1.files import write_text_atomically
+from mrg_r1.files import naming, write_text_atomically
 from mrg_r1.tracking.backend import Metrics, Tracked
 from mrg_r1.tracking.sharing import Shared
 
@@ -27,8 +27,9 @@ class MetricsFile:
     def log(self, step: int, metrics: Metrics, shared: Sequence[Shared]) -> None:
         """Write a step's line; what is not finite becomes null, since NaN is no JSON."""
         written = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **written}) + "\n")
-        self._file.flush()
+        with naming(Path(self._file.name)):
+            self._file.write(json.dumps({"step": step, **written}) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """A checkpoint that survives a crash of the machine must not survive its metrics."""

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import pad
 
 from mrg_r1.config.recipe import Recipe, RecipeError
 from mrg_r1.data.loader import PromptBuilder
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.files import atomically, sha256_of, write_text_atomically
+from mrg_r1.files import atomically, save_tensors, sha256_of, write_text_atomically
 from mrg_r1.training.resume import differences
 from mrg_r1.types import Completions, Prompts, Rewards, Sampled, Study
 
@@ -73,7 +73,7 @@ def write_step(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     with atomically(path) as temporary:
-        save_file(stored, temporary)
+        save_tensors(temporary, stored)
     record = {
         "format": _FORMAT,
         "step": step,

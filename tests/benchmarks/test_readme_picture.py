@@ -56,7 +56,7 @@ def test_findings_are_marked_by_the_labels(wanted: int | None, said: int | None,
 
 def test_the_picture_is_written_also_of_a_malformed_and_endless_report(tmp_path: Path) -> None:
     film = tmp_path / "film.png"
-    Image.new("L", (40, 40), 90).save(film)
+    Image.linear_gradient("L").resize((40, 40)).save(film)
     labels = [1, *[None] * 13]
     study = Study(id="s", patient_id="p", images=(StudyImage(film, "frontal"),), report="Heart.", split="test")
     rows = {"reference": "Heart costs $5.", "reference_labels": labels}

@@ -183,3 +183,11 @@ def test_a_rescale_that_leaves_nothing_is_refused_by_its_tag(tmp_path: Path, slo
 @pytest.mark.parametrize("center", ["-9000", "90000"])
 def test_a_window_beside_the_values_shows_nothing_and_is_refused(tmp_path: Path, center: str) -> None:
     refused(tmp_path, windowed(WindowCenter=center))
+
+
+@pytest.mark.parametrize("tag", ["PixelPaddingValue", "PixelPaddingRangeLimit"])
+def test_several_values_of_padding_are_refused_by_the_tag(tmp_path: Path, tag: str) -> None:
+    dataset = dicom(RAMP, stored=12)
+    dataset.add_new("PixelPaddingValue", "US", 0)
+    dataset.add_new(tag, "US", [0, 7])
+    assert tag in refused(tmp_path, dataset)

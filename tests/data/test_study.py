@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mrg_r1.data.study import ManifestError, check_images, manifest_line, read_manifest, write_manifest
+from mrg_r1.labels.reports import report_fault, visible
 from mrg_r1.types import Study, StudyImage
 
 BLANK: list[int | None] = [None] * 14
@@ -188,11 +189,12 @@ def test_a_missing_manifest_is_an_os_error_that_names_it(tmp_path: Path) -> None
 
 
 values = st.lists(st.sampled_from([1, 0, -1, None]), min_size=13, max_size=13)
-words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: report_fault(text) is None)
+names = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1).filter(lambda name: visible(name) == name)
 studies = st.builds(
     Study,
-    id=words.map(str.strip),
-    patient_id=words,
+    id=names,
+    patient_id=names,
     images=st.lists(
         st.builds(
             StudyImage,
@@ -203,7 +205,7 @@ studies = st.builds(
         max_size=3,
     ).map(tuple),
     report=words,
-    split=words,
+    split=names,
     findings=st.none() | st.text(st.characters(exclude_categories=["Cs"])),
     said=st.none() | values.map(lambda thirteen: (*thirteen, None)),
     drawn=st.none() | values.map(lambda thirteen: (*thirteen, 1)),

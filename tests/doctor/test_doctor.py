@@ -287,3 +287,25 @@ def test_a_launch_says_warnings_once(
     monkeypatch.setattr(fitting, "_TIGHT", 0.0)
     open_run(load_recipe(world.recipe(tmp_path / "run")), OneRank(), task="grpo")
     assert capsys.readouterr().err.count("warning: memory of the host") == 1
+
+
+@pytest.mark.parametrize(
+    ("zero", "well"),
+    [
+        ({"stage": 2, "reduce_bucket_size": "auto"}, True),
+        ({"stage": 3, "stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": "auto"}, True),
+        ({"stage": 2, "offload_optimizer": "auto"}, True),
+        ({"stage": 2, "reduce_bucket_size": "five"}, False),
+        ({"stage": 2, "reduce_bucket_size": None}, False),
+        (None, False),
+    ],
+)
+def test_a_deepspeed_value_ends_no_report(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], zero: Any, well: bool
+) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "auto"}}))
+    code, findings = examine(world, tmp_path / "run", capsys, f"engine.deepspeed={path}")
+    assert code == (0 if well else 1) and (findings["deepspeed"]["state"] == "ok") == well
+    assert ("memory of the host" in findings) == well and "disk" in findings
+    assert well or str(path) in findings["deepspeed"]["text"]

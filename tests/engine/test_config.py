@@ -50,3 +50,96 @@ def test_contradictions_are_refused(tmp_path):
     with pytest.raises(ValueError, match=" 100.* 640"):
         fill_config(path, {}, largest_trainable=640)
     assert fill_config(path, {}, largest_trainable=64)["zero_optimization"]["stage3_param_persistence_threshold"] == 100
+
+
+AUTO = {
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+    "optimizer": "auto",
+    "train_batch_size": "auto",
+    "steps_per_print": "auto",
+    "gradient_clipping": "auto",
+    "zero_force_ds_cpu_optimizer": "auto",
+}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_auto_is_as_good_as_absent_wherever_it_stands(tmp_path: Path, stage: int) -> None:
+    zero = {"stage": stage, **dict.fromkeys((*NUMBERS, *SWITCHES, "offload_param", "offload_optimizer"), "auto")}
+    assert read_config(write(tmp_path, zero, **AUTO)) == {
+        "zero_optimization": {"stage": stage},
+        "bf16": {},
+        "fp16": {},
+    }
+    offload = {"device": "auto", "pin_memory": "auto"}
+    config = read_config(write(tmp_path, {"stage": 3, "offload_param": offload, "offload_optimizer": offload}))
+    assert config["zero_optimization"] == {"stage": 3, "offload_param": {}, "offload_optimizer": {}}
+    filled = fill_config(write(tmp_path, zero, **AUTO), {"bf16.enabled": True}, largest_trainable=640)
+    assert filled["bf16"] == {"enabled": True}
+    assert filled["zero_optimization"].get("stage3_param_persistence_threshold") == (640 if stage == 3 else None)
+
+
+NUMBERS = [
+    *("reduce_bucket_size", "allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size"),
+    *("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+]
+SWITCHES = ["overlap_comm", "contiguous_gradients", "reduce_scatter", "round_robin_gradients"]
+ODD = {
+    "number": ["5e8", "", "Auto", None, -1, 1.5, True, [], {}, float("inf")],
+    "switch": ["true", "yes", None, 1, 0, [], {}],
+    "object": ["none", None, True, 1, []],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in NUMBERS for value in ODD["number"]),
+        *((key, value) for key in SWITCHES for value in ODD["switch"]),
+        *((key, value) for key in ("offload_param", "offload_optimizer") for value in ODD["object"]),
+        *(("stage", value) for value in ("2", 2.0, True, None, -1, [2])),
+    ],
+)
+def test_an_odd_value_is_named_by_file_and_key(tmp_path: Path, key: str, value: object) -> None:
+    path = write(tmp_path, {"stage": 3, key: value})
+    with pytest.raises(ValueError) as error:
+        read_config(path)
+    assert str(path) in str(error.value) and (key in str(error.value) or "Infinity" in str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"bf16": True}, "bf16"),
+        ({"bf16": {"enabled": "yes"}}, "bf16.enabled"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled"),
+        ({"train_batch_size": "8"}, "train_batch_size"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"gradient_clipping": "1.0"}, "gradient_clipping"),
+        ({"zero_force_ds_cpu_optimizer": "false"}, "zero_force_ds_cpu_optimizer"),
+        ({"steps_per_print": None}, "steps_per_print"),
+        ({"zero_optimization": None}, "zero_optimization"),
+        ({"zero_optimization": [2]}, "zero_optimization"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": None}}}, "offload_param.device"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"pin_memory": "x"}}}, "offload_param.pin_memory"),
+    ],
+)
+def test_an_odd_value_elsewhere_is_named_too(tmp_path: Path, more: dict, key: str) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **more}))
+    with pytest.raises(ValueError) as error:
+        read_config(path)
+    assert f"{path}: " in str(error.value) and key in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b'"auto"', b"3", b"", b"{", b"\xff\xfe{}"])
+def test_what_is_no_object_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "zero.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="zero.json"):
+        read_config(path)
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path: Path) -> None:
+    path = write(tmp_path, {"stage": 3, "stage3_max_live_parameters": 1e9, "reduce_bucket_size": 5e7})
+    assert read_config(path)["zero_optimization"]["stage3_max_live_parameters"] == 1_000_000_000

@@ -296,7 +296,7 @@ def test_a_writing_that_breaks_off_leaves_no_labeler(
     def full(*arguments: object, **keywords: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(loading, "save_file", full)
+    monkeypatch.setattr(loading, "save_tensors", full)
     for name in ("mine", "copy.safetensors"):
         with pytest.raises(OSError, match="space"):
             convert(path, tmp_path / "out" / name, tokenizer=str(tokenizer_directory) if name == "mine" else None)

@@ -113,7 +113,7 @@ def test_a_backend_is_given_nothing_of_a_patient_unless_the_recipe_shares_it(tmp
 @pytest.fixture
 def study_and_row(tmp_path):
     path = tmp_path / "image.png"
-    Image.new("L", (300, 250), 100).save(path)
+    Image.linear_gradient("L").resize((300, 250)).save(path)
     study = Study("patient-17", "p", (StudyImage(path),), "Heart grossly enlarged.", "val")
     return study, {"text": "Lungs are clear zebra."}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -122,8 +123,13 @@ def test_offline_files_hold_numbers_and_no_patient(tmp_path, sample):
     log = open_log(tmp_path / "")
     log.log(0, {"validation/mean_reward": 0.5}, [sample])
     log.close()
-    files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file() and "logs" not in path.parts]
-    content = b"".join(path.read_bytes() for path in files)
+    files, content = [], b""
+    deadline = time.monotonic() + 60
+    # wandb's own process may write its file a moment after the run has ended
+    while b"validation/mean_reward" not in content and time.monotonic() < deadline:
+        time.sleep(0.1)
+        files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file() and "logs" not in path.parts]
+        content = b"".join(path.read_bytes() for path in files)
     assert b"validation/mean_reward" in content and b"Findings / impression" in content
     for secret in (b"zebra", b"grossly", b"patient-17", b"smith_john"):
         assert secret not in content

@@ -26,6 +26,8 @@ from mrg_r1 import __version__
 from mrg_r1.console import progress
 from mrg_r1.data.prepare.rendering import claim_settings
 from mrg_r1.data.study import SHOWN_PROBLEMS, ManifestError, manifest_line
+from mrg_r1.files import naming
+from mrg_r1.labels.reports import report_fault
 from mrg_r1.types import Study
 
 JOURNAL_FILE = "conversion.part"
@@ -208,7 +210,7 @@ class Conversion:
                     counts[split]["refused"] += 1
                     files.line("refused.jsonl", study)
                 report = kept["report"] if kept else record["report"]
-                if report is not None and report.strip() and study["id"] and study["id"] not in told:
+                if report is not None and report_fault(report) is None and study["id"] and study["id"] not in told:
                     told.add(study["id"])
                     files.row("reports.csv", [study["id"], report])
                     if re.fullmatch(_SPLIT_NAME, split):
@@ -246,9 +248,10 @@ class Conversion:
         return [f"{self.output / 'manifest.jsonl'}, study {record['id']!r}, field `prior`: {wrong}; {remedy}"]
 
     def _append(self, line: bytes) -> None:
-        self._journal.write(line)
-        # to the system, which outlives this process; what a power failure tears off is done again
-        self._journal.flush()
+        with naming(self._path):
+            self._journal.write(line)
+            # to the system, which outlives this process; what a power failure tears off is done again
+            self._journal.flush()
 
     def _take_up(self) -> None:
         """Read what an earlier run with the same settings settled; cut off what it did not finish writing."""
@@ -312,23 +315,25 @@ class _Files:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-        for name in self._open:
-            self._temporary(name).unlink(missing_ok=True)
 
     def line(self, name: str, record: Mapping[str, Any] | None = None) -> None:
         """A line of JSON; None makes the file and writes nothing."""
         file = self._file(name)
         if record is not None:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            with naming(self._folder / name):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def row(self, name: str, values: list[str]) -> None:
         """A row of CSV."""
-        csv.writer(self._file(name)).writerow(values)
+        file = self._file(name)
+        with naming(self._folder / name):
+            csv.writer(file).writerow(values)
 
     def put(self, *, leave_out: tuple[str, ...], last: str) -> None:
-        for file in self._open.values():
-            file.flush()
-            os.fsync(file.fileno())
+        for name, file in self._open.items():
+            with naming(self._folder / name):
+                file.flush()
+                os.fsync(file.fileno())
         for name in sorted(self._open, key=lambda name: name == last):
             if name not in leave_out:
                 os.replace(self._temporary(name), self._folder / name)
@@ -337,6 +342,9 @@ class _Files:
         if name not in self._open:
             # Half a surrogate pair, which only a refused study's text can have, is shown as its escape.
             file = open(self._temporary(name), "w", newline="", encoding="utf-8", errors="backslashreplace")
+            # also where closing fails, since the disk is full
+            self._stack.callback(self._temporary(name).unlink, missing_ok=True)
+            self._stack.enter_context(naming(self._folder / name, self._temporary(name)))
             self._open[name] = self._stack.enter_context(file)
         return self._open[name]
 

@@ -13,6 +13,7 @@ from typing import Any
 from mrg_r1.data.prepare.rows import csv_columns, read_csv
 from mrg_r1.data.study import KEYS, VIEWS, ManifestError, study_of_record
 from mrg_r1.labels.observations import OBSERVATIONS
+from mrg_r1.labels.reports import is_missing
 from mrg_r1.types import Study
 
 REQUIRED = ("id", "images", "report", "split")
@@ -98,12 +99,15 @@ def study_of_row(record: Record, folder: Path, splits: Sequence[str]) -> Study:
     whole = {
         **{name: values[name] for name in ("id", "report", "split")},
         "patient_id": values.get("patient_id") or values["id"],
-        # an empty cell is what a CSV has for null
-        **{name: None if values.get(name) == "" else values.get(name) for name in _TEXTS},
+        **{name: _null_if_missing(name, values.get(name)) for name in _TEXTS},
         "images": _images(values["images"], values.get("view")),
         "labels": _labels(values),
         "rendered": _rendered(values.get("rendered", False)),
     }
+    for name in ("id", "patient_id"):
+        if isinstance(whole[name], str) and whole[name].strip() and is_missing(whole[name]):
+            remedy = "write the study's own" if name == "id" else "write the patient's, or nothing where each has one"
+            raise RowError(f"field `{name}`: {whole[name]!a} is a missing value written out; {remedy}")
     study, faults = study_of_record(whole, folder)
     if study is not None and study.split not in splits:
         remedy = f"rename it, or allow it with --splits {','.join((*splits, study.split))}"
@@ -111,6 +115,13 @@ def study_of_row(record: Record, folder: Path, splits: Sequence[str]) -> Study:
     if study is None or faults:
         raise RowError("; ".join(f"field `{name}`: {fault}" for name, fault in faults))
     return study
+
+
+def _null_if_missing(name: str, value: Any) -> Any:
+    """An empty cell is what a CSV has for null, and nan is what programs write for one."""
+    if isinstance(value, str) and (value == "" or is_missing(value, words=name == "prior")):
+        return None
+    return value
 
 
 def _json_record(where: str, line: bytes) -> Record:

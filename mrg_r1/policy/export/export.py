@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mrg_r1 import __version__
-from mrg_r1.files import sha256_of
+from mrg_r1.files import naming, save_tensors, sha256_of
 from mrg_r1.policy.export.checkpoint_files import (
     StoredTensor,
     checkpoint_bytes,
@@ -285,9 +285,8 @@ def _write_adapter(folder: Path, adapters: Sequence[Adapter], policy: Path) -> N
     for name, low in modules.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = low.a
         tensors[f"base_model.model.{name}.lora_B.weight"] = low.b
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_tensors(folder / _WEIGHTS, tensors, {"format": "pt"})
     _write_json(folder / _CONFIG, config)
-    shutil.copymode(folder / _CONFIG, folder / _WEIGHTS)  # safetensors makes files that only their owner may read
 
 
 def _combined(adapters: Sequence[Adapter]) -> dict[str, Low]:
@@ -355,7 +354,8 @@ def _new_folder(output: Path) -> Iterator[Path]:
             f"{folder}: left by an export that was killed, or another one is writing it; remove it and try again"
         ) from None
     try:
-        yield folder
-        folder.rename(output)
+        with naming(output, folder):
+            yield folder
+            folder.rename(output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from mrg_r1.files import folder_filled
+
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -77,14 +79,14 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, int], dic
     return whole, text
 
 
-def write_checkpoint(model: Any, tokenizer: PreTrainedTokenizerFast, output: Path, **processor: Any) -> None:
+def write_checkpoint(model: Any, tokenizer: PreTrainedTokenizerFast, output: Path, **processor_settings: Any) -> None:
     """Weights, tokenizer and an image processor of these settings."""
     # What published checkpoints carry: a near-greedy generation config. A trainer that listens to it samples G equal
     # reports (docs/traps.md #1).
     model.generation_config.update(
         do_sample=True, temperature=1e-6, top_k=1, repetition_penalty=1.05, eos_token_id=[2, 0], pad_token_id=0
     )
-    output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(output, safe_serialization=True)
-    tokenizer.save_pretrained(output)
-    Qwen2VLImageProcessorPil(min_pixels=56 * 56, **processor).save_pretrained(output)
+    processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, **processor_settings)
+    with folder_filled(output) as fresh:
+        for part in (model, tokenizer, processor):
+            part.save_pretrained(fresh)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mrg_r1.files import atomically
 from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.reward.card.card import RewardCard
 from mrg_r1.reward.card.tables import Source, labels_in_words, title
@@ -41,7 +42,8 @@ def write_picture(path: Path, card: RewardCard, source: Source, margin: float) -
     _draw_earned(earned, card, margin)
     _draw_prevalence(said, card)
     figure.supxlabel(f"labels: {labels_in_words(source)}".replace("$", r"\$"), fontsize=8, color="#555555")
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+    with atomically(path, synced=False) as temporary:
+        figure.savefig(temporary, dpi=150, metadata={"Software": None}, format="png")
 
 
 def _draw_earned(axes: Axes, card: RewardCard, margin: float) -> None:

@@ -30,6 +30,7 @@ from mrg_r1.data.prepare.rendering import Rendering, claim_folder, render_files
 from mrg_r1.data.prepare.rows import csv_columns
 from mrg_r1.data.study import ManifestError
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, UNCERTAIN, read_labels_csv, values_of_classes
+from mrg_r1.labels.reports import report_fault
 from mrg_r1.types import Study, StudyImage
 
 Report = Literal["findings", "impression", "both"]
@@ -194,7 +195,9 @@ def _plan(
     if not text:
         sections = "findings and impression" if report == "both" else report
         return _Plan(
-            entry, text, reason=f"the report is empty: no {sections} in it; choose another section with --report"
+            entry,
+            text,
+            reason=f"the report is empty: no {sections} with a word in it; choose another section with --report",
         )
     found, problem = folder.find(entry) if folder is not None else ((), "")
     classes = labels.get(entry.id) if labels is not None else None
@@ -225,9 +228,9 @@ def _study(entry: IuStudy, text: str, images: tuple[StudyImage, ...], classes: S
 
 def _text(entry: IuStudy, report: Report) -> str:
     if report == "both":
-        return "\n".join(text for text in (entry.findings, entry.impression) if text and text.strip())
+        return "\n".join(text for text in (entry.findings, entry.impression) if text and report_fault(text) is None)
     text = entry.findings if report == "findings" else entry.impression
-    return text if text and text.strip() else ""
+    return text if text and report_fault(text) is None else ""
 
 
 def _drawn(classes: Sequence[int], seed: int, study_id: str) -> tuple[int | None, ...]:

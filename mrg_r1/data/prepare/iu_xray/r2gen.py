@@ -10,6 +10,13 @@ from typing import Any
 from mrg_r1.data.prepare.iu_xray.study import IuCollection, IuImage, IuStudy
 from mrg_r1.data.study import SHOWN_PROBLEMS, ManifestError
 
+# Signs of other collections in the same layout. IU X-Ray has one report a patient, so an id is a patient's too.
+_OTHER_FIELDS = ("subject_id", "study_id", "patient_id")
+_DICOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", re.IGNORECASE)  # an image of MIMIC-CXR
+_LARGE_NUMBER = re.compile(r"[sp]?\d{8}")  # a study or a patient of MIMIC-CXR
+_MIMIC_PATH = re.compile(r"(^|/)p\d{2}/p\d{8}/s\d{8}(/|$)")
+_CHEXPERT_PATH = re.compile(r"(^|/)patient\d+/study\d+/")
+
 
 def read_r2gen(path: Path) -> IuCollection:
     """Every study of an annotation.json.
@@ -23,7 +30,8 @@ def read_r2gen(path: Path) -> IuCollection:
         refusals.
 
     Raises:
-        ManifestError: broken JSON, missing keys, wrong types, an id that stands twice.
+        ManifestError: broken JSON, missing keys, wrong types, an id that stands twice, another collection in the same
+            layout (R2Gen's annotation.json of MIMIC-CXR).
         OSError: the file cannot be read.
     """
     problems: list[str] = []
@@ -60,7 +68,7 @@ def read_split_ids(path: Path) -> dict[str, str]:
         path: JSON, split -> list of studies with an `id`, or of ids.
 
     Raises:
-        ManifestError: broken JSON, another layout, an id that stands twice.
+        ManifestError: broken JSON, another layout or collection, an id that stands twice.
         OSError: the file cannot be read.
     """
     split_of: dict[str, str] = {}
@@ -97,7 +105,34 @@ def _splits(path: Path) -> dict[str, list[Any]]:
         raise ManifestError([f"{path}: not R2Gen's layout; expected an object of splits, each a list of studies"])
     if empty := [split for split in content if not split.strip()]:
         raise ManifestError([f"{path}: a split is named {empty[0]!r}; name it train, val or test"])
+    for split, records in content.items():
+        for position, record in enumerate(records):
+            if sign := _sign_of_another(record):
+                remedy = (
+                    "give MIMIC-CXR-JPG itself to `mrg-r1 prepare mimic-cxr`, or a table of your own to "
+                    "`mrg-r1 prepare manifest`"
+                )
+                what = "R2Gen's layout, but not of IU X-Ray (of MIMIC-CXR?): a patient would stand in several splits"
+                raise ManifestError([f"{path}, {split}[{position}]: {sign}: {what}; {remedy}"])
     return content
+
+
+def _sign_of_another(record: Any) -> str | None:
+    """What tells a study, or an id, of another collection from one of IU X-Ray."""
+    study_id = record.get("id") if isinstance(record, dict) else record
+    if isinstance(study_id, str) and (
+        _DICOM_ID.fullmatch(study_id.strip()) or _LARGE_NUMBER.fullmatch(study_id.strip())
+    ):
+        return f"id {study_id!r}"
+    if not isinstance(record, dict):
+        return None
+    if fields := [name for name in _OTHER_FIELDS if name in record]:
+        return f"field `{fields[0]}`"
+    paths = record.get("image_path")
+    for item in paths if isinstance(paths, list) else [paths]:
+        if isinstance(item, str) and (_MIMIC_PATH.search(item) or _CHEXPERT_PATH.search(item)):
+            return f"field `image_path`: {item!r:.80}"
+    return None
 
 
 def _record_problem(record: Any, split: str) -> str | None:

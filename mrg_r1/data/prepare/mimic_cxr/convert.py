@@ -24,6 +24,7 @@ from mrg_r1.data.prepare.conversion import Conversion, Counts
 from mrg_r1.data.prepare.headings import Headings
 from mrg_r1.data.prepare.mimic_cxr.sections import Report, read_report
 from mrg_r1.data.prepare.mimic_cxr.tables import AP, LATERAL, PA, SPLITS, Labels, Studies, find_table, read_studies
+from mrg_r1.labels.reports import report_fault
 from mrg_r1.types import Study, StudyImage
 
 CheckImages = Literal["none", "size", "open"]
@@ -228,7 +229,10 @@ class _NoText(ValueError):
 
 
 def _text_to_learn(report: Report, choices: Choices) -> str:
-    findings, impression = report.findings, report.impression
+    findings, impression = (
+        text if text is not None and report_fault(text) is None else None
+        for text in (report.findings, report.impression)
+    )
     if findings is None and impression is None:
         if report.last_paragraph is None:
             raise _NoText(

@@ -304,7 +304,7 @@ def test_a_folder_of_many_studies_agrees_with_what_was_generated(tmp_path: Path)
 
 
 def test_the_command_tells_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_tree(tmp_path / "mimic", [ONE, TWO, TreeStudy(10000033, 60, report=b"IMPRESSION: \xb0")])
+    write_tree(tmp_path / "mimic", [ONE, TWO, TreeStudy(10000033, 60, report=b"IMPRESSION: Fever, 39 \xb0")])
     arguments = ["prepare", "mimic-cxr", str(tmp_path / "mimic"), "-o", str(tmp_path / "out")]
     chosen = ["--report", "impression", "--max-images", "1", "--labels", "chexpert", "--views", "all"]
     assert main([*arguments, "--check-images", *chosen]) == 0
