@@ -63,21 +63,22 @@ def _alone() -> None:
 
 
 # A test with this mark runs once for each family; without it for the first.
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+FAMILIES = {"qwen2_5_vl": 2, "qwen3_vl": 3}  # and layers of its decoder: features are added after all but the last
+_FIRST = next(iter(FAMILIES))
 each_family = pytest.mark.parametrize("tiny_policy_directory", FAMILIES, indirect=True)
 
 
 @pytest.fixture(scope="session")
 def tiny_policies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A family's random two-layer policy whose generation config is near-greedy, as published checkpoints' are."""
+    """A family's random policy of few layers whose generation config is near-greedy, as published checkpoints' are."""
 
     @cache
     def make(family: str) -> Path:
         directory = tmp_path_factory.mktemp("tiny-policy")
         find_family(family).create_tiny(
-            directory, TEXTS * 20, vocabulary=400, image_side=112, hidden=64, layers=2, seed=0
+            directory, TEXTS * 20, vocabulary=400, image_side=112, hidden=64, layers=FAMILIES[family], seed=0
         )
-        if family != FAMILIES[0]:
+        if family != _FIRST:
             _make_everything_matter(directory / "model.safetensors")
         return directory
 
@@ -99,7 +100,7 @@ def _make_everything_matter(file: Path) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_policy_directory(request: pytest.FixtureRequest, tiny_policies: Callable[[str], Path]) -> Path:
-    return tiny_policies(getattr(request, "param", FAMILIES[0]))
+    return tiny_policies(getattr(request, "param", _FIRST))
 
 
 @pytest.fixture

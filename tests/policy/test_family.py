@@ -19,7 +19,7 @@ def test_a_checkpoint_names_its_family(tiny_policies):
     assert set(FAMILIES) <= set(family_names())
     for family in FAMILIES:
         assert family_of(tiny_policies(family)) is find_family(family)
-        assert shape_of(tiny_policies(family)).layers == 2
+        assert shape_of(tiny_policies(family)).layers == FAMILIES[family]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_features_are_those_of_transformers(policy, grids):
     seen = policy.base.get_image_features(pixels, torch.tensor(grids), return_dict=True)
     found = run_tower(policy.base.model.visual, pixels, torch.tensor(grids), gathered=policy.gathered)
     assert [len(features) for features in found] == [size // 4 for size in sizes]
-    assert len(seen.deepstack_features) == 1
+    assert len(seen.deepstack_features) == 2
     for mine, *theirs in zip(found, seen.pooler_output, *seen.deepstack_features, strict=True):
         for part, wanted in zip(mine.split(64, dim=1), theirs, strict=True):
             assert wanted.abs().max() > 0.05
@@ -36,8 +36,11 @@ def test_what_is_added_after_the_first_layers_matters(policy, studies, build):
     vision = policy.encode_images(prompts)
     ids = torch.randint(20, 300, (4, 7), generator=torch.Generator().manual_seed(0))
     arguments = (ids, torch.ones_like(ids).bool(), torch.arange(4))
-    flat = vision.select(range(4))
-    flat.per_study = [features[:, :64] for features in flat.per_study]
-    with torch.no_grad():
-        whole, without = (completion_logprobs(policy, prompts, seen, *arguments)[0] for seen in (vision, flat))
-    assert (without - whole).abs().max() > 1e-3
+    found = []
+    for width in (192, 128, 64):  # two maps, the first, none
+        seen = vision.select(range(4))
+        seen.per_study = [features[:, :width] for features in vision.per_study]
+        with torch.no_grad():
+            found.append(completion_logprobs(policy, prompts, seen, *arguments)[0])
+    whole, one, none = found
+    assert (one - whole).abs().max() > 1e-3 and (none - one).abs().max() > 1e-3
