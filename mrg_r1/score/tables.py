@@ -139,8 +139,10 @@ def _print_table(console: Console, title: str, table: Table) -> None:
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE)
-    for column in columns:
+    """As narrow as its cells: 80 columns hold every definition's name whole."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
         table.add_column(column)
     return table
 
