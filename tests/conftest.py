@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.engine.ranks import Ranks
-from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
+from mrg_r1.policy.family import find_family
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import add_lora
 from mrg_r1.policy.policy import Policy
@@ -60,12 +62,45 @@ def _alone() -> None:
     guard()
 
 
+# A test with this mark runs once for each family; without it for the first.
+FAMILIES = {"qwen2_5_vl": 2, "qwen3_vl": 3}  # and layers of its decoder: features are added after all but the last
+_FIRST = next(iter(FAMILIES))
+each_family = pytest.mark.parametrize("tiny_policy_directory", FAMILIES, indirect=True)
+
+
 @pytest.fixture(scope="session")
-def tiny_policy_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-layer policy whose generation config is near-greedy, as published checkpoints' are."""
-    directory = tmp_path_factory.mktemp("tiny-policy")
-    create_tiny_policy(directory, TEXTS * 20, vocabulary=400, image_side=112, hidden=64, layers=2, seed=0)
-    return directory
+def tiny_policies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's random policy of few layers whose generation config is near-greedy, as published checkpoints' are."""
+
+    @cache
+    def make(family: str) -> Path:
+        directory = tmp_path_factory.mktemp("tiny-policy")
+        find_family(family).create_tiny(
+            directory, TEXTS * 20, vocabulary=400, image_side=112, hidden=64, layers=FAMILIES[family], seed=0
+        )
+        if family != _FIRST:
+            _make_everything_matter(directory / "model.safetensors")
+        return directory
+
+    return make
+
+
+def _make_everything_matter(file: Path) -> None:
+    """Norms and biases far from 1 and 0, and a tower whose features are not lost among the others."""
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if weight.ndim == 1:
+            noise = torch.randn(weight.shape, generator=generator) * 0.3
+            weights[name] = noise if name.endswith(".bias") else 1 + noise
+        elif ".visual." in name:
+            weights[name] = weight * 4
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def tiny_policy_directory(request: pytest.FixtureRequest, tiny_policies: Callable[[str], Path]) -> Path:
+    return tiny_policies(getattr(request, "param", _FIRST))
 
 
 @pytest.fixture

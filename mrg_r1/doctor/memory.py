@@ -161,7 +161,7 @@ def _rollout_parts(shape: PolicyShape, work: Workload) -> Parts:
     one_layout = prompt_tokens * shape.cache_values * b
     own = rows * work.new_tokens * shape.cache_values * b
     parts["prompts' keys and values"], parts["completions' keys and values"] = one_layout, own
-    prefill = prompt_tokens * (3 * shape.intermediate + 4 * shape.hidden) * b - own
+    prefill = prompt_tokens * (3 * shape.intermediate + (4 + shape.added) * shape.hidden) * b - own
     building = 2 * one_layout  # packed, padded, and as the decoder reads them
     scores = rows * shape.heads * (work.prompt_tokens + work.new_tokens) * (2 * b + 4)
     # log-probs, and doubles that a token is drawn from
@@ -177,8 +177,8 @@ def _prompt_graph(shape: PolicyShape, work: Workload, studies: int) -> int:
     """
     b, tokens, rank = work.bytes, studies * work.prompt_tokens, work.lora_rank or 0
     if work.recompute or work.stage == 3:
-        return tokens * (shape.layers * shape.hidden + shape.cache_values) * b
-    last = 2 * shape.hidden + shape.cache_values // shape.layers
+        return tokens * ((shape.layers + shape.added) * shape.hidden + shape.cache_values) * b
+    last = (2 + shape.added) * shape.hidden + shape.cache_values // shape.layers
     return tokens * ((shape.layers - 1) * (shape.kept_values(rank) * b + 8) + last * b)
 
 

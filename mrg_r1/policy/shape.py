@@ -35,6 +35,8 @@ class PolicyShape:
     tied: bool  # the head is the embeddings
     layer_vectors: int  # elements of a layer's norms and biases
     vision: VisionShape
+    head_norms: bool = False  # queries and keys have a norm, and are kept as they were before it too
+    added: int = 0  # features of images that are added to the prompts, one after each of so many first layers
 
     @property
     def qkv_rows(self) -> int:
@@ -73,5 +75,5 @@ class PolicyShape:
         Both norms' inputs and outputs, q, k and v, the attention's output, gate and up, their product, and the seven
         inner LoRA products.
         """
-        attention = self.qkv_rows + self.heads * self.head_size
+        attention = self.qkv_rows * (2 if self.head_norms else 1) + self.heads * self.head_size
         return 4 * self.hidden + attention + 3 * self.intermediate + 7 * lora_rank

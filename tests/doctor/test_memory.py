@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from mrg_r1.doctor.memory import Workload, predict, resting_parts
-from mrg_r1.policy.families.qwen2_5_vl.shape import shape_of_config
-from mrg_r1.policy.family import shape_of
+from mrg_r1.policy.family import find_family, shape_of
 from mrg_r1.policy.lora import add_lora
 from mrg_r1.policy.policy import Policy
+from mrg_r1.policy.shape import PolicyShape
+from tests.conftest import each_family
 
 FACTOR = 1.25  # within which the formula must lie of a measured peak, both ways
 # Qwen2.5-VL-7B as published: the sizes of its config.json
@@ -34,6 +35,29 @@ SEVEN_B: dict[str, Any] = {
         "intermediate_size": 3420,
         "out_hidden_size": 3584,
         "num_heads": 16,
+    },
+}
+# Qwen3-VL-8B-Instruct as published
+EIGHT_B: dict[str, Any] = {
+    "model_type": "qwen3_vl",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 12288,
+        "vocab_size": 151936,
+    },
+    "vision_config": {
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "out_hidden_size": 4096,
+        "num_heads": 16,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [8, 16, 24],
     },
 }
 STEP = Workload(
@@ -56,15 +80,20 @@ STEP = Workload(
 )
 
 
+def shape_of_config(config: dict[str, Any]) -> PolicyShape:
+    return find_family(config["model_type"]).shape(config)
+
+
 def total(work: Workload, phase: str) -> int:
     return sum(predict(shape_of_config(SEVEN_B), work).phases[phase].values())
 
 
-def test_the_published_7b_has_the_bytes_of_its_index() -> None:
-    # total_size of its model.safetensors.index.json
-    assert 2 * shape_of_config(SEVEN_B).parameters == 16_584_333_312
+@pytest.mark.parametrize(("config", "total_size"), [(SEVEN_B, 16_584_333_312), (EIGHT_B, 17_534_247_392)])
+def test_a_published_checkpoint_has_the_bytes_of_its_index(config: dict[str, Any], total_size: int) -> None:
+    assert 2 * shape_of_config(config).parameters == total_size  # of its model.safetensors.index.json
 
 
+@each_family
 def test_a_policy_and_its_lora_are_counted_as_their_modules_have_them(
     policy: Policy, tiny_policy_directory: Path
 ) -> None:
@@ -106,9 +135,23 @@ def test_an_update_by_hand() -> None:
     assert again["completions' activations"] == 8 * 512 * 28 * 3584 * 2  # each layer's input alone
 
 
-def test_a_config_without_a_number_says_which() -> None:
+def test_features_added_to_prompts_and_norms_of_heads_are_counted() -> None:
+    shape = shape_of_config(EIGHT_B)
+    assert shape.vision.out == 4 * 4096 and shape.vision.pixels == 32 * 32 and shape.vision.patch_values == 1536
+    token = 4 * 4096 + 2 * (32 + 2 * 8) * 128 + 32 * 128 + 3 * 12288 + 7 * 32
+    assert shape.kept_values(32) == token  # queries, keys and values twice: before and after norm and rotation
+    plain = replace(shape, added=0)
+    for change in ({}, {"recompute": True}):
+        work = replace(STEP, **change)
+        more = predict(shape, work).phases["update"]["prompts' activations"]
+        assert more - predict(plain, work).phases["update"]["prompts' activations"] == 800 * 3 * 4096 * 2
+
+
+@pytest.mark.parametrize(("config", "text"), [(SEVEN_B, SEVEN_B), (EIGHT_B, EIGHT_B["text_config"])])
+def test_a_config_without_a_number_says_which(config: dict[str, Any], text: dict[str, Any]) -> None:
+    less = {key: value for key, value in text.items() if key != "num_hidden_layers"}
     with pytest.raises(ValueError, match="no num_hidden_layers"):
-        shape_of_config({key: value for key, value in SEVEN_B.items() if key != "num_hidden_layers"})
+        shape_of_config(less if text is config else {**config, "text_config": less})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""The recipes that come along: they load, divide over the ranks that they name, and those for a 7B policy fit one card
-of 80 GB.
+"""The recipes that come along: they load, divide over the ranks that they name, and those for a 7B or 8B policy fit one
+card of 80 GB.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from mrg_r1.config.recipe import check_numbers, load_recipe
 from mrg_r1.doctor.checks import task_of
 from mrg_r1.doctor.memory import predict, workload_of
 from mrg_r1.policy.family import shape_of
-from tests.doctor.test_memory import SEVEN_B
+from tests.doctor.test_memory import EIGHT_B, SEVEN_B
 
 RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
-SEVEN = [path for path in RECIPES if "_7b" in path.name]
+LARGE = [path for path in RECIPES if "_7b" in path.name or "_8b" in path.name]
 BERT_BASE = 4 * 108_600_000  # bytes of CheXbert in float32, a little rounded up
 CARD = 80 * 10**9
 
@@ -52,11 +52,11 @@ def test_a_recipe_loads_and_divides_over_one_rank(path: Path, tmp_path: Path) ->
     assert recipe.engine.deepspeed.is_file()
 
 
-def test_there_are_four_recipes_for_a_7b_policy() -> None:
-    assert [path.stem for path in SEVEN] == ["iu_7b", "iu_7b_sft", "mimic_7b", "mimic_7b_sft"]
+def test_there_are_five_recipes_for_a_large_policy() -> None:
+    assert [path.stem for path in LARGE] == ["iu_7b", "iu_7b_sft", "mimic_7b", "mimic_7b_sft", "qwen3_vl_8b"]
 
 
-@pytest.mark.parametrize("path", [path for path in SEVEN if "sft" not in path.stem], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in LARGE if "sft" not in path.stem], ids=lambda path: path.stem)
 def test_the_documented_launches_divide_over_their_ranks(path: Path) -> None:
     launches = documented_launches(path)
     assert sorted(ranks_of(gpus) for gpus, _, _ in launches) == [1, 1, 1, 7, 7, 7]
@@ -67,9 +67,9 @@ def test_the_documented_launches_divide_over_their_ranks(path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 7])
-@pytest.mark.parametrize("path", SEVEN, ids=lambda path: path.stem)
-def test_a_7b_recipe_fits_a_card_of_80_gb(path: Path, ranks: int, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(SEVEN_B))
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_a_large_recipe_fits_a_card_of_80_gb(path: Path, ranks: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(EIGHT_B if "_8b" in path.stem else SEVEN_B))
     recipe = load_recipe(path, [f"policy.path={tmp_path}"])
     beside = BERT_BASE if ranks == 1 else 0  # seven and one: the labeler has a card of its own
     images = 1 if "mimic" in path.stem else 2
@@ -81,8 +81,8 @@ def test_a_7b_recipe_fits_a_card_of_80_gb(path: Path, ranks: int, tmp_path: Path
     assert 20 * 10**9 < prediction.peak < CARD, prediction.phases[prediction.peak_phase]
 
 
-@pytest.mark.parametrize("path", SEVEN, ids=lambda path: path.stem)
-def test_a_7b_recipe_says_where_each_value_comes_from(path: Path) -> None:
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_a_large_recipe_says_where_each_value_comes_from(path: Path) -> None:
     values = [line for line in path.read_text().splitlines() if re.match(r"\s*[a-z_]+:\s*[^\s#]", line)]
     assert len(values) > 15 and not [line for line in values if not re.search(r"# (paper|ours|yours)\b", line)]
 

@@ -11,6 +11,7 @@ from mrg_r1.policy.load import load_policy, save_policy
 from mrg_r1.policy.lora import add_lora, reference
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
+from tests.conftest import each_family
 
 
 def qkv_modules(policy, layer=0):
@@ -31,6 +32,7 @@ def test_projection_and_its_gradients_are_those_of_the_peft_modules(lora_policy)
         torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
 
 
+@each_family
 def test_merged_equals_unmerged_and_adapters_off_is_the_base(lora_policy, tiny_policy_directory):
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -58,6 +60,7 @@ def test_a_rollout_leaves_every_weight_bitwise_as_it_was(lora_policy, studies, b
         assert torch.equal(parameter, before[name]), name
 
 
+@each_family
 def test_frozen_projections_are_held_once_and_the_policy_can_still_be_saved(policy, tiny_policy_directory, tmp_path):
     """One memory for q, k and v; the checkpoint written afterwards is the one that was read."""
     fused = policy.read_language().layers[0].qkv.weight

@@ -12,7 +12,7 @@ from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.policy.lora import reference
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
-from tests.conftest import with_lora
+from tests.conftest import each_family, with_lora
 
 
 def rolled_out(policy, prompts, *, group_size=3, length=12, step=0, seed=0):
@@ -47,6 +47,7 @@ def plain_forward_logp(policy, prompts, completions, *, banned, temperature):
     return rows
 
 
+@each_family
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_sampled_logp_equals_scored_logp_equals_plain_forward(lora_policy, studies, build, temperature):
     """Traps 2 and 9: ragged prompts, two images of unequal size, two temperatures."""
@@ -94,6 +95,7 @@ def test_logp_follows_its_study_when_prompts_are_permuted_and_sliced(lora_policy
         torch.testing.assert_close(alone, whole[b], atol=1e-5, rtol=0)
 
 
+@each_family
 def test_image_tokens_that_are_not_the_features_are_refused(policy, studies, build):
     prompts = build(policy)(studies[:1])
     prompts.input_ids[0, (prompts.input_ids[0] == policy.image_token_id).nonzero()[0, 0]] = 10
@@ -130,6 +132,7 @@ def test_ratio_is_one_with_dropout_configured_and_modes_toggled(lora_policy, stu
     torch.testing.assert_close(plain.view_as(old), old, atol=1e-5, rtol=0)
 
 
+@each_family
 def test_reference_is_bitwise_the_base_model(lora_policy, studies, build, tiny_policy_directory):
     prompts = build(lora_policy)(studies)
     vision, completions = rolled_out(lora_policy, prompts)
@@ -142,6 +145,7 @@ def test_reference_is_bitwise_the_base_model(lora_policy, studies, build, tiny_p
     assert (with_adapter - off).abs().max() > 1e-2
 
 
+@each_family
 def test_micro_batches_do_not_change_logp_or_gradient(lora_policy, studies, build):
     """Trap 5 at the level of the policy."""
     prompts = build(lora_policy)(studies)
@@ -199,6 +203,7 @@ def ragged(policy, prompts):
     return prompts, policy.encode_images(prompts), ids, mask, torch.tensor([1, 0, 1, 2, 3, 3, 0, 1, 3, 1, 0])
 
 
+@each_family
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_shared_prefix_equals_the_naive_pass(lora_policy, studies, build, temperature):
     """Trap 13: log-probs, entropies and gradients on ragged groups, one and two images of unequal size, grouped-query
@@ -214,6 +219,7 @@ def test_shared_prefix_equals_the_naive_pass(lora_policy, studies, build, temper
     assert (gradient - naive_gradient).norm() / naive_gradient.norm() < 1e-5
 
 
+@each_family
 def test_shared_prefix_in_bf16_is_as_near_to_fp32_as_the_naive_pass(tiny_policy_directory, studies, build):
     """bf16 rounds, so two bf16 passes differ; neither may be farther from the fp32 pass than the other by much."""
 
@@ -248,6 +254,7 @@ def test_chunked_log_softmax_equals_the_whole_one(tiny_policy_directory, monkeyp
     assert (found - wanted).float().norm() / wanted.float().norm() < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
+@each_family
 def test_gradient_checkpointing_gives_the_same_gradient(lora_policy, studies, build):
     """Trap 17: with and without recomputation; and the rollout in training mode is the same, its cache never off."""
     prompts = build(lora_policy)(studies)
@@ -276,6 +283,7 @@ def test_recomputation_keeps_less_for_the_backward_pass(lora_policy, studies, bu
     assert kept[1] < 0.5 * kept[0]
 
 
+@each_family
 @pytest.mark.parametrize("dtype,limit", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_gap_between_sampled_and_scored_logp(tiny_policy_directory, studies, build, dtype, limit):
     """Merged LoRA and decoding against unmerged LoRA and scoring: nothing in fp32, rounding in bf16, under the level

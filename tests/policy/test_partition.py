@@ -18,7 +18,7 @@ from mrg_r1.policy.logprobs import group_logprobs
 from mrg_r1.policy.lora import merge_adapter, reference, save_adapter
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.rollout.sampling import Sampling
-from tests.conftest import with_lora
+from tests.conftest import each_family, with_lora
 
 
 class Drawer:
@@ -63,6 +63,7 @@ def pair(tiny_policy_directory):
     )
 
 
+@each_family
 def test_scores_gradients_and_samples_are_those_of_the_whole_policy(pair, studies, build):
     results = []
     for policy in pair:
@@ -84,6 +85,7 @@ def test_scores_gradients_and_samples_are_those_of_the_whole_policy(pair, studie
     assert all(parameter.numel() == 0 for parameter in pair[1].partition.kept)
 
 
+@each_family
 def test_a_held_policy_samples_without_asking_for_weights(pair, studies, build):
     """Trap 18: what a rank does inside is nobody else's business; outside, weights are away again."""
     policy = pair[1]
@@ -111,6 +113,7 @@ def test_an_adapter_is_merged_into_absent_weights(pair, tiny_policy_directory, t
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+@each_family
 def test_names_of_published_checkpoints_and_shards_are_read(policy, tiny_policy_directory, tmp_path):
     """Published files keep an older tree's names and come in shards behind an index."""
     copy = tmp_path / "published"

@@ -22,7 +22,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.data.study import read_manifest
-from mrg_r1.policy.families.qwen2_5_vl.positions import ImageTokens
+from mrg_r1.policy.qwen_vl.positions import ImageTokens
 from tests.grpo.paper_loss import paper_loss
 
 BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]

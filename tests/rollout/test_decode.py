@@ -12,6 +12,7 @@ from mrg_r1.rollout import decode
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.rollout.sampling import Sampling, keyed_uniforms, sample_tokens
+from tests.conftest import each_family
 
 
 def sample(policy, prompts, on_ended=None, **changes):
@@ -39,6 +40,7 @@ def test_near_greedy_generation_config_is_not_obeyed(policy, studies, build):
     assert abs(-completions.logp[0, :, 0].mean() - entropy[0, 0]) < 5 * error
 
 
+@each_family
 def test_banned_ids_are_never_sampled(policy, studies, build):
     """Trap 11: with every logit pushed towards the image token it still is not drawn."""
     with torch.no_grad():
@@ -172,6 +174,7 @@ def generate_greedily(policy, prompts, length):
     return rows
 
 
+@each_family
 @pytest.mark.parametrize("name", ["policy", "lora_policy"])
 def test_greedy_equals_transformers_generate(request, studies, build, name):
     """Forty tokens: over several widths of the static cache, ragged prompts, two images of unequal size."""
@@ -195,6 +198,7 @@ def eager_to_end(policy, chance=3.0):
     policy.next_token_logits = logits
 
 
+@each_family
 def test_compaction_changes_nothing(lora_policy, studies, build, monkeypatch):
     """Dropping rows that have ended: the same tokens, and the same log-probs but for the order of sums."""
     eager_to_end(lora_policy)

@@ -102,7 +102,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so_on_every_rank(write, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(*((checkpoint, "save_file") if stage == "tensors" else (checkpoint.os, "replace")), full)
+        patched.setattr(*((checkpoint, "save_tensors") if stage == "tensors" else (checkpoint.os, "replace")), full)
         with pytest.raises(
             CheckpointError, match=r"step_4: .*No space left on device.*step_2 is whole and is what a resume takes"
         ):

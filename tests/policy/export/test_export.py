@@ -13,14 +13,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from mrg_r1.policy import checkpoint_files
 from mrg_r1.policy.checkpoint_files import read_layout
 from mrg_r1.policy.export import export
-from mrg_r1.policy.families.qwen2_5_vl.checkpoint import LORA_TARGETS
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import load_adapter, merge_adapter, save_adapter
+from mrg_r1.policy.qwen_vl.checkpoint import LORA_TARGETS
+from tests.conftest import each_family
 
 GATE = "base_model.model.model.language_model.layers.1.mlp.gate_proj"
 
@@ -94,6 +95,7 @@ COLD_STARTS = {
 }
 
 
+@each_family
 @pytest.mark.parametrize("settings", COLD_STARTS.values(), ids=COLD_STARTS.keys())
 def test_plain_transformers_and_plain_peft_give_the_policys_logits(
     run, tiny_policy_directory, tmp_path, studies, build, settings
@@ -105,11 +107,11 @@ def test_plain_transformers_and_plain_peft_give_the_policys_logits(
     prompts = one_study(policy, studies, build)
     expected = logits(policy.model, prompts)
 
-    merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out/merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out/merged")
     assert merged.dtype == torch.float32
     torch.testing.assert_close(logits(merged, prompts), expected, atol=1e-5, rtol=0)
 
-    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(base)
+    plain = AutoModelForImageTextToText.from_pretrained(base)
     assert (logits(plain, prompts) - expected).abs().max() > 0.1
     adapted = PeftModel.from_pretrained(plain, tmp_path / "out/adapter")
     torch.testing.assert_close(logits(adapted, prompts), expected, atol=1e-5, rtol=0)
@@ -176,11 +178,12 @@ def sharded(tiny_policy_directory, tmp_path):
     folder = tmp_path / "sharded"
     shutil.copytree(tiny_policy_directory, folder)
     (folder / "model.safetensors").unlink()
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_policy_directory)
+    model = AutoModelForImageTextToText.from_pretrained(tiny_policy_directory)
     model.save_pretrained(folder, max_shard_size="200KB")
     return folder
 
 
+@each_family
 def test_a_checkpoint_in_parts_stays_in_parts(run, sharded, tmp_path, studies, build):
     export_run(run, sharded, merged=tmp_path / "merged")
     index = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
@@ -192,7 +195,7 @@ def test_a_checkpoint_in_parts_stays_in_parts(run, sharded, tmp_path, studies, b
     assert len(set(index["weight_map"].values())) > 3
     policy = policy_of_run(run, sharded)
     prompts = one_study(policy, studies, build)
-    merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged, prompts), logits(policy.model, prompts), atol=1e-5, rtol=0)
 
 
@@ -202,8 +205,8 @@ def test_one_large_file_is_written_in_parts(run, tiny_policy_directory, tmp_path
     export_run(run, tiny_policy_directory, merged=tmp_path / "parts")
     layout = read_layout(tmp_path / "parts")
     assert len(layout) > 3 and all(sum(tensor.size for tensor in tensors) <= 400_000 for tensors in layout.values())
-    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "whole").state_dict()
-    parts = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "parts").state_dict()
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole").state_dict()
+    parts = AutoModelForImageTextToText.from_pretrained(tmp_path / "parts").state_dict()
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -211,7 +214,7 @@ def test_one_large_file_is_written_in_parts(run, tiny_policy_directory, tmp_path
 def bf16(tiny_policy_directory, tmp_path):
     folder = tmp_path / "bf16"
     shutil.copytree(tiny_policy_directory, folder)
-    Qwen2_5_VLForConditionalGeneration.from_pretrained(tiny_policy_directory).bfloat16().save_pretrained(folder)
+    AutoModelForImageTextToText.from_pretrained(tiny_policy_directory).bfloat16().save_pretrained(folder)
     return folder
 
 
@@ -234,7 +237,7 @@ def test_bf16_weights_are_rounded_once(bf16, tmp_path, studies, build):
     policy = policy_of_run(tmp_path / "run", bf16, cold, dtype=torch.bfloat16)
     prompts = one_study(policy, studies, build)
     expected = logits(policy.model, prompts).float()
-    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     assert plain.dtype == torch.bfloat16
     apart = (logits(plain, prompts).float() - expected).abs()
     learned = (logits(load_policy(bf16, dtype=torch.bfloat16).model, prompts).float() - expected).abs()

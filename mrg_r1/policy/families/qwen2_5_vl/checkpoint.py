@@ -1,4 +1,4 @@
-"""The checkpoint's class, the names in its files, its image processor and the ids that stand for pixels."""
+"""The checkpoint's class, and its modules."""
 
 from __future__ import annotations
 
@@ -7,37 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers import Qwen2_5_VLForConditionalGeneration
 
-# A bare list of names would also hit the vision tower, whose layers share some of them.
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-
-# Ids that stand for pixels. A sampled one would make the next forward look for an image that is not there
-# (docs/traps.md #11).
-_VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+from mrg_r1.policy.qwen_vl import checkpoint
 
 
-def load_model(path: Path, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
-    )
+def load_model(path: Path, dtype: torch.dtype) -> nn.Module:
+    return checkpoint.load_model(Qwen2_5_VLForConditionalGeneration, path, dtype)
 
 
-def empty_model(path: Path, dtype: torch.dtype, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
-    """The module without weights; its rotary frequencies, computed and never stored, on `device`."""
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    model.tie_weights()
-    for parent in (model.model.visual, model.model.language_model):
-        for name, child in list(parent.named_children()):
-            if any(buffer.is_meta for buffer in child.buffers()) and not list(child.parameters()):
-                fresh = type(child)(child.config) if hasattr(child, "config") else type(child)(2 * len(child.inv_freq))
-                setattr(parent, name, fresh.to(device))
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    return model
+def empty_model(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    return checkpoint.empty_model(Qwen2_5_VLForConditionalGeneration, path, dtype, device)
 
 
 def parts(model: Any) -> list[nn.Module]:
@@ -51,28 +31,3 @@ def parts(model: Any) -> list[nn.Module]:
         language.norm,
         model.lm_head,
     ]
-
-
-def module_name(key: str) -> str:
-    """The name of a stored tensor in the module tree: published checkpoints keep the names of an older tree."""
-    if key.startswith("visual."):
-        return f"model.{key}"
-    if key.startswith("model.") and not key.startswith(("model.visual.", "model.language_model.")):
-        return key.replace("model.", "model.language_model.", 1)
-    return key
-
-
-def banned_ids(config: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of image, video and vision tokens, as the config and as the tokenizer name them."""
-    named = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
-    vocabulary = tokenizer.get_vocab()
-    return {token for token in named if token is not None} | {
-        vocabulary[token] for token in _VISION_TOKENS if token in vocabulary
-    }
-
-
-def image_processor(path: Path, min_pixels: int, max_pixels: int) -> Qwen2VLImageProcessorPil:
-    """The PIL one, which needs no torchvision and gives the same pixels on every machine."""
-    return Qwen2VLImageProcessorPil.from_pretrained(
-        path, min_pixels=min_pixels, max_pixels=max_pixels, local_files_only=True
-    )

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mrg_r1.policy.attention import rotated_heads
-from mrg_r1.policy.layers import DecoderLayer, Norm, Projection, frozen_values, swiglu
+from mrg_r1.policy.layers import DecoderLayer, Norm, Projection, swiglu
+from mrg_r1.policy.qwen_vl import decoder as qwen_vl
+from mrg_r1.policy.qwen_vl.decoder import MultimodalRotation, read_norm
 
 
 @dataclass(frozen=True)
@@ -51,31 +53,10 @@ def read_layer(module: Any, config: Any) -> Layer:
     )
 
 
-def read_norm(module: Any, config: Any) -> Norm:
-    return Norm(frozen_values(module.weight), config.text_config.rms_norm_eps)
-
-
-@dataclass(frozen=True)
-class MultimodalRotation:
-    """Rotary angles of which each frequency follows one axis of a position (Qwen2-VL, arXiv 2409.12191, section
-    2.1).
-    """
-
-    inverse_frequencies: Tensor  # [D / 2] float32
-    axis_of_frequency: Tensor  # [D / 2] int64: time, height or width
-
-    @classmethod
-    def read(cls, model: Any) -> MultimodalRotation:
-        frequencies = model.model.language_model.rotary_emb.inv_freq.float()
-        sections = model.config.text_config.rope_parameters["mrope_section"]
-        axes = torch.arange(3).repeat_interleave(torch.tensor(sections))
-        return cls(frequencies, axes.to(frequencies.device))
-
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [T, 3], or [T] of text -> cos and sin [T, 1, D / 2] float32."""
-        axes = positions.expand(3, -1) if positions.dim() == 1 else positions.t()
-        angles = axes[self.axis_of_frequency].t().float() * self.inverse_frequencies
-        return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+def rotation(model: Any) -> MultimodalRotation:
+    """The frequencies of time, then of height, then of width."""
+    sections = model.config.text_config.rope_parameters["mrope_section"]
+    return MultimodalRotation.read(model, torch.arange(3).repeat_interleave(torch.tensor(sections)))
 
 
 def run_modules(
@@ -87,8 +68,4 @@ def run_modules(
     added: Sequence[Tensor],
 ) -> Tensor:
     """[R, L, H] normalised hidden states by transformers' modules (`Family.run_modules`); nothing is ever `added`."""
-    positions = torch.cat([prompt_positions.movedim(2, 0), text_positions.expand(3, -1, -1)], dim=2)
-    hidden: Tensor = model.model.language_model(
-        inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
-    return hidden
+    return qwen_vl.run_modules(model, embeddings, attention_mask, prompt_positions, text_positions)

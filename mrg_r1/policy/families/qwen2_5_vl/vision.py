@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mrg_r1.policy.attention import SeqLens, attend, rotate
-from mrg_r1.policy.families.qwen2_5_vl.positions import GRIDS, PIXELS
 from mrg_r1.policy.family import Gathered
+from mrg_r1.policy.qwen_vl.positions import GRIDS, PIXELS, places_of_patches
 from mrg_r1.types import ImageInputs
 
 _ROTARY_BASE = 10_000.0  # of the published towers; transformers keeps it as a constant too
@@ -105,13 +105,9 @@ class _Windows:
         # [windows, cells * cells]
         windows = padded.unfold(1, cells, cells).unfold(2, cells, cells).flatten(0, 2).flatten(1)
         windows = windows[(windows >= 0).sum(dim=1).argsort(stable=True)]
-        # the processor's order: merged patches row by row, the merge x merge patches of each together
-        grid_rows, grid_columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        places = torch.stack([grid_rows, grid_columns], dim=-1)
-        places = places.view(rows, merge, columns, merge, 2).transpose(1, 2).reshape(-1, 2).repeat(time, 1)
         return cls(
             order=windows[windows >= 0],
-            places=places,
+            places=places_of_patches(grid, merge),
             frames=[height * width] * time,
             windows=[count * merge**2 for count in (windows >= 0).sum(dim=1).tolist()],
         )

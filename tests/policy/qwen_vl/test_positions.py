@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+
+from tests.conftest import each_family
 
 
+@each_family
 def test_positions_are_those_of_the_model(policy, studies, build):
     """Trap 9: the hand-written positions against the model's own, padded and with two images."""
     prompts = build(policy)(studies)
-    model: Qwen2_5_VLForConditionalGeneration = policy.base
     kinds = (prompts.input_ids == policy.image_token_id).int()
-    positions, deltas = model.model.get_rope_index(
+    positions, deltas = policy.base.model.get_rope_index(
         prompts.input_ids,
         kinds,
         image_grid_thw=prompts.images.tensors["image_grid_thw"],

@@ -8,7 +8,7 @@ read them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mrg_r1.types import ImageInputs
 
-PIXELS, GRIDS = "pixel_values", "image_grid_thw"  # [patches, channels * 2 * 14 * 14] float32; [I, 3] int64
+PIXELS, GRIDS = "pixel_values", "image_grid_thw"  # [patches, channels * 2 * side * side] float32; [I, 3] int64
 _PLACEHOLDER = "<|image_pad|>"
 
 
@@ -100,3 +100,13 @@ class ImageTokens:
         if next(grids, None) is not None:
             raise ValueError(f"the batch has {len(images)} images, but fewer runs of image tokens")
         return positions, next_position
+
+
+def places_of_patches(grid: Sequence[int], merge: int) -> Tensor:
+    """[patches, 2] int64, row and column of an image's patches in the processor's order: merged patches row by row, the
+    merge x merge patches of each together, frame after frame.
+    """
+    time, height, width = grid
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    places = torch.stack([rows, columns], dim=-1).view(height // merge, merge, width // merge, merge, 2)
+    return places.transpose(1, 2).reshape(-1, 2).repeat(time, 1)

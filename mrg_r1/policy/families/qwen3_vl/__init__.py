@@ -1,0 +1,26 @@
+"""Qwen3-VL (arXiv 2511.21631), the dense ones, and every checkpoint of their class."""
+
+from mrg_r1.policy.families.qwen3_vl import checkpoint, decoder, shape, tiny, vision
+from mrg_r1.policy.family import Family
+from mrg_r1.policy.qwen_vl.checkpoint import LORA_TARGETS, banned_ids, image_processor, module_name
+from mrg_r1.policy.qwen_vl.decoder import read_norm
+from mrg_r1.policy.qwen_vl.positions import ImageTokens
+
+FAMILY = Family(
+    load_model=checkpoint.load_model,
+    empty_model=checkpoint.empty_model,
+    parts=checkpoint.parts,
+    module_name=module_name,
+    lora_targets=LORA_TARGETS,
+    banned_ids=banned_ids,
+    image_processor=image_processor,
+    prompt_layout=ImageTokens.read,
+    vision_modules=vision.modules,
+    encode_images=vision.encode_images,
+    read_layer=decoder.read_layer,
+    read_norm=read_norm,
+    rotation=decoder.rotation,
+    run_modules=decoder.run_modules,
+    shape=shape.shape_of_config,
+    create_tiny=tiny.create_tiny_policy,
+)

@@ -1,0 +1,101 @@
+"""The vision tower, once an image a step (Qwen3-VL, arXiv 2511.21631, section 2; DeepStack, arXiv 2406.04334).
+
+What its inner layers see goes to the decoder beside what it ends with: the features of an image token are as wide as
+all of that together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mrg_r1.policy.attention import SeqLens, attend, rotate
+from mrg_r1.policy.family import Gathered
+from mrg_r1.policy.qwen_vl.positions import GRIDS, PIXELS, places_of_patches
+from mrg_r1.types import ImageInputs
+
+
+def modules(model: Any) -> list[nn.Module]:
+    return [model.model.visual]
+
+
+def encode_images(model: Any, images: ImageInputs, gathered: Gathered) -> list[Tensor]:
+    """[merged patches, (1 + n) * H] of each image; with a graph where gradients are enabled and the tower's parameters
+    want them.
+    """
+    visual, pixels, grids = model.model.visual, images.tensors[PIXELS], images.tensors[GRIDS]
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in visual.parameters()):
+        seen = model.get_image_features(pixels, grids, return_dict=True)
+        return [torch.cat(parts, dim=1) for parts in zip(seen.pooler_output, *seen.deepstack_features, strict=True)]
+    return run_tower(visual, pixels, grids, gathered=gathered)
+
+
+@torch.no_grad()
+def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered) -> list[Tensor]:
+    """The tower's forward over all images at once, packed; a patch sees those of its own image and frame.
+
+    Args:
+        visual: the checkpoint's vision module; its weights are used, its attention is not.
+        pixels: [patches, channels * 2 * 16 * 16].
+        grids: [I, 3] int64, patches in time, height and width.
+        gathered: given a module of the tower, a block inside which its weights can be read.
+
+    Returns:
+        A tensor [merged patches, (1 + n) * H] for each image: the tower's end, then its n DeepStack layers.
+    """
+    config, device, sizes = visual.config, pixels.device, grids.tolist()
+    merge, heads = config.spatial_merge_size, config.num_heads
+    frames = SeqLens(tuple(height * width for time, height, width in sizes for _ in range(time)), device)
+    places = [places_of_patches(size, merge) for size in sizes]
+
+    with gathered(visual.patch_embed):
+        projection = visual.patch_embed.proj  # a convolution whose stride is its kernel is a matrix product
+        x = F.linear(pixels.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
+    with gathered(visual.pos_embed):
+        table = visual.pos_embed.weight
+        x = x + torch.cat([learned_positions(table, place.to(device)) for place in places])
+    size = x.shape[1] // heads
+    frequencies = visual.rotary_pos_emb.inv_freq.float().to(device)  # [size / 4]
+    angles = (torch.cat(places).to(device).float().unsqueeze(-1) * frequencies).flatten(1)  # rows first, then columns
+    cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+    deeper = []
+    for number, block in enumerate(visual.blocks):
+        with gathered(block):
+            qkv = block.attn.qkv(block.norm1(x)).view(len(x), 3 * heads, size)
+            qk, v = rotate(qkv[:, : 2 * heads], cos, sin), qkv[:, 2 * heads :]
+            attended, _ = attend(qk[:, :heads], qk[:, heads:], v, frames, frames, causal=False)
+            x = x + block.attn.proj(attended.flatten(1))
+            x = x + block.mlp(block.norm2(x))
+        if number in config.deepstack_visual_indexes:
+            merger = visual.deepstack_merger_list[list(config.deepstack_visual_indexes).index(number)]
+            with gathered(merger):
+                deeper.append(merger(x))
+    with gathered(visual.merger):
+        merged = torch.cat([visual.merger(x), *deeper], dim=1)
+    return list(merged.split([len(place) // merge**2 for place in places]))
+
+
+def learned_positions(table: Tensor, places: Tensor) -> Tensor:
+    """The square of learned positions, stretched over an image with its corners on the image's corners.
+
+    Args:
+        table: [side * side, hidden].
+        places: [patches, 2] int64, row and column of each.
+
+    Returns:
+        [patches, hidden]: of the four learned positions around each patch, by nearness; summed in float32.
+    """
+    side = round(len(table) ** 0.5)
+    extent = places.amax(dim=0).clamp(min=1)  # the last row and column
+    exact = places * (side - 1) / extent
+    low = exact.floor().long()
+    high, share = (low + 1).clamp(max=side - 1), exact - low
+    result = torch.zeros(len(places), table.shape[1], device=table.device)
+    for rows, row_shares in ((low[:, 0], 1 - share[:, 0]), (high[:, 0], share[:, 0])):
+        for columns, column_shares in ((low[:, 1], 1 - share[:, 1]), (high[:, 1], share[:, 1])):
+            result += table[rows * side + columns] * (row_shares * column_shares).unsqueeze(1)
+    return result.to(table.dtype)
