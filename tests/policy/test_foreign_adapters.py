@@ -10,9 +10,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.doctor import checks
 from mrg_r1.policy.export.export import export
-from mrg_r1.policy.families.qwen2_5_vl.checkpoint import LORA_TARGETS
 from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.lora import load_adapter, merge_adapter
+from mrg_r1.policy.qwen_vl.checkpoint import LORA_TARGETS
 
 
 def written(checkpoint, folder, config):
