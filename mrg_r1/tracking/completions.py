@@ -15,11 +15,13 @@ def write_completions(
 ) -> None:
     """Write this rank's completions of a step to `directory/step_NNNNNN_rankR.jsonl`, one report a line.
 
-    A step that is repeated after a resume writes the same file again.
+    A step that is repeated after a resume writes the same file again, and clears what a kill left half-written of it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lengths = completions.lengths.tolist()
     path = directory / f"step_{step:06d}_rank{rank}.jsonl"
+    for leftover in directory.glob(f".{path.name}.*.tmp"):  # this rank alone writes it, so its writer is gone
+        leftover.unlink(missing_ok=True)
     # a lone surrogate comes out as JSON escapes it
     with (
         atomically(path, synced=False) as temporary,
