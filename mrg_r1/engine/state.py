@@ -91,13 +91,16 @@ def _set_parts(parameter: nn.Parameter, master: Tensor, moments: dict[str, Tenso
 
 
 def _create_optimizer_state(engine: Engine) -> None:
-    """AdamW has no moments before its first step: take one of size zero, so that there is something to set."""
+    """AdamW has no moments before its first step: take one of size zero, so that there is something to set.
+
+    Weights that are not finite still get a loss and a gradient of zero: `Engine.backward` would leave the step out.
+    """
     groups = engine.optimizer.param_groups
     kept = [(group["lr"], group["weight_decay"]) for group in groups]
     for group in groups:
         group["lr"], group["weight_decay"] = 0.0, 0.0
     nothing = sum(
-        (parameter.float().sum() * 0.0 for parameter in engine.trainable.values()),
+        (torch.nan_to_num(parameter.float() * 0.0).sum() for parameter in engine.trainable.values()),
         torch.zeros((), device=engine.ranks.device),
     )
     engine.backward(nothing, last=True)

@@ -18,14 +18,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 300
+PATIENCE = 30  # seconds in which the other ranks may raise too, once one has
 
 
 class Pool:
     """Gives tasks (functions of tests/ranks/tasks.py) to all ranks and collects what each returned."""
 
     def __init__(self, folder: Path, *, ranks: int = 2) -> None:
-        self.folder, self.number, self.ranks = folder, 0, ranks
-        self.log = open(folder / "log.txt", "w")
+        self.parent, self.ranks, self.starts = folder, ranks, 0
+        self.start()
+
+    def start(self) -> None:
+        """In a folder of its own: a rank that hung may still write into the last one."""
+        self.folder, self.number = self.parent / f"start_{self.starts}", 0
+        self.folder.mkdir()
+        self.starts += 1
+        self.log = open(self.folder / "log.txt", "w")
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
@@ -33,9 +41,15 @@ class Pool:
             "CUDA_VISIBLE_DEVICES": "",
         }
         port = random.randint(20000, 40000)
-        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
+        command = [
+            str(Path(sys.executable).parent / "deepspeed"),
+            "--num_gpus",
+            str(self.ranks),
+            "--master_port",
+            str(port),
+        ]
         self.process = subprocess.Popen(
-            [*command, str(ROOT / "tests/ranks/worker.py"), str(folder)],
+            [*command, str(ROOT / "tests/ranks/worker.py"), str(self.folder)],
             cwd=ROOT,
             env=environment,
             stdout=self.log,
@@ -46,7 +60,7 @@ class Pool:
         """The answers of the ranks, in order.
 
         Raises:
-            RuntimeError: a rank raised (its traceback), or the pool died or is stuck.
+            RuntimeError: a rank raised (its traceback), or the pool died or is stuck; the next task finds a new pool.
         """
         number, self.number = self.number, self.number + 1
         task = self.folder / f".task_{number}.json"
@@ -54,18 +68,32 @@ class Pool:
         task.rename(self.folder / f"task_{number}.json")
         paths = [self.folder / f"answer_{number}_{rank}.json" for rank in range(self.ranks)]
         deadline = time.monotonic() + TIMEOUT
+        alone: float | None = None  # since when an error of some ranks waits for the others
         while not all(path.is_file() for path in paths):
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(
-                    "the pool of ranks ended or is stuck in "
-                    f"{function}:\n{(self.folder / 'log.txt').read_text()[-4000:]}"
-                )
+            now = time.monotonic()
+            if alone is None and any("error" in answer for answer in answers_of(paths)):
+                alone = now
+            if self.process.poll() is not None or now > deadline or (alone is not None and now > alone + PATIENCE):
+                raised = "\n".join(answer["error"] for answer in answers_of(paths) if "error" in answer)
+                log = (self.folder / "log.txt").read_text()[-4000:]
+                self.kill()
+                self.start()
+                raise RuntimeError(f"the pool of ranks ended or is stuck in {function}:\n{raised or log}")
             time.sleep(0.02)
-        answers = [json.loads(path.read_text()) for path in paths]
+        answers = answers_of(paths)
         for rank, answer in enumerate(answers):
             if "error" in answer:
                 raise RuntimeError(f"rank {rank} in {function}:\n{answer['error']}")
         return [answer["value"] for answer in answers]
+
+    def kill(self) -> None:
+        """The launcher ends its ranks on SIGTERM."""
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.log.close()
 
     def stop(self) -> None:
         (self.folder / "stop").touch()
@@ -74,6 +102,11 @@ class Pool:
         except subprocess.TimeoutExpired:
             self.process.kill()
         self.log.close()
+
+
+def answers_of(paths: list[Path]) -> list[dict[str, Any]]:
+    """Those that are there."""
+    return [json.loads(path.read_text()) for path in paths if path.is_file()]
 
 
 @pytest.fixture(scope="session")
