@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrg_r1.policy.rectangles import RectangleAttention, Rectangles
+
 # Private names of torch, so they may go: `_plain` takes their place (on the CPU it costs memory, not exactness).
 _CPU_FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _CPU_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -292,6 +294,34 @@ class GroupAttention(torch.autograd.Function):
         )
         dq_2, dk, dv = attend_backward(grad, q, k, v, out, lse, completions, completions, causal=True)
         return dq_1.add_(dq_2), dk, dv, d_prompt_k, d_prompt_v, None, None, None
+
+
+@dataclass(frozen=True)
+class GroupLens:
+    """What belongs together in a pass over completions, for all of its layers."""
+
+    groups: SeqLens  # the completions' axis, a sequence a study
+    prompts: SeqLens  # the prompts' axis, a sequence a study
+    completions: SeqLens  # the completions' axis, a sequence a completion
+    key_heads: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> Tensor:
+        """`GroupAttention` of these tokens, in the way that is fastest for them: [T, heads, D]."""
+        if q.device.type == "cpu" and q.dtype == torch.float32 and self._rectangles is not None:
+            result: Tensor = RectangleAttention.apply(q, k, v, prompt_k, prompt_v, self._rectangles)
+        else:
+            result = GroupAttention.apply(q, k, v, prompt_k, prompt_v, self.groups, self.prompts, self.completions)
+        return result
+
+    @cached_property
+    def _rectangles(self) -> Rectangles | None:
+        lengths, studies = iter(self.completions.lengths), []
+        for tokens in self.groups.lengths:
+            group: list[int] = []
+            while sum(group) < tokens:
+                group.append(next(lengths))
+            studies.append(group)
+        return Rectangles.of_groups(studies, self.prompts.lengths, key_heads=self.key_heads)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:

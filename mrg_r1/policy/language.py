@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mrg_r1.policy.attention import GroupAttention, PackedAttention, SeqLens
+from mrg_r1.policy.attention import GroupLens, PackedAttention, SeqLens
 from mrg_r1.policy.family import Family, Rotation
 from mrg_r1.policy.layers import DecoderLayer, Norm
 
@@ -77,10 +77,10 @@ class LanguageModel:
         Returns:
             [T, H] normalised hidden states.
         """
-        x = completions.embeddings
+        key_heads = states.layers[0][0].shape[1]
+        x, lens = completions.embeddings, GroupLens(groups, states.seq_lens, completions.seq_lens, key_heads)
         for number in range(self.depth):
-            prompts = (states.seq_lens, *states.layers[number])
-            x = self._run(recompute, self._completion_layer, number, x, completions, groups, *prompts)
+            x = self._run(recompute, self._completion_layer, number, x, completions, lens, *states.layers[number])
         return self.norm(x)
 
     def _run(self, recompute: bool, layer: Callable[..., Any], *arguments: Any) -> Any:
@@ -106,15 +106,13 @@ class LanguageModel:
         number: int,
         x: Tensor,
         completions: Packed,
-        groups: SeqLens,
-        prompts: SeqLens,
+        lens: GroupLens,
         prompt_k: Tensor,
         prompt_v: Tensor,
     ) -> Tensor:
         with self.layer(number) as layer:
             q, k, v = layer.heads(x, completions.cos, completions.sin)
-            attended = GroupAttention.apply(q, k, v, prompt_k, prompt_v, groups, prompts, completions.seq_lens)
-            return layer.finish(x, attended)
+            return layer.finish(x, lens.attend(q, k, v, prompt_k, prompt_v))
 
 
 @dataclass(frozen=True)
