@@ -160,38 +160,48 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x W' + b + scale * (x A') B' for frozen W and b; the gradients of A and B by thin products only."""
+    """y = x (W + s B A)' + b for frozen W and b; the gradients of A and B by thin products only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, projection: Projection, *pairs: Tensor) -> Tensor:
-        inner = x @ torch.cat(pairs[::2]).t()  # [T, sum of ranks]
-        y = F.linear(x, projection.weight, projection.bias)
-        for adapter, b, part in zip(projection.adapters, pairs[1::2], _ranks(inner, pairs), strict=True):
-            y[:, adapter.rows].addmm_(part, b.t(), alpha=adapter.scale)
+        weight, adapters = projection.weight, projection.adapters
         # the weight among what is saved and not beside it: with recomputation it is then forgotten until the backward
         # pass comes
-        ctx.save_for_backward(x, inner, projection.weight, *pairs)
-        ctx.adapters = projection.adapters
-        return y
+        ctx.save_for_backward(x, weight, *pairs)
+        ctx.adapters = adapters
+        up, down = _joined(adapters, pairs, weight)
+        if x.dtype == torch.float32:  # in fewer bits an update of LoRA may be too small for the sum
+            return F.linear(x, torch.addmm(weight, up, down), projection.bias)
+        return F.linear(x, weight, projection.bias).addmm_(x @ down.t(), up.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, weight, *pairs = ctx.saved_tensors
-        d_inner, d_b = torch.empty_like(inner), []
-        for adapter, b, part, d_part in zip(
-            ctx.adapters, pairs[1::2], _ranks(inner, pairs), _ranks(d_inner, pairs), strict=True
-        ):
-            share = grad[:, adapter.rows]
-            d_part.copy_(share @ b).mul_(adapter.scale)
-            d_b.append((share.t() @ part).mul_(adapter.scale))
-        d_a = (d_inner.t() @ x).split([a.shape[0] for a in pairs[::2]])
-        d_x = (grad @ weight).addmm_(d_inner, torch.cat(pairs[::2])) if ctx.needs_input_grad[0] else None
-        return d_x, None, *(gradient for pair in zip(d_a, d_b, strict=True) for gradient in pair)
+        x, weight, *pairs = ctx.saved_tensors
+        up, down = _joined(ctx.adapters, pairs, weight)
+        d_inner = grad @ up  # [T, sum of ranks]
+        d_up, d_down = grad.t() @ (x @ down.t()), d_inner.t() @ x
+        gradients, first = [], 0
+        for adapter, a in zip(ctx.adapters, pairs[::2], strict=True):
+            ranks = slice(first, first := first + len(a))
+            gradients += [d_down[ranks], d_up[adapter.rows, ranks] * adapter.scale]
+        d_x = None
+        if ctx.needs_input_grad[0] and x.dtype == torch.float32:
+            d_x = grad @ torch.addmm(weight, up, down)
+        elif ctx.needs_input_grad[0]:
+            d_x = (grad @ weight).addmm_(d_inner, down)
+        return d_x, None, *gradients
 
 
-def _ranks(inner: Tensor, pairs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """[T, sum of ranks] -> a view for each adapter."""
-    return inner.split([a.shape[0] for a in pairs[::2]], dim=1)
+def _joined(adapters: Sequence[Adapter], pairs: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """All adapters of a projection as one: scaled up [out, sum of ranks], 0 outside of an adapter's rows, and down
+    [sum of ranks, in].
+    """
+    down = torch.cat(pairs[::2])
+    up, first = weight.new_zeros(len(weight), len(down)), 0
+    for adapter, b in zip(adapters, pairs[1::2], strict=True):
+        torch.mul(b, adapter.scale, out=up[adapter.rows, first : first + b.shape[1]])
+        first += b.shape[1]
+    return up, down
 
 
 class _Swiglu(torch.autograd.Function):
