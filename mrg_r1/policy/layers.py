@@ -196,7 +196,7 @@ def _joined(adapters: Sequence[Adapter], pairs: Sequence[Tensor], weight: Tensor
     """All adapters of a projection as one: scaled up [out, sum of ranks], 0 outside of an adapter's rows, and down
     [sum of ranks, in].
     """
-    down = torch.cat(pairs[::2])
+    down = torch.cat(tuple(pairs[::2]))
     up, first = weight.new_zeros(len(weight), len(down)), 0
     for adapter, b in zip(adapters, pairs[1::2], strict=True):
         torch.mul(b, adapter.scale, out=up[adapter.rows, first : first + b.shape[1]])

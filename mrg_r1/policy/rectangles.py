@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 SCORES = 2**17  # of a rectangle, for each query head of a key head: with two of them 1 MiB in float32
-# Beyond these the flash kernel's own blocking is faster, and it holds no scores.
+# Beyond these the flash kernel's own blocking is as fast, and it holds no scores.
 LONGEST_COMPLETION, LONGEST_PROMPT = 64, 256
+TOKENS_OF_A_CALL = 64  # of the flash kernel, which takes neighbours of equal lengths together
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ class Rectangles:
         members = [len(group) for group in groups]
         longest = [max(group, default=0) for group in groups]
         if not 0 < max(longest) <= LONGEST_COMPLETION or max(prompts) > LONGEST_PROMPT:
+            return None
+        calls = sum(1 for _ in groupby(length for group in groups for length in group))
+        if sum(map(sum, groups)) > TOKENS_OF_A_CALL * calls:
             return None
 
         def shape(studies: Sequence[int]) -> tuple[int, int, int]:
