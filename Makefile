@@ -101,9 +101,9 @@ $(DEMO)/summary.json: $(DEMO)/sft/summary.json
 	$(call launch,$(DEMO),train.py launch/recipes/demo.yaml output_dir=$(DEMO) policy.path=$(DEMO)/sft/policy $(DEMO_KEYS))
 
 $(DEMO)/control/summary.json: $(DEMO)/summary.json
-	$(SAY) 'Control: from the same start, further SFT for as many seconds as GRPO took'
+	$(SAY) 'Control: from the same start, further SFT for as many processor seconds as GRPO and its labeler took'
 	$(call launch,$(DEMO)/control,sft.py launch/recipes/demo_control.yaml output_dir=$(DEMO)/control \
-		policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) sft.max_seconds=$$($(MRG) summary $(DEMO) --training-seconds))
+		policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) sft.max_cpu_seconds=$$($(MRG) summary $(DEMO) --training-cpu-seconds))
 
 # ---- tables: rows are recipes over seeds; finished rows are kept, an interrupted table goes on. On phantoms two rows at a
 # ---- time, one rank each. On reports:
