@@ -13,12 +13,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SEED ?= 0
 KILLS ?= 30
-RANKS ?= 2
+# as many as the demo's recipes are written for, where there are cores for them; asked for when .venv is there
+RANKS ?= $(shell $(BIN)/python -c 'from mrg_r1.cores import read_cores; print(min(2, read_cores().usable))')
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 IU ?= ../shared/data/iu_xray
 
-# One thread a rank: ranks that each take every core slow one another down tenfold. No hub is asked for anything.
-export OMP_NUM_THREADS := 1
+# Ranks share out the cores that this process may use (mrg_r1/cores.py); your own OMP_NUM_THREADS comes first. No hub is asked
+# for anything.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
@@ -268,6 +269,8 @@ browser:  ## chromium and its driver, for the tests of the page
 	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || { \
 		for root in '' 'sudo -n'; do $$root apt-get update -qq && $$root apt-get install -y -qq chromium chromium-driver && break; done > /dev/null 2>&1; \
 		command -v chromium > /dev/null || echo "no chromium could be installed: the page's browser tests will be skipped" >&2; }
+
+test test-slow soak: export OMP_NUM_THREADS := 1
 
 test: $(READY) browser  ## style, types, import rules and every test but the slow ones
 	$(BIN)/ruff check .

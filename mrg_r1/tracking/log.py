@@ -7,7 +7,6 @@ says otherwise, and a run goes on without it.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -212,7 +211,7 @@ def write_environment(directory: Path, *, world_size: int, device: str, seed: in
         "command": sys.argv,
         "world_size": world_size,
         "device": device,
-        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "threads": torch.get_num_threads(),
         "seed": seed,
     }
     write_text_atomically(directory / "environment.json", json.dumps(environment, indent=1) + "\n")
