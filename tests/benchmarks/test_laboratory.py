@@ -6,11 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import laboratory
 from benchmarks.bench import WORKER_ENVIRONMENT
 from benchmarks.demo_shaped import SIDE, write_demo_shaped
 from benchmarks.task import Task
 from benchmarks.workers import Worker
+from mrg_r1.data.loader import PromptBuilder, PromptWords
+from mrg_r1.data.study import read_manifest
+from mrg_r1.policy.load import load_image_processor, load_policy
 
 pytestmark = pytest.mark.slow
 
@@ -47,21 +52,15 @@ def test_every_unit_runs_and_reports_what_it_took(unit: str, ranks: int, phases:
         assert {"vision", "rollout", "reference", "update"} == set(settings["counted"])
 
 
-def test_both_sides_of_sft_have_one_loss(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sides_of_sft_have_one_loss(folder: Path) -> None:
     """In one process: the engine's pass and transformers' own modules, on the same studies."""
-    import torch
-
-    from benchmarks import laboratory
-
     task = Task(unit="lab_sft", side=SIDE, studies=4)
     recipe = laboratory.make_recipe(folder, task)
-    from mrg_r1.data.loader import PromptBuilder, PromptWords
-    from mrg_r1.data.study import read_manifest
-    from mrg_r1.policy.load import load_image_processor, load_policy
-
     policy = load_policy(recipe.policy.path, dtype=torch.float32)
     policy.requires_grad_(True)
-    processor = load_image_processor(recipe.policy.path, max_pixels=recipe.data.max_pixels)
+    processor = load_image_processor(
+        recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels
+    )
     words = PromptWords(instruction=recipe.prompt.words, show_view=False)
     build = PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, layout=policy.layout, words=words)
     studies = read_manifest(recipe.data.manifest, split="train")[:4]
