@@ -13,8 +13,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SEED ?= 0
 KILLS ?= 30
-# as many as the demo's recipes are written for, where there are cores for them; asked for when .venv is there
-RANKS ?= $(shell $(BIN)/python -c 'from mrg_r1.cores import read_cores; print(min(2, read_cores().usable))')
+# as there are cores: 2 on two, 4 on eight; asked for when .venv is there
+RANKS ?= $(shell $(BIN)/python -c 'from mrg_r1.cores import demo_ranks, read_cores; print(demo_ranks(read_cores()))')
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 IU ?= ../shared/data/iu_xray
 

@@ -98,6 +98,16 @@ def share_cores(cores: Cores, *, ranks: int, labeler: bool, environment: Mapping
     return Threads(rank, tuple(notes))
 
 
+def demo_ranks(cores: Cores) -> int:
+    """How many ranks suit a tiny policy: a power of two, so that it divides a batch, at most 8, with a core left to the
+    labeler where there are more than two.
+
+    Ranks come before threads there: its products are small, and threads that wait for one another cost more than they
+    bring as soon as anything else runs.
+    """
+    return next((ranks for ranks in (8, 4) if ranks < cores.usable), min(2, cores.usable))
+
+
 def labeler_threads(cores: Cores, *, ranks: int, each: int) -> int:
     """Threads of a labeler on the CPU: the cores that `ranks` of `each` threads leave, at most 16."""
     return max(1, min(16, cores.usable - ranks * each))

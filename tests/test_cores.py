@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mrg_r1.cores import Cores, asked_for, labeler_threads, read_cores, share_cores
+from mrg_r1.cores import Cores, asked_for, demo_ranks, labeler_threads, read_cores, share_cores
 
 
 def write(root: Path, path: str, text: str) -> None:
@@ -95,6 +95,11 @@ def test_a_quota_of_cgroup_v1_counts_also_at_the_root_of_a_container(tmp_path, e
     assert read_cores(tmp_path).limit == 2.0
     write(tmp_path, f"sys/fs/cgroup/{folder}/cpu.cfs_quota_us", "-1\n")
     assert read_cores(tmp_path).limit is None
+
+
+@pytest.mark.parametrize(("cores", "ranks"), [(1, 1), (2, 2), (3, 2), (4, 2), (5, 4), (8, 4), (9, 8), (64, 8)])
+def test_a_tiny_policy_gets_ranks_before_threads(cores, ranks):
+    assert demo_ranks(Cores(cores)) == ranks and 16 % ranks == 0
 
 
 def test_the_labeler_gets_what_ranks_leave():

@@ -13,7 +13,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from mrg_r1.cores import Cores, asked_for, read_cores, share_cores
+from mrg_r1.cores import Cores, asked_for, demo_ranks, read_cores, share_cores
 from mrg_r1.doctor.finding import Finding
 from mrg_r1.metrics.lexical import why_no_meteor
 from mrg_r1.policy.attention import has_cpu_kernels
@@ -109,7 +109,7 @@ def core_finding(cores: Cores, environment: Mapping[str, str] = os.environ) -> F
         asked_for(environment)
     except ValueError as error:
         return Finding("cores", "failure", str(error), "export OMP_NUM_THREADS=1, or unset it")
-    ranks = min(2, cores.usable)
+    ranks = demo_ranks(cores)
     threads = share_cores(cores, ranks=ranks, labeler=True, environment=environment)
     counted = (
         f"{ranks} {'rank' if ranks == 1 else 'ranks'} x {threads.rank} {'thread' if threads.rank == 1 else 'threads'}"
