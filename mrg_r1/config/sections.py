@@ -142,6 +142,11 @@ class GrpoSection(Section):
     beta: float = Field(
         0.02, ge=0, description="Weight of the KL to the reference; 0 leaves the reference pass out. ours"
     )
+    kl: Literal["k3", "k3_unbiased"] = Field(
+        "k3",
+        description="The penalty's estimate; k3_unbiased multiplies k3 by the ratio, so that its gradient is that of "
+        "KL(policy || reference). paper (k3)",
+    )
     aggregation: Literal["grpo", "dapo", "dr_grpo"] = Field(
         "grpo",
         description="Mean of token means (grpo), over all tokens (dapo), or of sums over max_new_tokens (dr_grpo). "
