@@ -316,7 +316,9 @@ class EvaluationSection(Section):
     )
     batch_size: int = Field(16, ge=1, description="Studies decoded together on each rank. ours")
     before: bool = Field(
-        True, description="Evaluate the test split before training too, for summary.json's `before`. ours"
+        True,
+        description="Evaluate the test split before training too, for summary.json's `before`, and in GRPO validate: the "
+        "start is then a candidate for the best adapter. ours",
     )
     test: bool = Field(True, description="Evaluate the test split at the end. ours")
     held_out_labeler: Path | None = Field(

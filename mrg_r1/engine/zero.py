@@ -166,7 +166,9 @@ class Engine:
 
 
 def scheduled_rate(peak: float, step: int, *, warmup: int, total: int, schedule: Schedule) -> float:
-    """Linear warm-up over `warmup` steps, then constant, down to a tenth of the peak at step `total - 1`."""
+    """Linear warm-up over `warmup` steps, then constant, or down to a tenth of the peak at the
+    last step, `total - 1`.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":

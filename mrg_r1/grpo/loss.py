@@ -122,7 +122,8 @@ def grpo_loss(
     """This micro-batch's share of the global loss.
 
     Per token `-w * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta * k3`, with r = exp(logp - old_logp);
-    `kl="k3_unbiased"` multiplies k3 by r. Summed over tokens (`dapo`, `dr_grpo`) or over sequences of token means (`grpo`), divided by `denominator` (times
+    `kl="k3_unbiased"` multiplies k3 by r. Summed over tokens (`dapo`, `dr_grpo`) or over sequences of token means
+    (`grpo`), divided by `denominator` (times
     `max_length` for `dr_grpo`). Adding the shares of all micro-batches and ranks gives the loss of the whole batch; an
     engine that averages over ranks or accumulation steps must have that undone by its caller.
 

@@ -303,7 +303,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
 
     if state.start == 0 and experience is None:
         with clock.phase("validation"):
-            validate_before(run, gaps, log)
+            state.best = validate_before(run, gaps, log)
     with state.stepping():
         for step in range(state.start, recipe.steps):
             rate = engine.set_learning_rate(step)
@@ -323,6 +323,10 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
                     log.say(f"step {step}: {collapse}")
             state.end_step(step, last=last, due=state.best is not None and state.best["step"] == step + 1)
 
+    if state.best is not None and state.best["step"] == 0:
+        log.say(
+            "no validation was better than the policy before training: RUN/adapter is the start's, and adds nothing"
+        )
     restore_adapter(run.policy, run.directory / "adapter")  # the best one, not the last
     after = state.evaluate_after()
     if state.before is not None and after is not None:
