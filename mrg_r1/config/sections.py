@@ -145,7 +145,7 @@ class GrpoSection(Section):
     kl: Literal["k3", "k3_unbiased"] = Field(
         "k3",
         description="The penalty's estimate; k3_unbiased multiplies k3 by the ratio, so that its gradient is that of "
-        "KL(policy || reference). paper (k3)",
+        "KL(policy || reference). ours",
     )
     aggregation: Literal["grpo", "dapo", "dr_grpo"] = Field(
         "grpo",
@@ -317,8 +317,8 @@ class EvaluationSection(Section):
     batch_size: int = Field(16, ge=1, description="Studies decoded together on each rank. ours")
     before: bool = Field(
         True,
-        description="Evaluate the test split before training too, for summary.json's `before`, and in GRPO validate: the "
-        "start is then a candidate for the best adapter. ours",
+        description="Evaluate the test split before training too, for summary.json's `before`, and in GRPO "
+        "validate: the start is then a candidate for the best adapter. ours",
     )
     test: bool = Field(True, description="Evaluate the test split at the end. ours")
     held_out_labeler: Path | None = Field(
