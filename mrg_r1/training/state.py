@@ -25,6 +25,7 @@ from mrg_r1.tracking.page import write_page
 from mrg_r1.training.preflight import Task
 from mrg_r1.training.resume import what_rounds_otherwise
 from mrg_r1.training.run import Run, build_engine, open_run
+from mrg_r1.training.validation import settle_best
 
 _NEW: dict[str, Any] = {"step": 0, "best": None, "seconds": {}}  # the record of a run without a checkpoint
 
@@ -127,6 +128,7 @@ class RunState:
             "best": self.best,
             "seconds": self.clock.totals,
             "cpu_seconds": self.clock.training_cpu_seconds,
+            "labeler_cpu_seconds": self.clock.labeler_totals,
             "skipped_in_a_row": self.skipped_in_a_row,
             "position": self.loader.position(done),
             "studies": self.loader.fingerprint,
@@ -142,6 +144,9 @@ class RunState:
             keep=recipe.checkpoint.keep,
             best=self.best["step"] if self.best else None,
         )
+        if self.run.ranks.is_main:
+            settle_best(self.run.directory, self.best)
+        self.run.ranks.barrier()
 
     def save_what_was_learned(self, step: int) -> None:
         """Before `step` could be taken: a checkpoint, unless it is on the disk or nothing was learned since the
@@ -168,6 +173,7 @@ class RunState:
                 "seconds": {name: round(seconds, 2) for name, seconds in clock.totals.items()},
                 "training_seconds": round(clock.training_seconds, 2),
                 "training_cpu_seconds": round(clock.training_cpu_seconds, 2),
+                "labeler_cpu_seconds": {name: round(spent, 2) for name, spent in clock.labeler_totals.items()},
                 "steps": run.recipe.steps,
                 "best": self.best,
                 "world_size": run.ranks.world_size,
@@ -219,6 +225,7 @@ def start_training(
     """
     with clock.phase("start"):
         run = open_run(recipe, ranks, task=task)
+        clock.count_labelers(run.labeler_cpu_seconds, sharing=ranks.node.size)
     with clock.phase("evaluation"):
         before = None
         if _evaluates(recipe) and recipe.evaluation.before:
@@ -227,7 +234,11 @@ def start_training(
         make_trainable(run)
         engine = build_engine(run)
         record = load_checkpoint(engine, run.directory / "checkpoints", needed=tuple(_NEW)) or _NEW
-    clock.add(record["seconds"], record.get("cpu_seconds", 0.0))  # of the run before it was interrupted
+        if ranks.is_main:
+            settle_best(run.directory, record["best"])
+        ranks.barrier()
+        # of the run before it was interrupted
+        clock.add(record["seconds"], record.get("cpu_seconds", 0.0), record.get("labeler_cpu_seconds"))
     state = open_state(run, signals, clock, record=record, batch_size=batch_size, engine=engine, before=before)
     if state.start:
         state.log.say(f"resuming {run.directory} after step {state.start} of {recipe.steps}")
