@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mrg_r1.policy.attention import SeqLens, attend, rotate
+from mrg_r1.policy.attention import PackedAttention, SeqLens, rotated_heads
 from mrg_r1.policy.family import Gathered
 from mrg_r1.policy.qwen_vl.positions import GRIDS, PIXELS, places_of_patches
 from mrg_r1.types import ImageInputs
@@ -27,13 +27,11 @@ def encode_images(model: Any, images: ImageInputs, gathered: Gathered) -> list[T
     want them.
     """
     visual, pixels, grids = model.model.visual, images.tensors[PIXELS], images.tensors[GRIDS]
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in visual.parameters()):
-        seen = model.get_image_features(pixels, grids, return_dict=True)
-        return [torch.cat(parts, dim=1) for parts in zip(seen.pooler_output, *seen.deepstack_features, strict=True)]
-    return run_tower(visual, pixels, grids, gathered=gathered)
+    trained = any(parameter.requires_grad for parameter in visual.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        return run_tower(visual, pixels, grids, gathered=gathered)
 
 
-@torch.no_grad()
 def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered) -> list[Tensor]:
     """The tower's forward over all images at once, packed; a patch sees those of its own image and frame.
 
@@ -66,8 +64,8 @@ def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered)
     for number, block in enumerate(visual.blocks):
         with gathered(block):
             qkv = block.attn.qkv(block.norm1(x)).view(len(x), 3 * heads, size)
-            qk, v = rotate(qkv[:, : 2 * heads], cos, sin), qkv[:, 2 * heads :]
-            attended, _ = attend(qk[:, :heads], qk[:, heads:], v, frames, frames, causal=False)
+            q, k, v = rotated_heads(qkv, heads, heads, cos, sin)
+            attended = PackedAttention.apply(q, k, v, frames, frames, False)
             x = x + block.attn.proj(attended.flatten(1))
             x = x + block.mlp(block.norm2(x))
         if number in config.deepstack_visual_indexes:
