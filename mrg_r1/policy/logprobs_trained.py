@@ -33,7 +33,7 @@ def trained_logprobs(
     mask: Tensor,
     study_of_row: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each completion token given its study's prompt and the tokens before it, with a graph to every weight.
+    """Log-prob of each completion token given its prompt and the tokens before it, with a graph to every weight.
 
     The weights must be whole on this rank, which what is trained is at any ZeRO stage (`engine.zero`).
 
