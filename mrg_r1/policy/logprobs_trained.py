@@ -35,7 +35,7 @@ def trained_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each completion token given its prompt and the tokens before it, with a graph to every weight.
 
-    The weights must be whole on this rank, which what is trained is at any ZeRO stage (`engine.zero`).
+    The weights must be whole on this rank: SFT of every parameter runs at ZeRO stages 1 and 2.
 
     Args:
         prompts, vision: B studies; `policy.encode_images(prompts)` with gradients enabled carries them on to the tower.
@@ -171,7 +171,8 @@ class _PaddedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         padding: _Padding = ctx.padding
-        grads = attend_backward(padding.put(grad), *ctx.saved_tensors, padding.padded, padding.padded, causal=True)
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = attend_backward(padding.put(grad), q, k, v, out, lse, padding.padded, padding.padded, causal=True)
         return *(part[padding.places] for part in grads), None
 
 

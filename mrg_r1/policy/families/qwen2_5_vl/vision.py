@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mrg_r1.policy.attention import PackedAttention, SeqLens, rotated_heads
 from mrg_r1.policy.family import Gathered
@@ -33,10 +34,13 @@ def encode_images(model: Any, images: ImageInputs, gathered: Gathered) -> list[T
     visual, pixels, grids = model.model.visual, images.tensors[PIXELS], images.tensors[GRIDS]
     trained = any(parameter.requires_grad for parameter in visual.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-        return run_tower(visual, pixels, grids, gathered=gathered)
+        recompute = torch.is_grad_enabled() and model.is_gradient_checkpointing
+        return run_tower(visual, pixels, grids, gathered=gathered, recompute=recompute)
 
 
-def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered) -> list[Tensor]:
+def run_tower(
+    visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered, recompute: bool = False
+) -> list[Tensor]:
     """The tower's forward (Qwen2.5-VL, arXiv 2502.13923, section 2.1.1) over all images at once, packed.
 
     Args:
@@ -44,6 +48,7 @@ def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered)
         pixels: [patches, channels * 2 * 14 * 14].
         grids: [I, 3] int64, patches in time, height and width.
         gathered: given a module of the tower, a block inside which its weights can be read.
+        recompute: gradient checkpointing: keep each block's input only.
 
     Returns:
         A tensor [merged patches, H] for each image.
@@ -70,7 +75,8 @@ def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered)
     angles = (places.float().unsqueeze(-1) * frequencies).flatten(1)  # [patches, size / 2]: rows first, then columns
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
-    for number, block in enumerate(visual.blocks):
+    def run_block(number: int, x: Tensor) -> Tensor:
+        block = visual.blocks[number]
         with gathered(block):
             qkv = block.attn.qkv(_norm(block.norm1, x)).view(len(x), 3 * heads, size)
             q, k, v = rotated_heads(qkv, heads, heads, cos, sin)
@@ -78,7 +84,10 @@ def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered)
             attended = PackedAttention.apply(q, k, v, seq_lens, seq_lens, False)
             x = block.attn.proj(attended.flatten(1)).add_(x)
             gate_up = Projection.read([block.mlp.gate_proj, block.mlp.up_proj])
-            x = block.mlp.down_proj(swiglu(gate_up(_norm(block.norm2, x)))).add_(x)
+            return block.mlp.down_proj(swiglu(gate_up(_norm(block.norm2, x)))).add_(x)
+
+    for number in range(len(visual.blocks)):
+        x = checkpoint(run_block, number, x, use_reentrant=False) if recompute else run_block(number, x)
     with gathered(visual.merger):
         merger = visual.merger
         merged = merger.mlp(_norm(merger.ln_q, x).view(len(order), -1))
