@@ -13,12 +13,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SEED ?= 0
 KILLS ?= 30
-RANKS ?= 2
+# as there are cores: 2 on two, 4 on eight; asked for when .venv is there
+RANKS ?= $(shell $(BIN)/python -c 'from mrg_r1.cores import demo_ranks, read_cores; print(demo_ranks(read_cores()))')
 DEMO := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 IU ?= ../shared/data/iu_xray
 
-# One thread a rank: ranks that each take every core slow one another down tenfold. No hub is asked for anything.
-export OMP_NUM_THREADS := 1
+# Ranks share out the cores that this process may use (mrg_r1/cores.py); your own OMP_NUM_THREADS comes first. No hub is asked
+# for anything.
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
@@ -101,9 +102,9 @@ $(DEMO)/summary.json: $(DEMO)/sft/summary.json
 	$(call launch,$(DEMO),train.py launch/recipes/demo.yaml output_dir=$(DEMO) policy.path=$(DEMO)/sft/policy $(DEMO_KEYS))
 
 $(DEMO)/control/summary.json: $(DEMO)/summary.json
-	$(SAY) 'Control: from the same start, further SFT for as many seconds as GRPO took'
+	$(SAY) 'Control: from the same start, further SFT for as many processor seconds as GRPO and its labeler took'
 	$(call launch,$(DEMO)/control,sft.py launch/recipes/demo_control.yaml output_dir=$(DEMO)/control \
-		policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) sft.max_seconds=$$($(MRG) summary $(DEMO) --training-seconds))
+		policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) sft.max_cpu_seconds=$$($(MRG) summary $(DEMO) --training-cpu-seconds))
 
 # ---- tables: rows are recipes over seeds; finished rows are kept, an interrupted table goes on. On phantoms two rows at a
 # ---- time, one rank each. On reports:
@@ -268,6 +269,8 @@ browser:  ## chromium and its driver, for the tests of the page
 	@command -v chromium > /dev/null && command -v chromedriver > /dev/null || { \
 		for root in '' 'sudo -n'; do $$root apt-get update -qq && $$root apt-get install -y -qq chromium chromium-driver && break; done > /dev/null 2>&1; \
 		command -v chromium > /dev/null || echo "no chromium could be installed: the page's browser tests will be skipped" >&2; }
+
+test test-slow soak: export OMP_NUM_THREADS := 1
 
 test: $(READY) browser  ## style, types, import rules and every test but the slow ones
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ What is compared, on one thread each, in turns:
   rollout_*   from pixels to token ids, the same policy in both, LoRA attached.
   scoring_*   log-probs of a fixed rollout with their gradient.
   growth_*    our own step as group, prompt, completion or batch grow.
+  rollouts    GRPO steps of a policy of the demo's shapes on two ranks, tiny labeler included: rollouts a second.
+  sft_all     SFT of all its parameters: ours, and the checkpoint's own modules, one padded row a study.
   labeler_*   reports labelled by CheXbert, random weights of BERT-base's size: ours, and the plain ways of it.
 
 Results stand in OUT/bench.json and OUT/bench.md after each case, so that an interrupted bench keeps what it has. A
@@ -32,6 +34,8 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from benchmarks.cases import CASES, RATIOS, SIDES, Case
+from benchmarks.figures import compute_figures, figure_table, roofline, roofline_table
+from benchmarks.kept import KEPT, keep, read_kept, worse_than_kept
 from benchmarks.results import HOW, CaseResult, Measurement, Table, case_table, phase_table, ratio_table, write_results
 from benchmarks.workers import Worker, WorkerError
 
@@ -186,12 +190,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", nargs="+", metavar="CASE", choices=[case.name for case in CASES], help="run these cases and no others"
     )
     parser.add_argument(
+        "--keep",
+        action="store_true",
+        help=f"keep the figures of a whole bench in {KEPT}, to be committed: later benches are compared with them",
+    )
+    parser.add_argument(
         "--trl-python",
         type=Path,
         default=Path(".venv-trl/bin/python"),
         help="interpreter of TRL's environment, made by `make bench`",
     )
     return parser.parse_args(arguments)
+
+
+def _was_run(ratio: str, results: Sequence[CaseResult]) -> bool:
+    """Whether the ratio's case is among the results; of one that was not asked for nothing is said."""
+    case = next(one.case for one in RATIOS if one.name == ratio)
+    return any(result.name == case for result in results)
 
 
 def to_rich(table: Table, title: str) -> RichTable:
@@ -206,7 +221,8 @@ def to_rich(table: Table, title: str) -> RichTable:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases; returns the exit status."""
-    from benchmarks.model import write_model  # torch and transformers: not for --help
+    from benchmarks.demo_shaped import write_demo_shaped  # torch and transformers: not for --help
+    from benchmarks.model import write_model
 
     options = parse(arguments)
     say = Console(width=None if sys.stdout.isatty() else 140)
@@ -215,22 +231,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "ours": [sys.executable, "-m", "benchmarks.ours"],
         "trl": [str(options.trl_python), "-m", "benchmarks.trl_worker"],
         "labeler": [sys.executable, "-m", "benchmarks.labeler"],
+        "laboratory": [sys.executable, "-m", "benchmarks.laboratory"],
     }
     environment = describe_machine()
     budget = Budget(options.minutes, cases)
     write_model(options.out, SIDES)
+    if any(contender.side == "laboratory" for case in cases for contender in case.contenders):
+        write_demo_shaped(options.out)
     results: list[CaseResult] = []
     for case in cases:
         say.print(f"\n[bold]{escape(case.title)}[/bold] ({budget.begin(case)})", highlight=False)
         results.append(run_case(case, commands=commands, folder=options.out, budget=budget, say=say))
         environment["seconds"] = round(time.monotonic() - budget.began, 1)
-        ratios, reasons = write_results(
-            options.out, results=results, ratios=RATIOS, environment=environment, complete=len(results) == len(CASES)
+        figures, roof = compute_figures(results), roofline(results)
+        tables = [
+            ("Units a second", figure_table(figures)),
+            ("Roofline: what is counted, and what was reached", roofline_table(roof)),
+        ]
+        content = write_results(
+            options.out,
+            results=results,
+            ratios=RATIOS,
+            environment=environment,
+            complete=len(results) == len(CASES),
+            more={"figures": figures, "roofline": roof},
+            tables=tables if roof else (),
         )
         say.print(to_rich(case_table(results[-1]), ""))
         if phase_table(results[-1])[1]:
             say.print(to_rich(phase_table(results[-1]), ""))
-    say.print(to_rich(ratio_table(ratios, reasons), "Ratios of minima"))
+    say.print(to_rich(ratio_table(content["ratios"], content["reasons"]), "Ratios of minima"))
+    for title, table in tables if roof else ():
+        say.print(to_rich(table, title))
+    measured = {name: value for name, value in content["ratios"].items() if _was_run(name, results)}
+    for line in worse_than_kept(measured, read_kept()):
+        say.print(f"WORSE {line}", highlight=False, soft_wrap=True)
+    if options.keep and content["complete"]:
+        keep(content)
+        say.print(f"kept in {KEPT}")
+    elif options.keep:
+        say.print("not kept: only a whole bench is")
     say.print(f"{options.out / 'bench.json'} and {options.out / 'bench.md'}, {environment['seconds'] / 60:.1f} minutes")
     return 1 if any(result.errors for result in results) else 0
 

@@ -21,7 +21,7 @@ class Contender:
     """
 
     name: str
-    side: Literal["ours", "trl", "labeler"]
+    side: Literal["ours", "trl", "labeler", "laboratory"]
     task: Task
     allocator: tuple[tuple[str, str], ...] | None = None  # environment variables
 
@@ -72,6 +72,18 @@ def pair(name: str, title: str, task: Task, units: dict[str, str], *, repetition
     contenders = tuple(ours(contender, replace(task, unit=unit)) for contender, unit in units.items())
     return Case(name, title, contenders, repetitions, estimate)
 
+
+def laboratory(name: str, task: Task) -> Contender:
+    return Contender(name, "laboratory", task)
+
+
+PEAK = laboratory("peak", Task(unit="gemm"))
+STUDIES = (16, 64, 256)  # a step
+RANKS = 2  # as the demo has
+REPORT = 28  # tokens, the demo's mean
+SFT_BATCH = 16
+_DEMO = Task(unit="lab_grpo", new_tokens=REPORT, ranks=RANKS)
+_SFT = Task(unit="lab_sft", studies=SFT_BATCH)
 
 _ROLLOUT = {"ours": "rollout", "generate": "hf_generate"}
 _SCORING = {"ours": "scoring", "one row each": "scoring_naive"}
@@ -134,6 +146,20 @@ CASES = (
         repetitions=4,
         estimate=40,
     ),
+    Case(
+        "rollouts",
+        "GRPO steps of a demo-shaped policy, everything included, G 8, two ranks: 16, 64 and 256 studies a step",
+        (*(laboratory(str(studies), replace(_DEMO, studies=studies)) for studies in STUDIES), PEAK),
+        repetitions=3,
+        estimate=120,
+    ),
+    Case(
+        "sft_all",
+        "SFT of every parameter of that policy, 64 studies in four steps: ours and the checkpoint's own modules",
+        (laboratory("ours", _SFT), laboratory("modules", replace(_SFT, unit="lab_sft_modules")), PEAK),
+        repetitions=6,
+        estimate=50,
+    ),
     labeler_case(
         "labeler_single",
         "Labelling 128 reports by CheXbert at BERT-base's size: ours and one report at a time",
@@ -165,6 +191,7 @@ RATIOS = (
     Ratio("scoring_long", "scoring_long", over="one row each", under="ours"),
     Ratio("memory_long", "step_long", over="TRL", under="ours", quantity="memory"),
     Ratio("growth_8_16", "growth_group", over="G 16", under="G 8"),
+    Ratio("sft_all", "sft_all", over="modules", under="ours"),
     Ratio("reward_single", "labeler_single", over="one at a time", under="ours"),
     Ratio("reward_padded", "labeler_padded", over="padded to 512", under="ours"),
     Ratio("reward_repeated", "labeler_repeated", over="each anew", under="ours"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,15 +164,31 @@ def ratio_table(ratios: dict[str, float | None], reasons: dict[str, str]) -> Tab
 
 
 def write_results(
-    folder: Path, *, results: Sequence[CaseResult], ratios: Sequence[Ratio], environment: dict[str, Any], complete: bool
-) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Write bench.json and bench.md, each whole or not at all; returns ratios and reasons."""
+    folder: Path,
+    *,
+    results: Sequence[CaseResult],
+    ratios: Sequence[Ratio],
+    environment: dict[str, Any],
+    complete: bool,
+    more: Mapping[str, Any] | None = None,
+    tables: Sequence[tuple[str, Table]] = (),
+) -> dict[str, Any]:
+    """Write bench.json and bench.md, each whole or not at all.
+
+    Args:
+        more: further keys of bench.json.
+        tables: further tables of bench.md, with their titles.
+
+    Returns:
+        What stands in bench.json.
+    """
     values, reasons = compute_ratios(results, ratios)
     of_cpu = [replace(ratio, quantity="cpu_seconds") for ratio in ratios if ratio.quantity == "seconds"]
     content = {
         "ratios": values,
         "cpu_ratios": compute_ratios(results, of_cpu)[0],  # neighbours disturb CPU time less than the wall clock
         "reasons": reasons,
+        **(more or {}),
         "complete": complete,
         "how": HOW,
         "environment": environment,
@@ -182,15 +198,21 @@ def write_results(
         },
     }
     replace_file(folder / "bench.json", json.dumps(content, indent=1) + "\n")
-    replace_file(folder / "bench.md", to_markdown(results, values, reasons, environment))
-    return values, reasons
+    replace_file(folder / "bench.md", to_markdown(results, values, reasons, environment, tables))
+    return content
 
 
 def to_markdown(
-    results: Sequence[CaseResult], values: dict[str, float | None], reasons: dict[str, str], environment: dict[str, Any]
+    results: Sequence[CaseResult],
+    values: dict[str, float | None],
+    reasons: dict[str, str],
+    environment: dict[str, Any],
+    tables: Sequence[tuple[str, Table]] = (),
 ) -> str:
     """The same tables as on the terminal, for a reader of the file."""
     parts = ["# Bench", HOW, markdown_table(ratio_table(values, reasons))]
+    for title, table in tables:
+        parts += [f"## {title}", markdown_table(table)]
     for result in results:
         parts += [f"## {result.title}", markdown_table(case_table(result))]
         if phase_table(result)[1]:

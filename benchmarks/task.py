@@ -30,12 +30,14 @@ class Task:
 
     Attributes:
         unit: `step`, `rollout`, `hf_generate`, `scoring` or `scoring_naive`; for the labeler's worker `label`,
-            `label_singly`, `label_padded` or `label_every`.
+            `label_singly`, `label_padded` or `label_every`; for the laboratory's `lab_grpo`, `lab_sft`,
+            `lab_sft_modules` or `gemm`.
         side: of the square images in pixels; a merged patch of 28 x 28 is one prompt token.
         micro_batch: size of a forward and backward pass, tokens for this project's and completions for the others; None
             is the worker's own choice.
         reports: that a labeler labels in a unit.
         copies: how often each of them stands there.
+        ranks: that the laboratory's worker starts.
     """
 
     unit: str = "step"
@@ -46,6 +48,7 @@ class Task:
     micro_batch: int | None = None
     reports: int = 128
     copies: int = 1
+    ranks: int = 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

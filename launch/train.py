@@ -4,4 +4,4 @@ if __name__ == "__main__":  # image workers import this file too, and need none 
     from mrg_r1.cli.launch import run_on_ranks
     from mrg_r1.training.grpo import train
 
-    run_on_ranks(train, __doc__)
+    run_on_ranks(train, __doc__, labeler_beside=True)

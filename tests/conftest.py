@@ -57,8 +57,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _alone() -> None:
-    """One thread of torch, and no process left behind."""
+    """One thread of torch, here and in what tests start, and no process left behind."""
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     guard()
 
 

@@ -5,6 +5,7 @@ parsing.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,18 @@ def load_labeler(arguments: argparse.Namespace) -> Labeler:
 
     dtype = getattr(torch, arguments.dtype)
     return Labeler.load(arguments.labeler, tokenizer=arguments.tokenizer, device=arguments.device, dtype=dtype)
+
+
+def use_cores() -> None:
+    """Let torch run as many threads as this process may use cores, or as OMP_NUM_THREADS says."""
+    import torch
+
+    from mrg_r1.cores import read_cores, share_cores
+
+    threads = share_cores(read_cores(), ranks=1, labeler=False)
+    for note in threads.notes:
+        print(f"cores: {note}", file=sys.stderr)
+    torch.set_num_threads(threads.rank)
 
 
 def positive(text: str) -> int:

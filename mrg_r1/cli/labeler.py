@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mrg_r1.cli.arguments import add_labeler_arguments, add_output, described, load_labeler, seed
+from mrg_r1.cli.arguments import add_labeler_arguments, add_output, described, load_labeler, seed, use_cores
 
 
 def add_commands(commands: Any) -> None:
@@ -100,6 +100,8 @@ def add_commands(commands: Any) -> None:
 def _labeler_train(arguments: argparse.Namespace) -> None:
     from mrg_r1.labels.training import train_labeler
 
+    if arguments.device == "cpu":
+        use_cores()
     result = train_labeler(
         arguments.reports,
         arguments.labels,

@@ -19,6 +19,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from mrg_r1.config.recipe import Recipe, RecipeError, describe_fields, load_recipe
+from mrg_r1.cores import affinity, asked_for, read_cores, share_cores
 from mrg_r1.data.images import ImageError
 from mrg_r1.data.loader import PromptError
 from mrg_r1.data.study import ManifestError
@@ -31,8 +32,13 @@ from mrg_r1.tracking.library_log import LibraryLog
 from mrg_r1.training.nodes import agree_on_recipe
 
 
-def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None) -> None:
+def run_on_ranks(
+    task: Callable[[Recipe, Ranks], None], description: str | None, *, labeler_beside: bool = False
+) -> None:
     """Parse the command line, join the ranks, run the task.
+
+    Args:
+        labeler_beside: the labeler works while the ranks do, and wants a core where it has no GPU.
 
     A bad recipe or bad data prints its message once (before the ranks have met, once a node) and exits with 2, a step
     without rewards with 3, a hanging rank with 4, a signal or a rank that is gone with 75; anything else keeps its
@@ -57,11 +63,9 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
     recipe, problem = None, None
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
+        asked_for()
     except (ValueError, OSError) as error:
         problem = str(error)
-    # on CPUs, ranks that each take every core slow one another down tenfold
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
     try:
         if problem is not None and on_one_node():
             raise RecipeError(problem)
@@ -85,8 +89,9 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
     log.take_over()  # of DeepSpeed's logger too, which is there now
     node = ranks.node.number
     log.write_to(recipe.output_dir / ("launch.log" if node == 0 else f"launch_node{node}.log"))
+    threads = _use_cores(ranks, labeler=labeler_beside and recipe.reward.device == "cpu")
     if ranks.is_main:
-        many = f"{ranks.world_size} {'rank' if ranks.world_size == 1 else 'ranks'} on {ranks.device.type}"
+        many = f"{ranks.world_size} {'rank' if ranks.world_size == 1 else 'ranks'} on {ranks.device.type}{threads}"
         print(f"{Path(sys.argv[0]).name} {arguments.recipe}: {many}, into {recipe.output_dir}", file=sys.stderr)
     rank = ranks.name([ranks.rank])
     watch = Watch(ranks, store=shared_store(), timeout=recipe.engine.hang_timeout)
@@ -120,6 +125,25 @@ def run_on_ranks(task: Callable[[Recipe, Ranks], None], description: str | None)
     ranks.barrier()  # a rank that stops its watch before the others have done their work would be missed
     watch.stop()
     finish_ranks()
+
+
+def _use_cores(ranks: Ranks, *, labeler: bool) -> str:
+    """Give this rank its share of the node's cores, where it computes on them. Every rank calls this.
+
+    Returns:
+        For the line that a launch begins with; empty where a GPU computes.
+    """
+    masks = ranks.gather(sorted(affinity()))  # a launcher may have bound each rank to cores of its own
+    if ranks.device.type != "cpu":
+        return ""
+    allowed = set().union(*(masks[rank] for rank in ranks.node.ranks))
+    cores = replace(read_cores(), allowed=len(allowed))
+    threads = share_cores(cores, ranks=ranks.node.size, labeler=labeler)
+    torch.set_num_threads(threads.rank)
+    if ranks.leads_node:
+        for note in threads.notes:
+            print(f"cores: {note}", file=sys.stderr)
+    return f" x {threads.rank} {'thread' if threads.rank == 1 else 'threads'} (cores: {cores.usable})"
 
 
 def _end_together(text: str, *, code: int) -> NoReturn:

@@ -31,7 +31,13 @@ def add_commands(commands: Any) -> None:
     summary.add_argument(
         "--training-seconds",
         action="store_true",
-        help="print only the seconds spent in training steps, for an equal-time control",
+        help="print only the seconds spent in training steps",
+    )
+    summary.add_argument(
+        "--training-cpu-seconds",
+        action="store_true",
+        help="print only the processor seconds of training steps, rank 0's and its share of the labeler's, for an "
+        "equal-time control",
     )
     summary.set_defaults(run=_summary)
 
@@ -96,7 +102,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _summary(arguments: argparse.Namespace) -> None:
-    from mrg_r1.tracking.report import print_report, training_seconds
+    from mrg_r1.tracking.report import print_report, training_cpu_seconds, training_seconds
 
     control = arguments.control
     if control is not None and len(arguments.runs) > 1:
@@ -108,6 +114,9 @@ def _summary(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{control}: no summary.json in it; give the output_dir of a run that has ended")
     if arguments.training_seconds:
         print(sum(training_seconds(run) for run in arguments.runs))
+        return
+    if arguments.training_cpu_seconds:
+        print(sum(training_cpu_seconds(run) for run in arguments.runs))
         return
     print_report(arguments.runs, control=control)
 

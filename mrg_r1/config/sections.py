@@ -270,8 +270,8 @@ class SftSection(Section):
     max_cpu_seconds: float | None = Field(
         None,
         gt=0,
-        description="The same in processor seconds of rank 0, which other work on the machine does not stretch "
-        "(tables). ours",
+        description="The same in processor seconds of rank 0 and its share of the labeler, which other work on the "
+        "machine does not stretch (tables, the demo's control). ours",
     )
     skip_studies: int = Field(0, ge=0, description="Start this far into the seeded stream of studies. ours")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -13,6 +13,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from mrg_r1.cores import Cores, asked_for, demo_ranks, read_cores, share_cores
 from mrg_r1.doctor.finding import Finding
 from mrg_r1.metrics.lexical import why_no_meteor
 from mrg_r1.policy.attention import has_cpu_kernels
@@ -49,7 +50,8 @@ def host_memory() -> int:
 
 def machine_findings(devices: list[Device]) -> list[Finding]:
     """Everything that needs no recipe."""
-    return [*package_findings(), device_finding(devices), kernel_finding(devices), java_finding()]
+    found = [*package_findings(), device_finding(devices), kernel_finding(devices), java_finding()]
+    return found if devices else [*found, core_finding(read_cores())]
 
 
 def package_findings() -> list[Finding]:
@@ -94,11 +96,26 @@ def device_finding(devices: list[Device]) -> Finding:
             f"cuda:{one.index} {one.name}, {one.free / 1e9:.1f} of {one.total / 1e9:.1f} GB free" for one in devices
         )
         return Finding("devices", "ok", f"{listed} ({build})")
-    cores = f"CPU, {len(os.sched_getaffinity(0))} cores, {host_memory() / 1e9:.1f} GB of memory free ({build})"
+    cores = f"CPU, {read_cores().usable} cores, {host_memory() / 1e9:.1f} GB of memory free ({build})"
     if torch.version.cuda is not None or torch.version.hip is not None:
         remedy = "nvidia-smi says whether the driver sees a GPU; CUDA_VISIBLE_DEVICES may hide it"
         return Finding("devices", "warning", f"{cores}: a build for GPUs, and none to be seen", remedy)
     return Finding("devices", "ok", f"{cores}: a build for CPUs")
+
+
+def core_finding(cores: Cores, environment: Mapping[str, str] = os.environ) -> Finding:
+    """How many threads a rank on the CPU would get."""
+    try:
+        asked_for(environment)
+    except ValueError as error:
+        return Finding("cores", "failure", str(error), "export OMP_NUM_THREADS=1, or unset it")
+    ranks = demo_ranks(cores)
+    threads = share_cores(cores, ranks=ranks, labeler=True, environment=environment)
+    counted = (
+        f"{ranks} {'rank' if ranks == 1 else 'ranks'} x {threads.rank} {'thread' if threads.rank == 1 else 'threads'}"
+    )
+    text = "; ".join([f"{cores.usable} usable: {counted} beside a labeler", *threads.notes])
+    return Finding("cores", "warning" if threads.notes else "ok", text)
 
 
 def kernel_finding(devices: list[Device]) -> Finding:

@@ -18,7 +18,7 @@ from mrg_r1.rollout.sampling import sample_tokens
 
 Embed = Callable[[Tensor], Tensor]  # [R] ids -> [R, H]
 Logits = Callable[[Tensor], Tensor]  # [R, H] -> [R, V] float32, the distribution that is sampled and scored
-_WIDTH_STEP = {"cpu": 16, "cuda": 128}  # own keys are read in multiples of this: a graph has one shape for many steps
+_WIDTH_STEP = {"cpu": 1, "cuda": 128}  # own keys are read in multiples of this: a graph has one shape for many steps
 
 
 @dataclass
@@ -87,8 +87,10 @@ class Decoder:
         places, device = rows.numel(), rows.device
         studies, members = rows.shape
         shape = (studies, self.key_heads, members, self.length, head_size)
-        self.own_keys = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in prompt_cache]
-        self.own_values = [torch.zeros(shape, dtype=self.dtype, device=device) for _ in prompt_cache]
+        # a graph reads keys and values that nothing was written to yet, with a weight of 0: they must be finite
+        empty = torch.zeros if rows.is_cuda else torch.empty
+        self.own_keys = [empty(shape, dtype=self.dtype, device=device) for _ in prompt_cache]
+        self.own_values = [empty(shape, dtype=self.dtype, device=device) for _ in prompt_cache]
         self.tokens = torch.zeros(places, dtype=torch.long, device=device)
         self._take_places()
         self.step = torch.zeros(1, dtype=torch.long, device=device)  # the column that is written next
@@ -137,57 +139,64 @@ class Decoder:
         self.finish()
         members = int(running.sum(dim=1).max())
         studies = running.any(dim=1).nonzero().squeeze(1)
-        # running members first
-        order = running[studies].int().argsort(dim=1, descending=True, stable=True)[:, :members]
+        # running members first, each kind in its order: keys that differ, for topk is not stable and a stable sort slow
+        at = torch.arange(running.shape[1], device=running.device)
+        order = (running[studies].int() * len(at) - at).topk(members, dim=1).indices
         rows = self.rows[studies].gather(1, order)
         dummy = len(self.answers.ended) - 1
         self.rows = torch.where(running[studies].gather(1, order), rows, dummy)
         places = (studies.unsqueeze(1) * running.shape[1] + order).flatten()
         heads = torch.arange(self.key_heads, device=studies.device)
-        blocks = (studies.unsqueeze(1) * self.key_heads + heads).flatten()
+        blocks = studies.unsqueeze(1) * self.key_heads + heads  # [S', K] of the prompts' caches
         if len(studies) < len(running):
-            self.prompt_keys = [keys[blocks] for keys in self.prompt_keys]
-            self.prompt_values = [values[blocks] for values in self.prompt_values]
+            self.prompt_keys = [keys[blocks.flatten()] for keys in self.prompt_keys]
+            self.prompt_values = [values[blocks.flatten()] for values in self.prompt_values]
             self.prompt_bias = None if self.prompt_bias is None else self.prompt_bias[studies]
             self.next_position = self.next_position[studies]
-        slot = studies.unsqueeze(1)  # [S', M'] with `order`: the study and the member that each place takes
-        self.own_keys = [keys.transpose(1, 2)[slot, order].transpose(1, 2).contiguous() for keys in self.own_keys]
-        self.own_values = [
-            values.transpose(1, 2)[slot, order].transpose(1, 2).contiguous() for values in self.own_values
-        ]
+        taken = blocks.unsqueeze(2) * running.shape[1] + order.unsqueeze(1)  # [S', K, M'] of the places' own caches
+        self.own_keys = [_taken(keys, taken) for keys in self.own_keys]
+        self.own_values = [_taken(values, taken) for values in self.own_values]
         self.tokens = self.tokens[places]
         self._take_places()
 
     def _advance(self, width: int) -> None:
-        """Feed the last tokens, sample the next ones; own keys are read up to `width`."""
+        """Feed the last tokens, sample the next ones; own keys are read up to `width`: on a CPU as many as there are,
+        in a graph more, those to come masked.
+        """
         language, members = self.language, self.rows.shape[1]
         position = (self.next_position + self.step - 1).repeat_interleave(members)  # of the tokens that are fed
         cos, sin = language.rotation(position)
-        own_bias = torch.where(torch.arange(width, device=self.rows.device) < self.step, 0.0, float("-inf")).to(
-            self.dtype
-        )
+        own_bias = None
+        if self.rows.is_cuda:
+            there = torch.arange(width, device=self.rows.device) < self.step
+            own_bias = torch.where(there, 0.0, float("-inf")).to(self.dtype)
         x = self.embed(self.tokens)
         for number, layer in enumerate(language.layers):
             x = self._layer(number, layer, x, cos, sin, own_bias, width)
         self._sample(language.norm(x))
 
     def _layer(
-        self, number: int, layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, own_bias: Tensor, width: int
+        self, number: int, layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, own_bias: Tensor | None, width: int
     ) -> Tensor:
         q, k, v = layer.heads(x, cos, sin)
         studies, key_heads, (_, heads, size) = len(self.rows), self.key_heads, q.shape
         own_keys, own_values = self.own_keys[number], self.own_values[number]
-        own_keys.index_copy_(3, self.step - 1, self._by_study(k))
-        own_values.index_copy_(3, self.step - 1, self._by_study(v))
+        for cache, fresh in ((own_keys, k), (own_values, v)):
+            if self.rows.is_cuda:  # a graph finds its column in a tensor
+                cache.index_copy_(3, self.step - 1, self._by_study(fresh))
+            else:
+                cache[:, :, :, width - 1 : width].copy_(self._by_study(fresh))
 
         # query heads that share a key head are so many queries of it: [S, K, M, heads / K, D]
-        q = self._by_study(q).mul_(size**-0.5)
+        q = self._by_study(q).contiguous().mul_(size**-0.5)
         # the prompt is read once a study
         to_prompt = torch.bmm(q.view(studies * key_heads, -1, size), self.prompt_keys[number])
         if self.prompt_bias is not None:
             to_prompt.view(studies, key_heads, -1, to_prompt.shape[2]).add_(self.prompt_bias[:, None, None])
         # [S, K, M, heads / K, width]
-        to_own = torch.matmul(q, own_keys[:, :, :, :width].transpose(3, 4)).add_(own_bias)
+        to_own = torch.matmul(q, own_keys[:, :, :, :width].transpose(3, 4))
+        if own_bias is not None:
+            to_own.add_(own_bias)
         scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:2], width)], dim=2)
         weights = scores.softmax(dim=2, dtype=torch.float32).to(x.dtype)
         seen = to_prompt.shape[2]
@@ -196,9 +205,9 @@ class Decoder:
         return layer.finish(x, attended.transpose(1, 2).reshape(len(x), heads, size))
 
     def _by_study(self, heads: Tensor) -> Tensor:
-        """[S * M, n * K, D] -> [S, K, M, n, D]: members of a study side by side under each key head."""
+        """[S * M, n * K, D] -> [S, K, M, n, D], a view: members of a study side by side under each key head."""
         studies, members = self.rows.shape
-        return heads.view(studies, members, self.key_heads, -1, heads.shape[2]).transpose(1, 2).contiguous()
+        return heads.view(studies, members, self.key_heads, -1, heads.shape[2]).transpose(1, 2)
 
     def _sample(self, hidden: Tensor) -> None:
         log_probs = self.logits(hidden).log_softmax(dim=-1)  # [S * M, V]
@@ -213,3 +222,8 @@ class Decoder:
         self.ended.logical_or_((tokens.unsqueeze(1) == self.eos).any(dim=1))
         self.tokens.copy_(tokens)
         self.step += 1
+
+
+def _taken(cache: Tensor, places: Tensor) -> Tensor:
+    """[S, K, M, N, D] -> [S', K, M', N, D]: whole blocks are copied, once."""
+    return cache.flatten(0, 2).index_select(0, places.flatten()).view(*places.shape, *cache.shape[3:])

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 from mrg_r1.console import progress_bar
+from mrg_r1.cores import Cores, asked_for, read_cores, share_cores
 from mrg_r1.tables.plan import SCRIPTS, Plan, RowRun
 
 _LOG = "table_row.log"
@@ -53,6 +54,7 @@ def run_rows(plan: Plan, *, launch: str, parallel: int, console: Console) -> Non
     started: list[_Started] = []
     failed: list[RowRun] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    environment = {**os.environ, **_threads(parallel)}
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         with progress_bar(*columns, console=console) as shown:
@@ -61,7 +63,7 @@ def run_rows(plan: Plan, *, launch: str, parallel: int, console: Console) -> Non
                 ready = [run for run in waiting if all(folder in done for folder in run.waits_for)]
                 for run in ready[: parallel - len(started)]:
                     waiting.remove(run)
-                    started.append(_start(run, launch))
+                    started.append(_start(run, launch, environment))
                     console.print(
                         f"{run.row}, seed {run.seed}: running in {run.folder}", highlight=False, soft_wrap=True
                     )
@@ -95,7 +97,15 @@ def command(run: RowRun, launch: str, *, port: int) -> list[str]:
     return [*shlex.split(launch), "--master_port", str(port), SCRIPTS[run.task], str(run.recipe_file), *overrides]
 
 
-def _start(run: RowRun, launch: str) -> _Started:
+def _threads(parallel: int) -> dict[str, str]:
+    """The variable that keeps rows beside one another from each taking every core; a user's own comes first."""
+    if parallel == 1 or asked_for() is not None:
+        return {}
+    each = max(1, read_cores().usable // parallel)
+    return {"OMP_NUM_THREADS": str(share_cores(Cores(each), ranks=1, labeler=True, environment={}).rank)}
+
+
+def _start(run: RowRun, launch: str, environment: dict[str, str]) -> _Started:
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.folder / _LOG, "ab") as log:
         # a session of its own: Ctrl-C reaches this process alone, which tells the rows
@@ -104,6 +114,7 @@ def _start(run: RowRun, launch: str) -> _Started:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            env=environment,
             start_new_session=True,
         )
     return _Started(run, process)

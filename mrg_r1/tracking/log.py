@@ -7,7 +7,6 @@ says otherwise, and a run goes on without it.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -94,7 +93,10 @@ class RunLog:
             backend.close()
         if self.active and self._clock is not None and self._clock.totals:
             self._terminal.clear()
-            self.console.print(where_time_went(self._clock.totals, self._terminal.tokens_per_second), highlight=False)
+            closing = where_time_went(
+                self._clock.totals, self._terminal.tokens_per_second, sum(self._clock.labeler_totals.values())
+            )
+            self.console.print(closing, highlight=False)
 
 
 class Clock:
@@ -102,14 +104,32 @@ class Clock:
 
     Args:
         beat: is told the name of each phase as it begins.
+
+    Attributes:
+        totals: seconds of the wall clock by phase.
+        labeler_totals: processor seconds of the labelers' processes that this rank keeps, by the phase meanwhile.
+        training_cpu_seconds: processor seconds inside training steps, which a busy machine does not stretch: this
+            process's own, all its threads, and its share of the labelers'.
     """
 
     def __init__(self, beat: Callable[[str], None] = lambda phase: None) -> None:
         self.beat = beat
         self.entering: Callable[[str], None] = lambda phase: None  # told as well, by the log that shows the run
         self.totals: dict[str, float] = {}
-        self.training_cpu_seconds = 0.0  # this process's own, all its threads: what a busy machine does not stretch
+        self.labeler_totals: dict[str, float] = {}
+        self.training_cpu_seconds = 0.0
         self._step: dict[str, float] = {}
+        self._labelers: Callable[[], float] = lambda: 0.0
+        self._sharing, self._labelers_seen, self._labelers_in_step = 1, 0.0, 0.0
+
+    def count_labelers(self, cpu_seconds: Callable[[], float], *, sharing: int) -> None:
+        """Count what labelers take beside this process.
+
+        Args:
+            cpu_seconds: processor seconds of the labelers' processes that this rank keeps, since they were started.
+            sharing: ranks that they serve, this one among them.
+        """
+        self._labelers, self._sharing, self._labelers_seen = cpu_seconds, sharing, 0.0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -120,16 +140,24 @@ class Clock:
             yield
         finally:
             seconds = time.perf_counter() - began
+            # since the end of the last phase: a labeler also works while no phase is open
+            so_far = self._labelers()
+            labelers, self._labelers_seen = so_far - self._labelers_seen, so_far
             if name not in _OUTSIDE_TRAINING:
-                self.training_cpu_seconds += time.process_time() - began_cpu
+                self.training_cpu_seconds += time.process_time() - began_cpu + labelers / self._sharing
+                self._labelers_in_step += labelers
+            self.labeler_totals[name] = self.labeler_totals.get(name, 0.0) + labelers
             self.totals[name] = self.totals.get(name, 0.0) + seconds
             self._step[name] = self._step.get(name, 0.0) + seconds
 
-    def add(self, totals: dict[str, float], cpu_seconds: float = 0.0) -> None:
-        """Seconds that an interrupted run had spent before, and its `training_cpu_seconds`."""
+    def add(
+        self, totals: dict[str, float], cpu_seconds: float = 0.0, labeler_totals: dict[str, float] | None = None
+    ) -> None:
+        """Seconds that an interrupted run had spent before, its `training_cpu_seconds` and its `labeler_totals`."""
         self.training_cpu_seconds += cpu_seconds
-        for name, seconds in totals.items():
-            self.totals[name] = self.totals.get(name, 0.0) + seconds
+        for mine, before in ((self.totals, totals), (self.labeler_totals, labeler_totals or {})):
+            for name, seconds in before.items():
+                mine[name] = mine.get(name, 0.0) + seconds
 
     @property
     def training_seconds(self) -> float:
@@ -145,8 +173,9 @@ class Clock:
     def costs(self, tokens: int, *, world_size: int) -> dict[str, tuple[Tensor, Tensor]]:
         """What the step so far has cost, to be reduced over ranks.
 
-        `time/tokens_per_second`: all ranks' tokens over the ranks' mean seconds. `time/memory_gib_max`: the process's
-        peak since it began, of CUDA's allocator, or of the resident set where there is no GPU.
+        `time/tokens_per_second`: all ranks' tokens over the ranks' mean seconds. `time/labeler_cpu`: processor seconds
+        of all labelers' processes. `time/memory_gib_max`: the process's peak since it began, of CUDA's allocator, or of
+        the resident set where there is no GPU.
         """
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
@@ -154,13 +183,15 @@ class Clock:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {
             "time/tokens_per_second": (torch.tensor(float(tokens)), torch.tensor(_training(self._step) / world_size)),
+            # a sum over ranks: those that keep no labeler have seen none
+            "time/labeler_cpu": (torch.tensor(self._labelers_in_step), torch.tensor(1.0 / world_size)),
             "time/memory_gib_max": (torch.tensor(peak / 2**30), torch.tensor(1.0)),
         }
 
     def end_step(self) -> dict[str, float]:
         """`time/PHASE` of the step that ends here."""
         times = {f"time/{name}": round(seconds, 4) for name, seconds in self._step.items()}
-        self._step = {}
+        self._step, self._labelers_in_step = {}, 0.0
         return times
 
 
@@ -180,7 +211,7 @@ def write_environment(directory: Path, *, world_size: int, device: str, seed: in
         "command": sys.argv,
         "world_size": world_size,
         "device": device,
-        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "threads": torch.get_num_threads(),
         "seed": seed,
     }
     write_text_atomically(directory / "environment.json", json.dumps(environment, indent=1) + "\n")

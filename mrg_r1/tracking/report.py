@@ -53,9 +53,9 @@ def print_report(runs: Sequence[Path], *, control: Path | None = None) -> None:
         compared = read_summary(beside) if (beside / "summary.json").is_file() else None
         console.print(_before_after(run, summary, compared))
         stage = f", ZeRO-{summary['zero_stage']}" if summary["zero_stage"] else ""  # none where nothing was learned
-        ran = (
-            f"{summary['world_size']} ranks{stage}, seed {summary['seed']}; {where_time_went(summary['seconds'], None)}"
-        )
+        labelers = sum(summary.get("labeler_cpu_seconds", {}).values())
+        where = where_time_went(summary["seconds"], None, labelers)
+        ran = f"{summary['world_size']} ranks{stage}, seed {summary['seed']}; {where}"
         page = run / "page" / "index.html"
         console.print(ran, markup=False, highlight=False)
         if summary["note"]:
@@ -73,8 +73,21 @@ def print_report(runs: Sequence[Path], *, control: Path | None = None) -> None:
 
 
 def training_seconds(run: Path) -> float:
-    """Seconds that a run spent in its training steps; what an equal-time control gets."""
+    """Seconds that a run spent in its training steps."""
     return float(read_summary(run)["training_seconds"])
+
+
+def training_cpu_seconds(run: Path) -> float:
+    """Processor seconds that rank 0 and its share of the labeler spent in the training steps; what an equal-time
+    control gets.
+
+    Raises:
+        ValueError: as `read_summary`, or a summary of a version that did not count them.
+    """
+    summary = read_summary(run)
+    if "training_cpu_seconds" not in summary:
+        raise ValueError(f"{run}: its summary has no training_cpu_seconds; an older version wrote it: run it again")
+    return float(summary["training_cpu_seconds"])
 
 
 def _before_after(run: Path, summary: dict[str, Any], control: dict[str, Any] | None) -> Table:

@@ -104,15 +104,20 @@ class StepLine:
             self._shown = False
 
 
-def where_time_went(totals: Mapping[str, float], tokens_per_second: float | None) -> str:
-    """Seconds by phase, longest first, in one line; what is short beside the whole comes together at its end."""
+def where_time_went(totals: Mapping[str, float], tokens_per_second: float | None, labelers: float = 0.0) -> str:
+    """Seconds by phase, longest first, in one line; what is short beside the whole comes together at its end.
+
+    Args:
+        labelers: processor seconds that the labelers' processes took beside the ranks.
+    """
     everything = sum(totals.values()) or 1.0
     shown = {name: seconds for name, seconds in totals.items() if seconds >= max(0.01 * everything, 0.5)}
     phases = [f"{name} {seconds:.0f}" for name, seconds in sorted(shown.items(), key=lambda item: -item[1])]
     rest = everything - sum(shown.values())
     phases += [f"the rest {rest:.0f}"] if len(shown) < len(totals) and rest >= 0.5 else []
     rate = "" if tokens_per_second is None else f"; {tokens_per_second:,.0f} tokens/s in the steps"
-    return f"{everything:.0f} s: {', '.join(phases)}{rate}"
+    beside = f"; beside it {labelers:.0f} s of processor time by labelers" if labelers >= 0.5 else ""
+    return f"{everything:.0f} s: {', '.join(phases)}{rate}{beside}"
 
 
 def _short(value: float) -> str:

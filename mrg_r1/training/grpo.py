@@ -334,6 +334,7 @@ def sample_only(recipe: Recipe, ranks: Ranks) -> None:
     start = next_step(recipe.output_dir, recipe, ranks)
     with clock.phase("start"):
         run = open_run(recipe, ranks, task="grpo")
+        clock.count_labelers(run.labeler_cpu_seconds, sharing=ranks.node.size)
     state = open_state(run, signals, clock, record={"step": start}, batch_size=recipe.grpo.studies_per_step)
     with state.stepping():
         for step in range(start, recipe.steps):

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from mrg_r1.config.recipe import Recipe, RecipeError, held_out_is_rewarded
+from mrg_r1.cores import labeler_threads, read_cores
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.grpo.loss import Metrics
 from mrg_r1.labels.observations import OBSERVATIONS
@@ -94,9 +95,15 @@ def start_service(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
             "mode": recipe.prompt.mode,
             "normalise": reward.normalise,
         },
-        threads=max(1, min(16, len(os.sched_getaffinity(0)) - ranks.node.size)),  # the cores that the ranks leave
+        threads=_labeler_threads(ranks),
     )
     return Supervisor(settings, log=recipe.output_dir / f"reward_service_{ranks.rank}.log")
+
+
+def _labeler_threads(ranks: Ranks) -> int:
+    """Of a labeler on the CPU of this node; beside a GPU a rank keeps one core busy."""
+    each = torch.get_num_threads() if ranks.device.type == "cpu" else 1
+    return labeler_threads(read_cores(), ranks=ranks.node.size, each=each)
 
 
 def open_rewards(
@@ -176,7 +183,7 @@ def start_held_out(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
         device=evaluation.held_out_device,
         dtype=_HELD_OUT_DTYPE,
         reward_function={"mode": recipe.prompt.mode},  # nothing is scored there; hints are taken apart
-        threads=max(1, min(16, len(os.sched_getaffinity(0)) - ranks.node.size)),
+        threads=_labeler_threads(ranks),
         name="held_out",
         device_field="evaluation.held_out_device",
     )

@@ -50,6 +50,12 @@ class Run:
             raise RuntimeError("nothing is rewarded here: there are no rewards to ask for")
         return self.rewards_if_any
 
+    def labeler_cpu_seconds(self) -> float:
+        """Processor seconds that the labelers' processes have taken so far, of those that this rank keeps."""
+        keepers = (self.rewards_if_any, self.held_out)
+        supervisors = [keeper.supervisor for keeper in keepers if keeper is not None]
+        return sum(supervisor.cpu_seconds for supervisor in supervisors if supervisor is not None)
+
     def close(self) -> None:
         """The run needs no more rewards."""
         if self.rewards_if_any is not None:

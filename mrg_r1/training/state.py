@@ -132,6 +132,7 @@ class RunState:
             "best": self.best,
             "seconds": self.clock.totals,
             "cpu_seconds": self.clock.training_cpu_seconds,
+            "labeler_cpu_seconds": self.clock.labeler_totals,
             "skipped_in_a_row": self.skipped_in_a_row,
             "position": self.loader.position(done),
             "studies": self.loader.fingerprint,
@@ -173,6 +174,7 @@ class RunState:
                 "seconds": {name: round(seconds, 2) for name, seconds in clock.totals.items()},
                 "training_seconds": round(clock.training_seconds, 2),
                 "training_cpu_seconds": round(clock.training_cpu_seconds, 2),
+                "labeler_cpu_seconds": {name: round(spent, 2) for name, spent in clock.labeler_totals.items()},
                 "steps": run.recipe.steps,
                 "best": self.best,
                 "world_size": run.ranks.world_size,
@@ -224,6 +226,7 @@ def start_training(
     """
     with clock.phase("start"):
         run = open_run(recipe, ranks, task=task)
+        clock.count_labelers(run.labeler_cpu_seconds, sharing=ranks.node.size)
     with clock.phase("evaluation"):
         before = None
         if _evaluates(recipe) and recipe.evaluation.before:
@@ -232,7 +235,8 @@ def start_training(
         make_trainable(run)
         engine = build_engine(run)
         record = load_checkpoint(engine, run.directory / "checkpoints", needed=tuple(_NEW)) or _NEW
-    clock.add(record["seconds"], record.get("cpu_seconds", 0.0))  # of the run before it was interrupted
+    # of the run before it was interrupted
+    clock.add(record["seconds"], record.get("cpu_seconds", 0.0), record.get("labeler_cpu_seconds"))
     state = open_state(run, signals, clock, record=record, batch_size=batch_size, engine=engine, before=before)
     if state.start:
         state.log.say(f"resuming {run.directory} after step {state.start} of {recipe.steps}")

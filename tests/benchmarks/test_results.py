@@ -93,7 +93,7 @@ def test_the_file_has_the_agreed_keys_and_everything_measured(tmp_path: Path) ->
     content = json.loads((tmp_path / "bench.json").read_text())
     assert set(content["ratios"]) == {
         *("step_short", "step_long", "rollout_short", "rollout_long", "scoring_long", "memory_long", "growth_8_16"),
-        *("reward_single", "reward_padded", "reward_repeated"),
+        *("reward_single", "reward_padded", "reward_repeated", "sft_all"),
     }
     assert content["cpu_ratios"]["step_long"] == 15 and "memory_long" not in content["cpu_ratios"]
     assert content["ratios"]["step_long"] == 15 and content["ratios"]["growth_8_16"] is None

@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from mrg_r1.cli import launch
+from mrg_r1.cores import Cores
+from mrg_r1.engine.ranks import Node, Ranks
 
 
 @pytest.mark.parametrize("arguments", [["--local-rank=0"], ["--local_rank=1"], ["--local-rank", "3"], []])
@@ -23,3 +26,35 @@ def test_both_spellings_of_the_local_rank_are_taken(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "recipe.yaml", "steps=3"])
     with pytest.raises(ReadError):
         launch.run_on_ranks(lambda recipe, ranks: None, "")
+
+
+@pytest.mark.parametrize(
+    ("masks", "limit", "wish", "threads", "words"),
+    [
+        ([range(8), range(8)], None, None, 3, ""),
+        ([range(4), range(4, 8)], None, None, 3, ""),  # bound to cores of their own
+        ([range(8), range(8)], 4.0, None, 1, "cores: this cgroup may take the time of 4 of 8 cores: 4 used"),
+        ([range(8), range(8)], None, "8", 4, "cores: OMP_NUM_THREADS=8 with 2 ranks on 8 cores: 4 threads a rank"),
+    ],
+)
+def test_a_rank_takes_its_share_of_the_cores_and_the_first_says_so(
+    monkeypatch, capsys, masks, limit, wish, threads, words
+):
+    class Two(Ranks):
+        def gather(self, value):
+            return [list(mask) for mask in masks]
+
+    if wish is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", wish)
+    taken = []
+    monkeypatch.setattr(launch, "read_cores", lambda: Cores(len(masks[0]), limit))
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    for rank in range(2):
+        ranks = Two(rank, 2, torch.device("cpu"), (Node(0, "here", 0, 2),))
+        said = launch._use_cores(ranks, labeler=True)
+        assert said.startswith(f" x {threads} thread")
+    assert taken == [threads, threads]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(words) and (not words or lines[0].startswith(words))

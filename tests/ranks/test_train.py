@@ -55,6 +55,8 @@ def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_
     assert set(wanted) <= left
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["world_size"] == 2 and summary["zero_stage"] == 2 and summary["status"] == "complete"
+    assert sum(summary["labeler_cpu_seconds"].values()) > 0.1  # of a process of its own, which has imported torch
+    assert "time/labeler_cpu" in (straight / "metrics.jsonl").read_text().splitlines()[0]
     for side in ("before", "after"):
         keys = {
             "disease_micro13",

@@ -7,6 +7,8 @@ import json
 import pytest
 from rich.console import Console
 
+from mrg_r1.cores import Cores
+from mrg_r1.tables import run as table_run
 from mrg_r1.tables.plan import plan_table
 from mrg_r1.tables.run import RowsFailed, run_rows
 from tests.ranks.conftest import ROOT
@@ -65,3 +67,12 @@ def test_a_failing_row_has_the_last_word_and_the_others_come_to_their_end(table,
         run_rows(plan, launch=FAKE, parallel=1, console=Console(quiet=True))
     assert plan.runs["Good", 0].finished and not plan.runs["Needs it", 0].folder.exists()
     assert "the labeler has died" in str(failed.value) and "Needs it, seed 0: not started" in str(failed.value)
+
+
+def test_rows_beside_one_another_share_the_cores(monkeypatch):
+    monkeypatch.setattr(table_run, "read_cores", lambda: Cores(8))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert table_run._threads(1) == {}  # a row alone takes what there is
+    assert table_run._threads(2) == {"OMP_NUM_THREADS": "3"} and table_run._threads(16) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert table_run._threads(2) == {}

@@ -13,7 +13,7 @@ from PIL import Image
 from mrg_r1.config.sections import TrackingSection
 from mrg_r1.tracking import log as log_module
 from mrg_r1.tracking.log import Clock, RunLog
-from mrg_r1.tracking.report import print_report, read_summary, training_seconds
+from mrg_r1.tracking.report import print_report, read_summary, training_cpu_seconds, training_seconds
 from mrg_r1.types import Study, StudyImage
 
 OFF = TrackingSection(wandb="off")
@@ -147,12 +147,37 @@ def test_clock_keeps_processor_seconds_of_training_through_an_interruption(monke
     assert clock.training_cpu_seconds == 10.5
 
 
+def test_clock_counts_what_labelers_take_beside_this_process(monkeypatch):
+    monkeypatch.setattr(time, "process_time", lambda: 0.0)
+    clock, taken = Clock(), 3.0
+    with clock.phase("start"):
+        clock.count_labelers(lambda: taken, sharing=2)  # it has loaded for 3 seconds
+    with clock.phase("rollout"):
+        taken += 4.0
+    taken += 1.0  # while no phase is open
+    with clock.phase("update"):
+        pass
+    total, count = clock.costs(10, world_size=2)["time/labeler_cpu"]
+    assert float(total / count) == 2 * 5.0  # two ranks that each keep such a labeler
+    clock.end_step()
+    with clock.phase("validation"):
+        taken += 7.0
+    assert float(clock.costs(10, world_size=1)["time/labeler_cpu"][0]) == 0.0
+    assert clock.labeler_totals == {"start": 3.0, "rollout": 4.0, "update": 1.0, "validation": 7.0}
+    assert clock.training_cpu_seconds == 2.5  # its share of 5 seconds beside training steps
+    clock.add({}, 10.0, {"update": 2.0, "load": 1.0})  # of the run before it was interrupted
+    assert clock.training_cpu_seconds == 12.5 and clock.labeler_totals["update"] == 3.0
+    assert clock.labeler_totals["load"] == 1.0
+
+
 def summary(before, after, **more):
     return {
         "before": {"f1": before},
         "after": {"f1": after},
         "seconds": {"rollout": 1},
         "training_seconds": 7.5,
+        "training_cpu_seconds": 6.5,
+        "labeler_cpu_seconds": {"start": 2.0, "rollout": 1.0},
         "world_size": 2,
     } | {
         "zero_stage": 2,
@@ -173,7 +198,8 @@ def test_report_prints_the_gain_beside_the_control(tmp_path, capsys):
     assert "+0.150 (+0.100 to +0.200)" in text  # GRPO: mean of 0.1 and 0.2
     assert "+0.075 (+0.050 to +0.100)" in text  # control, from the same start
     assert "phantoms" in text
-    assert training_seconds(tmp_path / "run0") == 7.5
+    assert training_seconds(tmp_path / "run0") == 7.5 and training_cpu_seconds(tmp_path / "run0") == 6.5
+    assert text.count("3 s of processor time by labelers") == 2
 
 
 def test_rows_in_which_nobody_has_a_number_are_left_out(tmp_path, capsys):

@@ -76,6 +76,7 @@ def test_a_checkpoint_holds_what_both_keep_and_what_is_the_tasks_own(state):
         "best": {"step": 2, "score": 0.5},
         "seconds": {},
         "cpu_seconds": 0.0,
+        "labeler_cpu_seconds": {},
         "skipped_in_a_row": 1,
         "position": 24,
         "studies": "f",

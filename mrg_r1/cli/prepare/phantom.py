@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 from mrg_r1.cli.arguments import add_output, described, positive, seed
@@ -87,6 +86,7 @@ def _prevalence(text: str) -> dict[int, float]:
 
 
 def _prepare_phantom(arguments: argparse.Namespace) -> None:
+    from mrg_r1.cores import read_cores
     from mrg_r1.data.prepare.phantoms import write_phantoms
 
     manifest = write_phantoms(
@@ -95,7 +95,7 @@ def _prepare_phantom(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         side=arguments.side,
         splits=arguments.splits,
-        workers=os.cpu_count() or 1,
+        workers=read_cores().usable,
         prevalence=arguments.prevalence,
     )
     studies = ", ".join(f"{name} {count:,}" for name, count in arguments.splits.items())

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal
 
+import psutil
+
 from mrg_r1.files import write_text_atomically
 from mrg_r1.reward.service.server import RANK_DIED
 
@@ -117,6 +119,12 @@ def _short_folder() -> tuple[Path, IO[bytes]]:
     return folder, lock
 
 
+def _cpu_seconds(pid: int) -> float:
+    """Processor seconds of a process of ours, which may have ended but has not been reaped."""
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
 class Supervisor:
     """The reward service of this node, from its start to the end of the run.
 
@@ -138,6 +146,8 @@ class Supervisor:
         with os.fdopen(descriptor, "w") as file:
             file.write(self._key)
         self._closing = False
+        self._ended = False  # the process has ended, and its seconds are in `_spent`
+        self._spent = 0.0
         self._generation = 0
         self._lock = threading.Lock()
         self._process = self._start()
@@ -158,11 +168,18 @@ class Supervisor:
                 raise ValueError(state.cause)
             time.sleep(0.02)
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor seconds that the service has taken so far, all threads of all its processes, loading included."""
+        with self._lock:
+            return self._spent + (0.0 if self._ended else _cpu_seconds(self._process.pid))
+
     def close(self) -> None:
         """End the service and remove its folder."""
         with self._lock:
             self._closing = True
-            self._process.kill()
+            if not self._ended:
+                os.kill(self._process.pid, signal.SIGKILL)
         self._watcher.join()
         shutil.rmtree(self.directory, ignore_errors=True)
         self._folder_lock.close()
@@ -180,6 +197,7 @@ class Supervisor:
                 env=os.environ | visible_device(self.settings.device),
                 start_new_session=True,  # Ctrl-C on the terminal is for the ranks; the service leaves with them
             )
+        self._ended = False
         self._write("starting", process.pid)
         assert process.stdin is not None
         started = {
@@ -199,7 +217,7 @@ class Supervisor:
         """Wait for the process to be ready and to end; start it again or say why not."""
         while True:
             process = self._process
-            late = threading.Timer(START_SECONDS, process.kill)
+            late = threading.Timer(START_SECONDS, os.kill, (process.pid, signal.SIGKILL))
             late.start()
             assert process.stdout is not None
             line = process.stdout.readline()
@@ -207,7 +225,11 @@ class Supervisor:
             said = json.loads(line) if line else {}
             if "ready" in said:
                 self._write("ready", process.pid, labeler=said["ready"])
-            code = process.wait()
+            # what it has taken can be read until it is reaped, which is done here and nowhere else
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            with self._lock:
+                self._spent += _cpu_seconds(process.pid)
+                code, self._ended = process.wait(), True
             process.stdout.close()
             with self._lock:
                 if self._closing:

@@ -205,6 +205,19 @@ def test_an_answer_that_is_lost_is_asked_for_again(start: Start) -> None:
     service.close()
 
 
+def test_processor_seconds_of_a_service_that_was_killed_are_not_lost(start: Start) -> None:
+    supervisor = start()
+    service, first = connected(supervisor), supervisor.cpu_seconds
+    assert first > 0.1  # it has imported torch
+    os.kill(ServiceState.read(supervisor.directory).pid, signal.SIGKILL)
+    service.result(service.submit(*BATCH))  # of the next process
+    both = supervisor.cpu_seconds
+    assert both > first + 0.1
+    service.close()
+    supervisor.close()
+    assert supervisor.cpu_seconds >= both
+
+
 def test_a_service_that_hangs_is_killed_and_started_again(start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     service = connected(start("hang"), timeout=1.0)
     assert same(service.result(service.submit(*BATCH)), expected())

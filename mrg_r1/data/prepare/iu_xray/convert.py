@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from mrg_r1.console import progress
+from mrg_r1.cores import read_cores
 from mrg_r1.data.prepare.checking import image_problems, refuse_changed_sources
 from mrg_r1.data.prepare.conversion import Conversion, Counts
 from mrg_r1.data.prepare.iu_xray.images import ImageFolder
@@ -157,7 +157,7 @@ def convert_iu_xray(
             [plan.rendering for plan in plans if plan.rendering is not None],
             seed=seed,
             side=side,
-            workers=os.cpu_count() or 1,
+            workers=read_cores().usable,
         )
         checked = image_problems(plans, lambda plan: plan.study if plan.rendering is None else None)
         for plan, damage in progress(checked, "checking images", total=len(plans)):
