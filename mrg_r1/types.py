@@ -124,6 +124,8 @@ class Prompts:
     next_position: Tensor  # [B] int64, the position of the first completion token
     images: ImageInputs  # all I
     images_per_study: list[int]  # B, sums to I
+    # B, how often the step had the study before, on all ranks; None: never
+    occurrences: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.study_ids)
@@ -143,6 +145,7 @@ class Prompts:
             next_position=self.next_position[index],
             images=self.images.select([starts[b] + i for b in rows for i in range(self.images_per_study[b])]),
             images_per_study=[self.images_per_study[b] for b in rows],
+            occurrences=None if self.occurrences is None else [self.occurrences[b] for b in rows],
         )
 
     def to(self, device: torch.device | str) -> Prompts:
@@ -156,6 +159,7 @@ class Prompts:
             next_position=self.next_position.to(device),
             images=self.images.to(device),
             images_per_study=self.images_per_study,
+            occurrences=self.occurrences,
         )
 
 

@@ -142,6 +142,11 @@ class GrpoSection(Section):
     beta: float = Field(
         0.02, ge=0, description="Weight of the KL to the reference; 0 leaves the reference pass out. ours"
     )
+    kl: Literal["k3", "k3_unbiased"] = Field(
+        "k3",
+        description="The penalty's estimate; k3_unbiased multiplies k3 by the ratio, so that its gradient is that of "
+        "KL(policy || reference). ours",
+    )
     aggregation: Literal["grpo", "dapo", "dr_grpo"] = Field(
         "grpo",
         description="Mean of token means (grpo), over all tokens (dapo), or of sums over max_new_tokens (dr_grpo). "
@@ -311,7 +316,9 @@ class EvaluationSection(Section):
     )
     batch_size: int = Field(16, ge=1, description="Studies decoded together on each rank. ours")
     before: bool = Field(
-        True, description="Evaluate the test split before training too, for summary.json's `before`. ours"
+        True,
+        description="Evaluate the test split before training too, for summary.json's `before`, and in GRPO "
+        "validate: the start is then a candidate for the best adapter. ours",
     )
     test: bool = Field(True, description="Evaluate the test split at the end. ours")
     held_out_labeler: Path | None = Field(

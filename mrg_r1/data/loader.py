@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -209,11 +209,23 @@ class StudyLoader:
         )
         return [self.studies[index] for index in mine]
 
+    def occurrences_of(self, step: int) -> list[int]:
+        """Of each of `studies_of(step)`, how often the batch has it further ahead, on all ranks: what keeps two groups
+        of one study from the same random numbers, however many ranks there are.
+        """
+        whole = self.order.take(self.position(step), self._batch_size)
+        own = self._batch_size // self._world_size
+        first = self._rank * own
+        return [whole[:place].count(whole[place]) for place in range(first, first + own)]
+
+    def _prepare(self, step: int) -> Prompts:
+        return replace(self.build(self.studies_of(step)), occurrences=self.occurrences_of(step))
+
     def batch(self, step: int) -> Prompts:
         """The prompts of `step`; those of the next step begin to be prepared."""
         for wanted in (step, step + 1):
             if wanted not in self._ahead:
-                self._ahead[wanted] = self._worker.submit(self.build, self.studies_of(wanted))
+                self._ahead[wanted] = self._worker.submit(self._prepare, wanted)
         return self._ahead.pop(step).result()
 
     def close(self) -> None:

@@ -169,11 +169,13 @@ class Engine:
 
 
 def scheduled_rate(peak: float, step: int, *, warmup: int, total: int, schedule: Schedule) -> float:
-    """Linear warm-up over `warmup` steps, then constant, or down to a tenth of the peak at step `total`."""
+    """Linear warm-up over `warmup` steps, then constant, or down to a tenth of the peak at the
+    last step, `total - 1`.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
     share = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (0.1 + 0.9 * share)

@@ -100,6 +100,17 @@ def per_term_advantages(
     return torch.stack(parts).sum(dim=0).float()
 
 
+def without_signal(
+    total: Tensor, terms: Mapping[str, Tensor], weights: Mapping[str, float], *, normalise: Literal["total", "per_term"]
+) -> Tensor:
+    """[B] bool, the groups whose advantages are all 0: equal totals, or, where each term is normalised by itself, every
+    weighted term equal.
+    """
+    if normalise == "total":
+        return zero_signal(total)
+    return torch.stack([zero_signal(values) for name, values in terms.items() if weights[name] != 0]).all(dim=0)
+
+
 def zero_signal(rewards: Tensor) -> Tensor:
     """Groups from which nothing can be learned, because their rewards are equal (up to float32 rounding).
 

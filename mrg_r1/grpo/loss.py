@@ -19,6 +19,7 @@ from torch import Tensor
 Aggregation = Literal["grpo", "dapo", "dr_grpo"]
 Ratio = Literal["token", "sequence"]
 Correction = Literal["none", "tis"]
+Kl = Literal["k3", "k3_unbiased"]
 Metrics = dict[str, tuple[Tensor, Tensor]]
 
 KL_CLAMP = 10.0
@@ -44,6 +45,8 @@ class LossConfig:
             `none` leaves w at 1. The KL term is not weighted.
         correction_cap: the largest weight.
         kl_clamp: see `k3`.
+        kl: `k3` as the paper has it; `k3_unbiased` weighs each token's k3 by its ratio, with its gradient, whose mean
+            over sampled tokens then is the gradient of KL(policy || reference).
     """
 
     aggregation: Aggregation
@@ -55,6 +58,7 @@ class LossConfig:
     correction: Correction = "none"
     correction_cap: float = 2.0
     kl_clamp: float = KL_CLAMP
+    kl: Kl = "k3"
 
 
 def loss_denominator(mask: Tensor, aggregation: Aggregation) -> Tensor:
@@ -117,8 +121,9 @@ def grpo_loss(
 ) -> tuple[Tensor, Metrics]:
     """This micro-batch's share of the global loss.
 
-    Per token `-w * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta * k3`, with r = exp(logp - old_logp). Summed
-    over tokens (`dapo`, `dr_grpo`) or over sequences of token means (`grpo`), divided by `denominator` (times
+    Per token `-w * min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta * k3`, with r = exp(logp - old_logp);
+    `kl="k3_unbiased"` multiplies k3 by r. Summed over tokens (`dapo`, `dr_grpo`) or over sequences of token means
+    (`grpo`), divided by `denominator` (times
     `max_length` for `dr_grpo`). Adding the shares of all micro-batches and ranks gives the loss of the whole batch; an
     engine that averages over ranks or accumulation steps must have that undone by its caller.
 
@@ -201,7 +206,9 @@ def grpo_loss(
         kl = k3(reference, policy if config.beta != 0 else policy.detach(), config.kl_clamp)
         metrics["kl"] = _mean(kl, mask)
         if config.beta != 0:
-            per_token = per_token + config.beta * kl
+            if config.kl not in ("k3", "k3_unbiased"):
+                raise ValueError(f"kl {config.kl!r}; allowed are 'k3' and 'k3_unbiased'")
+            per_token = per_token + config.beta * (kl * ratios if config.kl == "k3_unbiased" else kl)
 
     per_token = per_token.masked_fill(~mask, 0.0)
     if config.aggregation == "grpo":

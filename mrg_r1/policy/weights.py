@@ -55,6 +55,10 @@ class PolicyWeights(nn.Module):
         banned = torch.zeros(self.base.lm_head.out_features, dtype=torch.bool)
         banned[sorted(self.family.banned_ids(config, tokenizer))] = True
         banned[len(tokenizer) :] = True  # rows of the head that no token owns (checkpoints pad the vocabulary)
+        # what decoding leaves out of the text, so that no reward could see it; an EOS is how a report ends
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        unseen = (special | set(tokenizer.all_special_ids)) - {*self.eos_ids, self.end_id}
+        banned[sorted(unseen)] = True
         self.register_buffer("banned", banned, persistent=False)
         self.banned: Tensor
 

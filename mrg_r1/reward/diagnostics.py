@@ -7,11 +7,12 @@ All as (sum, count) pairs, so that ranks with unequal counts reduce to one mean 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mrg_r1.grpo.advantages import zero_signal
+from mrg_r1.grpo.advantages import without_signal
 from mrg_r1.grpo.loss import Metrics
 from mrg_r1.labels.observations import NEGATIVE, NO_FINDING, OBSERVATIONS, POSITIVE, UNCERTAIN
 from mrg_r1.types import Completions, Rewards
@@ -19,13 +20,16 @@ from mrg_r1.types import Completions, Rewards
 _SQUARE = "_square"  # the mean of squares, from which a standard deviation is made after the reduction
 
 
-def group_metrics(completions: Completions, rewards: Rewards) -> Metrics:
+def group_metrics(
+    completions: Completions, rewards: Rewards, *, normalise: Literal["total", "per_term"] = "total"
+) -> Metrics:
     """This rank's groups, as (sum, count) over completions, groups or studies.
 
     - `reward/TERM` before weights, `reward/total`, with the mean of squares beside each (`with_stds` makes `_std` of
       it); `reward/std`: of the total inside the groups.
     - `reward/constant`, `reward/constant_TERM`: what the best constant training report earns on the same studies.
-    - `groups/zero_signal`: groups of equal totals; `groups/all_zero_mccs`: groups in which no report earns any MCCS.
+    - `groups/zero_signal`: groups of equal totals, under `per_term` those in which every weighted term is
+      equal; `groups/all_zero_mccs`: groups in which no report earns any MCCS.
     - `groups/distinct`: distinct reports over members; `groups/distinct_in_batch`: over all reports of a rank.
     - `groups/malformed`, `truncated`, `length` in tokens, `no_finding`.
     - `agreement/OBSERVATION`: of the reports in which the report or its reference says something of it, the share in
@@ -45,7 +49,9 @@ def group_metrics(completions: Completions, rewards: Rewards) -> Metrics:
     metrics["reward/std"] = mean(rewards.total.std(dim=1))  # inside the groups
     for name, values in rewards.constant.items():
         metrics["reward/constant" if name == "total" else f"reward/constant_{name}"] = mean(values)
-    metrics["groups/zero_signal"] = mean(zero_signal(rewards.total))
+    metrics["groups/zero_signal"] = mean(
+        without_signal(rewards.total, rewards.terms, rewards.weights, normalise=normalise)
+    )
     if "mccs" in rewards.terms:
         metrics["groups/all_zero_mccs"] = mean((rewards.terms["mccs"] == 0).all(dim=1))
     metrics["groups/distinct"] = (torch.tensor(float(sum(len(set(group)) for group in reports))) / members, rows)

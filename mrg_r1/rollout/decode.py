@@ -61,6 +61,7 @@ def rollout(
                 group_size=group_size,
                 length=max_new_tokens,
                 attempt=sampling.attempt,
+                occurrences=some.occurrences,
             ).to(policy.device)
             known = None if states is None else states.select(rows)
             parts[turn] = _decode(

@@ -1,4 +1,5 @@
-"""Keyed sampling: a completion's random numbers depend on (seed, step, study, member) and on nothing else.
+"""Keyed sampling: a completion's random numbers depend on (seed, step, study, member), for a study that
+comes more than once in a step on which time it is, and on nothing else.
 
 The same study gets the same numbers on any rank, in any batch and any order, so a run can be cut differently, resumed
 or replayed member by member.
@@ -38,20 +39,29 @@ class Sampling:
 
 
 def keyed_uniforms(
-    *, seed: int, step: int, study_ids: Sequence[str], group_size: int, length: int, attempt: int = 0
+    *,
+    seed: int,
+    step: int,
+    study_ids: Sequence[str],
+    group_size: int,
+    length: int,
+    attempt: int = 0,
+    occurrences: Sequence[int] | None = None,
 ) -> Tensor:
     """Uniform numbers of each completion, one a token.
 
     Args:
         attempt: 0, or the how-many-th resampling of a zero-signal group.
+        occurrences: of each study, how often it came before in the step, on all ranks; None: never.
 
     Returns:
         [B * group_size, length] float64 in [0, 1), on the CPU; member g of study b is row b * group_size + g.
     """
     rows = []
-    for study_id in study_ids:
+    for study_id, occurrence in zip(study_ids, occurrences or [0] * len(study_ids), strict=True):
+        again = f"|{occurrence}" if occurrence else ""
         for member in range(group_size):
-            key = hashlib.sha256(f"{seed}|{step}|{study_id}|{member}|{attempt}".encode()).digest()
+            key = hashlib.sha256(f"{seed}|{step}|{study_id}|{member}|{attempt}{again}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") & (2**63 - 1))
             rows.append(torch.rand(length, generator=generator, dtype=torch.float64))
     return torch.stack(rows)

@@ -19,7 +19,7 @@ from mrg_r1.data.loader import StudyLoader
 from mrg_r1.engine.faults import Signals
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
-from mrg_r1.grpo.advantages import zero_signal
+from mrg_r1.grpo.advantages import without_signal
 from mrg_r1.grpo.loss import Metrics
 from mrg_r1.policy.language import PromptCache
 from mrg_r1.policy.logprobs import group_logprobs
@@ -211,7 +211,10 @@ def _resample(
         for attempt in range(1, run.recipe.grpo.max_resample + 1):
             with clock.phase("reward_exposed"):
                 found = pending.rewards()
-            rows = [] if isinstance(found, RewardError) else zero_signal(found.total).nonzero().squeeze(1).tolist()
+            if isinstance(found, RewardError):
+                return
+            silent = without_signal(found.total, found.terms, found.weights, normalise=run.recipe.reward.normalise)
+            rows = silent.nonzero().squeeze(1).tolist()
             if not rows:
                 return
             with clock.phase("rollout"):
@@ -240,7 +243,9 @@ def _keep_completions(step: int, sampled: Sampled, run: Run) -> None:
 def _batch_metrics(sampled: Sampled, rewards: Rewards, run: Run, clock: Clock) -> Metrics:
     """Of the groups and their rewards, and what the step has cost."""
     tokens = int(sampled.completions.lengths.sum())
-    return group_metrics(sampled.completions, rewards) | clock.costs(tokens, world_size=run.ranks.world_size)
+    return group_metrics(sampled.completions, rewards, normalise=run.recipe.reward.normalise) | clock.costs(
+        tokens, world_size=run.ranks.world_size
+    )
 
 
 def _sampling_metrics(reward_service: RewardService, clock: Clock) -> Metrics:
@@ -298,7 +303,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
 
     if state.start == 0 and experience is None:
         with clock.phase("validation"):
-            validate_before(run, gaps, log)
+            state.best = validate_before(run, gaps, log)
     with state.stepping():
         for step in range(state.start, recipe.steps):
             rate = engine.set_learning_rate(step)
@@ -318,6 +323,10 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
                     log.say(f"step {step}: {collapse}")
             state.end_step(step, last=last, due=state.best is not None and state.best["step"] == step + 1)
 
+    if state.best is not None and state.best["step"] == 0:
+        log.say(
+            "no validation was better than the policy before training: RUN/adapter is the start's, and adds nothing"
+        )
     restore_adapter(run.policy, run.directory / "adapter")  # the best one, not the last
     after = state.evaluate_after()
     if state.before is not None and after is not None:

@@ -26,6 +26,7 @@ from mrg_r1.tracking.page import write_page
 from mrg_r1.training.preflight import Task
 from mrg_r1.training.resume import what_rounds_otherwise
 from mrg_r1.training.run import Run, build_engine, open_run
+from mrg_r1.training.validation import settle_best
 
 _NEW: dict[str, Any] = {"step": 0, "best": None, "seconds": {}}  # the record of a run without a checkpoint
 
@@ -148,6 +149,9 @@ class RunState:
             keep=recipe.checkpoint.keep,
             best=self.best["step"] if self.best else None,
         )
+        if self.run.ranks.is_main:
+            settle_best(self.run.directory, self.best)
+        self.run.ranks.barrier()
 
     def save_what_was_learned(self, step: int) -> None:
         """Before `step` could be taken: a checkpoint, unless it is on the disk or nothing was learned since the
@@ -235,8 +239,11 @@ def start_training(
         make_trainable(run)
         engine = build_engine(run)
         record = load_checkpoint(engine, run.directory / "checkpoints", needed=tuple(_NEW)) or _NEW
-    # of the run before it was interrupted
-    clock.add(record["seconds"], record.get("cpu_seconds", 0.0), record.get("labeler_cpu_seconds"))
+        if ranks.is_main:
+            settle_best(run.directory, record["best"])
+        ranks.barrier()
+        # of the run before it was interrupted
+        clock.add(record["seconds"], record.get("cpu_seconds", 0.0), record.get("labeler_cpu_seconds"))
     state = open_state(run, signals, clock, record=record, batch_size=batch_size, engine=engine, before=before)
     if state.start:
         state.log.say(f"resuming {run.directory} after step {state.start} of {recipe.steps}")

@@ -71,6 +71,7 @@ def update(
         ratio=grpo.ratio,
         correction=grpo.correction,
         correction_cap=grpo.correction_cap,
+        kl=grpo.kl,
     )
     leaves = None if states is None else states.leaves()
     parts: list[Metrics] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 from mrg_r1.evaluation.evaluate import short_summary
@@ -47,19 +48,29 @@ def warn_of_gap(log: RunLog, step: int, gap: float | None, correction: str) -> N
         )
 
 
-def validate_before(run: Run, gaps: GapWatch, log: RunLog) -> None:
-    """Where there is a held-out labeler: the validation that all later ones are compared with, of the policy before it
-    is rewarded for anything.
+def validate_before(run: Run, gaps: GapWatch, log: RunLog) -> dict[str, Any] | None:
+    """The validation that all later ones are compared with, of the policy before it is rewarded for anything: the first
+    candidate for the best adapter. None without a validation split, or where `evaluation.before` is false.
     """
-    evaluation = run.recipe.evaluation
-    if evaluation.held_out_labeler is None or not evaluation.before or not run.studies["val"]:
-        return
-    result, rows = run.validate()
-    gaps.update(rows, _readers(result), when="before training")
+    if not run.recipe.evaluation.before or not run.studies["val"]:
+        return None
+    metrics: dict[str, Any] = {}
+    best = keep_best(run, None, step=0, metrics=metrics, gaps=gaps, log=log)
+    assert best is not None
+    if run.ranks.is_main:
+        settle_best(run.directory, best)  # a run without a checkpoint begins with this one
+    run.ranks.barrier()
+    held_out = ""
+    if run.recipe.evaluation.held_out_labeler is not None:
+        held_out = (
+            f", validation/held_out_disease_micro13 {metrics['validation/held_out_disease_micro13']:.3f}, "
+            f"validation/hacking_gap {metrics['validation/hacking_gap']:+.3f}"
+        )
     log.say(
-        f"before training, validation/held_out_disease_micro13 {result['held_out_disease_micro13']:.3f}, "
-        f"validation/hacking_gap {result['hacking_gap']:+.3f}: what validations are compared with"
+        f"before training, validation's {run.recipe.evaluation.select} {best['score']:.3f}{held_out}: what validations "
+        "are compared with"
     )
+    return best
 
 
 def warn_at_close(run: Run, log: RunLog) -> None:
@@ -86,13 +97,14 @@ def _readers(result: dict[str, Any]) -> str:
 def keep_best(
     run: Run, best: dict[str, Any] | None, *, step: int, metrics: dict[str, Any], gaps: GapWatch, log: RunLog
 ) -> dict[str, Any] | None:
-    """Validate; where the score is the best so far, the adapter of RUN becomes this one. Without a validation split,
-    the last is kept.
+    """Validate; where the score is the best so far, this adapter is laid ready to become RUN's (`settle_best`), once
+    a checkpoint names it. Step 0 is the policy before training: what does not beat it is not kept. Without a validation
+    split, the last is kept.
     """
     score: float | None = None
     if run.studies["val"]:
         result, rows = run.validate()
-        for warning in gaps.update(rows, _readers(result), when=f"after step {step}"):
+        for warning in gaps.update(rows, _readers(result), when=f"after step {step}" if step else "before training"):
             log.say(warning)
         score = result[run.recipe.evaluation.select] if run.recipe.evaluation.select in result else None
         score = result["definitions"][run.recipe.evaluation.select]["f1"] if score is None else score
@@ -104,10 +116,28 @@ def keep_best(
     if best is None or score is None or score > best["score"]:
         best = {"step": step, "score": score}
         if run.ranks.is_main:
-            fresh = run.directory / ".adapter.tmp"
-            shutil.rmtree(fresh, ignore_errors=True)
-            save_adapter(run.policy, fresh)
-            shutil.rmtree(run.directory / "adapter", ignore_errors=True)
-            fresh.rename(run.directory / "adapter")
+            half = run.directory / ".adapter.tmp"
+            shutil.rmtree(half, ignore_errors=True)
+            save_adapter(run.policy, half)
+            ready = _ready(run.directory, step)
+            shutil.rmtree(ready, ignore_errors=True)
+            half.rename(ready)
         run.ranks.barrier()
     return best
+
+
+def settle_best(directory: Path, best: dict[str, Any] | None) -> None:
+    """Make RUN/adapter the one that the newest checkpoint names; others that lie ready are of steps that no checkpoint
+    has, and go. To be called on rank 0, after a checkpoint and at a resume: whatever moment a kill takes, one of both
+    folders is there.
+    """
+    ready = None if best is None else _ready(directory, best["step"])
+    if ready is not None and ready.is_dir():
+        shutil.rmtree(directory / "adapter", ignore_errors=True)
+        ready.rename(directory / "adapter")
+    for left in directory.glob(".adapter_step_*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _ready(directory: Path, step: int) -> Path:
+    return directory / f".adapter_step_{step}"

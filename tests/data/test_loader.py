@@ -228,3 +228,17 @@ def test_the_share_of_a_step_that_went_into_waiting_is_that_of_its_training_phas
     assert [float(part) for part in clock.share("load")] == [1.5, 6.0]
     clock.end_step()
     assert [float(part) for part in clock.share("load")] == [0, 0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_study_that_comes_twice_in_a_step_is_told_apart_whatever_the_ranks(studies, policy, build, world_size):
+    few = studies[:3]
+    batches, said = [], []
+    for rank in range(world_size):
+        one = loader_of(few, build(policy), batch_size=8, rank=rank, world_size=world_size)
+        prompts = one.batch(0).select(range(8 // world_size)).to("cpu")
+        batches += prompts.study_ids
+        said += prompts.occurrences
+        one.close()
+    assert said == [batches[:place].count(name) for place, name in enumerate(batches)]
+    assert max(said) >= 1

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import mrg_r1.evaluation.evaluate as evaluate_module
 import mrg_r1.evaluation.generate as generate_module
 import mrg_r1.reward.service.supervisor as supervisor_module
+import mrg_r1.training.validation as validation_module
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.study import read_manifest
 from mrg_r1.evaluation.evaluate import short_summary, write_evaluation
@@ -307,12 +308,20 @@ def result_of(fooled):
     return result | {"labeler": {"name": "first", "fingerprint": "a"}, "held_out": {"labeler": JUDGE}}, rows
 
 
-def test_validations_log_the_gap_and_say_when_it_widens(world, tmp_path):
+def test_validations_log_the_gap_and_say_when_it_widens(world, tmp_path, monkeypatch):
     said, fooled = [], iter([0, 5, 40])
     recipe = load_recipe(world.recipe(tmp_path / "run"), [f"evaluation.held_out_labeler={tmp_path}"])
-    run = SimpleNamespace(recipe=recipe, studies={"val": [1]}, validate=lambda: result_of(next(fooled)))
+    run = SimpleNamespace(
+        recipe=recipe,
+        ranks=OneRank(),
+        directory=tmp_path,
+        studies={"val": [1]},
+        validate=lambda: result_of(next(fooled)),
+    )
     log, gaps, best = SimpleNamespace(say=said.append), GapWatch(), {"step": 0, "score": 1.0}
-    validate_before(run, gaps, log)
+    monkeypatch.setattr(validation_module, "save_adapter", lambda policy, folder: folder.mkdir())
+    run.policy = None
+    assert validate_before(run, gaps, log) == {"step": 0, "score": 0.5} and (tmp_path / "adapter").is_dir()
     assert gaps.state["hacking_gap"]["when"] == "before training" and len(said) == 1 and "hacking_gap +0.000" in said[0]
     for step in (1, 2):
         metrics = {}
@@ -324,12 +333,11 @@ def test_validations_log_the_gap_and_say_when_it_widens(world, tmp_path):
     assert len(said) == 2 and "hacking_gap has widened" in said[1] and "after step 2" in said[1]
 
 
-def test_without_a_held_out_labeler_or_an_evaluation_before_nothing_is_validated_before_training(world, tmp_path):
-    for overrides in ([], [f"evaluation.held_out_labeler={tmp_path}", "evaluation.before=false"]):
-        run = SimpleNamespace(
-            recipe=load_recipe(world.recipe(tmp_path / "run"), overrides), studies={"val": [1]}, validate=pytest.fail
-        )
-        validate_before(run, GapWatch(), SimpleNamespace(say=pytest.fail))
+def test_without_an_evaluation_before_nothing_is_validated_before_training(world, tmp_path):
+    for held_out in ([], [f"evaluation.held_out_labeler={tmp_path}"]):
+        recipe = load_recipe(world.recipe(tmp_path / "run"), [*held_out, "evaluation.before=false"])
+        run = SimpleNamespace(recipe=recipe, studies={"val": [1]}, validate=pytest.fail)
+        assert validate_before(run, GapWatch(), SimpleNamespace(say=pytest.fail)) is None
 
 
 def test_the_closing_evaluations_are_compared_too(tmp_path):

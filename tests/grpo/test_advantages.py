@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mrg_r1.grpo.advantages import batch_moments, group_advantages, per_term_advantages, std_of_moments, zero_signal
+from mrg_r1.grpo.advantages import (
+    batch_moments,
+    group_advantages,
+    per_term_advantages,
+    std_of_moments,
+    without_signal,
+    zero_signal,
+)
 
 SCALES = ["group", "batch", "none"]
 
@@ -158,3 +165,13 @@ def test_per_term_mistakes_name_the_term() -> None:
         per_term_advantages({"a": good, "b": torch.tensor([[0.0, math.nan]])}, {"a": 1.0, "b": 1.0})
     with pytest.raises(ValueError, match="'a'.*batch_std"):
         per_term_advantages({"a": good}, {"a": 1.0}, scale="batch")
+
+
+def test_under_per_term_a_group_is_silent_only_where_every_weighted_term_is():
+    terms = {"a": torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]), "b": torch.tensor([[1.0, 0.0], [0, 0], [0, 1.0]])}
+    total = terms["a"] + terms["b"]
+    weights = {"a": 1.0, "b": 1.0}
+    assert without_signal(total, terms, weights, normalise="total").tolist() == [True, True, False]
+    assert without_signal(total, terms, weights, normalise="per_term").tolist() == [False, True, False]
+    weights["b"] = 0.0
+    assert without_signal(total, terms, weights, normalise="per_term").tolist() == [False, True, True]

@@ -266,3 +266,20 @@ def test_keys_and_values_are_held_for_as_many_tokens_as_allowed(lora_policy, stu
     assert parts[0] == [0, 1] and [study for part in parts for study in part] == [0, 1, 2, 3]
     assert decode._parts(prompts, own=40, cache_tokens=None) == [[0, 1, 2, 3]]
     assert decode._parts(prompts, own=40, cache_tokens=1) == [[0], [1], [2], [3]]
+
+
+def test_a_study_twice_in_a_step_has_other_numbers_and_the_first_time_keeps_its_own():
+    def draw(names, occurrences=None):
+        return keyed_uniforms(seed=0, step=3, study_ids=names, group_size=2, length=5, occurrences=occurrences)
+
+    twice, once = draw(["a", "b", "a"], [0, 0, 1]), draw(["a", "b"])
+    assert torch.equal(twice[:4], once)
+    assert not torch.equal(twice[4:], once[:2])
+
+
+def test_no_special_token_but_eos_has_a_probability(policy):
+    logits = policy.next_token_logits(torch.zeros(1, policy.base.lm_head.in_features))[0]
+    special = {number for number, token in policy.tokenizer.added_tokens_decoder.items() if token.special}
+    assert special - set(policy.eos_ids)
+    for number in special:
+        assert bool(logits[number].isfinite()) == (number in policy.eos_ids)

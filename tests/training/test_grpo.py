@@ -98,16 +98,22 @@ def test_first_update_moves_towards_the_better_reports(lora_policy, experience, 
     """Trap 4: at ratio 1 the loss says nothing, but the gradient is alive: better reports become more probable, worse
     ones less.
     """
-    ids = experience.completions
-    logp = [group_logprobs(lora_policy, experience.prompts, experience.vision, ids, token_budget=4096).sum(-1)]
+    ids, rate = experience.completions, 1e-3
+
+    def objective():
+        """Mean over reports of advantage times mean log-prob, whose gradient is the loss's at ratio 1."""
+        logp = group_logprobs(lora_policy, experience.prompts, experience.vision, ids, token_budget=4096).double()
+        return float((experience.advantages * (logp * ids.mask).sum(-1) / ids.lengths).mean().detach())
+
+    before, start = objective(), [p.detach().clone() for p in lora_policy.parameters() if p.requires_grad]
     once = replace(experience, old_logp=None)
     metrics = update.update(
-        once, recipe=recipe_of(world, tmp_path), engine=PlainEngine(lora_policy, rate=0.05), ranks=OneRank()
+        once, recipe=recipe_of(world, tmp_path), engine=PlainEngine(lora_policy, rate=rate), ranks=OneRank()
     )
     assert float(metrics["policy/ratio"][0] / metrics["policy/ratio"][1]) == pytest.approx(1, abs=1e-6)
-    logp.append(group_logprobs(lora_policy, experience.prompts, experience.vision, ids, token_budget=4096).sum(-1))
-    change = (logp[1] - logp[0]).flatten()
-    assert torch.corrcoef(torch.stack([change, experience.advantages.flatten()]))[0, 1] > 0.5
+    moved = [p.detach() for p in lora_policy.parameters() if p.requires_grad]
+    squares = sum(float((now - then).double().square().sum()) for now, then in zip(moved, start, strict=True))
+    assert squares > 0 and objective() - before == pytest.approx(squares / rate, rel=0.05)  # what ascent gains
 
 
 @pytest.mark.parametrize("budget,recompute", [(1, False), (100, False), (100_000, False), (100, True)])
