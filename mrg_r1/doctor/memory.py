@@ -215,9 +215,7 @@ def _update_parts(shape: PolicyShape, work: Workload) -> Parts:
 
 
 def _whole_update_parts(shape: PolicyShape, work: Workload) -> Parts:
-    """SFT of every parameter, by transformers' modules, a prompt once a completion (`policy/logprobs_plain.py`). An
-    estimate: not measured.
-    """
+    """SFT of every parameter, each study one sequence (`policy/logprobs_trained.py`). An estimate: not measured."""
     b = work.bytes
     studies, own = _largest_pass(work)
     tokens = own + studies * work.prompt_tokens
@@ -235,7 +233,9 @@ def _whole_update_parts(shape: PolicyShape, work: Workload) -> Parts:
         * 16
         * shape.vision.hidden
         * b,
-        "logits": tokens * shape.vocabulary * (12 + b),
+        # log-probs, probabilities and their product of a chunk; the head's gradient as it is summed
+        "logits": min(own, max(1, CHUNK_ELEMENTS // shape.vocabulary)) * shape.vocabulary * 12
+        + shape.vocabulary * shape.hidden * 4,
     }
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +126,13 @@ def _check_values(path: Path, node: dict[str, Any], above: str) -> None:
             _check_values(path, value, f"{above}{key}.")
 
 
-def fill_config(path: Path, values: dict[str, Any], *, largest_trainable: int) -> dict[str, Any]:
+def fill_config(path: Path, values: dict[str, Any], *, trainable: Sequence[int]) -> dict[str, Any]:
     """Read a DeepSpeed configuration and put the recipe's values where it says "auto" or nothing.
 
     Args:
         values: by dotted key.
-        largest_trainable: elements of the largest trained parameter: at stage 3 no parameter up to this size is left
-            partitioned.
+        trainable: elements of each trained parameter. At stage 3 none is left partitioned; and the buffer in which
+            gradients are reduced, new memory in each step, is never larger than all of them.
 
     Raises:
         ValueError: see `read_config`; a value that contradicts the recipe; a threshold that would partition what is
@@ -148,7 +149,9 @@ def fill_config(path: Path, values: dict[str, Any], *, largest_trainable: int) -
                 f'{path}: {key} is {node[name]!r}, the recipe makes it {value!r}; write "auto" or change the recipe'
             )
         node[name] = value
-    zero = config["zero_optimization"]
+    zero, largest_trainable = config["zero_optimization"], max(trainable)
+    if "reduce_bucket_size" in zero:
+        zero["reduce_bucket_size"] = min(zero["reduce_bucket_size"], sum(trainable))
     if zero["stage"] == 3:
         threshold = zero.get(_THRESHOLD, "auto")
         if threshold != "auto" and threshold < largest_trainable:

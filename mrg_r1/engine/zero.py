@@ -74,14 +74,17 @@ class Engine:
                 "gradient_clipping": max_grad_norm,
                 "bf16.enabled": dtype == torch.bfloat16,
             },
-            largest_trainable=max(parameter.numel() for parameter in self.trainable.values()),
+            trainable=[parameter.numel() for parameter in self.trainable.values()],
         )
         self.stage: int = filled["zero_optimization"]["stage"]
         if self.stage == 3 and not any(is_absent(parameter) for parameter in module.parameters()):
             raise ValueError(
                 f"{config}: stage 3 with a policy that is whole on every rank; load it with `load_policy(partition=…)`"
             )
-        optimizer = torch.optim.AdamW(self.trainable.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        # fused: one walk over weights, gradients and moments instead of ten
+        optimizer = torch.optim.AdamW(
+            self.trainable.values(), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
+        )
         self._engine, self.optimizer, _, _ = deepspeed.initialize(model=module, config=filled, optimizer=optimizer)
         if self.stage == 3:
             self._leave_weights_to_the_module(config)

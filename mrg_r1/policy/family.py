@@ -91,7 +91,7 @@ class Family:
     rotation: Callable[[Any], Rotation]
     # (model, embeddings [R, L, H], attention_mask [R, L], positions of prompts [R, P, ...], of completions [R, L - P],
     # what is added to the prompts after the first layers, each [R, P, H]) -> normalised hidden states [R, L, H], by the
-    # checkpoint's own modules: it trains every parameter, and is what the raw passes are tested against.
+    # checkpoint's own modules: what the raw passes are tested against.
     run_modules: Callable[[Any, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]
 
     # Sizes for the memory formula, from a config.json. Raises ValueError where a number is missing.

@@ -139,7 +139,7 @@ class Projection:
 class Norm:
     """RMSNorm, x / rms(x) * weight, float32 inside (arXiv 1910.07467)."""
 
-    weight: Tensor  # [H], or [D] of a head; frozen
+    weight: Tensor  # [H], or [D] of a head
     epsilon: float
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class _Swiglu(torch.autograd.Function):
 
 
 class _RmsNorm(torch.autograd.Function):
-    """RMSNorm with a frozen weight and the gradient of its input."""
+    """RMSNorm with the gradients of its input and, where it is trained, of its weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -236,11 +236,14 @@ class _RmsNorm(torch.autograd.Function):
         return (wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, scale, weight = ctx.saved_tensors
-        grad, wide = grad * weight.float(), x.float()
+        wide, d_weight = x.float(), None
+        if ctx.needs_input_grad[1]:  # sum of grad * x / rms(x) over all tokens, as a product with the scales
+            d_weight = (scale.flatten() @ (grad * wide).flatten(0, -2)).to(weight.dtype)
+        grad = grad * weight.float()
         mean = torch.linalg.vecdot(grad, wide).unsqueeze(-1).div_(x.shape[-1]).mul_(scale).mul_(scale)
-        return grad.addcmul_(wide, mean, value=-1).mul_(scale).to(x.dtype), None, None
+        return grad.addcmul_(wide, mean, value=-1).mul_(scale).to(x.dtype), d_weight, None
 
 
 def frozen_values(weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Scoring by the checkpoint's own modules, one padded row [prompt | completion] for each completion.
 
-It trains every parameter (SFT of a random policy), where gradients must reach weights that `logprobs.py` takes as
-frozen, and it is the naive pass that the fast one is tested and measured against.
+The naive pass that the fast ones (`logprobs.py`, and `logprobs_trained.py` with a gradient for every weight) are tested
+and measured against.
 """
 
 from __future__ import annotations

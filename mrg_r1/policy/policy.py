@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from mrg_r1.policy.images import encode_images
 from mrg_r1.policy.language import LanguageModel, PromptCache
 from mrg_r1.policy.logprobs import completion_logprobs
-from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
+from mrg_r1.policy.logprobs_trained import trained_logprobs
 from mrg_r1.policy.packing import pack_prompts
 from mrg_r1.policy.partition import Partition
 from mrg_r1.policy.weights import PolicyWeights
@@ -77,7 +77,7 @@ class Policy(PolicyWeights):
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of completions; see `logprobs.completion_logprobs`."""
         if self.base.lm_head.weight.requires_grad:  # every parameter is trained, not LoRA
-            return completion_logprobs_plain(self, prompts, vision, token_ids, mask, study_of_row)
+            return trained_logprobs(self, prompts, vision, token_ids, mask, study_of_row)
         return completion_logprobs(self, prompts, vision, token_ids, mask, study_of_row, states)
 
     def prompt_cache(self, prompts: Prompts, vision: VisionFeatures) -> PromptCache:

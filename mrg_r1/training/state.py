@@ -4,6 +4,7 @@ hold, when it stops, what it leaves.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,10 @@ class RunState:
         closes the labelers.
         """
         self.signals.deferring = True
+        # The libraries' objects, of which there are some hundred thousand, outlive the run: the collector, which steps
+        # call up again and again, would walk through them each time.
+        gc.collect()
+        gc.freeze()
         try:
             yield
         except (NotFinite, Requeue, RewardsMissing):

@@ -20,7 +20,7 @@ def write(tmp_path: Path, zero: dict, **more: object) -> Path:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configurations_can_be_run(path):
-    filled = fill_config(path, {"gradient_clipping": 1.0, "bf16.enabled": True}, largest_trainable=640)
+    filled = fill_config(path, {"gradient_clipping": 1.0, "bf16.enabled": True}, trainable=[640, 8])
     assert filled["gradient_clipping"] == 1.0 and filled["bf16"] == {"enabled": True}
     threshold = filled["zero_optimization"].get("stage3_param_persistence_threshold")
     assert threshold == (640 if "zero3" in path.stem else None)
@@ -43,13 +43,20 @@ def test_what_cannot_be_run_is_refused(tmp_path, zero, more, message):
         read_config(write(tmp_path, zero, **more))
 
 
+@pytest.mark.parametrize(("written", "taken"), [(50_000_000, 648), (100, 100), ("auto", None), (None, None)])
+def test_the_reduction_buffer_is_never_larger_than_what_is_trained(tmp_path, written, taken):
+    zero = {"stage": 2} if written is None else {"stage": 2, "reduce_bucket_size": written}
+    filled = fill_config(write(tmp_path, zero), {}, trainable=[640, 8])
+    assert filled["zero_optimization"].get("reduce_bucket_size") == taken
+
+
 def test_contradictions_are_refused(tmp_path):
     with pytest.raises(ValueError, match="gradient_clipping.* 5.* 1.0"):
-        fill_config(write(tmp_path, {"stage": 2}, gradient_clipping=5), {"gradient_clipping": 1.0}, largest_trainable=1)
+        fill_config(write(tmp_path, {"stage": 2}, gradient_clipping=5), {"gradient_clipping": 1.0}, trainable=[1])
     path = write(tmp_path, {"stage": 3, "stage3_param_persistence_threshold": 100})
     with pytest.raises(ValueError, match=" 100.* 640"):
-        fill_config(path, {}, largest_trainable=640)
-    assert fill_config(path, {}, largest_trainable=64)["zero_optimization"]["stage3_param_persistence_threshold"] == 100
+        fill_config(path, {}, trainable=[640, 8])
+    assert fill_config(path, {}, trainable=[64])["zero_optimization"]["stage3_param_persistence_threshold"] == 100
 
 
 AUTO = {
@@ -74,7 +81,7 @@ def test_auto_is_as_good_as_absent_wherever_it_stands(tmp_path: Path, stage: int
     offload = {"device": "auto", "pin_memory": "auto"}
     config = read_config(write(tmp_path, {"stage": 3, "offload_param": offload, "offload_optimizer": offload}))
     assert config["zero_optimization"] == {"stage": 3, "offload_param": {}, "offload_optimizer": {}}
-    filled = fill_config(write(tmp_path, zero, **AUTO), {"bf16.enabled": True}, largest_trainable=640)
+    filled = fill_config(write(tmp_path, zero, **AUTO), {"bf16.enabled": True}, trainable=[640, 8])
     assert filled["bf16"] == {"enabled": True}
     assert filled["zero_optimization"].get("stage3_param_persistence_threshold") == (640 if stage == 3 else None)
 

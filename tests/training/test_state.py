@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from types import SimpleNamespace
 
@@ -65,6 +66,12 @@ def test_a_checkpoint_is_written_where_it_is_due_and_at_the_last_step(state):
         assert state.signals.deferring
     assert [given["step"] for given in state.saved] == [2, 3, 4] and len(state.lines) == 4
     assert not state.signals.deferring and state.closed == ["loader"]
+
+
+def test_what_is_there_before_the_first_step_is_not_collected_in_each(state):
+    gc.unfreeze()
+    with state.stepping():
+        assert gc.get_freeze_count() > 1000
 
 
 def test_a_checkpoint_holds_what_both_keep_and_what_is_the_tasks_own(state):

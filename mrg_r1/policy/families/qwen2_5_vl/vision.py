@@ -1,7 +1,7 @@
 """The vision tower, once an image a step.
 
-A frozen tower runs here with each kind of window as one batch; transformers' own forward loops over the windows (36 for
-a 672x672 image, in most layers). That both give the same features is tested.
+Each kind of window is one batch here; transformers' own forward loops over the windows (36 for a 672x672 image, in most
+layers). That both give the same features, and the same gradients where the tower is trained, is tested.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from mrg_r1.policy.attention import SeqLens, attend, rotate
+from mrg_r1.policy.attention import PackedAttention, SeqLens, rotated_heads
 from mrg_r1.policy.family import Gathered
+from mrg_r1.policy.layers import Norm, Projection, swiglu
 from mrg_r1.policy.qwen_vl.positions import GRIDS, PIXELS, places_of_patches
 from mrg_r1.types import ImageInputs
 
@@ -30,13 +32,15 @@ def encode_images(model: Any, images: ImageInputs, gathered: Gathered) -> list[T
     them.
     """
     visual, pixels, grids = model.model.visual, images.tensors[PIXELS], images.tensors[GRIDS]
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in visual.parameters()):
-        return list(model.get_image_features(pixels, grids, return_dict=True).pooler_output)
-    return run_tower(visual, pixels, grids, gathered=gathered)
+    trained = any(parameter.requires_grad for parameter in visual.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        recompute = torch.is_grad_enabled() and model.is_gradient_checkpointing
+        return run_tower(visual, pixels, grids, gathered=gathered, recompute=recompute)
 
 
-@torch.no_grad()
-def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered) -> list[Tensor]:
+def run_tower(
+    visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered, recompute: bool = False
+) -> list[Tensor]:
     """The tower's forward (Qwen2.5-VL, arXiv 2502.13923, section 2.1.1) over all images at once, packed.
 
     Args:
@@ -44,6 +48,7 @@ def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered)
         pixels: [patches, channels * 2 * 14 * 14].
         grids: [I, 3] int64, patches in time, height and width.
         gathered: given a module of the tower, a block inside which its weights can be read.
+        recompute: gradient checkpointing: keep each block's input only.
 
     Returns:
         A tensor [merged patches, H] for each image.
@@ -70,19 +75,28 @@ def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered)
     angles = (places.float().unsqueeze(-1) * frequencies).flatten(1)  # [patches, size / 2]: rows first, then columns
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
-    for number, block in enumerate(visual.blocks):
+    def run_block(number: int, x: Tensor) -> Tensor:
+        block = visual.blocks[number]
         with gathered(block):
-            qkv = block.attn.qkv(block.norm1(x)).view(len(x), 3 * heads, size)
-            qk, v = rotate(qkv[:, : 2 * heads], cos, sin), qkv[:, 2 * heads :]
+            qkv = block.attn.qkv(_norm(block.norm1, x)).view(len(x), 3 * heads, size)
+            q, k, v = rotated_heads(qkv, heads, heads, cos, sin)
             seq_lens = frames if number in config.fullatt_block_indexes else windows
-            attended, _ = attend(qk[:, :heads], qk[:, heads:], v, seq_lens, seq_lens, causal=False)
-            x = x + block.attn.proj(attended.flatten(1))
-            x = x + block.mlp(block.norm2(x))
+            attended = PackedAttention.apply(q, k, v, seq_lens, seq_lens, False)
+            x = block.attn.proj(attended.flatten(1)).add_(x)
+            gate_up = Projection.read([block.mlp.gate_proj, block.mlp.up_proj])
+            return block.mlp.down_proj(swiglu(gate_up(_norm(block.norm2, x)))).add_(x)
+
+    for number in range(len(visual.blocks)):
+        x = checkpoint(run_block, number, x, use_reentrant=False) if recompute else run_block(number, x)
     with gathered(visual.merger):
-        merged = visual.merger(x)
-    features = torch.empty_like(merged)
-    features[order] = merged
+        merger = visual.merger
+        merged = merger.mlp(_norm(merger.ln_q, x).view(len(order), -1))
+    features = merged[order.argsort()]
     return list(features.split([len(image.order) for image in images]))
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    return Norm(module.weight, module.variance_epsilon)(x)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from mrg_r1.policy.attention import SeqLens, attend, rotate
+from mrg_r1.policy.attention import PackedAttention, SeqLens, rotated_heads
 from mrg_r1.policy.family import Gathered
 from mrg_r1.policy.qwen_vl.positions import GRIDS, PIXELS, places_of_patches
 from mrg_r1.types import ImageInputs
@@ -27,14 +28,15 @@ def encode_images(model: Any, images: ImageInputs, gathered: Gathered) -> list[T
     want them.
     """
     visual, pixels, grids = model.model.visual, images.tensors[PIXELS], images.tensors[GRIDS]
-    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in visual.parameters()):
-        seen = model.get_image_features(pixels, grids, return_dict=True)
-        return [torch.cat(parts, dim=1) for parts in zip(seen.pooler_output, *seen.deepstack_features, strict=True)]
-    return run_tower(visual, pixels, grids, gathered=gathered)
+    trained = any(parameter.requires_grad for parameter in visual.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        recompute = torch.is_grad_enabled() and model.is_gradient_checkpointing
+        return run_tower(visual, pixels, grids, gathered=gathered, recompute=recompute)
 
 
-@torch.no_grad()
-def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered) -> list[Tensor]:
+def run_tower(
+    visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered, recompute: bool = False
+) -> list[Tensor]:
     """The tower's forward over all images at once, packed; a patch sees those of its own image and frame.
 
     Args:
@@ -42,6 +44,7 @@ def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered)
         pixels: [patches, channels * 2 * 16 * 16].
         grids: [I, 3] int64, patches in time, height and width.
         gathered: given a module of the tower, a block inside which its weights can be read.
+        recompute: gradient checkpointing: keep each block's input only.
 
     Returns:
         A tensor [merged patches, (1 + n) * H] for each image: the tower's end, then its n DeepStack layers.
@@ -62,14 +65,18 @@ def run_tower(visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered)
     angles = (torch.cat(places).to(device).float().unsqueeze(-1) * frequencies).flatten(1)  # rows first, then columns
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
-    deeper = []
-    for number, block in enumerate(visual.blocks):
+    def run_block(number: int, x: Tensor) -> Tensor:
+        block = visual.blocks[number]
         with gathered(block):
             qkv = block.attn.qkv(block.norm1(x)).view(len(x), 3 * heads, size)
-            qk, v = rotate(qkv[:, : 2 * heads], cos, sin), qkv[:, 2 * heads :]
-            attended, _ = attend(qk[:, :heads], qk[:, heads:], v, frames, frames, causal=False)
+            q, k, v = rotated_heads(qkv, heads, heads, cos, sin)
+            attended = PackedAttention.apply(q, k, v, frames, frames, False)
             x = x + block.attn.proj(attended.flatten(1))
-            x = x + block.mlp(block.norm2(x))
+            return x + block.mlp(block.norm2(x))
+
+    deeper = []
+    for number in range(len(visual.blocks)):
+        x = checkpoint(run_block, number, x, use_reentrant=False) if recompute else run_block(number, x)
         if number in config.deepstack_visual_indexes:
             merger = visual.deepstack_merger_list[list(config.deepstack_visual_indexes).index(number)]
             with gathered(merger):
