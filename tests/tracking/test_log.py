@@ -199,7 +199,7 @@ def test_report_prints_the_gain_beside_the_control(tmp_path, capsys):
     assert "+0.075 (+0.050 to +0.100)" in text  # control, from the same start
     assert "phantoms" in text
     assert training_seconds(tmp_path / "run0") == 7.5 and training_cpu_seconds(tmp_path / "run0") == 6.5
-    assert text.count("3 s of processor time by labelers") == 2
+    assert " ".join(text.split()).count("3 s of processor time by labelers") == 2
 
 
 def test_rows_in_which_nobody_has_a_number_are_left_out(tmp_path, capsys):
