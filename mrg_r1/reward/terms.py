@@ -93,7 +93,7 @@ def ccs(generated: NDArray[np.int8], reference: NDArray[np.int8], weights: NDArr
             )
     # small integers are exact in float64, so that without weights the answer is exactly symmetric
     a, b = (
-        vectors.astype(np.float64) if weights is None else _scaled(vectors, weights)
+        vectors.astype(np.float64) if weights is None else weighted_signs(vectors, weights)
         for vectors in (generated, reference)
     )
     dot, squares_a, squares_b = (a * b).sum(axis=1), (a * a).sum(axis=1), (b * b).sum(axis=1)
@@ -120,8 +120,8 @@ def inverse_prevalence(classes: NDArray[np.int64]) -> NDArray[np.float64]:
     return (len(classes) + 2) / (counts + 1.0)
 
 
-def _scaled(signs: NDArray[np.int8], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[N, 13] signs times the root of their weights."""
+def weighted_signs(signs: NDArray[np.int8], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[N, 13] signs times the root of their weights [13, 2]; ValueError where those are not positive numbers."""
     if weights.shape != (NO_FINDING, 2) or not (np.isfinite(weights).all() and (weights > 0).all()):
         raise ValueError(f"weights of shape {weights.shape}; expected [{NO_FINDING}, 2], each a number above 0")
     roots = np.sqrt(weights)

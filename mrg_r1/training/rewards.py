@@ -20,7 +20,7 @@ from mrg_r1.cores import labeler_threads, read_cores
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.grpo.loss import Metrics
 from mrg_r1.labels.observations import OBSERVATIONS
-from mrg_r1.reward.card.card import best_real_constant
+from mrg_r1.reward.card.card import MARGINS, best_real_constants
 from mrg_r1.reward.compute import NotFiniteError, RewardContext, RewardError
 from mrg_r1.reward.held_out import HeldOutLabeler
 from mrg_r1.reward.references import reference_labels
@@ -42,8 +42,8 @@ class RunRewards:
         labeler: its name and fingerprint.
         studies: by split, those that the run can meet.
         labels: study id -> the 14 classes of its reference.
-        constant: the training report that would earn most if it were given to every study; None without training
-            studies.
+        constant: by margin, the training report that would earn most if it were given to every study; None without
+            training studies.
     """
 
     recipe: Recipe
@@ -51,19 +51,25 @@ class RunRewards:
     labeler: dict[str, str]
     studies: dict[str, list[Study]]
     labels: dict[str, list[int]]
-    constant: str | None
+    constant: dict[float, str] | None
     ccs_weights: NDArray[np.float64] | None
     supervisor: Supervisor | None  # on the node's first rank
 
     def context_of(self, study_ids: Sequence[str], *, step: int | None = None) -> RewardContext:
         """How a batch of these studies is rewarded: at `step` of the training, or, without one, as at its end."""
-        reward = self.recipe.reward
+        margin = self.recipe.reward.margin_at(self.recipe.steps if step is None else step)
         return RewardContext(
             reference_labels=np.array([self.labels[study_id] for study_id in study_ids], dtype=np.int64),
-            margin=reward.margin_at(self.recipe.steps if step is None else step),
+            margin=margin,
             ccs_weights=self.ccs_weights,
-            constant=self.constant,
+            constant=self.constant_at(margin),
         )
+
+    def constant_at(self, margin: float) -> str | None:
+        """The constant report of the margin that is nearest among those it was chosen at."""
+        if self.constant is None:
+            return None
+        return self.constant[min(self.constant, key=lambda chosen_at: abs(chosen_at - margin))]
 
     def classes(self, split: str) -> NDArray[np.int64]:
         """[N, 14] classes of the references of a split."""
@@ -158,16 +164,38 @@ def prepare(
             fallback=recipe.output_dir / "reference_labels",
         )
         if train:
-            classes, texts = (
-                np.array([labels[study.id] for study in train], dtype=np.int64),
-                [study.report for study in train],
-            )
-            constant = texts[best_real_constant(classes, texts, recipe.reward.margin)[0]]
+            classes = np.array([labels[study.id] for study in train], dtype=np.int64)
+            constant = _constants(recipe, classes, [study.report for study in train])
     labels, constant = ranks.agree((labels, constant))
     opened = RunRewards(recipe, service, labeler, studies, labels, constant, None, supervisor)
-    if train and recipe.reward.ccs_weights == "inverse_prevalence":
-        opened.ccs_weights = inverse_prevalence(opened.classes("train"))
+    if train:
+        opened.ccs_weights = _ccs_weights(recipe, opened.classes("train"))
     return opened
+
+
+def _ccs_weights(recipe: Recipe, classes: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    return inverse_prevalence(classes) if recipe.reward.ccs_weights == "inverse_prevalence" else None
+
+
+def _constants(recipe: Recipe, classes: NDArray[np.int64], texts: Sequence[str]) -> dict[float, str]:
+    """By margin, the training report that would earn most of MCCS and CCS as the recipe weights them, and of MCCS where
+    it rewards neither.
+
+    Of a margin that moves: where it begins, where it ends, and every multiple of 0.05 between.
+    """
+    reward = recipe.reward
+    ends = sorted((reward.margin_at(0), reward.margin_at(recipe.steps)))
+    margins = sorted({*ends, *(margin for margin in MARGINS if ends[0] < margin < ends[1])})
+    of_mccs, of_ccs = (reward.weights.get(name, 0.0) for name in ("mccs", "ccs"))
+    chosen = best_real_constants(
+        classes,
+        texts,
+        margins,
+        ccs_weights=_ccs_weights(recipe, classes),
+        of_mccs=of_mccs if of_ccs else 1.0,
+        of_ccs=of_ccs,
+    )
+    return {margin: texts[study] for margin, study in zip(margins, chosen, strict=True)}
 
 
 def start_held_out(recipe: Recipe, ranks: Ranks) -> Supervisor | None:

@@ -35,13 +35,29 @@ def test_every_study_is_rewarded_by_its_own_reference_and_the_margin_of_the_step
     assert list((world.folder / "phantoms" / FOLDER).glob("labeler-*.csv"))
 
 
-def test_the_constant_report_is_the_training_report_that_would_earn_most(world, tmp_path, inline_rewards):
-    run = opened(world, tmp_path, "reward.margin=0.3")
+@pytest.mark.parametrize("weights", ["equal", "inverse_prevalence"])
+def test_the_constant_report_is_the_training_report_that_would_earn_most_at_this_step(
+    world, tmp_path, inline_rewards, weights, monkeypatch
+):
+    # most often one finding alone; more often, but never quite alike, several others
+    kinds = [[1, 0, 0, 0], [1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 0, 1], [0, 1, 1, 1]]
+
+    def drawn(studies, **_):
+        return {study.id: kinds[number % 5] + [0] * 10 for number, study in enumerate(studies)}
+
+    monkeypatch.setattr("mrg_r1.training.rewards.reference_labels", drawn)
+    annealed = ["reward.margin=0.0", "reward.margin_end=0.9", "reward.margin_steps=2", "steps=3"]
+    run = opened(world, tmp_path, *annealed, f"reward.ccs_weights={weights}")
     reports = [study.report for study in run.studies["train"]]
     vectors = signed_vector(run.rewards.classes("train"))
-    earned = [mccs(ccs(np.broadcast_to(vector, vectors.shape), vectors), 0.3).mean() for vector in vectors]
-    assert run.rewards.constant in reports
-    assert earned[reports.index(run.rewards.constant)] == pytest.approx(max(earned))
+    chosen = []
+    for step, margin in ((0, 0.0), (1, 0.45), (None, 0.9)):
+        context = run.rewards.context_of([], step=step)
+        cosines = [ccs(np.broadcast_to(vector, vectors.shape), vectors, context.ccs_weights) for vector in vectors]
+        earned = [mccs(cosine, margin).mean() for cosine in cosines]
+        assert earned[reports.index(context.constant)] == pytest.approx(max(earned), rel=1e-5)
+        chosen.append(context.constant)
+    assert len(set(chosen)) > 1  # or nothing was tested
     result, _ = run.evaluate(run.studies["val"], title="")
     assert set(result["constant"]) == {"total", *run.recipe.reward.weights}
     assert result["constant"]["total"] == pytest.approx(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, signed_vector
 from mrg_r1.metrics.clinical import check_classes
-from mrg_r1.reward.card.search import ZERO, Distinct, Earned, distinct, earned_by_constants
+from mrg_r1.reward.card.search import ZERO, Distinct, distinct, earned_by_constants, earned_under_weights
 from mrg_r1.reward.terms import ccs, mccs
 
 MARGINS: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(20))
@@ -112,7 +112,7 @@ def reward_card(
     n, counts = len(vectors), references.counts
     rows = []
     for m, margin in enumerate(margins):
-        study = _study_to_show(_best_row(earned, references, m), references, texts)
+        study = _study_to_show(_best_row(earned.mean[:, m], references), references, texts)
         rows.append(
             AtMargin(
                 margin=margin,
@@ -137,27 +137,41 @@ def reward_card(
     )
 
 
-def best_real_constant(classes: NDArray[np.int64], texts: Sequence[str], margin: float) -> tuple[int, float]:
-    """The reference that earns the most when every study is answered with it.
+def best_real_constants(
+    classes: NDArray[np.int64],
+    texts: Sequence[str],
+    margins: Sequence[float],
+    *,
+    ccs_weights: NDArray[np.float64] | None = None,
+    of_mccs: float = 1.0,
+    of_ccs: float = 0.0,
+) -> list[int]:
+    """The references that earn the most when every study is answered with one of them, one for each margin.
 
     Args:
         classes: [N, 14] integer classes of the references.
         texts: N reference reports.
-        margin: 0 <= m < 1.
+        margins: each 0 <= m < 1.
+        ccs_weights: [13, 2] of `terms.ccs`; None: equal.
+        of_mccs, of_ccs: what counts is `of_mccs` MCCS + `of_ccs` CCS.
 
     Returns:
-        The study it belongs to, 0 to N - 1, and its mean MCCS (its own study included). Of the studies with the best
-        vector, the one with the most frequent text, then the shortest, then the first. A few seconds for 200,000
-        studies.
+        The studies they belong to, 0 to N - 1. What a study's own report earns of itself is in its mean. Of the studies
+        with the best vector, the one with the most frequent text, then the shortest, then the first. A few seconds for
+        200,000 studies.
 
     Raises:
         ValueError: no studies, wrong shapes or classes, unequal numbers, or a margin outside [0, 1).
     """
     _check(classes, texts)
-    vectors = signed_vector(classes)
-    references = distinct(vectors)
-    study = _study_to_show(_best_row(earned_by_constants(references, [margin]), references, 0), references, texts)
-    return study, _constant(vectors[study], vectors, margin).mean
+    references = distinct(signed_vector(classes))
+    if ccs_weights is None:
+        earned = earned_by_constants(references, margins)
+        mean, cosine = earned.mean, earned.ccs
+    else:
+        mean, cosine = earned_under_weights(references, margins, ccs_weights)
+    scores = of_mccs * mean + of_ccs * cosine[:, None]
+    return [_study_to_show(_best_row(scores[:, m], references), references, texts) for m in range(len(margins))]
 
 
 def says(vector: Sequence[int]) -> tuple[str, ...]:
@@ -186,9 +200,8 @@ def _constant(vector: NDArray[np.int8], vectors: NDArray[np.int8], margin: float
     )
 
 
-def _best_row(earned: Earned, references: Distinct, m: int) -> int:
-    """The distinct vector that earns the most; of equals the one that most studies have."""
-    mean = earned.mean[:, m]
+def _best_row(mean: NDArray[np.float64], references: Distinct) -> int:
+    """The distinct vector that earns the most, by [D] means; of equals the one that most studies have."""
     equals = np.flatnonzero(mean > mean.max() - 1e-9)
     return int(equals[np.argmax(references.counts[equals])])
 

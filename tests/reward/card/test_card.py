@@ -27,9 +27,9 @@ from mrg_r1.labels.observations import (
     values_of_classes,
     write_labels_csv,
 )
-from mrg_r1.reward.card.card import MARGINS, best_real_constant, reward_card, says
+from mrg_r1.reward.card.card import MARGINS, best_real_constants, reward_card, says
 from mrg_r1.reward.card.search import distinct, earned_by_constants
-from mrg_r1.reward.terms import ccs, mccs
+from mrg_r1.reward.terms import ccs, inverse_prevalence, mccs
 from mrg_r1.types import Study, StudyImage
 from tests.conftest import World
 from tests.reward.card.constants import best_constant
@@ -103,14 +103,31 @@ SIGNS = st.lists(st.lists(st.sampled_from([-1, 0, 1]), min_size=5, max_size=5), 
 def test_no_constant_beats_the_best_and_real_ones_do_not_either(rows: list[list[int]], margin: float) -> None:
     vectors = signed_vector(classes_of(rows))
     best, mean = best_constant(vectors, margin)
-    study, real = best_real_constant(classes_of(rows), ["text"] * len(rows), margin)
+    (study,) = best_real_constants(classes_of(rows), ["text"] * len(rows), [margin])
     assert mean == pytest.approx(
         mccs(ccs(np.broadcast_to(best, vectors.shape), vectors), margin).mean(dtype=np.float64)
     )
     for other in [*vectors, -best, np.zeros(13, dtype=np.int8)]:
         assert mccs(ccs(np.broadcast_to(other, vectors.shape), vectors), margin).mean() <= mean + 1e-6
+    real = mccs(ccs(np.broadcast_to(vectors[study], vectors.shape), vectors), margin).mean(dtype=np.float64)
     assert 1 / len(rows) - 1e-6 <= real <= mean + 1e-6  # it is right at least about its own study
     assert best_constant(vectors[::-1], margin)[1] == pytest.approx(mean)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SIGNS, st.booleans(), st.sampled_from([(1.0, 0.0), (0.5, 1.0)]))
+def test_the_best_reference_is_that_of_the_reward_at_hand(
+    rows: list[list[int]], weighted: bool, shares: tuple[float, float]
+) -> None:
+    classes, margins = classes_of(rows), [0.2, 0.5, 0.8]
+    vectors, weights = signed_vector(classes), inverse_prevalence(classes) if weighted else None
+    cosines = np.stack([ccs(np.broadcast_to(vector, vectors.shape), vectors, weights) for vector in vectors])
+    chosen = best_real_constants(
+        classes, ["text"] * len(rows), margins, ccs_weights=weights, of_mccs=shares[0], of_ccs=shares[1]
+    )
+    for margin, study in zip(margins, chosen, strict=True):
+        earned = (shares[0] * mccs(cosines, margin) + shares[1] * cosines).mean(axis=1, dtype=np.float64)
+        assert earned[study] == pytest.approx(earned.max(), abs=1e-6)
 
 
 @settings(deadline=None, max_examples=30)
@@ -144,13 +161,13 @@ def test_many_studies_take_seconds() -> None:
     classes = rng.choice(4, p=[0.6, 0.15, 0.2, 0.05], size=(50_000, 14))
     classes[:, 13] = 0
     start = time.process_time()
-    best_real_constant(classes, ["text"] * len(classes), 0.5)
+    best_real_constants(classes, ["text"] * len(classes), [0.5])
     assert time.process_time() - start < 20  # about 2 s on one core; a pass over all pairs takes minutes
 
 
 def test_of_the_studies_that_say_the_same_the_most_frequent_text_is_shown() -> None:
     classes = classes_of([[1, -1]] * 5 + [[0, 1]])
-    assert best_real_constant(classes, ["long text", "rare", "long text", "short", "short", "x"], 0.5)[0] == 3
+    assert best_real_constants(classes, ["long text", "rare", "long text", "short", "short", "x"], [0.5]) == [3]
     card = reward_card(classes, list("abcdef"), ["long text", "rare", "long text", "short", "short", "x"])
     assert card.at(0.5).real.study == "d"
     assert card.at(0.5).constant.says == ("Enlarged Cardiomediastinum", "no Cardiomegaly") == says([1, -1, *[0] * 11])
@@ -190,7 +207,7 @@ def test_bad_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="margin 1.0"):
         best_constant(np.zeros((1, 13), dtype=np.int8), 1.0)
     with pytest.raises(ValueError, match="1 texts.*2 "):
-        best_real_constant(classes_of([[1], [0]]), ["a"], 0.5)
+        best_real_constants(classes_of([[1], [0]]), ["a"], [0.5])
     with pytest.raises(ValueError, match="1 ids.*2 texts"):
         reward_card(classes_of([[1], [0]]), ["a"], ["a", "b"])
     with pytest.raises(ValueError, match="not on this card"):
