@@ -176,6 +176,8 @@ def scheduled_rate(peak: float, step: int, *, warmup: int, total: int, schedule:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
-    progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
+    span = total - 1 - warmup
+    # a single step after a warm-up, which has had the peak, is the last
+    progress = min(1.0, (step - warmup) / span) if span > 0 else float(warmup > 0)
     share = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (0.1 + 0.9 * share)
