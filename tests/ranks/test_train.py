@@ -29,13 +29,16 @@ def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_
     pool.run("train", recipe=str(world.recipe(straight)), overrides=["evaluation.every=2"], service=True)
     recipe = str(world.recipe(stopped, name="other.yaml"))
     pool.run("train", recipe=recipe, overrides=["evaluation.every=2", "steps=2", "evaluation.test=false"])
-    (stopped / "summary.json").unlink()  # the run was killed before it could say that it had ended
+    best = json.loads((stopped / "summary.json").read_text())["best"]["step"]
+    (stopped / "summary.json").unlink()  # the run was killed before it could say that it had ended,
+    (stopped / "adapter").rename(stopped / f".adapter_step_{best}")  # and before the best adapter took its place
     pool.run("train", recipe=recipe, overrides=["evaluation.every=2"])  # that it has no service must not be seen
 
     assert metrics(straight) == metrics(stopped) and len(metrics(straight)) == 4
     assert completions(straight) == completions(stopped) and len(completions(straight)) == 8
     one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (straight, stopped))
     assert one.keys() == two.keys() and all((one[name] == two[name]).all() for name in one)
+    assert not list(stopped.glob(".adapter*"))
 
     left = {path.relative_to(straight).as_posix() for path in straight.rglob("*") if path.is_file()}
     wanted = [
