@@ -127,7 +127,7 @@ def test_a_rank_that_hangs_is_named(world, tmp_path):
 
 
 def test_steps_whose_rewards_are_not_finite_are_skipped_and_too_many_stop_the_run(world, tmp_path):
-    overrides = ["steps=6", "evaluation.test=false", "engine.max_skipped=2"]
+    overrides = ["steps=6", "evaluation.test=false", "evaluation.before=false", "engine.max_skipped=2"]
     overrides += ["reward.weights={mccs: 1.0, 'tests.reward.custom_terms:nan_at': 0.0}"]
 
     def train(run: Path, first: int, last: int) -> subprocess.CompletedProcess[str]:
