@@ -75,6 +75,7 @@ def test_a_reward_service_that_dies_costs_no_step_and_one_that_keeps_dying_leave
     overrides = [
         "steps=4",
         "evaluation.test=false",
+        "evaluation.before=false",
         "reward.weights={mccs: 1.0, 'tests.reward.custom_terms:dies': 0.0}",
     ]
     folder = tempfile.mkdtemp()  # a short name: sockets lie in it
