@@ -192,7 +192,13 @@ def test_nodes_that_die_are_named_and_the_run_ends_as_one_launch_on_one_node(wor
     """One run: on two DeepSpeed nodes until node 1 dies, again until node 0 does, as a SLURM job until it is warned,
     and under torchrun to its end. To the last bit it is what one launch of four ranks gives.
     """
-    overrides = ["steps=12", "evaluation.test=false", "checkpoint.every=1", "checkpoint.keep=2"]
+    overrides = [
+        "steps=12",
+        "evaluation.test=false",
+        "evaluation.before=false",
+        "checkpoint.every=1",
+        "checkpoint.keep=2",
+    ]
     overrides += ["reward.weights={mccs: 0.75, length: 0.25, 'tests.launches.node_terms:notes_node': 0.0}"]
     straight, run = tmp_path / "straight", tmp_path / "run"
     recipe = world.recipe(run, name="run.yaml")
