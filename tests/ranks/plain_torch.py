@@ -25,7 +25,7 @@ from mrg_r1.data.study import read_manifest
 from mrg_r1.policy.qwen_vl.positions import ImageTokens
 from tests.grpo.paper_loss import paper_loss
 
-BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
+BANNED = ["<|im_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
 
 
 @dataclass
