@@ -111,7 +111,7 @@ def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         if error.errno is not None and (named is None or temporary is not None and named.startswith(str(temporary))):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    except Exception as error:
+    except Exception as error:  # safetensors raises its own kind, with the system's error as words
         if found := _RUST_ERROR.search(str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
         raise

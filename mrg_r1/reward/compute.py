@@ -221,7 +221,7 @@ class RewardFunction:
         for name, weight in self.weights.items():
             try:
                 values = self._term(name, reports, every_row)
-            except Exception as error:
+            except Exception as error:  # whatever a term can raise, the user's own among them: never a reward of zero
                 raise RewardError(
                     f"reward term {name!r} failed on studies {_shortened(ids)}: {type(error).__name__}: {error}"
                 ) from error
