@@ -118,8 +118,8 @@ def attainable_f1(classes: NDArray[np.int64]) -> float:
     blind = blind_f1(classes)
     if blind == 0:
         raise ValueError(
-            "no reference has a positive finding, so that no threshold can be taken from them; set reward.threshold "
-            "to a number"
+            "no reference has a positive finding, so that no F1 within reach can be taken from them; give a number "
+            "instead (reward.threshold, --f1)"
         )
     return (blind + 1) / 2
 
