@@ -131,6 +131,7 @@ def f1_threshold(f1: float) -> float:
     (2 TP + 2 p) / (D + 1), which is more just where 2 p > F. At the optimum that holds of all that are said and of
     none that are not.
 
-    Source: Lipton, Elkan and Naryanaswamy, 2014 (arXiv 1402.1892), theorem 1.
+    Source: Lipton, Elkan and Narayanaswamy, 2014 (arXiv 1402.1892), for calibrated probabilities. Micro F1 is the F1 of
+    all pairs of a study and an observation, so that one threshold serves them all.
     """
     return f1 / 2
