@@ -38,7 +38,9 @@ def resolve_thresholds(recipe: Recipe, classes: NDArray[np.int64]) -> NDArray[np
         return np.full(NO_FINDING, threshold, dtype=np.float64)
     kept = recipe.output_dir / FILE
     if kept.is_file() and recorded_recipe(recipe.output_dir / "checkpoints") is not None:
-        by_name = json.loads(kept.read_text(encoding="utf-8"))["thresholds"]
+        began = json.loads(kept.read_text(encoding="utf-8"))
+        print(f"reward.threshold auto: {began['threshold']:.3f}, as this run began with ({kept})", flush=True)
+        by_name = began["thresholds"]
         return np.array([by_name[name] for name in FINDINGS], dtype=np.float64)
     if not len(classes):
         raise RecipeError(f"reward.threshold auto: no training references in {recipe.data.manifest}; set a number")

@@ -90,6 +90,7 @@ def test_thresholds_by_auto_are_those_of_the_start_for_as_long_as_the_run_goes_o
     monkeypatch.setattr("mrg_r1.training.thresholds.attainable_f1", lambda classes: 0.5)
     monkeypatch.setattr("mrg_r1.training.thresholds.recorded_recipe", lambda directory: {})
     assert resolve_thresholds(run.recipe, classes) == pytest.approx(np.full(13, 0.45))
+    assert "reward.threshold auto: 0.450, as this run began with" in capsys.readouterr().out
 
 
 def test_thresholds_stand_as_the_recipe_has_them_and_the_constant_follows(world, tmp_path, inline_rewards):
