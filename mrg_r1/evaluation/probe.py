@@ -251,15 +251,15 @@ def _of_findings(observations: Mapping[str, Mapping[str, Any]]) -> list[str]:
         )
     if unseen:
         lines.append(
-            f"{len(unseen)} of {len(judged)} are sampled about as often where they are absent ({_named(unseen)}): RL "
-            "will sooner drop them or say them always than tell them apart; a tower that sees first, or more studies "
-            "to be sure"
+            f"{len(unseen)} of {len(judged)} findings are sampled about as often where they are absent "
+            f"({_named(unseen)}): RL will sooner drop them or say them always than tell them apart; a tower that sees "
+            "first, or more studies to be sure"
         )
     if unsaid:
         recalls = ", ".join(f"{name} {judged[name]['greedy_recall']:.2f}" for name in unsaid)
         lines.append(
-            f"{len(unsaid)} of {len(judged)} are seen and not said: samples follow the truth (AUC {SEEN} or more), the "
-            f"greedy report is silent (recall: {recalls}). This is what RL mends best"
+            f"{len(unsaid)} of {len(judged)} findings are seen and not said: samples follow the truth (AUC {SEEN} or "
+            f"more), the greedy report is silent (recall: {recalls}). This is what RL mends best"
         )
     if judged and not never and not unseen and not unsaid:
         lines.append(

@@ -16,6 +16,7 @@ from mrg_r1.config.control import at_equal_time
 from mrg_r1.config.recipe import RecipeError, check_numbers, dump_recipe
 from mrg_r1.doctor.checks import task_of
 from mrg_r1.grpo.advantages import group_advantages, zero_signal
+from mrg_r1.policy.lora import reference
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
 from mrg_r1.tracking.log import Clock
@@ -45,7 +46,8 @@ def sampled(lora_policy, studies, build):
 def step_of(policy, sampled, vision, recipe):
     """One second half of a step on the rewards of `TOTAL`, and how it moved the policy."""
     rewards = rewards_of(TOTAL)
-    pending = trainer.Pending(replace(sampled), vision, None, lambda: rewards)
+    prefill = policy.prompt_cache(sampled.prompts, vision) if recipe.rollout.reuse_prefill else None
+    pending = trainer.Pending(replace(sampled), vision, prefill, lambda: rewards)
     run = SimpleNamespace(recipe=recipe, policy=policy, ranks=OneRank(), directory=recipe.output_dir)
     return trainer.update_step(0, pending, run=run, engine=PlainEngine(policy, rate=RATE), clock=Clock())
 
@@ -54,8 +56,10 @@ def trained(policy):
     return [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
 
-def likelihood(policy, sampled, vision, studies, aggregation):
-    """The negative log-likelihood of the best reports of some studies, written down anew."""
+def likelihood(policy, sampled, vision, studies, aggregation, beta=0.0):
+    """The negative log-likelihood of the best reports of some studies, and `beta` times k3 of its tokens, written down
+    anew.
+    """
     losses, tokens = [], 0
     for study in studies:
         ids = sampled.completions.token_ids[study, BEST[study]]
@@ -63,18 +67,26 @@ def likelihood(policy, sampled, vision, studies, aggregation):
         one = torch.ones(1, length, dtype=torch.bool)
         prompts, seen = sampled.prompts.select([study]), vision.select([study])
         logp, _ = policy(prompts, seen, ids[None, :length], one, torch.zeros(1, dtype=torch.long))
-        losses.append(-logp.double().sum() / (length if aggregation == "grpo" else 1))
+        with torch.no_grad(), reference(policy):
+            frozen, _ = policy(prompts, seen, ids[None, :length], one, torch.zeros(1, dtype=torch.long))
+        apart = (frozen - logp).double()
+        per_token = -logp.double() + beta * (apart.exp() - apart - 1)
+        losses.append(per_token.sum() / (length if aggregation == "grpo" else 1))
         tokens += length
     total = torch.stack(losses).sum()
     return total / {"grpo": len(studies), "dapo": tokens, "dr_grpo": len(studies) * 8}[aggregation]
 
 
-@pytest.mark.parametrize("aggregation", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize(
+    "aggregation, beta, reuse",
+    [("grpo", 0.0, "false"), ("dapo", 0.0, "false"), ("dr_grpo", 0.0, "true"), ("grpo", 0.3, "true")],
+)
 def test_rejection_fine_tuning_is_the_likelihood_of_the_best_reports(
-    lora_policy, sampled, world, tmp_path, aggregation
+    lora_policy, sampled, world, tmp_path, aggregation, beta, reuse
 ):
-    recipe = recipe_of(world, tmp_path, "control=rft", f"grpo.aggregation={aggregation}", "rollout.max_new_tokens=8")
-    wanted = likelihood(lora_policy, *sampled, KEPT, aggregation)
+    settings = [f"grpo.aggregation={aggregation}", f"grpo.beta={beta}", f"rollout.reuse_prefill={reuse}"]
+    recipe = recipe_of(world, tmp_path, "control=rft", "rollout.max_new_tokens=8", *settings)
+    wanted = likelihood(lora_policy, *sampled, KEPT, aggregation, beta)
     gradient = torch.autograd.grad(wanted, trained(lora_policy))
     start = [parameter.detach().clone() for parameter in trained(lora_policy)]
     metrics = step_of(lora_policy, *sampled, recipe)
