@@ -30,7 +30,9 @@ _IMAGES = 8  # of each split that `mrg-r1 doctor` opens; a launch opens all (dat
 
 
 def task_of(recipe: Recipe) -> Task:
-    """What a recipe is for, where nobody says: SFT where it has a section `sft` and none `grpo`."""
+    """What a recipe is for, where nobody says: SFT where it has a section `sft` and none `grpo`, or is its control."""
+    if recipe.control == "sft":
+        return "sft"
     return "sft" if "sft" in recipe.model_fields_set and "grpo" not in recipe.model_fields_set else "grpo"
 
 
