@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mrg_r1.metrics.clinical import DEFINITIONS
-from mrg_r1.reward.terms import BUILT_IN, require_known
+from mrg_r1.reward.terms import BUILT_IN, require_known, require_signs
 
 THINK_INSTRUCTION = (
     "Write the findings of this chest X-ray. First reason inside <think></think>, then give the report inside "
@@ -229,6 +229,7 @@ class RewardSection(Section):
     @classmethod
     def _known_terms(cls, weights: dict[str, float]) -> dict[str, float]:
         require_known(weights)
+        require_signs(weights)
         return weights
 
     @model_validator(mode="after")

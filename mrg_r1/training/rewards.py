@@ -63,6 +63,7 @@ class RunRewards:
             margin=margin,
             ccs_weights=self.ccs_weights,
             constant=self.constant_at(margin),
+            contradictions=step is None,
         )
 
     def constant_at(self, margin: float) -> str | None:

@@ -59,6 +59,7 @@ def score_request(
             "margin": context.margin,
             "ccs_weights": None if weights is None else weights.tolist(),
             "constant": context.constant,
+            "contradictions": context.contradictions,
         },
     }
 
@@ -72,6 +73,7 @@ def context_of(request: Message) -> RewardContext:
         margin=stored["margin"],
         ccs_weights=None if weights is None else np.array(weights, dtype=np.float64),
         constant=stored["constant"],
+        contradictions=stored["contradictions"],
     )
 
 
@@ -85,6 +87,7 @@ def rewards_message(rewards: Rewards) -> Message:
         "report_texts": rewards.report_texts,
         "reference_labels": rewards.reference_labels.tolist(),
         "constant": {name: values.tolist() for name, values in rewards.constant.items()},
+        "contradictions": None if rewards.contradictions is None else rewards.contradictions.tolist(),
     }
 
 
@@ -98,4 +101,5 @@ def rewards_of(message: Message) -> Rewards:
         report_texts=message["report_texts"],
         reference_labels=torch.tensor(message["reference_labels"]),
         constant={name: torch.tensor(values) for name, values in message["constant"].items()},
+        contradictions=None if message["contradictions"] is None else torch.tensor(message["contradictions"]),
     )
