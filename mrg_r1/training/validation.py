@@ -125,6 +125,7 @@ def keep_best(
         metrics |= {
             "validation/labeler_gap": result["labeler_gap"],
             "validation/no_finding_rate": result["no_finding_rate"],
+            **{f"validation/{key}": result.get(key) for key in _WORDING},  # null where no report can be read
         }
     if best is None or score is None or score > best["score"]:
         best = {"step": step, "score": score}
