@@ -16,6 +16,13 @@ from numpy.typing import NDArray
 from mrg_r1.labels.observations import NEGATIVE, NO_FINDING, POSITIVE
 from mrg_r1.labels.sentences import sentences
 
+WORDING_ARE = {
+    "repeated_sentence": "share of reports in which a whole sentence stands twice",
+    "repetition": "mean over reports of the larger of two shares: of sentences, and of three-grams of words inside "
+    "sentences, those that stood before",
+    "contradiction": "share of reports with an observation of 13 that one sentence affirms and another denies, each "
+    "sentence read by itself; uncertain is neither",
+}
 _WORD = re.compile(r"\w+(?:[.'’-]\w+)*")
 _NUMBERED = re.compile(r"^\d+[.)]\s+")
 
