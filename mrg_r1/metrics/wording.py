@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,9 +113,10 @@ def read_contradictions(reports: Sequence[str], label: Callable[[list[str]], NDA
     )
 
 
-def _words(text: str) -> list[tuple[str, ...]]:
+@lru_cache(maxsize=4096)  # both measures of a text, and the texts that a batch repeats
+def _words(text: str) -> tuple[tuple[str, ...], ...]:
     """The words of each sentence in small letters, without the number of an enumeration."""
-    return [tuple(_WORD.findall(_NUMBERED.sub("", said, count=1).lower())) for said in sentences(text)]
+    return tuple(tuple(_WORD.findall(_NUMBERED.sub("", said, count=1).lower())) for said in sentences(text))
 
 
 def _repeated(items: Sequence[tuple[str, ...]]) -> float:
