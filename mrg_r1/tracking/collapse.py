@@ -17,17 +17,21 @@ _WORDING = {  # metric -> what it is, in words
     "groups/contradiction": "{now:.1%} of the reports affirm and deny one observation ({first:.1%} in the first)",
 }
 WORDING_REMEDY = (
-    "weights for the reward terms repetition and contradiction, a larger grpo.beta or an earlier adapter help"
+    "weights for the reward terms repetition and contradiction, a larger grpo.beta or an earlier adapter may help"
 )
+WORDING_FIRST, WORDING_WINDOW = 5, 10  # steps: in runs that were looked at, the rise came in the first twenty
 WORDING_ROSE = 0.05  # of reports, or of a report, above the start's
 
 
 class _Windows:
-    """The first and the latest `WINDOW` steps of some metrics.
+    """The first and the latest steps of some metrics.
 
     Args:
         state: of `state`, where a run goes on.
     """
+
+    first_steps = WINDOW
+    latest_steps = WINDOW
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         self._first: list[list[float | None]] = list(state["first"]) if state else []
@@ -40,13 +44,13 @@ class _Windows:
         return {"first": self._first, "latest": self._latest, "quiet": self._quiet}
 
     def _take(self, row: list[float | None]) -> bool:
-        """Take in a step; whether there are two windows to compare, and no warning in the last `WINDOW` steps."""
-        if len(self._first) < WINDOW:
+        """Take in a step; whether there are two windows to compare, and no warning within the latest one."""
+        if len(self._first) < self.first_steps:
             self._first = [*self._first, row]
             return False
-        self._latest = [*self._latest, row][-WINDOW:]
+        self._latest = [*self._latest, row][-self.latest_steps :]
         self._quiet -= 1
-        return len(self._latest) == WINDOW and self._quiet <= 0
+        return len(self._latest) == self.latest_steps and self._quiet <= 0
 
 
 class CollapseWatch(_Windows):
@@ -77,13 +81,16 @@ class CollapseWatch(_Windows):
 
 
 class WordingWatch(_Windows):
-    """Compares repetition and contradiction (docs/metrics.md, Wording) of the latest `WINDOW` steps with the first."""
+    """Compares repetition and contradiction (docs/metrics.md, Wording) of the latest steps with the first ones."""
+
+    first_steps = WORDING_FIRST
+    latest_steps = WORDING_WINDOW
 
     def update(self, metrics: Mapping[str, float | None]) -> str | None:
         """Take in a step; a metric that it does not have is not watched.
 
         Returns:
-            A warning, at most once in `WINDOW` steps, where one of them has risen by more than `WORDING_ROSE`.
+            A warning, at most once in 20 steps, where one of them has risen by more than `WORDING_ROSE`.
         """
         if not self._take([metrics.get(name) for name in _WORDING]):
             return None
@@ -94,10 +101,10 @@ class WordingWatch(_Windows):
         ]
         if not risen:
             return None
-        self._quiet = WINDOW
+        self._quiet = 2 * WORDING_WINDOW
         return (
-            f"the reports begin to say things twice, which no clinical score sees: over the last {WINDOW} steps "
-            f"{'; '.join(risen)}; {WORDING_REMEDY}"
+            f"the reports begin to say things twice, which no clinical score sees: over the last {WORDING_WINDOW} "
+            f"steps {'; '.join(risen)}; {WORDING_REMEDY}"
         )
 
 

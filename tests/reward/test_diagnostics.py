@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mrg_r1.reward.diagnostics import group_metrics, with_stds
-from mrg_r1.tracking.collapse import WINDOW, CollapseWatch, WordingWatch
+from mrg_r1.tracking.collapse import WINDOW, WORDING_FIRST, WORDING_WINDOW, CollapseWatch, WordingWatch
 from mrg_r1.types import Rewards
 
 DONE: Any = SimpleNamespace(ended=torch.tensor([[True, True], [True, False]]), lengths=torch.tensor([[3, 5], [4, 8]]))
@@ -147,21 +147,27 @@ def test_a_policy_that_repeats_or_contradicts_itself_is_warned_of(
     later: tuple[float, float, float | None], said_of: list[str]
 ) -> None:
     start = worded(0.01, 0.02, None if later[2] is None else 0.01)
-    said = wording_warnings(*[start] * WINDOW, *[worded(*later)] * WINDOW)
+    said = wording_warnings(*[start] * WORDING_FIRST, *[worded(*later)] * WORDING_WINDOW)
     assert len(said) == 1 and all(part in said[0] for part in said_of)
     assert "the reward terms repetition and contradiction" in said[0]
 
 
 def test_a_policy_that_repeats_no_more_than_at_its_start_is_left_alone() -> None:
-    assert not wording_warnings(*[worded(0.3, 0.2, 0.2)] * WINDOW, *[worded(0.34, 0.24, 0.24)] * 3 * WINDOW)
-    assert not wording_warnings(*[worded(0.0, 0.0, None)] * WINDOW, *[worded(0.0, 0.0, 0.9)] * 2 * WINDOW)
-    assert not wording_warnings(*[worded(0.0, 0.0, None)] * WINDOW, *[worded(0.9, 0.9, None)] * (WINDOW - 1))
+    assert not wording_warnings(
+        *[worded(0.3, 0.2, 0.2)] * WORDING_FIRST, *[worded(0.34, 0.24, 0.24)] * 3 * WORDING_WINDOW
+    )
+    assert not wording_warnings(
+        *[worded(0.0, 0.0, None)] * WORDING_FIRST, *[worded(0.0, 0.0, 0.9)] * 2 * WORDING_WINDOW
+    )
+    assert not wording_warnings(
+        *[worded(0.0, 0.0, None)] * WORDING_FIRST, *[worded(0.9, 0.9, None)] * (WORDING_WINDOW - 1)
+    )
 
 
 def test_the_watch_over_wording_goes_on_after_a_resume() -> None:
-    rows = [*[worded(0.0, 0.0, None)] * WINDOW, *[worded(0.3, 0.1, None)] * WINDOW * 2]
+    rows = [*[worded(0.0, 0.0, None)] * WORDING_FIRST, *[worded(0.3, 0.1, None)] * 40]
     straight, first = WordingWatch(), WordingWatch()
     expected = [straight.update(row) for row in rows]
-    got = [first.update(row) for row in rows[:27]]
+    got = [first.update(row) for row in rows[:13]]
     second = WordingWatch(json.loads(json.dumps(first.state)))
-    assert got + [second.update(row) for row in rows[27:]] == expected and any(expected)
+    assert got + [second.update(row) for row in rows[13:]] == expected and len([1 for said in expected if said]) == 2
