@@ -68,6 +68,7 @@ class RunRewards:
             ccs_weights=self.ccs_weights,
             constant=self.constant_at(margin),
             thresholds=self.thresholds,
+            contradictions=step is None,
         )
 
     def constant_at(self, margin: float) -> str | None:
