@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,9 +69,8 @@ def test_whatever_a_policy_writes_is_scored_and_its_thoughts_are_not_labelled(
     labeler = KeywordLabeler()
     function = RewardFunction(labeler, weights=WEIGHTS, format_style=style)
     texts = [[text for text, _ in written]]
-    rewards = function.score(
-        texts, torch.full((1, len(written)), ended), ["edema \udc80"], RewardContext(constant="no effusion")
-    )
+    context = RewardContext(constant="no effusion", thresholds=np.full(13, 0.4))
+    rewards = function.score(texts, torch.full((1, len(written)), ended), ["edema \udc80"], context)
     labelled = " ".join(text for call in labeler.calls for text in call).split()
     assert not set(labelled) & {word for _, thoughts in written for word in thoughts}
     for values in rewards.terms.values():
