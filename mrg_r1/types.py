@@ -247,3 +247,4 @@ class Experience:
     advantages: Tensor  # [B, G] float32
     reference_logp: Tensor | None  # [B, G, C] float32, None where beta is 0
     old_logp: Tensor | None  # [B, G, C] float32, None where the policy's own detached log-probs are the old ones
+    kept: Tensor | None = None  # [B, G] bool, the reports that the loss has; None: all

@@ -47,6 +47,7 @@ class RewardContext:
         reference_labels: [B, 14] classes of the references where they are known; None lets the labeler read them.
         margin: m of `mccs` at this step; None takes the function's.
         ccs_weights: [13, 2] of `terms.ccs`, for `ccs` and `mccs`; None: equal.
+        thresholds: [13] of `additive`; needed where that is a term.
         constant: a report that is given to every study beside the completions, to see what can be earned without
             looking.
         contradictions: read every report sentence by sentence too, as is done wherever the term `contradiction` has a
@@ -57,6 +58,7 @@ class RewardContext:
     margin: float | None = None
     ccs_weights: NDArray[np.float64] | None = None
     constant: str | None = None
+    thresholds: NDArray[np.float64] | None = None
     contradictions: bool = False
 
 
@@ -244,6 +246,7 @@ class RewardFunction:
             format=np.array(formats, dtype=np.float32),
             margin=self.margin if context.margin is None else context.margin,
             ccs_weights=context.ccs_weights,
+            thresholds=context.thresholds,
             contradictions=contradicted,
         )
         scored: dict[str, Tensor] = {}

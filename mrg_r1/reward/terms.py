@@ -17,6 +17,7 @@ from sacrebleu.metrics.bleu import BLEU
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, signed_vector
 from mrg_r1.metrics.wording import repetition
+from mrg_r1.reward.additive import additive
 
 Floats = NDArray[np.float32]
 CONTRADICTION = "contradiction"  # the term for which each sentence is read by itself
@@ -36,6 +37,7 @@ class Scored:
         format: [N] float32, how far each completion keeps the grammar (`report_format.format_score`).
         margin: m of `mccs`.
         ccs_weights: [13, 2] of `ccs`; None: equal.
+        thresholds: [13] of `additive`; None where it is not a term.
         contradictions: [N] int64 observations that one sentence of the report affirms and another denies; read where
             the term `contradiction` has a weight.
     """
@@ -47,6 +49,7 @@ class Scored:
     format: Floats
     margin: float
     ccs_weights: NDArray[np.float64] | None
+    thresholds: NDArray[np.float64] | None = None
     contradictions: NDArray[np.int64] | None = None
 
 
@@ -265,9 +268,16 @@ def _ccs_of(scored: Scored) -> Floats:
     return ccs(signed_vector(scored.labels), signed_vector(scored.reference_labels), scored.ccs_weights)
 
 
+def _additive_of(scored: Scored) -> Floats:
+    if scored.thresholds is None:
+        raise ValueError("additive has no thresholds; set reward.threshold (RewardContext.thresholds)")
+    return additive(signed_vector(scored.labels), signed_vector(scored.reference_labels), scored.thresholds)
+
+
 BUILT_IN: Mapping[str, Term] = {
     "mccs": Term(lambda s: mccs(_ccs_of(s), s.margin), "what of ccs is above reward.margin, 0 to 1"),
     "ccs": Term(_ccs_of, "cosine of what the two reports affirm (+1) and deny (-1) of 13 observations, -1 to 1"),
+    "additive": Term(_additive_of, "findings said pay from the probability reward.threshold on, -1 to 1"),
     "ce_f1": Term(lambda s: ce_f1(s.labels, s.reference_labels), "F1 of one report's positive findings, 0 to 1"),
     "bleu4": Term(lambda s: bleu4(s.texts, s.references), "sentence BLEU-4 against the reference, 0 to 1"),
     "rouge_l": Term(lambda s: rouge_l(s.texts, s.references), "ROUGE-L against the reference, 0 to 1"),

@@ -67,12 +67,13 @@ def test_every_term_by_hand() -> None:
     texts = [[think("cardiomegaly. no effusion"), think("cardiomegaly"), "", "<think>a</think><report> </report>"]]
     ended = torch.tensor([[True, False, True, True]])
     rewards = function_of(weights=weights, margin=0.2, format_style="graded").score(
-        texts, ended, ["cardiomegaly. no effusion"]
+        texts, ended, ["cardiomegaly. no effusion"], RewardContext(thresholds=np.full(13, 0.3))
     )
     cosine = 1 / math.sqrt(2)
     expected: dict[str, list[float]] = {
         "ccs": [1, cosine, 0, 0],
         "mccs": [1, (cosine - 0.2) / 0.8, 0, 0],
+        "additive": [(0.7 + 0.1 * 0.3) / 13, 0.7 / 13, 0, 0],
         "ce_f1": [1, 1, 0, 0],
         "bleu4": [1, math.exp(1 - 4 / 1), 0, 0],  # 13a: "cardiomegaly", ".", "no", "effusion"
         "rouge_l": [1, 0, 0, 0],  # words keep their full stop: "cardiomegaly" is not "cardiomegaly."

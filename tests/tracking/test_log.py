@@ -202,6 +202,17 @@ def test_report_prints_the_gain_beside_the_control(tmp_path, capsys):
     assert " ".join(text.split()).count("3 s of processor time by labelers") == 2
 
 
+def test_report_names_the_control(tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "control").mkdir(parents=True)
+    (run / "summary.json").write_text(json.dumps(summary(0.5, 0.6)))
+    (run / "control" / "summary.json").write_text(json.dumps(summary(0.5, 0.55, control="rft")))
+    print_report([run])
+    assert "control: rejection fine-tuning" in " ".join(capsys.readouterr().out.split())
+    print_report([run / "control"])
+    assert "control: rejection fine-tuning, test split" in " ".join(capsys.readouterr().out.split())
+
+
 def test_rows_in_which_nobody_has_a_number_are_left_out(tmp_path, capsys):
     for name in ("run", "other"):
         (tmp_path / name).mkdir()

@@ -113,6 +113,12 @@ def test_a_run_at_its_first_steps_has_curves_only(run):
     assert "Results" not in page.text and page.json["data"]["sets"] == []
 
 
+def test_the_heading_of_a_control_says_that_it_is_one(run):
+    assert "control" not in Page(write_page(run, [])).text
+    (run / "config.yaml").write_text("control: random\n")
+    assert "control: random reward" in Page(write_page(run, [])).text
+
+
 @pytest.mark.parametrize("rendered, heading", [(True, "Rendered phantoms"), (False, "Contains patient data")])
 def test_the_page_says_whose_data_it_holds(run, tmp_path, rendered, heading):
     from dataclasses import replace

@@ -46,7 +46,7 @@ def score_request(
     context: RewardContext,
 ) -> Message:
     """A batch as a request."""
-    labels, weights = context.reference_labels, context.ccs_weights
+    labels, weights, thresholds = context.reference_labels, context.ccs_weights, context.thresholds
     return {
         "kind": "score",
         "id": id,
@@ -59,6 +59,7 @@ def score_request(
             "margin": context.margin,
             "ccs_weights": None if weights is None else weights.tolist(),
             "constant": context.constant,
+            "thresholds": None if thresholds is None else thresholds.tolist(),
             "contradictions": context.contradictions,
         },
     }
@@ -67,12 +68,13 @@ def score_request(
 def context_of(request: Message) -> RewardContext:
     """The request's context as the reward function takes it."""
     stored = request["context"]
-    labels, weights = stored["reference_labels"], stored["ccs_weights"]
+    labels, weights, thresholds = stored["reference_labels"], stored["ccs_weights"], stored["thresholds"]
     return RewardContext(
         reference_labels=None if labels is None else np.array(labels, dtype=np.int64),
         margin=stored["margin"],
         ccs_weights=None if weights is None else np.array(weights, dtype=np.float64),
         constant=stored["constant"],
+        thresholds=None if thresholds is None else np.array(thresholds, dtype=np.float64),
         contradictions=stored["contradictions"],
     )
 

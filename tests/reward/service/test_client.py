@@ -111,7 +111,9 @@ def test_a_service_answers_what_the_function_in_this_process_answers(start: Star
     """
     supervisor = start()
     one, two = connected(supervisor), connected(supervisor)
-    context = RewardContext(np.ones((2, 14), dtype=np.int64), 0.25, np.full((13, 2), 2.0), "no pneumothorax")
+    context = RewardContext(
+        np.ones((2, 14), dtype=np.int64), 0.25, np.full((13, 2), 2.0), "no pneumothorax", np.full(13, 0.3)
+    )
     assert same(one.result(one.submit(*BATCH, context)), expected(context))
     by_sentence = replace(context, contradictions=True)
     assert expected(by_sentence).contradictions is not None
