@@ -259,7 +259,7 @@ def _of_findings(observations: Mapping[str, Mapping[str, Any]]) -> list[str]:
         recalls = ", ".join(f"{name} {judged[name]['greedy_recall']:.2f}" for name in unsaid)
         lines.append(
             f"{len(unsaid)} of {len(judged)} findings are seen and not said: samples follow the truth (AUC {SEEN} or "
-            f"more), the greedy report is silent (recall: {recalls}). This is what RL mends best"
+            f"more), greedy reports mostly leave them out (recall: {recalls}). This is what RL mends best"
         )
     if judged and not never and not unseen and not unsaid:
         lines.append(
