@@ -220,6 +220,9 @@ class Rewards:
     reference_labels: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, 14] int64 classes
     # `total` and each term -> [B] float32, of one report given to every study
     constant: dict[str, Tensor] = field(default_factory=dict)
+    # [B, G] int64 observations that one sentence affirms and another denies, -1 in rows that were not labelled; None
+    # where the sentences were not read
+    contradictions: Tensor | None = None
 
 
 @dataclass

@@ -23,6 +23,7 @@ from mrg_r1.config.paths import (
     check_labeler_path,
     check_manifest,
 )
+from mrg_r1.config.reward import RewardSection
 from mrg_r1.config.sections import (
     CheckpointSection,
     DataSection,
@@ -33,7 +34,6 @@ from mrg_r1.config.sections import (
     PolicySection,
     PromptSection,
     ResumeSection,
-    RewardSection,
     RolloutSection,
     Section,
     SftSection,

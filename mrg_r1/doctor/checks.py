@@ -18,6 +18,7 @@ from mrg_r1.doctor.inputs import check_disk, check_output, check_stage, most_ima
 from mrg_r1.doctor.labeler import check_labeler, device_of_labeler
 from mrg_r1.doctor.machine import Device, cuda_devices, package_findings
 from mrg_r1.doctor.memory import Task
+from mrg_r1.doctor.reward import reward_findings
 from mrg_r1.engine.config import read_config
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.policy.adapter_files import read_adapter, require_fit
@@ -86,12 +87,14 @@ def launch_findings(recipe: Recipe, *, task: Task, ranks: Ranks, studies: dict[s
 
 
 def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) -> list[Finding]:
-    """Policy, labeler and memory: also what a launch looks at before it loads the policy.
+    """Policy, reward, labeler and memory: also what a launch looks at before it loads the policy.
 
     Args:
         images: of the study that has most.
     """
     findings = [examined("policy", lambda: _policy(recipe)), examined("tokenizer", lambda: _tokenizer(recipe))]
+    if task == "grpo":
+        findings += reward_findings(recipe)
     if recipe.phases != "update":
         reward = recipe.reward
         findings += [

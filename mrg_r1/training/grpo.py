@@ -30,7 +30,7 @@ from mrg_r1.reward.service.interface import RewardService, RewardsMissing, Rewar
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.rollout.sampling import Sampling
-from mrg_r1.tracking.collapse import CollapseWatch
+from mrg_r1.tracking.collapse import CollapseWatch, WordingWatch
 from mrg_r1.tracking.completions import write_completions
 from mrg_r1.tracking.gaps import GapWatch
 from mrg_r1.tracking.log import Clock
@@ -300,7 +300,8 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     )
     run, engine, log = state.run, state.engine, state.log
     watch, gaps = CollapseWatch(state.record.get("collapse")), GapWatch(state.record.get("gaps"))
-    state.own = lambda: {"collapse": watch.state, "gaps": gaps.state}
+    wording = WordingWatch(state.record.get("wording"))
+    state.own = lambda: {"collapse": watch.state, "wording": wording.state, "gaps": gaps.state}
 
     def take(step: int) -> Metrics:
         try:
@@ -334,9 +335,9 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             state.log_step(step, metrics)
             if learned:
                 warn_of_gap(log, step, metrics["sampling/logp_gap"], recipe.grpo.correction)
-                collapse = watch.update(metrics)
-                if collapse is not None:
-                    log.say(f"step {step}: {collapse}")
+                for warning in (watch.update(metrics), wording.update(metrics)):
+                    if warning is not None:
+                        log.say(f"step {step}: {warning}")
             state.end_step(step, last=last, due=state.best is not None and state.best["step"] == step + 1)
 
     if state.best is not None and state.best["step"] == 0:

@@ -167,6 +167,18 @@ def test_before_and_after_stand_beside_one_another_with_every_baseline(run, tmp_
     ]
 
 
+def test_reports_that_repeat_themselves_are_seen_before_and_after(run, tmp_path):
+    study = make_study(tmp_path, "one", [(84, 84)])
+    for name, text in (("test_before", "Clear."), ("test", "Clear. Big heart. Clear. Clear.")):
+        row = prediction(study, text, labels(), labels()) | {"contradictions": 0}
+        write_evaluated(run, name, [row], [study])
+    text = " ".join(Page(write_page(run, [study])).text.split())
+    assert "reports in which a whole sentence stands twice, share0.0001.000" in text
+    assert "repetition: share of sentences or three-grams said before0.0000.500" in text
+    assert "reports that affirm and deny one observation, share0.0000.000" in text
+    assert "reports in which a whole sentence stands twice, share1.000before 0.000" in text  # among the first numbers
+
+
 def test_a_training_study_is_followed_over_its_steps_and_ranks(run, tmp_path):
     often, once = make_study(tmp_path, "often", [(84, 84)]), make_study(tmp_path, "once", [(84, 84)])
     for step in (0, 3, 7):
