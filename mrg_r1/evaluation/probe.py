@@ -23,7 +23,7 @@ from mrg_r1.metrics.ranking import auc
 FEW = 3  # true studies of an observation, below which nothing is said of it
 SEEN = 0.7  # AUC of the say-rate from which an observation counts as seen
 UNSAID = 0.5  # greedy recall below which a seen observation counts as not said
-LITTLE = 0.02  # reward: the best of a group above the greedy report by less is nothing to gain
+LITTLE = 0.1  # of the std of rewards in a group, below which two mean rewards count as equal
 SILENT = 0.5  # share of groups without signal from which it is named
 FORM = 0.05  # share of reports that are truncated or malformed from which it is named
 ALIKE = 0.05  # different texts over samples, below which it is named
@@ -155,12 +155,16 @@ def outlook(result: Mapping[str, Any]) -> Outlook:
     reward = result["reward"]
     if result["zero_signal"] == 1.0:
         return "nothing"
-    return "little" if reward["best"] - reward["greedy"] < LITTLE or not _looks(reward) else "something"
+    return "something" if _above(reward, "best", "greedy") and _looks(reward) else "little"
+
+
+def _above(reward: Mapping[str, Any], one: str, other: str) -> bool:
+    """Whether a mean reward lies above another by more than `LITTLE`, whatever a reward's scale is."""
+    return bool(reward[one] - reward[other] > LITTLE * reward["std_in_group"])
 
 
 def _looks(reward: Mapping[str, Any]) -> bool:
-    other = reward["sampled_for_another_study"]
-    return other is None or reward["sampled"] - other >= LITTLE
+    return reward["sampled_for_another_study"] is None or _above(reward, "sampled", "sampled_for_another_study")
 
 
 def verdict(result: Mapping[str, Any]) -> list[str]:
@@ -199,7 +203,7 @@ def _of_reward(result: Mapping[str, Any]) -> list[str]:
     reward, silent, group = result["reward"], result["zero_signal"], result["group_size"]
     lines = []
     gain = reward["best"] - reward["greedy"]
-    if gain >= LITTLE:
+    if _above(reward, "best", "greedy"):
         luck = reward["best_for_another_study"]
         lines.append(
             f"the best of {group} earns {reward['best']:.3f}, the greedy report {reward['greedy']:.3f}: at most "
@@ -218,7 +222,7 @@ def _of_reward(result: Mapping[str, Any]) -> list[str]:
             "tower that sees first"
         )
     noise = reward["greedy"] - reward["sampled"]
-    if noise >= LITTLE:
+    if _above(reward, "greedy", "sampled"):
         lines.append(
             f"a sample earns {noise:.3f} less than the greedy report: RL will first remove that noise, and "
             "reward/total in training rises by it without any greedy report getting better"
@@ -259,7 +263,7 @@ def _of_findings(observations: Mapping[str, Mapping[str, Any]]) -> list[str]:
         recalls = ", ".join(f"{name} {judged[name]['greedy_recall']:.2f}" for name in unsaid)
         lines.append(
             f"{len(unsaid)} of {len(judged)} findings are seen and not said: samples follow the truth (AUC {SEEN} or "
-            f"more), the greedy report is silent (recall: {recalls}). This is what RL mends best"
+            f"more), greedy reports mostly leave them out (recall: {recalls}). This is what RL mends best"
         )
     if judged and not never and not unseen and not unsaid:
         lines.append(

@@ -131,6 +131,10 @@ def test_a_start_with_little_to_gain_is_called_so(sample):
     assert outlook(measure(at_the_top)) == "little" and "hardly anything better" in said(at_the_top)
     blind = replace(sample, other_total=sample.total)
     assert outlook(measure(blind)) == "little" and "hardly depends on the radiograph" in said(blind)
+    tiny = replace(
+        sample, total=sample.total / 50, greedy_total=sample.greedy_total / 50, other_total=sample.total / 100
+    )
+    assert outlook(measure(tiny)) == "something"  # a reward of another scale
     alone = replace(sample, other_total=None)  # a single study has no other
     assert outlook(measure(alone)) == "something" and "luck" not in said(alone)
 
