@@ -78,13 +78,15 @@ demo-seeds:  ## the demo and its control over three seeds, and the mean gain
 	@for seed in 0 1 2; do $(MAKE) --no-print-directory demo-control SEED=$$seed; done
 	@$(MRG) summary runs/demo runs/demo-seed1 runs/demo-seed2
 
+# Radiologists who word the normal alike and pass over two findings of five: who imitates them learns to be silent.
+HABITS := --faint 0.3 --writers 4 --negatives-stated 0.9 --passed-over 0.4 --normal-alike 0.9
 PHANTOMS := $(DEMO)/phantoms/manifest.jsonl
 
 $(PHANTOMS): | $(READY)
 	$(SAY) '1/5 Phantoms: chest radiographs are drawn from findings, and reports written that name them'
 	@mkdir -p $(DEMO)
 	@$(MRG) prepare phantom -o $(DEMO)/phantoms --preset five --splits sft=4000,train=1920,val=256,test=512 \
-		--side 84 --seed $(SEED)
+		--side 84 --seed $(SEED) $(HABITS)
 
 $(DEMO)/labeler/training.json: $(PHANTOMS)
 	$(SAY) '2/5 Labeler: a small BERT learns to read findings out of reports; its reading will be the reward'
@@ -92,13 +94,14 @@ $(DEMO)/labeler/training.json: $(PHANTOMS)
 		--seed $(SEED) --passes 5
 
 $(DEMO)/tiny-policy/config.json: $(PHANTOMS)
-	$(SAY) '3/5 Policy: a tiny vision-language model with random weights'
-	@$(MRG) prepare tiny-policy -o $(DEMO)/tiny-policy --manifest $(PHANTOMS) --side 84 --seed $(SEED)
+	$(SAY) '3/5 Policy: a tiny vision-language model, whose vision tower is taught to see before it can write'
+	@$(MRG) prepare tiny-policy -o $(DEMO)/tiny-policy --manifest $(PHANTOMS) --side 84 --seed $(SEED) \
+		--teach-tower $(PHANTOMS) --teach-split sft --teach-steps 200
 
 DEMO_KEYS = seed=$(SEED) data.manifest=$(PHANTOMS) reward.labeler=$(DEMO)/labeler
 
 $(DEMO)/sft/summary.json: $(DEMO)/labeler/training.json $(DEMO)/tiny-policy/config.json
-	$(SAY) '4/5 Cold start: SFT teaches it to write reports, and stops early so that GRPO has work left'
+	$(SAY) '4/5 Cold start: SFT teaches it to write reports as the radiologists do, silence included'
 	$(call launch,$(DEMO)/sft,sft.py launch/recipes/demo_sft.yaml output_dir=$(DEMO)/sft \
 		policy.path=$(DEMO)/tiny-policy $(DEMO_KEYS))
 
