@@ -43,7 +43,7 @@ class RunRewards:
         studies: by split, those that the run can meet.
         labels: study id -> the 14 classes of its reference.
         constant: by margin, the training report that would earn most if it were given to every study; None without
-            training studies.
+            a training report.
     """
 
     recipe: Recipe
@@ -73,9 +73,11 @@ class RunRewards:
 
     def classes(self, split: str) -> NDArray[np.int64]:
         """[N, 14] classes of the references of a split."""
-        return np.array([self.labels[study.id] for study in self.studies[split]], dtype=np.int64).reshape(
-            -1, len(OBSERVATIONS)
-        )
+        return self.classes_of(self.studies[split])
+
+    def classes_of(self, studies: Sequence[Study]) -> NDArray[np.int64]:
+        """[N, 14] classes of the references of N studies that the run can meet."""
+        return np.array([self.labels[study.id] for study in studies], dtype=np.int64).reshape(-1, len(OBSERVATIONS))
 
     def close(self) -> None:
         """The run needs no more rewards."""
@@ -163,7 +165,7 @@ def prepare(
             label=service.label,
             fallback=recipe.output_dir / "reference_labels",
         )
-        if train:
+        if any(study.report is not None for study in train):
             classes = np.array([labels[study.id] for study in train], dtype=np.int64)
             constant = _constants(recipe, classes, [study.report for study in train])
     labels, constant = ranks.agree((labels, constant))
@@ -177,9 +179,9 @@ def _ccs_weights(recipe: Recipe, classes: NDArray[np.int64]) -> NDArray[np.float
     return inverse_prevalence(classes) if recipe.reward.ccs_weights == "inverse_prevalence" else None
 
 
-def _constants(recipe: Recipe, classes: NDArray[np.int64], texts: Sequence[str]) -> dict[float, str]:
+def _constants(recipe: Recipe, classes: NDArray[np.int64], texts: Sequence[str | None]) -> dict[float, str]:
     """By margin, the training report that would earn most of MCCS and CCS as the recipe weights them, and of MCCS where
-    it rewards neither.
+    it rewards neither, over all training labels; studies with labels alone (None) have no report to give.
 
     Of a margin that moves: where it begins, where it ends, and every multiple of 0.05 between.
     """
@@ -195,7 +197,10 @@ def _constants(recipe: Recipe, classes: NDArray[np.int64], texts: Sequence[str])
         of_mccs=of_mccs if of_ccs else 1.0,
         of_ccs=of_ccs,
     )
-    return {margin: texts[study] for margin, study in zip(margins, chosen, strict=True)}
+    reports = {margin: texts[study] for margin, study in zip(margins, chosen, strict=True)}
+    return {
+        margin: report for margin, report in reports.items() if report is not None
+    }  # each has one, as some study has
 
 
 def start_held_out(recipe: Recipe, ranks: Ranks) -> Supervisor | None:

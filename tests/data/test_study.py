@@ -98,7 +98,7 @@ def test_a_file_without_studies_is_refused(tmp_path: Path) -> None:
     [
         ({"report": " \n"}, "`report`", "empty"),
         ({"report": 3}, "`report`", "3 is not a string"),
-        ({"report": None}, "`report`", "null is not a string"),
+        ({"report": None}, "`report`", "null, and so is `labels.said`"),
         ({"id": ""}, "`id`", "empty"),
         ({"id": "a "}, "`id`", "white space"),
         ({"split": ""}, "`split`", "empty"),
@@ -204,7 +204,7 @@ studies = st.builds(
         min_size=1,
         max_size=3,
     ).map(tuple),
-    report=words,
+    report=words,  # None below, where labels are said
     split=names,
     findings=st.none() | st.text(st.characters(exclude_categories=["Cs"])),
     said=st.none() | values.map(lambda thirteen: (*thirteen, None)),
