@@ -326,7 +326,8 @@ def test_an_evaluation_is_named_after_split_and_foreign_manifest(finished):
 def test_a_test_split_of_which_a_part_has_references_is_refused(finished, inline_rewards):
     other = bare(finished.parent / "manifest.jsonl", "other.jsonl", of=slice(2, 5))
     with pytest.raises(
-        RecipeError, match="3 of 8 studies of data.test_split 'test' have neither report nor labels .*a split of their own"
+        RecipeError,
+        match="3 of 8 studies of data.test_split 'test' have neither report nor labels .*a split of their own",
     ):
         evaluated(finished, f"data.manifest={other}", "data.context=[indication]")
 
