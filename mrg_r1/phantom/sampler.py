@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
 from mrg_r1.phantom.full import balanced_full, sample_full
+from mrg_r1.phantom.habits import USUAL, Habits, Writer, writer_of
 from mrg_r1.phantom.lexicon import SPLITS
 from mrg_r1.phantom.study import PhantomStudy, no_finding
 from mrg_r1.phantom.traits import (
@@ -35,8 +36,6 @@ PRESETS: tuple[str, ...] = ("five", "full")
 FIVE_FINDINGS: tuple[int, ...] = (CARDIOMEGALY, LUNG_LESION, PNEUMOTHORAX, PLEURAL_EFFUSION, SUPPORT_DEVICES)
 
 _PREVALENCE = 0.35  # of each of the five
-_SAID_POSITIVE, _SAID_UNCERTAIN = 0.93, 0.05  # of the findings that are there; the rest is silence
-_SAID_NEGATIVE = 0.85  # of the findings that are not there; the rest is silence
 _STATES: tuple[int | None, ...] = (1, 0, -1, None)
 _STATE_SHARES = (0.30, 0.30, 0.25, 0.15)  # of `sample_balanced`
 # the same for 13 findings, which all together would make an endless report
@@ -52,7 +51,14 @@ _CORRELATIONS: dict[tuple[int, int], float] = {
 
 
 def sample_study(
-    preset: str, seed: int, index: int, *, wording: str = "train", prevalence: Mapping[int, float] | None = None
+    preset: str,
+    seed: int,
+    index: int,
+    *,
+    wording: str = "train",
+    prevalence: Mapping[int, float] | None = None,
+    faint: float = 0.0,
+    habits: Habits = USUAL,
 ) -> PhantomStudy:
     """Study `index` of the endless data set (`preset`, `seed`).
 
@@ -64,6 +70,8 @@ def sample_study(
         wording: "train", "heldout" or "all", as `wording.write_report`'s; it changes the report alone.
         prevalence: of "five" alone: observation -> share of studies that have it, for those that are to differ from 35
             %.
+        faint: of "five" alone: share of the findings that are there which are drawn faintly.
+        habits: of "five" alone: how the reports are written.
 
     Returns:
         The same study for the same arguments.
@@ -82,7 +90,11 @@ def sample_study(
             )
     if wording not in (*SPLITS, "all"):
         raise ValueError(f"wording {wording!r}; allowed are {', '.join(SPLITS)} and all")
+    if not 0 <= faint <= 1:
+        raise ValueError(f"faint {faint}; it is a share between 0 and 1")
     if preset == "full":
+        if faint or habits != USUAL:
+            raise ValueError("faint findings and the radiologists' habits can be set for preset five; full has its own")
         return sample_full(seed, index, wording=wording)
     rng = keyed_generator(seed, index, LABELS_STREAM)
     # Gaussian copula: exact prevalences, chosen correlations
@@ -90,12 +102,15 @@ def sample_study(
     shares = [(prevalence or {}).get(observation, _PREVALENCE) for observation in FIVE_FINDINGS]
     present = latent < np.array([NormalDist().inv_cdf(share) for share in shares])
     speech = rng.random(len(FIVE_FINDINGS))
+    writer = writer_of(habits, seed, index)
     drawn: list[int | None] = [0] * NO_FINDING
     said: list[int | None] = [None] * NO_FINDING
     for i, observation in enumerate(FIVE_FINDINGS):
         drawn[observation] = int(present[i])
-        said[observation] = _say(bool(present[i]), float(speech[i]))
-    return _spoken(drawn, said, seed, index, wording)
+        said[observation] = writer.say(bool(present[i]), float(speech[i]))
+    shades = rng.random(len(FIVE_FINDINGS))
+    pale = {observation for i, observation in enumerate(FIVE_FINDINGS) if present[i] and shades[i] < faint}
+    return _spoken(drawn, said, seed, index, wording, writer=writer, faint=frozenset(pale))
 
 
 def sample_balanced(preset: str, seed: int, index: int, *, wording: str = "train") -> PhantomStudy:
@@ -115,23 +130,31 @@ def sample_balanced(preset: str, seed: int, index: int, *, wording: str = "train
     if preset == "full":
         return balanced_full(seed, index, said, wording=wording)
     drawn: list[int | None] = [int(value in (1, -1)) for value in said]
-    return _spoken(drawn, said, seed, index, wording)
+    return _spoken(drawn, said, seed, index, wording, writer=writer_of(USUAL, seed, index))
 
 
-def _spoken(drawn: list[int | None], said: list[int | None], seed: int, index: int, wording: str) -> PhantomStudy:
+def _spoken(
+    drawn: list[int | None],
+    said: list[int | None],
+    seed: int,
+    index: int,
+    wording: str,
+    *,
+    writer: Writer,
+    faint: frozenset[int] = frozenset(),
+) -> PhantomStudy:
     """The study of 13 drawn and 13 said values, with No Finding and the words."""
     drawn.append(no_finding(drawn))
     said.append(no_finding(said))
     report = write_report(
-        said, sample_traits(seed, index), keyed_generator(seed, index, WORDING_STREAM), wording=wording
+        said,
+        sample_traits(seed, index),
+        keyed_generator(seed, index, WORDING_STREAM),
+        wording=wording,
+        lexicon=writer.lexicon,
+        alike=writer.normal_alike,
     )
-    return PhantomStudy(index, tuple(drawn), tuple(said), report, f"phantom-{seed}-{index:06d}", index)
-
-
-def _say(present: bool, u: float) -> int | None:
-    if present:
-        return 1 if u < _SAID_POSITIVE else -1 if u < _SAID_POSITIVE + _SAID_UNCERTAIN else None
-    return 0 if u < _SAID_NEGATIVE else None
+    return PhantomStudy(index, tuple(drawn), tuple(said), report, f"phantom-{seed}-{index:06d}", index, faint=faint)
 
 
 @lru_cache(maxsize=1)

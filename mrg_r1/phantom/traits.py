@@ -20,7 +20,16 @@ ATELECTASIS, PNEUMOTHORAX, PLEURAL_EFFUSION, PLEURAL_OTHER, FRACTURE, SUPPORT_DE
 PACEMAKER, LINE = 0, 1  # Trait.kind of Support Devices
 
 # Keys of the generators, so that no two uses of one (seed, index) share random numbers.
-TRAITS_STREAM, CHEST_STREAM, NOISE_STREAM, LABELS_STREAM, WORDING_STREAM, PATIENT_STREAM, EXPOSURE_STREAM = range(7)
+(
+    TRAITS_STREAM,
+    CHEST_STREAM,
+    NOISE_STREAM,
+    LABELS_STREAM,
+    WORDING_STREAM,
+    PATIENT_STREAM,
+    EXPOSURE_STREAM,
+    WRITERS_STREAM,
+) = range(8)
 FAINT = 0.45  # how strongly an uncertain finding (-1) is drawn
 # heights, top to bottom
 _ZONES: dict[str, tuple[float, float]] = {"upper": (-0.50, -0.30), "mid": (-0.18, 0.02), "lower": (0.16, 0.36)}

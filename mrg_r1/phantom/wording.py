@@ -40,6 +40,7 @@ def write_report(
     wording: str = "train",
     lexicon: Lexicon = FIVE,
     earlier: Sequence[int | None] | None = None,
+    alike: float = 0.0,
 ) -> str:
     """A report that says exactly `said`.
 
@@ -53,6 +54,7 @@ def write_report(
         earlier: 14 file values that the report of the patient's earlier study said, or None where there is none. A
             positive finding may then be called unchanged (it was said, and the traits are a patient's, so it is) or new
             (it was denied).
+        alike: share of the denials that are worded in the one stock way.
 
     Returns:
         Sentences separated by one space, each ending in a full stop.
@@ -78,7 +80,9 @@ def write_report(
         split = _split(rng, wording)
         observation = order.pop(0)
         partners = [other for other in order if said[other] == 0] if said[observation] == 0 else []
-        if len(partners) > 1 and split in lexicon.triple_frames and rng.random() < 0.5:
+        if said[observation] == 0 and alike and rng.random() < alike:
+            sentences.append(_stock_denial(vocabulary[observation]))
+        elif len(partners) > 1 and split in lexicon.triple_frames and rng.random() < 0.5:
             together = (observation, *partners[:2])
             sentences.append(
                 _list_sentence(
@@ -151,6 +155,10 @@ def _split(rng: np.random.Generator, wording: str) -> str:
 
 def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
+
+
+def _stock_denial(words: Vocabulary) -> str:
+    return f"No {words.absent_nouns[0].singular}."
 
 
 def _absent_noun(rng: np.random.Generator, words: Vocabulary) -> Noun:

@@ -50,6 +50,39 @@ def add_command(kinds: Any) -> None:
         metavar="NAME=SHARE,...",
         help="of five: findings that are to be in another share of the studies than 35 %%, as in 'Pneumothorax=0.05'",
     )
+    phantom.add_argument(
+        "--faint",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of five: share of the findings that are there which are drawn faintly (default: 0)",
+    )
+    habits = phantom.add_argument_group("the radiologists' habits, of five")
+    habits.add_argument(
+        "--writers", type=positive, default=1, metavar="N", help="so many, each with wording of his own (default: 1)"
+    )
+    habits.add_argument(
+        "--negatives-stated",
+        type=float,
+        default=0.85,
+        metavar="SHARE",
+        help="of the findings that are not there, those that a report denies (default: 0.85)",
+    )
+    habits.add_argument(
+        "--passed-over",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="of the findings that are there, those that a report does not mention (default: 0.02)",
+    )
+    habits.add_argument(
+        "--normal-alike",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the denials, those worded in the one stock way, 'No pneumothorax.' (default: 0); findings keep their "
+        "many wordings, so that who imitates words leans to the normal",
+    )
     phantom.add_argument("--seed", type=seed, default=0, help="the same seed gives the same bytes (default: 0)")
     phantom.set_defaults(run=_prepare_phantom)
 
@@ -88,6 +121,14 @@ def _prevalence(text: str) -> dict[int, float]:
 def _prepare_phantom(arguments: argparse.Namespace) -> None:
     from mrg_r1.cores import read_cores
     from mrg_r1.data.prepare.phantoms import write_phantoms
+    from mrg_r1.phantom.habits import Habits
+
+    habits = Habits(
+        writers=arguments.writers,
+        negatives_stated=arguments.negatives_stated,
+        passed_over=arguments.passed_over,
+        normal_alike=arguments.normal_alike,
+    )
 
     manifest = write_phantoms(
         arguments.output,
@@ -97,6 +138,8 @@ def _prepare_phantom(arguments: argparse.Namespace) -> None:
         splits=arguments.splits,
         workers=read_cores().usable,
         prevalence=arguments.prevalence,
+        faint=arguments.faint,
+        habits=habits,
     )
     studies = ", ".join(f"{name} {count:,}" for name, count in arguments.splits.items())
     print(f"{manifest}: {studies} studies\n{arguments.output / 'contact_sheet.png'}: every finding, to look at")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mrg_r1.cli.arguments import add_output, described, positive, seed
+
+if TYPE_CHECKING:
+    from mrg_r1.types import Study
 
 
 def add_command(kinds: Any) -> None:
@@ -17,9 +20,14 @@ def add_command(kinds: Any) -> None:
         help="a random policy of one to two million parameters",
         description="Write a random policy in the layout of a published checkpoint. Its tokenizer is learned from "
         "the train reports of a\n"
-        "manifest and the words of the prompts. It needs `sft.trainable: all` first.",
+        "manifest and the words of the prompts. It needs `sft.trainable: all` first.\n"
+        "With --teach-tower its vision tower is taught to see: a linear head on its features learns the labels of a "
+        "manifest's studies\n"
+        "(drawn, else said), in minutes. How well it tells each finding apart stands in training.json.",
         examples="""
         mrg-r1 prepare tiny-policy -o data/five/policy --manifest data/five/manifest.jsonl
+        mrg-r1 prepare tiny-policy -o data/five/seeing --manifest data/five/manifest.jsonl --teach-tower \\
+          data/five/manifest.jsonl --side 84
         """,
     )
     add_output(policy, "folder to write")
@@ -36,6 +44,20 @@ def add_command(kinds: Any) -> None:
     policy.add_argument(
         "--family", default="qwen2_5_vl", metavar="TYPE", help="its model_type (default: qwen2_5_vl, a Qwen2.5-VL)"
     )
+    policy.add_argument(
+        "--teach-tower",
+        type=Path,
+        metavar="M.jsonl",
+        help="teach the vision tower to tell the findings of these studies apart, stopped early on AUC by finding",
+    )
+    policy.add_argument(
+        "--teach-split",
+        default="train",
+        metavar="NAME",
+        help="its studies that are taught (default: train); its split val is what is looked at, or a tenth where there "
+        "is none",
+    )
+    policy.add_argument("--teach-steps", type=positive, metavar="N", help="steps of 64 images at most (default: 600)")
     policy.add_argument("--seed", type=seed, default=0, help="of the random weights (default: 0)")
     policy.set_defaults(run=_prepare_tiny_policy)
 
@@ -60,5 +82,33 @@ def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
         *OBSERVATIONS,
     ]
     family = find_family(arguments.family)
+    taught, watched = _studies_to_see(arguments)
     family.create_tiny(arguments.output, [*reports, *words], image_side=arguments.side, seed=arguments.seed)
     print(f"{arguments.output}: a random policy; its tokenizer was learned from {len(reports):,} reports")
+    if taught:
+        from mrg_r1.training import seeing
+
+        steps = arguments.teach_steps or seeing.STEPS
+        summary = seeing.teach_tower(
+            arguments.output, taught, watched, image_side=arguments.side, steps=steps, seed=arguments.seed
+        )
+        areas = ", ".join(f"{name} {area:.2f}" for name, area in summary["auc"].items())
+        print(
+            f"{arguments.output}: its tower was taught on {summary['images']:,} images by {summary['labels']} labels "
+            f"for {summary['steps']} steps ({summary['seconds']:.0f} s); mean AUC {summary['mean_auc']:.3f} on "
+            f"{summary['watched_studies']:,} other studies: {areas}"
+        )
+
+
+def _studies_to_see(arguments: argparse.Namespace) -> tuple[list[Study], list[Study]]:
+    """Those that the tower is taught with, and those that are looked at; checked before anything is written."""
+    from mrg_r1.data.study import read_manifest
+    from mrg_r1.training.seeing import labels_of
+
+    if arguments.teach_tower is None:
+        return [], []
+    taught = read_manifest(arguments.teach_tower, split=arguments.teach_split)
+    others = [study for study in read_manifest(arguments.teach_tower) if study.split == "val"]
+    watched = [] if arguments.teach_split == "val" else others
+    labels_of([*taught, *watched])
+    return taught, watched

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from mrg_r1.console import progress
@@ -14,6 +15,7 @@ from mrg_r1.data.study import read_manifest, write_manifest
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values, write_labels_csv
 from mrg_r1.labels.reports import write_reports_csv
 from mrg_r1.phantom.contact_sheet import contact_sheet, full_contact_sheet
+from mrg_r1.phantom.habits import USUAL, Habits
 from mrg_r1.phantom.sampler import PRESETS, sample_balanced, sample_study
 from mrg_r1.phantom.study import PhantomStudy
 from mrg_r1.types import Study, StudyImage
@@ -31,6 +33,8 @@ def write_phantoms(
     splits: Mapping[str, int],
     workers: int,
     prevalence: Mapping[int, float] | None = None,
+    faint: float = 0.0,
+    habits: Habits = USUAL,
 ) -> Path:
     """Write a phantom dataset; an interrupted one is taken up where it stopped.
 
@@ -48,6 +52,8 @@ def write_phantoms(
         splits: name -> studies, at least one each.
         workers: rendering processes.
         prevalence: of "five": observation -> share of studies that have it, where it is not to be 35 %.
+        faint: of "five": share of the findings that are there which are drawn faintly.
+        habits: of "five": how the radiologists write. The texts for a labeler are written as usual, with every frame.
 
     Returns:
         The manifest's path. It is written last: where it stands with all its images, nothing is done again.
@@ -77,18 +83,25 @@ def write_phantoms(
     settings["prevalence"] = [
         [OBSERVATIONS[observation], share] for observation, share in sorted((prevalence or {}).items())
     ]
+    if faint:
+        settings["faint"] = faint
+    if habits != USUAL:
+        settings["habits"] = asdict(habits)
     claim_folder(output, settings, images=images, seed=seed, side=side)
 
     manifest = output / "manifest.jsonl"
     if manifest.is_file() and all(image.path.is_file() for study in read_manifest(manifest) for image in study.images):
         return manifest
 
-    phantoms = [sample_study(preset, seed, index, prevalence=prevalence) for index in progress(split_of, "sampling")]
+    phantoms = [
+        sample_study(preset, seed, index, prevalence=prevalence, faint=faint, habits=habits)
+        for index in progress(split_of, "sampling")
+    ]
     paths = {phantom.index: _paths(output / "images" / split_of[phantom.index], phantom) for phantom in phantoms}
     renderings = [
         Rendering(path, phantom.shown, phantom.index, view, phantom.patient)
         if preset == "full"
-        else Rendering(path, phantom.drawn, phantom.index)
+        else Rendering(path, phantom.pictured, phantom.index)
         for phantom in phantoms
         for path, view in zip(paths[phantom.index], phantom.views, strict=True)
     ]
