@@ -1,5 +1,5 @@
-"""How sure a validation's score is: its standard error over the studies, and that of a difference between validations of
-the same studies, by the jackknife.
+"""How sure a validation's score is: its standard error over the studies, and that of a difference between validations
+of the same studies, by the jackknife.
 
 Of a validation one number a study is kept, the score without that study. What is made of several validations of the
 same studies, a difference or a mean, is made of these numbers too, and its standard error is theirs: what the

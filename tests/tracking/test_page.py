@@ -292,3 +292,13 @@ def test_a_reference_of_labels_alone_is_said_to_be_one(tmp_path):
     write_completions(tmp_path / "run", 0, [completion(0, study, 0, "Clear.", labels())])
     page = Page(write_page(tmp_path / "run", [study]))
     assert [card["ref"] for part in page.json["data"]["sets"] for card in part["cards"]] == [LABELS_ONLY] * 2
+
+
+def test_the_page_says_what_the_best_adapter_gained_over_the_last(tmp_path):
+    write_metrics(tmp_path / "run", 4)
+    gain = {"step": 4, "difference": 0.0312, "standard_error": 0.01}
+    best = {"step": 2, "score": 0.5, "over_last": gain}
+    for one, shown in ((best, "step 2 (+0.031 ± 0.010 over the last, step 4)"), ({"step": 2, "score": 0.5}, "step 2 ")):
+        (tmp_path / "run" / "summary.json").write_text(json.dumps({"best": one}))
+        page = Page(write_page(tmp_path / "run", []))
+        assert f"best validation at {shown.rstrip()}" in page.text and ("over the last" in page.text) == (one is best)
