@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-control demo-seeds start starts iu-phantom tables-phantom full-start \
+.PHONY: help setup demo demo-control demo-rft demo-random demo-seeds start starts iu-phantom tables-phantom full-start \
 	bench bench-gpu wheelhouse soak browser test test-slow test-gpu lint clean
 
 PYTHON ?= python3
@@ -69,6 +69,11 @@ demo-control: $(DEMO)/summary.json $(DEMO)/control/summary.json  ## the same sta
 	$(SAY) 'What GRPO changed, and what further SFT did in the same time:'
 	@$(MRG) summary $(DEMO) --control $(DEMO)/control
 
+##: demo-CONTROL: rft or random: rejection fine-tuning on the best of each group, or a random reward, instead of GRPO
+demo-rft demo-random: demo-%: $(DEMO)/summary.json
+	$(call launch,$(DEMO)/$*,train.py launch/recipes/demo.yaml control=$* output_dir=$(DEMO)/$* policy.path=$(DEMO)/sft/policy $(DEMO_KEYS))
+	@$(MRG) summary $(DEMO) --control $(DEMO)/$*
+
 demo-seeds:  ## the demo and its control over three seeds, and the mean gain
 	@for seed in 0 1 2; do $(MAKE) --no-print-directory demo-control SEED=$$seed; done
 	@$(MRG) summary runs/demo runs/demo-seed1 runs/demo-seed2
@@ -104,7 +109,7 @@ $(DEMO)/summary.json: $(DEMO)/sft/summary.json
 $(DEMO)/control/summary.json: $(DEMO)/summary.json
 	$(SAY) 'Control: from the same start, further SFT for as many processor seconds as GRPO and its labeler took'
 	$(call launch,$(DEMO)/control,sft.py launch/recipes/demo_control.yaml output_dir=$(DEMO)/control \
-		policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) sft.max_cpu_seconds=$$($(MRG) summary $(DEMO) --training-cpu-seconds))
+		policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) control_of=$(DEMO))
 
 # ---- tables: rows are recipes over seeds; finished rows are kept, an interrupted table goes on. On phantoms two rows at a
 # ---- time, one rank each. On reports:

@@ -96,7 +96,9 @@ class WordOverlapRewards:
 def word_overlap(recipe: Recipe) -> RunRewards:
     """What a run keeps for its rewards, where no labels are read: every reference is blank."""
     blank: defaultdict[str, list[int]] = defaultdict(lambda: [0] * len(OBSERVATIONS))
-    return RunRewards(recipe, WordOverlapRewards(), {}, {}, blank, constant=None, ccs_weights=None, supervisor=None)
+    return RunRewards(
+        recipe, WordOverlapRewards(), {}, {}, blank, constant=None, ccs_weights=None, thresholds=None, supervisor=None
+    )
 
 
 def make_recipe(folder: Path, task: Task) -> Recipe:

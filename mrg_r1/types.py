@@ -227,6 +227,9 @@ class Rewards:
     reference_labels: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, 14] int64 classes
     # `total` and each term -> [B] float32, of one report given to every study
     constant: dict[str, Tensor] = field(default_factory=dict)
+    # [B, G] int64 observations that one sentence affirms and another denies, -1 in rows that were not labelled; None
+    # where the sentences were not read
+    contradictions: Tensor | None = None
 
 
 @dataclass
@@ -251,3 +254,4 @@ class Experience:
     advantages: Tensor  # [B, G] float32
     reference_logp: Tensor | None  # [B, G, C] float32, None where beta is 0
     old_logp: Tensor | None  # [B, G, C] float32, None where the policy's own detached log-probs are the old ones
+    kept: Tensor | None = None  # [B, G] bool, the reports that the loss has; None: all

@@ -78,6 +78,17 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def between_0_and_1(text: str) -> float:
+    """A number above 0 and below 1, or a usage error."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1, such as 0.4")
+    return value
+
+
 def margin(text: str) -> float:
     """A reward margin, 0 <= m < 1, or a usage error."""
     try:

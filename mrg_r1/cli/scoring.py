@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mrg_r1.cli.arguments import add_labeler_arguments, add_output, described, load_labeler, margin, positive, seed
+from mrg_r1.cli.arguments import (
+    add_labeler_arguments,
+    add_output,
+    between_0_and_1,
+    described,
+    load_labeler,
+    margin,
+    positive,
+    seed,
+)
 
 if TYPE_CHECKING:
     from mrg_r1.types import Study
@@ -83,16 +92,19 @@ def _add_reward_card(commands: Any) -> None:
     card = described(
         commands.add_parser,
         "reward-card",
-        help="what a policy can earn without looking",
+        help="what a policy can earn without looking, and from which probability a reward wants a finding said",
         description="Before a GPU is spent: what the best constant report and a random one earn of the clinical "
         "reward, at every margin.\n"
-        "A run that does not rise above them has learned nothing from the images. The labels of the "
-        "manifest's reports come from one\n"
-        "of --labeler, --labels and --said.",
+        "A run that does not rise above them has learned nothing from the images. Then, for every "
+        "term that compares labels and every\n"
+        "observation: from which probability saying the finding pays over denying it and over "
+        "silence, also after\n"
+        "grpo.advantage_scale. The labels of the manifest's reports come from one of --labeler, --labels and --said.",
         examples="""
         mrg-r1 reward-card data/five/manifest.jsonl --said
         mrg-r1 reward-card data/iu/manifest.jsonl --labeler chexbert.pth --split train -o cards/iu
-        mrg-r1 reward-card data/iu/manifest.jsonl --labels chexbert_labels.csv --margin 0.4
+        mrg-r1 reward-card data/iu/manifest.jsonl --labels chexbert_labels.csv --margin 0.4 --margin 0.7
+        mrg-r1 reward-card data/iu/manifest.jsonl --labels chexbert_labels.csv --for disease_micro13 --f1 0.5
         """,
     )
     card.add_argument("manifest", type=Path, metavar="MANIFEST.jsonl")
@@ -103,7 +115,41 @@ def _add_reward_card(commands: Any) -> None:
     card.add_argument("--said", action="store_true", help="the manifest's own labels of its reports, `labels.said`")
     card.add_argument("--split", metavar="NAME", help="only the studies of this split, such as train (default: all)")
     card.add_argument(
-        "--margin", type=margin, default=0.5, metavar="M", help="the margin to sum up for, 0 <= M < 1 (default: 0.5)"
+        "--margin",
+        type=margin,
+        action="append",
+        metavar="M",
+        help="a margin of MCCS to show the break-evens of, 0 <= M < 1; may be repeated, the first is summed up for "
+        "(default: 0.5)",
+    )
+    card.add_argument(
+        "--threshold",
+        type=between_0_and_1,
+        metavar="T",
+        help="t of the term additive (default: half of the F1 within reach, as reward.threshold auto)",
+    )
+    card.add_argument(
+        "--for",
+        dest="score",
+        choices=("disease_micro13",),
+        help="show beside them from which probability this score wants a finding said, and say where a reward teaches "
+        "something else",
+    )
+    card.add_argument(
+        "--f1",
+        type=between_0_and_1,
+        metavar="F",
+        help="what that score can reach (default: midway between the best answer without looking and 1)",
+    )
+    card.add_argument(
+        "--policy-labels",
+        type=Path,
+        metavar="LABELS.csv",
+        help="labels of reports that a policy wrote: its say-rates for the break-evens after the scale (default: the "
+        "references')",
+    )
+    card.add_argument(
+        "--group-size", type=positive, default=8, metavar="G", help="of the break-evens after the scale (default: 8)"
     )
     add_output(card, "folder to write reward_card.json and reward_card.png to (default: only print)", required=False)
     card.set_defaults(run=_reward_card)
@@ -150,6 +196,13 @@ def _reward_card(arguments: argparse.Namespace) -> None:
 
     from mrg_r1.data.study import read_manifest
     from mrg_r1.files import write_text_atomically
+    from mrg_r1.labels.observations import read_labels_csv
+    from mrg_r1.reward.card.break_even_tables import (
+        break_even_card,
+        break_evens_json,
+        print_break_evens,
+        wanted_by_f1,
+    )
     from mrg_r1.reward.card.card import reward_card
     from mrg_r1.reward.card.picture import write_picture
     from mrg_r1.reward.card.tables import LabelSource, Source, card_json, print_card
@@ -160,19 +213,38 @@ def _reward_card(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"labels come from one of --labeler PATH, --labels LABELS.csv and --said; {given} given, give one"
         )
+    if arguments.f1 is not None and arguments.score is None:
+        raise ValueError(f"--f1 {arguments.f1} says what a score can reach; name the score, --for disease_micro13")
+    margins = list(dict.fromkeys(arguments.margin or [0.5]))
+    policy = None
+    if arguments.policy_labels is not None:
+        policy = (str(arguments.policy_labels), np.array(list(read_labels_csv(arguments.policy_labels).values())))
+        if not len(policy[1]):
+            raise ValueError(f"{arguments.policy_labels}: no row; give the labels of a policy's reports")
     studies = read_manifest(arguments.manifest, split=arguments.split)
     classes, name, fingerprint = _classes(arguments, studies)
     ids, texts = [study.id for study in studies], [study.report for study in studies]
-    card = reward_card(np.array(classes), ids, texts, [arguments.margin])
+    card = reward_card(np.array(classes), ids, texts, margins)
+    pays = break_even_card(
+        np.array(classes),
+        card.at(0.0).constant.vector,
+        margins=margins,
+        threshold=arguments.threshold,
+        wanted=None if arguments.score is None else wanted_by_f1(np.array(classes), arguments.score, arguments.f1),
+        policy=policy,
+        group_size=arguments.group_size,
+    )
     rendered = sum(study.rendered for study in studies)
     kinds: dict[str, LabelSource] = {"labeler": "labeler", "labels": "file", "said": "said"}
     source = Source(str(arguments.manifest), arguments.split, kinds[chosen[0]], rendered, name, fingerprint)
-    print_card(card, source, arguments.margin)
+    print_card(card, source, margins[0])
+    print_break_evens(pays)
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         written = arguments.output / "reward_card.json"
-        write_text_atomically(written, json.dumps(card_json(card, source, arguments.margin), indent=2) + "\n")
-        write_picture(arguments.output / "reward_card.png", card, source, arguments.margin)
+        content = {**card_json(card, source, margins[0]), "break_evens": break_evens_json(pays)}
+        write_text_atomically(written, json.dumps(content, indent=2) + "\n")
+        write_picture(arguments.output / "reward_card.png", card, source, margins[0], pays)
         print(f"{written}: written, with reward_card.png")
 
 

@@ -8,7 +8,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mrg_r1.metrics.clinical import DEFINITIONS
-from mrg_r1.reward.terms import BUILT_IN, require_known
 
 THINK_INSTRUCTION = (
     "Write the findings of this chest X-ray. First reason inside <think></think>, then give the report inside "
@@ -175,76 +174,6 @@ class GrpoSection(Section):
                 "GSPO clips near 3e-4 (set grpo.clip_low and grpo.clip_high)"
             )
         return self
-
-
-class RewardSection(Section):
-    labeler: Path = Field(description="Labeler: a directory of `mrg-r1 labeler train`, or a CheXbert file. yours")
-    tokenizer: str | None = Field(
-        None, description="Tokenizer directory for a CheXbert checkpoint file (bert-base-uncased). yours"
-    )
-    device: str = Field(
-        "cpu",
-        pattern=DEVICE,
-        description="Physical device of the labeler, whatever the ranks see: cpu, cuda:7 (nvidia-smi's number) or a "
-        "UUID. ours",
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Precision of the labeler's weights. ours"
-    )
-    timeout: float = Field(
-        600,
-        gt=0,
-        description="Seconds after which a reward service that is at work on one batch is taken for stuck and "
-        "restarted. ours",
-    )
-    weights: dict[str, float] = Field(
-        {"mccs": 0.75, "format": 0.25},
-        description="Weights of the terms of the reward, as {mccs: 0.75, format: 0.25}; module:function is one of yours"
-        + "".join(f"\n        {name}: {term.description}" for name, term in BUILT_IN.items())
-        + ". paper",
-    )
-    margin: float = Field(
-        0.5,
-        ge=0,
-        lt=1,
-        description="m of MCCS; the paper's value is not known, `mrg-r1 reward-card` suggests one. ours",
-    )
-    margin_end: float | None = Field(
-        None, ge=0, lt=1, description="The margin moves to this one in a straight line; None: it stays. ours"
-    )
-    margin_steps: int | None = Field(None, ge=1, description="Steps after which margin_end is reached. ours")
-    ccs_weights: Literal["equal", "inverse_prevalence"] = Field(
-        "equal",
-        description="Weights inside the cosine of ccs and mccs: equal, or rare findings of the training reports count "
-        "more. paper (equal)",
-    )
-    format: Literal["binary", "graded"] = Field(
-        "binary", description="Format reward: all rules, or the share of them kept. ours"
-    )
-    normalise: Literal["total", "per_term"] = Field(
-        "total", description="Normalise the weighted sum, or each term in its group before summing. ours"
-    )
-
-    @field_validator("weights")
-    @classmethod
-    def _known_terms(cls, weights: dict[str, float]) -> dict[str, float]:
-        require_known(weights)
-        return weights
-
-    @model_validator(mode="after")
-    def _annealed(self) -> RewardSection:
-        if (self.margin_end is None) != (self.margin_steps is None):
-            raise ValueError(
-                f"margin_end {self.margin_end} and margin_steps {self.margin_steps}: an annealed margin needs "
-                "both, a constant one neither"
-            )
-        return self
-
-    def margin_at(self, step: int) -> float:
-        """m of the outer step `step`, counted from 0."""
-        if self.margin_end is None or self.margin_steps is None:
-            return self.margin
-        return self.margin + (self.margin_end - self.margin) * min(step / self.margin_steps, 1.0)
 
 
 class OptimizerSection(Section):

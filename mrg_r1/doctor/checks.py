@@ -19,6 +19,7 @@ from mrg_r1.doctor.inputs import check_disk, check_output, check_stage, most_ima
 from mrg_r1.doctor.labeler import check_labeler, device_of_labeler
 from mrg_r1.doctor.machine import Device, cuda_devices, package_findings
 from mrg_r1.doctor.memory import Task
+from mrg_r1.doctor.reward import reward_findings
 from mrg_r1.engine.config import read_config
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.policy.adapter_files import read_adapter, require_fit
@@ -30,7 +31,9 @@ _IMAGES = 8  # of each split that `mrg-r1 doctor` opens; a launch opens all (dat
 
 
 def task_of(recipe: Recipe) -> Task:
-    """What a recipe is for, where nobody says: SFT where it has a section `sft` and none `grpo`."""
+    """What a recipe is for, where nobody says: SFT where it has a section `sft` and none `grpo`, or is its control."""
+    if recipe.control == "sft":
+        return "sft"
     return "sft" if "sft" in recipe.model_fields_set and "grpo" not in recipe.model_fields_set else "grpo"
 
 
@@ -86,12 +89,14 @@ def launch_findings(recipe: Recipe, *, task: Task, ranks: Ranks, studies: dict[s
 
 
 def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) -> list[Finding]:
-    """Policy, labeler and memory: also what a launch looks at before it loads the policy.
+    """Policy, reward, labeler and memory: also what a launch looks at before it loads the policy.
 
     Args:
         images: of the study that has most.
     """
     findings = [examined("policy", lambda: _policy(recipe)), examined("tokenizer", lambda: _tokenizer(recipe))]
+    if task == "grpo":
+        findings += reward_findings(recipe)
     if recipe.phases != "update":
         reward = recipe.reward
         findings += [

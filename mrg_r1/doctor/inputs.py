@@ -47,8 +47,9 @@ def read_splits(recipe: Recipe, *, task: str = "grpo") -> tuple[dict[str, list[S
     if task == "evaluate":
         studies = {part: [study for study in studies[part] if study.has_reference or part == "test"] for part in names}
         scored = _referenced(recipe, studies["test"])
-        # weights of the CCS term come from the training reports
-        needed = ["train", "test"] if scored and recipe.reward.ccs_weights == "inverse_prevalence" else ["test"]
+        # what these switches stand for comes from the training reports
+        trained = recipe.reward.ccs_weights == "inverse_prevalence" or recipe.reward.threshold == "auto"
+        needed = ["train", "test"] if scored and trained else ["test"]
     for part in needed:
         if not studies[part]:
             found = sorted({study.split for study in everything})

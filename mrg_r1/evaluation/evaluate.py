@@ -27,6 +27,7 @@ from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import bootstrap_intervals
 from mrg_r1.metrics.clinical import clinical_scores, per_observation, support, truth_scores
 from mrg_r1.metrics.identity import ids_hash, labels_hash
+from mrg_r1.metrics.wording import wording
 from mrg_r1.policy.policy import Policy
 from mrg_r1.reward.compute import RewardContext, RewardError
 from mrg_r1.reward.held_out import HeldOutLabeler
@@ -41,6 +42,9 @@ SUMMARY_KEYS = (
     "mean_reward",
     "format_rate",
     "distinct_share",
+    "repeated_sentence",
+    "repetition",
+    "contradiction",
     "held_out_disease_micro13",
     "hacking_gap",
 )
@@ -143,10 +147,17 @@ def _predictions(batch: list[Study], completions: Completions, rewards: Rewards)
             "constant": {name: float(values[b]) for name, values in rewards.constant.items()},
             "labels": values_of_classes(rewards.labels[b, 0].clamp_min(BLANK).tolist()),
             "reference_labels": values_of_classes(rewards.reference_labels[b].tolist()),
+            "contradictions": _count(rewards, b),
             "drawn": None if study.drawn is None else list(study.drawn),
         }
         for b, study in enumerate(batch)
     ]
+
+
+def _count(rewards: Rewards, study: int) -> int | None:
+    """Contradictions of a study's only report; None where it is malformed or its sentences were not read."""
+    count = -1 if rewards.contradictions is None else int(rewards.contradictions[study, 0])
+    return None if count < 0 else count
 
 
 def _add_held_out_labels(
@@ -230,6 +241,10 @@ def summarise(
         "format_rate": float(np.mean([row["terms"].get("format", float("nan")) for row in predictions])),
         "distinct_share": len(set(reports)) / len(predictions),
         "no_finding_rate": float((predicted[:, NO_FINDING] == POSITIVE).mean()),
+        # what the labeler reads as if nothing were wrong (docs/metrics.md, Wording)
+        **asdict(wording([row["report"] for row in predictions], [row.get("contradictions") for row in predictions])),
+        # what the radiologists do themselves; a labeler has not read their sentences
+        "references_wording": asdict(wording([row.get("reference") for row in predictions], [None] * len(predictions))),
         "mean_words": float(np.mean([len(report.split()) for report in reports])) if reports else 0.0,
         "disease_micro13": scores["disease_micro13"].f1,
         "disease_macro13": scores["disease_macro13"].f1,

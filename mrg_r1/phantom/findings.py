@@ -49,7 +49,9 @@ PAINTERS: Mapping[int, Mapping[str, Callable[[Layers, Trait, float], None]]] = {
 }
 
 
-def render(drawn: Sequence[int | None], *, seed: int, index: int, side: int) -> NDArray[np.uint8]:
+def render(
+    drawn: Sequence[int | None], *, seed: int, index: int, side: int, strengths: Sequence[float] | None = None
+) -> NDArray[np.uint8]:
     """A frontal chest radiograph with the findings of `drawn`.
 
     Args:
@@ -58,6 +60,7 @@ def render(drawn: Sequence[int | None], *, seed: int, index: int, side: int) -> 
         seed: the data set's.
         index: the study's; patient, exposure and traits follow from seed and index alone.
         side: pixels of each side, at least 32.
+        strengths: 13, how strongly each finding is drawn, 0 to 1; None: as `drawn` says.
 
     Returns:
         [side, side] uint8 grey levels, bright is dense. The same arguments give the same bytes on one machine; between
@@ -66,7 +69,7 @@ def render(drawn: Sequence[int | None], *, seed: int, index: int, side: int) -> 
     Raises:
         ValueError: not 14 values, another value than 1, 0, -1 and None, a negative seed or index, or a side below 32.
     """
-    strengths = strengths_of(drawn)
+    strengths = strengths_of(drawn) if strengths is None else strengths
     traits = sample_traits(seed, index)
     chest = proportions(sample_chest(keyed_generator(seed, index, CHEST_STREAM)), strengths, traits)
     layers = build_layers(chest, side)

@@ -21,6 +21,7 @@ from mrg_r1.phantom.lexicon import SPLITS
 from mrg_r1.phantom.study import PhantomStudy, no_finding
 from mrg_r1.phantom.traits import (
     CARDIOMEGALY,
+    FAINT,
     LABELS_STREAM,
     LUNG_LESION,
     PLEURAL_EFFUSION,
@@ -70,7 +71,8 @@ def sample_study(
         wording: "train", "heldout" or "all", as `wording.write_report`'s; it changes the report alone.
         prevalence: of "five" alone: observation -> share of studies that have it, for those that are to differ from 35
             %.
-        faint: of "five" alone: share of the findings that are there which are drawn faintly.
+        faint: of "five" alone: share of the findings that are there which are drawn faintly, each by a strength of its
+            own, from nothing to `FAINT`.
         habits: of "five" alone: how the reports are written.
 
     Returns:
@@ -108,9 +110,10 @@ def sample_study(
     for i, observation in enumerate(FIVE_FINDINGS):
         drawn[observation] = int(present[i])
         said[observation] = writer.say(bool(present[i]), float(speech[i]))
-    shades = rng.random(len(FIVE_FINDINGS))
-    pale = {observation for i, observation in enumerate(FIVE_FINDINGS) if present[i] and shades[i] < faint}
-    return _spoken(drawn, said, seed, index, wording, writer=writer, faint=frozenset(pale))
+    strengths = [0.0] * NO_FINDING
+    for i, (pale, strength) in enumerate(rng.random((len(FIVE_FINDINGS), 2)).tolist()):
+        strengths[FIVE_FINDINGS[i]] = float(present[i]) * (FAINT * strength if pale < faint else 1.0)
+    return _spoken(drawn, said, seed, index, wording, writer=writer, strengths=tuple(strengths))
 
 
 def sample_balanced(preset: str, seed: int, index: int, *, wording: str = "train") -> PhantomStudy:
@@ -141,7 +144,7 @@ def _spoken(
     wording: str,
     *,
     writer: Writer,
-    faint: frozenset[int] = frozenset(),
+    strengths: tuple[float, ...] | None = None,
 ) -> PhantomStudy:
     """The study of 13 drawn and 13 said values, with No Finding and the words."""
     drawn.append(no_finding(drawn))
@@ -154,7 +157,9 @@ def _spoken(
         lexicon=writer.lexicon,
         alike=writer.normal_alike,
     )
-    return PhantomStudy(index, tuple(drawn), tuple(said), report, f"phantom-{seed}-{index:06d}", index, faint=faint)
+    return PhantomStudy(
+        index, tuple(drawn), tuple(said), report, f"phantom-{seed}-{index:06d}", index, strengths=strengths
+    )
 
 
 @lru_cache(maxsize=1)

@@ -22,12 +22,7 @@ class PhantomStudy:
     indication: str | None = None
     comparison: str | None = None
     prior: int | None = None  # index of the patient's earlier study
-    faint: frozenset[int] = frozenset()  # preset five: findings that are there and drawn faintly
-
-    @property
-    def pictured(self) -> tuple[int | None, ...]:
-        """14: `drawn`, but -1 (to be drawn faintly) for what is `faint`."""
-        return tuple(-1 if number in self.faint else value for number, value in enumerate(self.drawn))
+    strengths: tuple[float, ...] | None = None  # 13, how strongly each is drawn; None: as `drawn` or `shown` say
 
     @property
     def shown(self) -> tuple[int | None, ...]:

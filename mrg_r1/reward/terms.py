@@ -16,8 +16,12 @@ from pycocoevalcap.rouge.rouge import Rouge
 from sacrebleu.metrics.bleu import BLEU
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, signed_vector
+from mrg_r1.metrics.wording import repetition
+from mrg_r1.reward.additive import additive
 
 Floats = NDArray[np.float32]
+CONTRADICTION = "contradiction"  # the term for which each sentence is read by itself
+_PAID_TO_BE_HIGH = ("repetition", CONTRADICTION)  # named after what they are the absence of
 CustomTerm = Callable[[list[str | None], list[str], NDArray[np.int64], NDArray[np.int64]], Floats]
 
 
@@ -34,6 +38,9 @@ class Scored:
         format: [N] float32, how far each completion keeps the grammar (`report_format.format_score`).
         margin: m of `mccs`.
         ccs_weights: [13, 2] of `ccs`; None: equal.
+        thresholds: [13] of `additive`; None where it is not a term.
+        contradictions: [N] int64 observations that one sentence of the report affirms and another denies; read where
+            the term `contradiction` has a weight.
     """
 
     texts: Sequence[str]
@@ -43,6 +50,8 @@ class Scored:
     format: Floats
     margin: float
     ccs_weights: NDArray[np.float64] | None
+    thresholds: NDArray[np.float64] | None = None
+    contradictions: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -248,13 +257,30 @@ def length(generated: Sequence[str], references: Sequence[str]) -> Floats:
     return np.array([min(pair) / max(pair) if max(pair) else 1.0 for pair in counts], dtype=np.float32)
 
 
+def _without_repetition(scored: Scored) -> Floats:
+    return np.array([1 - repetition(text) for text in scored.texts], dtype=np.float32)
+
+
+def _without_contradiction(scored: Scored) -> Floats:
+    if scored.contradictions is None:
+        raise ValueError("the sentences of the reports were not read")
+    return (1 / (1 + scored.contradictions)).astype(np.float32)
+
+
 def _ccs_of(scored: Scored) -> Floats:
     return ccs(signed_vector(scored.labels), signed_vector(scored.reference_labels), scored.ccs_weights)
+
+
+def _additive_of(scored: Scored) -> Floats:
+    if scored.thresholds is None:
+        raise ValueError("additive has no thresholds; set reward.threshold (RewardContext.thresholds)")
+    return additive(signed_vector(scored.labels), signed_vector(scored.reference_labels), scored.thresholds)
 
 
 BUILT_IN: Mapping[str, Term] = {
     "mccs": Term(lambda s: mccs(_ccs_of(s), s.margin), "what of ccs is above reward.margin, 0 to 1"),
     "ccs": Term(_ccs_of, "cosine of what the two reports affirm (+1) and deny (-1) of 13 observations, -1 to 1"),
+    "additive": Term(_additive_of, "findings said pay from the probability reward.threshold on, -1 to 1"),
     "ce_f1": Term(lambda s: ce_f1(s.labels, s.reference_labels), "F1 of one report's positive findings, 0 to 1"),
     "bleu4": Term(
         lambda s: bleu4(s.texts, s.references), "sentence BLEU-4 against the reference, 0 to 1", needs_words=True
@@ -264,6 +290,10 @@ BUILT_IN: Mapping[str, Term] = {
     ),
     "length": Term(
         lambda s: length(s.texts, s.references), "shorter over longer of report and reference, 0 to 1", needs_words=True
+    ),
+    "repetition": Term(_without_repetition, "1 less the share of sentences or three-grams said before, 0 to 1"),
+    CONTRADICTION: Term(
+        _without_contradiction, "1 over 1 + the observations that one sentence affirms and another denies, 0 to 1"
     ),
     "format": Term(lambda s: s.format, "the completion keeps the prompt's grammar, 0 to 1", scores_malformed=True),
 }
@@ -285,6 +315,20 @@ def require_known(names: Iterable[str]) -> None:
 def needing_words(names: Iterable[str]) -> list[str]:
     """Those of the terms that read the reference's words, and all of the user's own, which are handed them."""
     return [name for name in names if name not in BUILT_IN or BUILT_IN[name].needs_words]
+
+
+def require_signs(weights: Mapping[str, float]) -> None:
+    """Refuse a negative weight where it would pay for what it is meant to price.
+
+    Raises:
+        ValueError: names the term.
+    """
+    for name in _PAID_TO_BE_HIGH:
+        if weights.get(name, 0) < 0:
+            raise ValueError(
+                f"reward term {name!r}: weight {weights[name]}; the term is 1 for a report without {name}, so that a "
+                "negative weight would pay for it; give a positive one"
+            )
 
 
 def load_callable(name: str) -> CustomTerm:

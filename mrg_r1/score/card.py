@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import LEVEL, SAMPLES, bootstrap_intervals
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, per_observation, support
 from mrg_r1.metrics.identity import digits, ids_hash, labels_hash
+from mrg_r1.metrics.wording import WORDING_ARE, read_contradictions, wording
 from mrg_r1.score.reading import Side, read_side, require_same_studies
 
 FORMAT = "mrg-r1 score card 1"
@@ -99,6 +100,11 @@ def score_files(
         },
         **_clinical(said, true, of_training, samples, seed),
         **_lexical(of_predicted, of_reference, ids, cleaning),
+        "wording": {
+            "predicted": _wording(of_predicted, labeler),
+            "reference": _wording(of_reference, labeler),
+            "are": WORDING_ARE,
+        },
         "predictions": {"ids": ids, "predicted": digits(said), "reference": digits(true)},
     }
 
@@ -179,6 +185,17 @@ def _clinical(
 def definitions_are() -> dict[str, Any]:
     """Every definition in words."""
     return {name: definition.described() for name, definition in DEFINITIONS.items()}
+
+
+def _wording(side: Side, labeler: LoadLabeler | None) -> dict[str, float | None] | None:
+    """What no clinical score sees; None of labels. An empty report is none; sentences are read where a labeler is."""
+    if side.texts is None:
+        return None
+    reports = [text for study in sorted(side.texts) if (text := side.texts[study]) is not None and text.strip()]
+    counts: list[int | None] = [None] * len(reports)
+    if labeler is not None:
+        counts = read_contradictions(reports, partial(labeler().label, progress=True)).tolist()
+    return asdict(wording(reports, counts))
 
 
 def _lexical(predicted: Side, reference: Side, ids: Sequence[str], cleaning: str) -> dict[str, Any]:

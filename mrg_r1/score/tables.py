@@ -56,7 +56,22 @@ def print_card(card: Mapping[str, Any]) -> None:
         _print_lines(console, lines)
     else:
         _print_lines(console, [f"lexical metrics are missing: {card['lexical_reason']}"])
+    _print_wording(console, card["wording"])
     _print_lines(console, _origin(card))
+
+
+def _print_wording(console: Console, wording: Mapping[str, Any]) -> None:
+    sides = {side: wording[side] for side in ("predicted", "reference") if wording[side] is not None}
+    if not sides:
+        return
+    table = _table("wording", *sides, "what it is")
+    for name, what in wording["are"].items():
+        values = [side[name] for side in sides.values()]
+        if any(value is not None for value in values):
+            table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values), what)
+    _print_table(console, "Wording: what no clinical score sees", table)
+    if all(side["contradiction"] is None for side in sides.values()):
+        _print_lines(console, ["contradictions are missing: sentences are read with --labeler"])
 
 
 def print_comparison(comparison: Mapping[str, Any]) -> None:
@@ -87,6 +102,11 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
         _print_table(
             console, f"Lexical metrics, cleaning {lexical['cleaning']}, {lexical['package']}; without intervals", table
         )
+    if comparison["wording"] is not None:
+        table = _table("wording", "first", "second", "difference")
+        for name, found in comparison["wording"].items():
+            table.add_row(name, f"{found['first']:.3f}", f"{found['second']:.3f}", f"{found['difference']:+.3f}")
+        _print_table(console, "Wording of the predicted reports; without intervals", table)
     bootstrap = comparison["bootstrap"]
     lines = [
         *(f"{which}: {card['file']}, mrg-r1 {card['version']}" for which, card in cards.items()),

@@ -58,6 +58,7 @@ class BuiltRow:
 
     name: str
     seeds: list[int]  # finished
+    control: str | None  # a key of `tracking.control.CONTROLS`
     cells: dict[str, Cell]  # by column
     gains: dict[str, Gain]  # by column; none for the reference
 
@@ -157,7 +158,8 @@ def build_table(plan: Plan) -> BuiltTable:
                     gains[column] = _gain(
                         column, values[spec.reference, column], values[row.name, column], shared, pooled
                     )
-        rows.append(BuiltRow(row.name, done, cells, gains))
+        control = None if row.before else plan.runs[row.name, seeds[0]].control
+        rows.append(BuiltRow(row.name, done, control, cells, gains))
     return BuiltTable(
         title=spec.title,
         question=spec.question,

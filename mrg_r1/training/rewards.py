@@ -28,6 +28,7 @@ from mrg_r1.reward.service.client import ServiceRewards
 from mrg_r1.reward.service.interface import Health, RewardService, RewardsMissing, RewardsNotFinite, Ticket
 from mrg_r1.reward.service.supervisor import ServiceSettings, Supervisor
 from mrg_r1.reward.terms import inverse_prevalence
+from mrg_r1.training.thresholds import resolve_thresholds
 from mrg_r1.types import Rewards, Study
 
 _HELD_OUT_DTYPE = "float32"
@@ -44,6 +45,8 @@ class RunRewards:
         labels: study id -> the 14 classes of its reference.
         constant: by margin, the training report that would earn most if it were given to every study; None without
             a training report.
+        ccs_weights: [13, 2] inside the cosine; None: equal.
+        thresholds: [13] of `additive`; None where it is not a term.
     """
 
     recipe: Recipe
@@ -53,6 +56,7 @@ class RunRewards:
     labels: dict[str, list[int]]
     constant: dict[float, str] | None
     ccs_weights: NDArray[np.float64] | None
+    thresholds: NDArray[np.float64] | None
     supervisor: Supervisor | None  # on the node's first rank
 
     def context_of(self, study_ids: Sequence[str], *, step: int | None = None) -> RewardContext:
@@ -63,6 +67,8 @@ class RunRewards:
             margin=margin,
             ccs_weights=self.ccs_weights,
             constant=self.constant_at(margin),
+            thresholds=self.thresholds,
+            contradictions=step is None,
         )
 
     def constant_at(self, margin: float) -> str | None:
@@ -155,7 +161,6 @@ def prepare(
 ) -> RunRewards:
     """Have the references read by a service that is ready, and choose the constant report. Every rank calls this."""
     labels: dict[str, list[int]] = {}
-    constant = None
     train = studies["train"]
     if ranks.is_main:
         labels = reference_labels(
@@ -165,13 +170,15 @@ def prepare(
             label=service.label,
             fallback=recipe.output_dir / "reference_labels",
         )
-        if any(study.report is not None for study in train):
-            classes = np.array([labels[study.id] for study in train], dtype=np.int64)
-            constant = _constants(recipe, classes, [study.report for study in train])
-    labels, constant = ranks.agree((labels, constant))
-    opened = RunRewards(recipe, service, labeler, studies, labels, constant, None, supervisor)
+    labels = ranks.agree(labels)
+    opened = RunRewards(recipe, service, labeler, studies, labels, None, None, None, supervisor)
+    classes = opened.classes("train")
+    opened.thresholds = ranks.from_main(lambda: resolve_thresholds(recipe, classes), RecipeError)
+    if ranks.is_main and any(study.report is not None for study in train):
+        opened.constant = _constants(recipe, classes, [study.report for study in train], opened.thresholds)
+    opened.constant = ranks.agree(opened.constant)
     if train:
-        opened.ccs_weights = _ccs_weights(recipe, opened.classes("train"))
+        opened.ccs_weights = _ccs_weights(recipe, classes)
     return opened
 
 
@@ -179,23 +186,27 @@ def _ccs_weights(recipe: Recipe, classes: NDArray[np.int64]) -> NDArray[np.float
     return inverse_prevalence(classes) if recipe.reward.ccs_weights == "inverse_prevalence" else None
 
 
-def _constants(recipe: Recipe, classes: NDArray[np.int64], texts: Sequence[str | None]) -> dict[float, str]:
-    """By margin, the training report that would earn most of MCCS and CCS as the recipe weights them, and of MCCS where
-    it rewards neither, over all training labels; studies with labels alone (None) have no report to give.
+def _constants(
+    recipe: Recipe, classes: NDArray[np.int64], texts: Sequence[str | None], thresholds: NDArray[np.float64] | None
+) -> dict[float, str]:
+    """By margin, the training report that would earn most of MCCS, CCS and additive as the recipe weights them, and of
+    MCCS where it rewards none of them, over all training labels; studies with labels alone (None) have none to give.
 
     Of a margin that moves: where it begins, where it ends, and every multiple of 0.05 between.
     """
     reward = recipe.reward
     ends = sorted((reward.margin_at(0), reward.margin_at(recipe.steps)))
     margins = sorted({*ends, *(margin for margin in MARGINS if ends[0] < margin < ends[1])})
-    of_mccs, of_ccs = (reward.weights.get(name, 0.0) for name in ("mccs", "ccs"))
+    of_mccs, of_ccs, of_additive = (reward.weights.get(name, 0.0) for name in ("mccs", "ccs", "additive"))
     chosen = best_real_constants(
         classes,
         texts,
         margins,
         ccs_weights=_ccs_weights(recipe, classes),
-        of_mccs=of_mccs if of_ccs else 1.0,
+        of_mccs=of_mccs if of_ccs or of_additive else 1.0,
         of_ccs=of_ccs,
+        of_additive=of_additive,
+        thresholds=thresholds,
     )
     reports = {margin: texts[study] for margin, study in zip(margins, chosen, strict=True)}
     return {

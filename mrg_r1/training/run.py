@@ -150,8 +150,8 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Task) -> Run:
     # the labelers are loaded by processes of their own while the policy is loaded here
     supervisor = rewards.start_service(recipe, ranks) if rewarded else None
     held_out_supervisor = rewards.start_held_out(recipe, ranks) if has_held_out else None
-    policy = _open_policy(recipe, ranks, checked.partition)
-    build = _open_builder(recipe, ranks, policy)
+    policy = open_policy(recipe, ranks, checked.partition)
+    build = open_builder(recipe, ranks, policy)
     for study in [study for part in studies.values() for study in part]:
         build.check_context(study)
     met = {  # the studies whose references the run can need
@@ -179,7 +179,7 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Task) -> Run:
     )
 
 
-def _open_policy(recipe: Recipe, ranks: Ranks, partition: RankPartition | None) -> Policy:
+def open_policy(recipe: Recipe, ranks: Ranks, partition: RankPartition | None) -> Policy:
     """The recipe's policy with its cold start merged into it, on this rank's device."""
     policy = load_policy(
         recipe.policy.path,
@@ -194,7 +194,7 @@ def _open_policy(recipe: Recipe, ranks: Ranks, partition: RankPartition | None) 
     return policy
 
 
-def _open_builder(recipe: Recipe, ranks: Ranks, policy: Policy) -> PromptBuilder:
+def open_builder(recipe: Recipe, ranks: Ranks, policy: Policy) -> PromptBuilder:
     """What makes a study a prompt."""
     words = PromptWords(
         instruction=recipe.prompt.words,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrg_r1.config.control import at_equal_time
 from mrg_r1.config.recipe import Recipe, RecipeError
 from mrg_r1.data.loader import StudyLoader, special_tokens
 from mrg_r1.engine.faults import Signals
@@ -136,6 +137,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     """Run or resume an SFT recipe. Leaves RUN/adapter (LoRA) or RUN/policy (all parameters, a checkpoint directory)."""
     if is_finished(recipe.output_dir, ranks):
         return
+    recipe = ranks.from_main(lambda: at_equal_time(recipe, world_size=ranks.world_size), RecipeError)
 
     def make_trainable(run: Run) -> None:
         check_reports(run)

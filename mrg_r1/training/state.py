@@ -23,6 +23,7 @@ from mrg_r1.reward.service.interface import RewardsMissing
 from mrg_r1.tracking.evaluation_tables import print_evaluation
 from mrg_r1.tracking.log import Clock, RunLog
 from mrg_r1.tracking.page import write_page
+from mrg_r1.training.controls import control_words
 from mrg_r1.training.preflight import Task
 from mrg_r1.training.resume import what_rounds_otherwise
 from mrg_r1.training.run import Run, build_engine, open_run
@@ -184,6 +185,7 @@ class RunState:
                 "world_size": run.ranks.world_size,
                 "zero_stage": None if self.engine_if_any is None else self.engine_if_any.stage,
                 "seed": run.recipe.seed,
+                "control": run.recipe.control,
                 "note": f"{rendered} of {after['n']} test studies are rendered phantoms"
                 if after and rendered
                 else None,
@@ -245,6 +247,8 @@ def start_training(
         # of the run before it was interrupted
         clock.add(record["seconds"], record.get("cpu_seconds", 0.0), record.get("labeler_cpu_seconds"))
     state = open_state(run, signals, clock, record=record, batch_size=batch_size, engine=engine, before=before)
+    if recipe.control is not None:
+        state.log.say(f"control: {control_words(recipe)}")
     if state.start:
         state.log.say(f"resuming {run.directory} after step {state.start} of {recipe.steps}")
         reasons = what_rounds_otherwise(record, recipe, world_size=ranks.world_size, stage=engine.stage)

@@ -10,6 +10,7 @@ from typing import Any
 from mrg_r1.evaluation.evaluate import short_summary
 from mrg_r1.metrics.renamed import todays_names
 from mrg_r1.policy.lora import save_adapter
+from mrg_r1.tracking.collapse import WORDING_REMEDY, WORDING_ROSE
 from mrg_r1.tracking.gaps import GapWatch
 from mrg_r1.tracking.log import RunLog
 from mrg_r1.training.experience import adapter_folder, keep_newest_adapters, write_step
@@ -17,6 +18,11 @@ from mrg_r1.training.looks import Looks, plus_minus
 from mrg_r1.training.run import Run
 from mrg_r1.types import Sampled
 
+_WORDING = {  # key of an evaluation -> what it is
+    "repeated_sentence": "reports in which a whole sentence stands twice",
+    "repetition": "share of a report's sentences or three-grams that were said before",
+    "contradiction": "reports that affirm and deny one observation",
+}
 LOGP_GAP_WARNING = 0.05  # nats; bf16 of a sound rollout is seen at 0.004 on average
 
 
@@ -75,18 +81,25 @@ def validate_before(run: Run, gaps: GapWatch, looks: Looks, log: RunLog) -> dict
 
 
 def warn_at_close(run: Run, log: RunLog) -> None:
-    """Say where a gap has widened between the test split's evaluations before and after training, as RUN/evaluation has
-    them.
+    """Say where a gap has widened, or repetition and contradiction have risen, between the test split's evaluations
+    before and after training, as RUN/evaluation has them.
     """
     if not run.ranks.is_main:
         return
     watch, folder = GapWatch(), run.directory / "evaluation"
+    results = []
     for name, when in (("test_before", "before training"), ("test", "after training, on the test split")):
         result = todays_names(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+        results.append(result)
         lines = (folder / f"{name}_predictions.jsonl").read_text(encoding="utf-8").split("\n")
         rows = [todays_names(json.loads(line)) for line in lines if line]
         for warning in watch.update(rows, _readers(result), when=when):
             log.say(warning)
+    before, after = results
+    for name, words in _WORDING.items():
+        first, now = before.get(name), after.get(name)
+        if first is not None and now is not None and now > first + WORDING_ROSE:
+            log.say(f"{name} has risen from {first:.1%} to {now:.1%} on the test split ({words}); {WORDING_REMEDY}")
 
 
 def _readers(result: dict[str, Any]) -> str:
@@ -120,6 +133,7 @@ def keep_best(
         metrics |= {
             "validation/labeler_gap": result["labeler_gap"],
             "validation/no_finding_rate": result["no_finding_rate"],
+            **{f"validation/{key}": result.get(key) for key in _WORDING},  # null where no report can be read
         }
         metrics |= looks.take(step, score, rows, best=best is None or score > best["score"])
     if best is None or score is None or score > best["score"]:

@@ -20,6 +20,7 @@ from mrg_r1.config.recipe import (
     load_recipe,
     load_run,
 )
+from mrg_r1.reward.additive import FINDINGS
 
 MINIMAL = {
     "output_dir": "run",
@@ -110,6 +111,30 @@ def test_resolved_recipe_loads_as_the_same_recipe(recipe_file, tmp_path):
 )
 def test_bad_values_are_refused_with_field_and_remedy(recipe_file, override, words):
     assert words in refused(recipe_file, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["reward.threshold=0.4"], "only the term additive has one"),
+        (["reward.weights={additive: 1.0}"], "reward.threshold is not set"),
+        (["reward.weights={additive: 1.0}", "reward.threshold=1"], "reward.threshold 1: expected a number above 0"),
+        (["reward.weights={additive: 1.0}", "reward.threshold=some"], "reward.threshold 'some': expected"),
+        (["reward.weights={additive: 1.0}", "reward.threshold={Effusion: 0.3}"], "unknown observation Effusion"),
+        (["reward.weights={additive: 1.0}", "reward.threshold={Edema: 0.3}"], "none for Enlarged Cardiomediastinum"),
+    ],
+)
+def test_thresholds_that_cannot_be_are_refused_once_and_by_name(recipe_file, overrides, words):
+    message = refused(recipe_file, *overrides)
+    assert words in message and "1 problem(s)" in message
+
+
+@pytest.mark.parametrize("threshold", [0.3, "auto", dict.fromkeys(FINDINGS, 0.2)])
+def test_a_threshold_is_a_number_or_one_by_observation_or_auto(recipe_file, tmp_path, threshold):
+    recipe = load_recipe(recipe_file, ["reward.weights={additive: 1.0}", f"reward.threshold={json.dumps(threshold)}"])
+    assert recipe.reward.threshold == threshold
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
 def test_several_problems_are_listed_at_once(recipe_file):

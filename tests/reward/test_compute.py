@@ -67,16 +67,19 @@ def test_every_term_by_hand() -> None:
     texts = [[think("cardiomegaly. no effusion"), think("cardiomegaly"), "", "<think>a</think><report> </report>"]]
     ended = torch.tensor([[True, False, True, True]])
     rewards = function_of(weights=weights, margin=0.2, format_style="graded").score(
-        texts, ended, ["cardiomegaly. no effusion"]
+        texts, ended, ["cardiomegaly. no effusion"], RewardContext(thresholds=np.full(13, 0.3))
     )
     cosine = 1 / math.sqrt(2)
     expected: dict[str, list[float]] = {
         "ccs": [1, cosine, 0, 0],
         "mccs": [1, (cosine - 0.2) / 0.8, 0, 0],
+        "additive": [(0.7 + 0.1 * 0.3) / 13, 0.7 / 13, 0, 0],
         "ce_f1": [1, 1, 0, 0],
         "bleu4": [1, math.exp(1 - 4 / 1), 0, 0],  # 13a: "cardiomegaly", ".", "no", "effusion"
         "rouge_l": [1, 0, 0, 0],  # words keep their full stop: "cardiomegaly" is not "cardiomegaly."
         "length": [1, 1 / 3, 0, 0],
+        "repetition": [1, 1, 0, 0],
+        "contradiction": [1, 1, 0, 0],
         "format": [1, 1, 0, 5 / 6],
         CUSTOM + "brevity": [1 / 3, 1, -1, -1],  # a user's term scores malformed reports itself
     }
@@ -304,3 +307,47 @@ def test_a_reference_without_words_is_scored_by_its_labels_and_by_no_term_that_r
             function_of(weights=weights).score(TEXTS, ENDED, bare, context, study_ids=["a", "b"])
     with pytest.raises(ValueError, match="studies b have neither a reference text nor known reference labels"):
         function_of().score(TEXTS, ENDED, bare, study_ids=["a", "b"])
+
+
+def test_repetition_and_contradiction_are_paid_for_their_absence() -> None:
+    reports = ["effusion. edema.", "effusion. effusion.", "effusion. no effusion.", "effusion. maybe effusion.", ""]
+    texts = [[*(think(report) for report in reports[:4]), "effusion. no effusion."]]  # the last without its tags
+    labeler = KeywordLabeler()
+    rewards = function_of(labeler, weights={"repetition": 0.5, "contradiction": 0.5}).score(
+        texts, torch.ones(1, 5, dtype=torch.bool), ["edema."], RewardContext(constant="no edema. edema. edema.")
+    )
+    assert rewards.terms["repetition"][0].tolist() == [1, 0.5, 1, 1, 0]
+    assert rewards.terms["contradiction"][0].tolist() == [1, 1, 0.5, 1, 0]
+    assert rewards.total[0].tolist() == [1, 0.75, 0.75, 1, 0]
+    assert rewards.contradictions is not None and rewards.contradictions.tolist() == [[0, 0, 1, 0, -1]]
+    assert rewards.constant["repetition"].tolist() == pytest.approx([2 / 3])
+    assert rewards.constant["contradiction"].tolist() == [0.5]
+    assert len(labeler.calls) == 1  # sentences in the same call as reports
+
+
+def test_sentences_are_read_only_where_they_are_wanted() -> None:
+    texts, ended = [[think("effusion. no effusion.")]], torch.ones(1, 1, dtype=torch.bool)
+    labeler = KeywordLabeler()
+    rewards = function_of(labeler, weights={"repetition": 1.0}).score(texts, ended, ["edema."])
+    assert rewards.contradictions is None
+    assert sorted(labeler.calls[0]) == ["edema.", "effusion. no effusion."]
+    function = function_of(weights={"format": 1.0})
+    asked = function.score(texts, ended, ["edema."], RewardContext(contradictions=True))
+    assert asked.contradictions is not None and asked.contradictions.tolist() == [[1]]
+    assert "contradiction" not in asked.terms
+    watched = function_of(weights={"format": 1.0, "contradiction": 0.0}).score(texts, ended, ["edema."])
+    assert watched.contradictions is not None and watched.total.tolist() == [[1.0]]
+
+
+def test_what_is_announced_to_the_labeler_is_what_it_is_asked() -> None:
+    text = think("effusion. no effusion.")
+    whole, parts = ["effusion. no effusion."], ["effusion.", "no effusion."]
+    assert function_of(weights={"format": 1.0}).reports_of([text, "effusion."]) == whole
+    assert function_of(weights={"contradiction": 1.0}).reports_of([text, "effusion."]) == whole + parts
+    assert function_of().reports_of([text], RewardContext(contradictions=True)) == whole + parts
+
+
+@pytest.mark.parametrize("name", ["repetition", "contradiction"])
+def test_a_negative_weight_that_would_pay_for_it_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}.*negative weight would pay for it"):
+        function_of(weights={"mccs": 1.0, name: -0.1})

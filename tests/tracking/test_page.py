@@ -115,6 +115,12 @@ def test_a_run_at_its_first_steps_has_curves_only(run):
     assert "Results" not in page.text and page.json["data"]["sets"] == []
 
 
+def test_the_heading_of_a_control_says_that_it_is_one(run):
+    assert "control" not in Page(write_page(run, [])).text
+    (run / "config.yaml").write_text("control: random\n")
+    assert "control: random reward" in Page(write_page(run, [])).text
+
+
 @pytest.mark.parametrize("rendered, heading", [(True, "Rendered phantoms"), (False, "Contains patient data")])
 def test_the_page_says_whose_data_it_holds(run, tmp_path, rendered, heading):
     from dataclasses import replace
@@ -161,6 +167,18 @@ def test_before_and_after_stand_beside_one_another_with_every_baseline(run, tmp_
         "before training",
         "after training",
     ]
+
+
+def test_reports_that_repeat_themselves_are_seen_before_and_after(run, tmp_path):
+    study = make_study(tmp_path, "one", [(84, 84)])
+    for name, text in (("test_before", "Clear."), ("test", "Clear. Big heart. Clear. Clear.")):
+        row = prediction(study, text, labels(), labels()) | {"contradictions": 0}
+        write_evaluated(run, name, [row], [study])
+    text = " ".join(Page(write_page(run, [study])).text.split())
+    assert "reports in which a whole sentence stands twice, share0.0001.000" in text
+    assert "repetition: share of sentences or three-grams said before0.0000.500" in text
+    assert "reports that affirm and deny one observation, share0.0000.000" in text
+    assert "reports in which a whole sentence stands twice, share1.000before 0.000" in text  # among the first numbers
 
 
 def test_a_training_study_is_followed_over_its_steps_and_ranks(run, tmp_path):

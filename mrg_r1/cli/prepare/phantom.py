@@ -55,7 +55,7 @@ def add_command(kinds: Any) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="of five: share of the findings that are there which are drawn faintly (default: 0)",
+        help="of five: share of the findings that are there which are drawn faintly, some of them hardly (default: 0)",
     )
     habits = phantom.add_argument_group("the radiologists' habits, of five")
     habits.add_argument(

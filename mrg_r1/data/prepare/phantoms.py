@@ -52,7 +52,7 @@ def write_phantoms(
         splits: name -> studies, at least one each.
         workers: rendering processes.
         prevalence: of "five": observation -> share of studies that have it, where it is not to be 35 %.
-        faint: of "five": share of the findings that are there which are drawn faintly.
+        faint: of "five": share of the findings that are there which are drawn faintly, some of them hardly.
         habits: of "five": how the radiologists write. The texts for a labeler are written as usual, with every frame.
 
     Returns:
@@ -101,7 +101,7 @@ def write_phantoms(
     renderings = [
         Rendering(path, phantom.shown, phantom.index, view, phantom.patient)
         if preset == "full"
-        else Rendering(path, phantom.pictured, phantom.index)
+        else Rendering(path, phantom.drawn, phantom.index, strengths=phantom.strengths)
         for phantom in phantoms
         for path, view in zip(paths[phantom.index], phantom.views, strict=True)
     ]

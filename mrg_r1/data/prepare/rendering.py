@@ -43,6 +43,7 @@ class Rendering:
     index: int  # with the seed, all that the anatomy and the noise depend on
     view: str | None = None  # "frontal" or "lateral" of preset `full`; None: `findings.render`'s frontal one
     patient: int = 0  # preset `full`: index of the patient's first study
+    strengths: tuple[float, ...] | None = None  # of `findings.render`
 
 
 def claim_folder(output: Path, settings: Mapping[str, Any], *, images: int, seed: int, side: int) -> None:
@@ -174,7 +175,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _render(rendering: Rendering, *, seed: int, side: int) -> None:
     if rendering.view is None:
-        pixels = render(rendering.drawn, seed=seed, index=rendering.index, side=side)
+        pixels = render(rendering.drawn, seed=seed, index=rendering.index, side=side, strengths=rendering.strengths)
     else:
         pixels = render_view(
             rendering.drawn, rendering.view, seed=seed, index=rendering.index, patient=rendering.patient, side=side

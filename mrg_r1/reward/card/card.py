@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, signed_vector
 from mrg_r1.metrics.clinical import check_classes
-from mrg_r1.reward.card.search import ZERO, Distinct, distinct, earned_by_constants, earned_under_weights
+from mrg_r1.reward.card.search import (
+    ZERO,
+    Distinct,
+    additive_of_constants,
+    distinct,
+    earned_by_constants,
+    earned_under_weights,
+)
 from mrg_r1.reward.terms import ccs, mccs
 
 MARGINS: tuple[float, ...] = tuple(round(0.05 * step, 2) for step in range(20))
@@ -146,6 +153,8 @@ def best_real_constants(
     ccs_weights: NDArray[np.float64] | None = None,
     of_mccs: float = 1.0,
     of_ccs: float = 0.0,
+    of_additive: float = 0.0,
+    thresholds: NDArray[np.float64] | None = None,
 ) -> list[int]:
     """The references that earn the most when every study is answered with one of them, one for each margin.
 
@@ -154,7 +163,8 @@ def best_real_constants(
         texts: N reference reports, None where a study has labels alone.
         margins: each 0 <= m < 1.
         ccs_weights: [13, 2] of `terms.ccs`; None: equal.
-        of_mccs, of_ccs: what counts is `of_mccs` MCCS + `of_ccs` CCS.
+        of_mccs, of_ccs, of_additive: what counts is `of_mccs` MCCS + `of_ccs` CCS + `of_additive` additive.
+        thresholds: [13] of `additive`; needed where `of_additive` is not 0.
 
     Returns:
         The studies they belong to, 0 to N - 1; of those that have a report, if any has one. What a study's own report
@@ -172,6 +182,10 @@ def best_real_constants(
     else:
         mean, cosine = earned_under_weights(references, margins, ccs_weights)
     scores = of_mccs * mean + of_ccs * cosine[:, None]
+    if of_additive:
+        if thresholds is None:
+            raise ValueError(f"of_additive {of_additive} without thresholds")
+        scores = scores + of_additive * additive_of_constants(references, thresholds)[:, None]
     return [_best_study(scores[:, m], references, texts) for m in range(len(margins))]
 
 

@@ -1,4 +1,6 @@
-"""A reward card as one picture: what not looking earns by margin, and what the references say."""
+"""A reward card as one picture: what not looking earns by margin, what the references say, and from which probability a
+finding is to be said.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from mrg_r1.files import atomically
 from mrg_r1.labels.observations import OBSERVATIONS
+from mrg_r1.reward.card.break_even_picture import draw_break_evens
+from mrg_r1.reward.card.break_even_tables import BreakEvenCard
 from mrg_r1.reward.card.card import RewardCard
 from mrg_r1.reward.card.tables import Source, labels_in_words, title
 
@@ -19,7 +23,7 @@ _DASHES = (0, (4, 2))
 _STATES = {"positive": "#E07B39", "uncertain": "#F0C400", "negative": "#56B4E9", "blank": "#E6E6E6"}
 
 
-def write_picture(path: Path, card: RewardCard, source: Source, margin: float) -> None:
+def write_picture(path: Path, card: RewardCard, source: Source, margin: float, pays: BreakEvenCard) -> None:
     """Write the PNG.
 
     Args:
@@ -27,6 +31,7 @@ def write_picture(path: Path, card: RewardCard, source: Source, margin: float) -
         card: the numbers.
         source: for the title, which says where images are phantoms.
         margin: the one asked for, marked by a line.
+        pays: where saying a finding pays.
 
     Raises:
         ValueError: a margin that is not on the card.
@@ -35,12 +40,13 @@ def write_picture(path: Path, card: RewardCard, source: Source, margin: float) -
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only the picture needs it
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12.5, 6), layout="constrained")
+    figure = Figure(figsize=(19, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
-    earned, said = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    earned, said, wanted = figure.subplots(1, 3, width_ratios=(1.15, 1, 1.15))
     figure.suptitle(title(card, source).replace("$", r"\$"), fontsize=12.5, fontweight="bold", wrap=True)
     _draw_earned(earned, card, margin)
     _draw_prevalence(said, card)
+    draw_break_evens(wanted, pays)
     figure.supxlabel(f"labels: {labels_in_words(source)}".replace("$", r"\$"), fontsize=8, color="#555555")
     with atomically(path, synced=False) as temporary:
         figure.savefig(temporary, dpi=150, metadata={"Software": None}, format="png")

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrg_r1.labels.observations import NO_FINDING
+from mrg_r1.reward.additive import DENIAL
 from mrg_r1.reward.terms import mccs, weighted_signs
 
 Signs = NDArray[np.int8]
@@ -168,6 +169,18 @@ def earned_under_weights(
         for m, margin in enumerate(margins):
             mean[rows, m] = mccs(rounded, margin) @ share
     return mean, cosine
+
+
+def additive_of_constants(references: Distinct, thresholds: NDArray[np.float64]) -> Floats:
+    """[D] what each of the references would earn of `additive`, on average, had it been the answer to every study.
+
+    A sum over observations: what saying, denying and silence earn of each, on average, is all that is needed.
+    """
+    share = references.counts / references.counts.sum()
+    there, denied = share @ (references.vectors > 0), share @ (references.vectors < 0)  # [13]
+    saying = there - thresholds
+    denying = DENIAL * (thresholds * denied - (1 - thresholds) * there)
+    return ((references.vectors > 0) @ saying + (references.vectors < 0) @ denying) / NO_FINDING
 
 
 def _histograms(counted: NDArray[np.int32], observations: int) -> NDArray[np.int32]:

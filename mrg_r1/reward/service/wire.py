@@ -46,7 +46,7 @@ def score_request(
     context: RewardContext,
 ) -> Message:
     """A batch as a request."""
-    labels, weights = context.reference_labels, context.ccs_weights
+    labels, weights, thresholds = context.reference_labels, context.ccs_weights, context.thresholds
     return {
         "kind": "score",
         "id": id,
@@ -59,6 +59,8 @@ def score_request(
             "margin": context.margin,
             "ccs_weights": None if weights is None else weights.tolist(),
             "constant": context.constant,
+            "thresholds": None if thresholds is None else thresholds.tolist(),
+            "contradictions": context.contradictions,
         },
     }
 
@@ -66,12 +68,14 @@ def score_request(
 def context_of(request: Message) -> RewardContext:
     """The request's context as the reward function takes it."""
     stored = request["context"]
-    labels, weights = stored["reference_labels"], stored["ccs_weights"]
+    labels, weights, thresholds = stored["reference_labels"], stored["ccs_weights"], stored["thresholds"]
     return RewardContext(
         reference_labels=None if labels is None else np.array(labels, dtype=np.int64),
         margin=stored["margin"],
         ccs_weights=None if weights is None else np.array(weights, dtype=np.float64),
         constant=stored["constant"],
+        thresholds=None if thresholds is None else np.array(thresholds, dtype=np.float64),
+        contradictions=stored["contradictions"],
     )
 
 
@@ -85,6 +89,7 @@ def rewards_message(rewards: Rewards) -> Message:
         "report_texts": rewards.report_texts,
         "reference_labels": rewards.reference_labels.tolist(),
         "constant": {name: values.tolist() for name, values in rewards.constant.items()},
+        "contradictions": None if rewards.contradictions is None else rewards.contradictions.tolist(),
     }
 
 
@@ -98,4 +103,5 @@ def rewards_of(message: Message) -> Rewards:
         report_texts=message["report_texts"],
         reference_labels=torch.tensor(message["reference_labels"]),
         constant={name: torch.tensor(values) for name, values in message["constant"].items()},
+        contradictions=None if message["contradictions"] is None else torch.tensor(message["contradictions"]),
     )

@@ -8,12 +8,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mrg_r1.console import progress
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import OBSERVATIONS
+from mrg_r1.tracking.control import CONTROLS
 from mrg_r1.tracking.page import clinical
 from mrg_r1.tracking.page.cards import Pictures, prediction_cards, within
 from mrg_r1.tracking.page.curves import Curves, read_curves, sections
@@ -183,6 +185,7 @@ def _facts(
         "facts": facts,
         "status": summary.get("status") or ("unfinished" if curves.steps else "evaluated"),
         "note": summary.get("note"),
+        "control": CONTROLS.get(_control(run) or ""),
         "before": before,
         "last": after or before,
     }
@@ -195,6 +198,14 @@ def _over_last(best: Mapping[str, Any]) -> str:
         return ""
     error = "" if gain["standard_error"] is None else f" ± {gain['standard_error']:.3f}"
     return f" ({gain['difference']:+.3f}{error} over the last, step {gain['step']})"
+
+
+def _control(run: Path) -> str | None:
+    """Of RUN/config.yaml, which is there from the start."""
+    path = run / "config.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    control: str | None = content.get("control")
+    return control
 
 
 def _studies(

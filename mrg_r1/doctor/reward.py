@@ -1,0 +1,40 @@
+"""Whether a recipe undoes what its reward was chosen for (docs/rewards.md)."""
+
+from __future__ import annotations
+
+from mrg_r1.config.recipe import Recipe
+from mrg_r1.doctor.finding import Finding
+
+_OF_LABELS = ("mccs", "ccs", "ce_f1")  # terms whose break-evens are other ones than additive's
+
+
+def reward_findings(recipe: Recipe) -> list[Finding]:
+    """One line that says what is rewarded, or a warning for each thing that takes the term additive its threshold."""
+    weights = {name: weight for name, weight in recipe.reward.weights.items() if weight != 0}
+    findings = []
+    if "additive" in weights:
+        threshold = recipe.reward.threshold if not isinstance(recipe.reward.threshold, dict) else "by observation"
+        if recipe.grpo.advantage_scale == "group":
+            findings.append(
+                Finding(
+                    "reward",
+                    "warning",
+                    f"additive (reward.threshold {threshold}) with grpo.advantage_scale group: the group's std erases "
+                    "how much a finding gains or costs, and with it the threshold; where the reports of a group differ "
+                    "in one finding alone, saying it pays from the probability 0.5 on, whatever the threshold",
+                    "grpo.advantage_scale=batch (or none) keeps it; `mrg-r1 reward-card` shows both",
+                )
+            )
+        others = [name for name in _OF_LABELS if name in weights]
+        if others:
+            findings.append(
+                Finding(
+                    "reward",
+                    "warning",
+                    f"additive (reward.threshold {threshold}) beside {', '.join(others)}: their sum pays for a finding "
+                    "from another probability on than either",
+                    "reward one of them; a weight of 0 logs the other",
+                )
+            )
+    words = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+    return findings or [Finding("reward", "ok", f"{words}; grpo.advantage_scale {recipe.grpo.advantage_scale}")]
