@@ -258,13 +258,14 @@ def summarise(
         "lexical": None if cleaning is None else _lexical(predictions, cleaning),
     }
     if held_out is not None:
+        worded = np.array([row["reference"] is not None for row in predictions])
         by_held_out = _classes(predictions, "held_out_labels"), _classes(predictions, "held_out_reference_labels")
         result["held_out"] = {
             "labeler": dict(held_out),
             **_clinical(*by_held_out, samples=bootstrap_samples, seed=seed),
             "reference_labels_sha256": labels_hash(ids, by_held_out[1]),
-            # of the 14 classes of each reference, the share in which both labelers read the same
-            "agreement_on_references": float((by_held_out[1] == reference).mean()),
+            # of the 14 classes of each reference report, the share in which both labelers read the same
+            "agreement_on_references": float((by_held_out[1] == reference)[worded].mean()) if worded.any() else None,
         }
         own = result["held_out"]["disease_micro13"] = result["held_out"]["definitions"]["disease_micro13"]["f1"]
         result["held_out_disease_micro13"], result["hacking_gap"] = own, result["disease_micro13"] - own
@@ -298,15 +299,21 @@ def _clinical(predicted: NDArray[np.int64], reference: NDArray[np.int64], *, sam
     }
 
 
-def _lexical(predictions: Sequence[dict[str, Any]], cleaning: lexical.Cleaning) -> dict[str, Any]:
-    """Lexical metrics of what may be labelled: the report inside its tags, nothing where it is malformed."""
+def _lexical(predictions: Sequence[dict[str, Any]], cleaning: lexical.Cleaning) -> dict[str, Any] | None:
+    """Lexical metrics of what may be labelled: the report inside its tags, nothing where it is malformed. Over the
+    studies whose reference has words, which are counted where they are not all; None where none has.
+    """
 
     def shown(names: Sequence[str]) -> Iterable[str]:
         return progress(names, "lexical metrics")
 
-    ordered = sorted(predictions, key=lambda row: str(row["id"]))  # as in a score card, so that both have one hash
+    worded = [row for row in predictions if row["reference"] is not None]
+    if not worded:
+        return None
+    ordered = sorted(worded, key=lambda row: str(row["id"]))  # as in a score card, so that both have one hash
     said, true = {row["id"]: row["report"] or "" for row in ordered}, {row["id"]: row["reference"] for row in ordered}
-    return lexical.described_scores(said, true, cleaning, shown=shown)
+    counted = {} if len(worded) == len(predictions) else {"studies": len(worded)}
+    return lexical.described_scores(said, true, cleaning, shown=shown) | counted
 
 
 def short_summary(result: dict[str, Any]) -> dict[str, float | None]:

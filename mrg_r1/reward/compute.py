@@ -118,7 +118,7 @@ class RewardFunction:
         self,
         texts: Sequence[Sequence[str]],
         ended: Tensor,
-        references: Sequence[str],
+        references: Sequence[str | None],
         context: RewardContext = RewardContext(),  # noqa: B008 (frozen)
         *,
         study_ids: Sequence[str] | None = None,
@@ -131,7 +131,7 @@ class RewardFunction:
         Args:
             texts: B groups of G decoded completions.
             ended: [B, G] bool, an EOS was sampled.
-            references: B texts of the radiologists.
+            references: B texts of the radiologists; None where a study has labels alone, which `context` then knows.
             context: this batch's margin, weights, known labels and constant report.
             study_ids: B names for error messages; None numbers the studies.
 
@@ -141,29 +141,28 @@ class RewardFunction:
         Raises:
             RewardError: the labeler or a term fails or answers with something that is not finite; names it and the
                 studies.
-            ValueError: shapes that disagree, or a margin outside [0, 1).
+            ValueError: shapes that disagree, a margin outside [0, 1), a reference that is None where its labels are not
+                known or a term reads its words.
         """
         groups, members = _checked_shape(texts, ended, references, context.reference_labels, study_ids)
         ids = list(study_ids) if study_ids is not None else [f"number {b}" for b in range(groups)]
         constants = [] if context.constant is None else [context.constant]
+        self._refuse_without_words(references, context, ids)
+        words = [reference or "" for reference in references]
 
         parsed = [parse(text, self.mode) for group in texts for text in group]  # N = B * G, row-major
         reports = [one.report for one in parsed]
-        labels, per_study, constant_labels, contradicted = self._label(
-            reports, list(references), constants, context, ids
-        )
+        labels, per_study, constant_labels, contradicted = self._label(reports, words, constants, context, ids)
         ends = ended.flatten().tolist()
         formats = [format_score(one, self.format_style, ended=end) for one, end in zip(parsed, ends, strict=True)]
         of_reports = None if contradicted is None else contradicted[: len(reports)]
-        total, scored = self._score(
-            reports, labels, formats, list(references), per_study, context, ids, members, of_reports
-        )
+        total, scored = self._score(reports, labels, formats, words, per_study, context, ids, members, of_reports)
         constant: dict[str, Tensor] = {}
         if constants:
             rows = np.repeat(constant_labels, groups, axis=0)
             of_constant = None if contradicted is None else np.repeat(contradicted[len(reports) :], groups)
             its_total, its_terms = self._score(
-                constants * groups, rows, [1.0] * groups, list(references), per_study, context, ids, 1, of_constant
+                constants * groups, rows, [1.0] * groups, words, per_study, context, ids, 1, of_constant
             )
             constant = {name: values.squeeze(1) for name, values in {"total": its_total, **its_terms}.items()}
         return Rewards(
@@ -176,6 +175,20 @@ class RewardFunction:
             constant=constant,
             contradictions=None if of_reports is None else torch.from_numpy(of_reports).reshape(groups, members),
         )
+
+    def _refuse_without_words(
+        self, references: Sequence[str | None], context: RewardContext, ids: Sequence[str]
+    ) -> None:
+        """A launch has refused such studies before (`doctor.inputs`)."""
+        bare = [study for study, reference in zip(ids, references, strict=True) if reference is None]
+        wanting = terms.needing_words(self.weights)
+        if bare and wanting:
+            raise ValueError(
+                f"reward terms {', '.join(wanting)} read the reference's words; studies {_shortened(bare)} have labels "
+                "alone"
+            )
+        if bare and context.reference_labels is None:
+            raise ValueError(f"studies {_shortened(bare)} have neither a reference text nor known reference labels")
 
     def reports_of(self, texts: Sequence[str], context: RewardContext = RewardContext()) -> list[str]:  # noqa: B008
         """The texts that the labeler will be asked to read of these completions: reports and, where contradictions
@@ -298,7 +311,7 @@ class RewardFunction:
 def _checked_shape(
     texts: Sequence[Sequence[str]],
     ended: Tensor,
-    references: Sequence[str],
+    references: Sequence[str | None],
     reference_labels: NDArray[np.int64] | None,
     study_ids: Sequence[str] | None,
 ) -> tuple[int, int]:
@@ -322,6 +335,6 @@ def _checked_shape(
     return groups, members
 
 
-def _shortened(names: list[str]) -> str:
+def _shortened(names: Sequence[str]) -> str:
     shown = ", ".join(names[:8])
     return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"

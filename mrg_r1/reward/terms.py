@@ -31,7 +31,8 @@ class Scored:
 
     Attributes:
         texts: N report texts; "" where a completion is malformed, which only a term with `scores_malformed` sees.
-        references: N texts of the radiologists.
+        references: N texts of the radiologists; "" where a study has labels alone, which no term with `needs_words`
+            sees.
         labels: [N, 14] int64 classes of the reports; -1 throughout a malformed row.
         reference_labels: [N, 14] int64 classes of the references.
         format: [N] float32, how far each completion keeps the grammar (`report_format.format_score`).
@@ -61,11 +62,13 @@ class Term:
         score: [N] float32 of N reports.
         description: a line for `--help`.
         scores_malformed: False: a malformed completion earns 0 and is not shown to `score`.
+        needs_words: it reads the reference's words, so that studies with labels alone cannot be scored.
     """
 
     score: Callable[[Scored], Floats]
     description: str
     scores_malformed: bool = False
+    needs_words: bool = False
 
 
 def ccs(generated: NDArray[np.int8], reference: NDArray[np.int8], weights: NDArray[np.float64] | None = None) -> Floats:
@@ -279,9 +282,15 @@ BUILT_IN: Mapping[str, Term] = {
     "ccs": Term(_ccs_of, "cosine of what the two reports affirm (+1) and deny (-1) of 13 observations, -1 to 1"),
     "additive": Term(_additive_of, "findings said pay from the probability reward.threshold on, -1 to 1"),
     "ce_f1": Term(lambda s: ce_f1(s.labels, s.reference_labels), "F1 of one report's positive findings, 0 to 1"),
-    "bleu4": Term(lambda s: bleu4(s.texts, s.references), "sentence BLEU-4 against the reference, 0 to 1"),
-    "rouge_l": Term(lambda s: rouge_l(s.texts, s.references), "ROUGE-L against the reference, 0 to 1"),
-    "length": Term(lambda s: length(s.texts, s.references), "shorter over longer of report and reference, 0 to 1"),
+    "bleu4": Term(
+        lambda s: bleu4(s.texts, s.references), "sentence BLEU-4 against the reference, 0 to 1", needs_words=True
+    ),
+    "rouge_l": Term(
+        lambda s: rouge_l(s.texts, s.references), "ROUGE-L against the reference, 0 to 1", needs_words=True
+    ),
+    "length": Term(
+        lambda s: length(s.texts, s.references), "shorter over longer of report and reference, 0 to 1", needs_words=True
+    ),
     "repetition": Term(_without_repetition, "1 less the share of sentences or three-grams said before, 0 to 1"),
     CONTRADICTION: Term(
         _without_contradiction, "1 over 1 + the observations that one sentence affirms and another denies, 0 to 1"
@@ -301,6 +310,11 @@ def require_known(names: Iterable[str]) -> None:
             raise ValueError(
                 f"reward term {name!r} is unknown; allowed are {', '.join(BUILT_IN)} and 'module:function'"
             )
+
+
+def needing_words(names: Iterable[str]) -> list[str]:
+    """Those of the terms that read the reference's words, and all of the user's own, which are handed them."""
+    return [name for name in names if name not in BUILT_IN or BUILT_IN[name].needs_words]
 
 
 def require_signs(weights: Mapping[str, float]) -> None:

@@ -134,13 +134,15 @@ def _read_train(path: Path) -> Side:
 
 def _labelled(side: Side, labeler: LoadLabeler | None, labels_by: str | None) -> Side:
     """The side with classes: read out of its reports by the labeler where one is given, else those that stand in the
-    file.
+    file, as are those of studies without a report.
     """
-    if side.texts is not None and labeler is not None:
+    texts = {study: text for study, text in (side.texts or {}).items() if text is not None}
+    if texts and labeler is not None:
         read = labeler()
-        classes = dict(zip(side.texts, read.label(list(side.texts.values()), progress=True).tolist(), strict=True))
-        return replace(side, classes=classes, labeler={"name": read.name, "fingerprint": read.fingerprint})
-    if side.classes is None:
+        classes = dict(zip(texts, read.label(list(texts.values()), progress=True).tolist(), strict=True))
+        given = {study: own for study, own in (side.classes or {}).items() if study not in texts}
+        return replace(side, classes=given | classes, labeler={"name": read.name, "fingerprint": read.fingerprint})
+    if side.classes is None or len(side.classes) < len(side.ids):
         raise ValueError(
             f"{side.path}: holds reports, not labels; give a labeler with --labeler, or a CSV with the 14 observations"
         )
@@ -189,7 +191,7 @@ def _wording(side: Side, labeler: LoadLabeler | None) -> dict[str, float | None]
     """What no clinical score sees; None of labels. An empty report is none; sentences are read where a labeler is."""
     if side.texts is None:
         return None
-    reports = [side.texts[study] for study in sorted(side.texts) if side.texts[study].strip()]
+    reports = [text for study in sorted(side.texts) if (text := side.texts[study]) is not None and text.strip()]
     counts: list[int | None] = [None] * len(reports)
     if labeler is not None:
         counts = read_contradictions(reports, partial(labeler().label, progress=True)).tolist()
@@ -207,10 +209,10 @@ def _lexical(predicted: Side, reference: Side, ids: Sequence[str], cleaning: str
     named = next((name for name in lexical.CLEANINGS if name == cleaning), None)
     if named is None:
         raise ValueError(f"cleaning {cleaning!r}; there are {', '.join(lexical.CLEANINGS)}")
-    said, true = (
-        {study: side.texts[study] for study in ids} for side in (predicted, reference) if side.texts is not None
-    )
-    return {
-        "lexical": lexical.described_scores(said, true, named, shown=lambda names: progress(names, "lexical metrics")),
-        "lexical_reason": None,
-    }
+    true = {study: text for study in ids if (text := reference.texts[study]) is not None}
+    said = {study: predicted.texts[study] or "" for study in true}
+    if not true:
+        return {"lexical": None, "lexical_reason": "no reference has a report, only labels"}
+    scores = lexical.described_scores(said, true, named, shown=lambda names: progress(names, "lexical metrics"))
+    counted = {} if len(true) == len(ids) else {"studies": len(true)}
+    return {"lexical": scores | counted, "lexical_reason": None}

@@ -49,6 +49,8 @@ def print_card(card: Mapping[str, Any]) -> None:
             table.add_row(TITLES[name], f"{value:.4f}", lexical["scores_are"][name])
         _print_table(console, f"Lexical metrics, cleaning {lexical['cleaning']}, {lexical['package']}", table)
         lines = [f"cleaning {lexical['cleaning']}: {lexical['cleaning_is']}", *lexical["left_out"].values()]
+        if "studies" in lexical:
+            lines.append(f"over {lexical['studies']:,} of {card['n']:,} studies: the other references have labels only")
         if lexical["empty_predictions"]:
             lines.append(f"{lexical['empty_predictions']:,} predicted reports are empty; they count")
         _print_lines(console, lines)

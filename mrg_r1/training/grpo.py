@@ -37,6 +37,7 @@ from mrg_r1.tracking.log import Clock
 from mrg_r1.training import sft
 from mrg_r1.training.controls import best_of_groups, dealt_at_random
 from mrg_r1.training.experience import SavedExperience, next_step, open_experience, write_step
+from mrg_r1.training.looks import Looks, in_words
 from mrg_r1.training.preflight import is_finished
 from mrg_r1.training.rewards import on_all_ranks, service_metrics, wait
 from mrg_r1.training.run import Run, open_run
@@ -301,7 +302,13 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     run, engine, log = state.run, state.engine, state.log
     watch, gaps = CollapseWatch(state.record.get("collapse")), GapWatch(state.record.get("gaps"))
     wording = WordingWatch(state.record.get("wording"))
-    state.own = lambda: {"collapse": watch.state, "wording": wording.state, "gaps": gaps.state}
+    looks = Looks(recipe.evaluation.select, state.record.get("looks"))
+    state.own = lambda: {
+        "collapse": watch.state,
+        "wording": wording.state,
+        "gaps": gaps.state,
+        "looks": looks.state,
+    }
 
     def take(step: int) -> Metrics:
         try:
@@ -320,7 +327,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
 
     if state.start == 0 and experience is None:
         with clock.phase("validation"):
-            state.best = validate_before(run, gaps, log)
+            state.best = validate_before(run, gaps, looks, log)
     with state.stepping():
         for step in range(state.start, recipe.steps):
             rate = engine.set_learning_rate(step)
@@ -331,7 +338,9 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             last = step + 1 == recipe.steps
             if last or (recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0):
                 with clock.phase("validation"):
-                    state.best = keep_best(run, state.best, step=step + 1, metrics=metrics, gaps=gaps, log=log)
+                    state.best = keep_best(
+                        run, state.best, step=step + 1, metrics=metrics, gaps=gaps, looks=looks, log=log
+                    )
             state.log_step(step, metrics)
             if learned:
                 warn_of_gap(log, step, metrics["sampling/logp_gap"], recipe.grpo.correction)
@@ -344,6 +353,9 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         log.say(
             "no validation was better than the policy before training: RUN/adapter is the start's, and adds nothing"
         )
+    if state.best is not None and (chosen := looks.closing(state.best)):
+        state.best |= chosen
+        log.say(in_words(state.best, recipe.evaluation.select))
     restore_adapter(run.policy, run.directory / "adapter")  # the best one, not the last
     after = state.evaluate_after()
     if state.before is not None and after is not None:

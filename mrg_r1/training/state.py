@@ -254,6 +254,8 @@ def start_training(
         reasons = what_rounds_otherwise(record, recipe, world_size=ranks.world_size, stage=engine.stage)
         if reasons:
             state.log.say(f"no longer to the last bit the uninterrupted run: {'; '.join(reasons)}")
+    if run.rewards_if_any is not None and run.rewards.constant is None and run.studies["train"]:
+        state.log.say("no training study has a report to give to every study: reward/constant is left out")
     run.policy.train()
     return state
 
@@ -292,16 +294,16 @@ def open_loader(run: Run, record: dict[str, Any], *, batch_size: int) -> StudyLo
     """This rank's studies, from the one at which the run of the checkpoint's `record` had come.
 
     The weights of `data.sampling` come from the labeler's reading of the training reports, which is what the reward
-    compares with and which every manifest has; the manifest's own `labels.said` may be null. (`phases=update` has no
-    labeler, and takes no study from here.)
+    compares with; the manifest's own `labels.said` may be null, and counts where there is no report.
+    (`phases=update` has no labeler, and takes no study from here.)
 
     Raises:
         RecipeError: the studies or their weights are not those of the checkpoint, so that its position means others.
     """
-    recipe, studies = run.recipe, run.studies["train"]
+    recipe, studies = run.recipe, run.learned
     weights = None
     if run.rewards_if_any is not None and recipe.data.sampling == "rare_findings":
-        weights = rare_finding_weights(run.rewards.classes("train"))
+        weights = rare_finding_weights(run.rewards.classes_of(studies))
     loader = StudyLoader(
         studies,
         run.build,

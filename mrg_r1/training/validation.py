@@ -14,6 +14,7 @@ from mrg_r1.tracking.collapse import WORDING_REMEDY, WORDING_ROSE
 from mrg_r1.tracking.gaps import GapWatch
 from mrg_r1.tracking.log import RunLog
 from mrg_r1.training.experience import adapter_folder, keep_newest_adapters, write_step
+from mrg_r1.training.looks import Looks, plus_minus
 from mrg_r1.training.run import Run
 from mrg_r1.types import Sampled
 
@@ -54,14 +55,14 @@ def warn_of_gap(log: RunLog, step: int, gap: float | None, correction: str) -> N
         )
 
 
-def validate_before(run: Run, gaps: GapWatch, log: RunLog) -> dict[str, Any] | None:
+def validate_before(run: Run, gaps: GapWatch, looks: Looks, log: RunLog) -> dict[str, Any] | None:
     """The validation that all later ones are compared with, of the policy before it is rewarded for anything: the first
     candidate for the best adapter. None without a validation split, or where `evaluation.before` is false.
     """
     if not run.recipe.evaluation.before or not run.studies["val"]:
         return None
     metrics: dict[str, Any] = {}
-    best = keep_best(run, None, step=0, metrics=metrics, gaps=gaps, log=log)
+    best = keep_best(run, None, step=0, metrics=metrics, gaps=gaps, looks=looks, log=log)
     assert best is not None
     if run.ranks.is_main:
         settle_best(run.directory, best)  # a run without a checkpoint begins with this one
@@ -73,8 +74,8 @@ def validate_before(run: Run, gaps: GapWatch, log: RunLog) -> dict[str, Any] | N
             f"validation/hacking_gap {metrics['validation/hacking_gap']:+.3f}"
         )
     log.say(
-        f"before training, validation's {run.recipe.evaluation.select} {best['score']:.3f}{held_out}: what validations "
-        "are compared with"
+        f"before training, validation's {run.recipe.evaluation.select} {best['score']:.3f}"
+        f"{plus_minus(metrics['validation/standard_error'])}{held_out}: what validations are compared with"
     )
     return best
 
@@ -108,7 +109,14 @@ def _readers(result: dict[str, Any]) -> str:
 
 
 def keep_best(
-    run: Run, best: dict[str, Any] | None, *, step: int, metrics: dict[str, Any], gaps: GapWatch, log: RunLog
+    run: Run,
+    best: dict[str, Any] | None,
+    *,
+    step: int,
+    metrics: dict[str, Any],
+    gaps: GapWatch,
+    looks: Looks,
+    log: RunLog,
 ) -> dict[str, Any] | None:
     """Validate; where the score is the best so far, this adapter is laid ready to become RUN's (`settle_best`), once
     a checkpoint names it. Step 0 is the policy before training: what does not beat it is not kept. Without a validation
@@ -127,6 +135,7 @@ def keep_best(
             "validation/no_finding_rate": result["no_finding_rate"],
             **{f"validation/{key}": result.get(key) for key in _WORDING},  # null where no report can be read
         }
+        metrics |= looks.take(step, score, rows, best=best is None or score > best["score"])
     if best is None or score is None or score > best["score"]:
         best = {"step": step, "score": score}
         if run.ranks.is_main:

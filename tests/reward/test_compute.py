@@ -293,6 +293,22 @@ def test_batches_that_do_not_fit_together_are_refused(change: dict[str, Any], me
         function_of().score(**batch)
 
 
+def test_a_reference_without_words_is_scored_by_its_labels_and_by_no_term_that_reads_words() -> None:
+    known = KeywordLabeler().label(REFERENCES)
+    bare: list[str | None] = [REFERENCES[0], None]
+    labeler = KeywordLabeler()
+    rewards = function_of(labeler).score(TEXTS, ENDED, bare, RewardContext(reference_labels=known))
+    assert torch.equal(rewards.total, function_of().score(TEXTS, ENDED, REFERENCES).total)
+    assert not any(None in call for call in labeler.calls)
+    for term in ("bleu4", "rouge_l", "length", f"{CUSTOM}brevity"):
+        weights = {"mccs": 1.0, term: 0.0}
+        with pytest.raises(ValueError, match=f"{term} read the reference's words; studies b have labels alone"):
+            context = RewardContext(reference_labels=known)
+            function_of(weights=weights).score(TEXTS, ENDED, bare, context, study_ids=["a", "b"])
+    with pytest.raises(ValueError, match="studies b have neither a reference text nor known reference labels"):
+        function_of().score(TEXTS, ENDED, bare, study_ids=["a", "b"])
+
+
 def test_repetition_and_contradiction_are_paid_for_their_absence() -> None:
     reports = ["effusion. edema.", "effusion. effusion.", "effusion. no effusion.", "effusion. maybe effusion.", ""]
     texts = [[*(think(report) for report in reports[:4]), "effusion. no effusion."]]  # the last without its tags

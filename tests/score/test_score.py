@@ -270,6 +270,39 @@ def test_a_card_that_was_changed_is_refused(tmp_path: Path, changes: dict[str, A
         compare_cards(first, second, samples=2)
 
 
+def test_a_reference_of_labels_alone_counts_in_clinical_scores_and_not_in_lexical_ones(tmp_path: Path) -> None:
+    said = [*[None] * 9, 1, *[None] * 4]
+    rows = [
+        {"id": "a", "report": "An effusion.", "reference": "An effusion.", "labels": said, "reference_labels": said},
+        {"id": "b", "report": "Clear.", "reference": None, "labels": [None] * 14, "reference_labels": said},
+    ]
+    path = write(tmp_path / "test_predictions.jsonl", "\n".join(map(json.dumps, rows)))
+    for load in (None, Reader):  # with a labeler what has words is read anew, labels alone are as they are
+        card = score_files(path, samples=5, load_labeler=load)
+        assert card["n"] == 2 and card["observations"]["Pleural Effusion"]["recall"] == 0.5
+        assert card["lexical"]["studies"] == 1 and card["lexical"]["scores"]["rouge_l"] == 1
+    bare = write(tmp_path / "bare_predictions.jsonl", json.dumps(rows[1]))
+    assert score_files(bare, samples=5)["lexical_reason"] == "no reference has a report, only labels"
+
+
+def test_a_manifest_is_a_reference_with_its_said_labels_where_there_is_no_report(tmp_path: Path) -> None:
+    said = {"said": [*[None] * 9, 1, *[None] * 4], "drawn": None}
+    lines = [
+        {"id": "a", "report": "An effusion.", "labels": {"said": None, "drawn": None}},
+        {"id": "b", "report": None, "labels": said},
+    ]
+    path = write(tmp_path / "manifest.jsonl", "\n".join(map(json.dumps, lines)))
+    predicted = write(tmp_path / "p.json", {"a": "Clear.", "b": "An effusion."})
+    card = score_files(predicted, path, samples=5, load_labeler=Reader)
+    assert card["support"]["Pleural Effusion"] == 2 and card["observations"]["Pleural Effusion"]["recall"] == 0.5
+    with pytest.raises(ValueError, match="holds reports, not labels; give a labeler"):
+        score_files(write(tmp_path / "p2.json", {"a": "Clear.", "b": "x"}), path, samples=5)
+    lines[1]["labels"] = {"said": None, "drawn": None}
+    with pytest.raises(ValueError, match="id 'b', field `report`: null is not a text"):
+        write(path, "\n".join(map(json.dumps, lines)))
+        score_files(predicted, path, samples=5, load_labeler=Reader)
+
+
 class Denying(Reader):
     """Also reads that there is none."""
 

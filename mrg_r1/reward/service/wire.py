@@ -42,7 +42,7 @@ def score_request(
     texts: Sequence[Sequence[str]],
     ended: Tensor,
     study_ids: Sequence[str],
-    references: Sequence[str],
+    references: Sequence[str | None],
     context: RewardContext,
 ) -> Message:
     """A batch as a request."""

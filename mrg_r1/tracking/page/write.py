@@ -178,7 +178,8 @@ def _facts(
     facts += [f"ZeRO-{summary['zero_stage']}"] if summary.get("zero_stage") else []
     facts += [f"seed {summary.get('seed', environment.get('seed'))}"] if environment or summary else []
     facts += [f"{summary['training_seconds'] / 60:,.1f} minutes of training"] if summary.get("training_seconds") else []
-    facts += [f"best validation at step {summary['best']['step']}"] if summary.get("best") else []
+    if best := summary.get("best"):
+        facts.append(f"best validation at step {best['step']}{_over_last(best)}")
     return {
         "name": curves.name,
         "facts": facts,
@@ -188,6 +189,15 @@ def _facts(
         "before": before,
         "last": after or before,
     }
+
+
+def _over_last(best: Mapping[str, Any]) -> str:
+    """What choosing it gained over the last adapter, on the validation studies."""
+    gain = best.get("over_last")
+    if gain is None or gain["step"] == best["step"]:
+        return ""
+    error = "" if gain["standard_error"] is None else f" ± {gain['standard_error']:.3f}"
+    return f" ({gain['difference']:+.3f}{error} over the last, step {gain['step']})"
 
 
 def _control(run: Path) -> str | None:
