@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup demo demo-control demo-seeds start starts iu-phantom tables-phantom full-start \
+.PHONY: help setup demo demo-control demo-rft demo-random demo-seeds start starts iu-phantom tables-phantom full-start \
 	bench bench-gpu wheelhouse soak browser test test-slow test-gpu lint clean
 
 PYTHON ?= python3
@@ -69,17 +69,24 @@ demo-control: $(DEMO)/summary.json $(DEMO)/control/summary.json  ## the same sta
 	$(SAY) 'What GRPO changed, and what further SFT did in the same time:'
 	@$(MRG) summary $(DEMO) --control $(DEMO)/control
 
+##: demo-CONTROL: rft or random: rejection fine-tuning on the best of each group, or a random reward, instead of GRPO
+demo-rft demo-random: demo-%: $(DEMO)/summary.json
+	$(call launch,$(DEMO)/$*,train.py launch/recipes/demo.yaml control=$* output_dir=$(DEMO)/$* policy.path=$(DEMO)/sft/policy $(DEMO_KEYS))
+	@$(MRG) summary $(DEMO) --control $(DEMO)/$*
+
 demo-seeds:  ## the demo and its control over three seeds, and the mean gain
 	@for seed in 0 1 2; do $(MAKE) --no-print-directory demo-control SEED=$$seed; done
 	@$(MRG) summary runs/demo runs/demo-seed1 runs/demo-seed2
 
+# Radiologists who word the normal alike and pass over two findings of five: who imitates them learns to be silent.
+HABITS := --faint 0.3 --writers 4 --negatives-stated 0.9 --passed-over 0.4 --normal-alike 0.9
 PHANTOMS := $(DEMO)/phantoms/manifest.jsonl
 
 $(PHANTOMS): | $(READY)
 	$(SAY) '1/5 Phantoms: chest radiographs are drawn from findings, and reports written that name them'
 	@mkdir -p $(DEMO)
 	@$(MRG) prepare phantom -o $(DEMO)/phantoms --preset five --splits sft=4000,train=1920,val=256,test=512 \
-		--side 84 --seed $(SEED)
+		--side 84 --seed $(SEED) $(HABITS)
 
 $(DEMO)/labeler/training.json: $(PHANTOMS)
 	$(SAY) '2/5 Labeler: a small BERT learns to read findings out of reports; its reading will be the reward'
@@ -87,13 +94,14 @@ $(DEMO)/labeler/training.json: $(PHANTOMS)
 		--seed $(SEED) --passes 5
 
 $(DEMO)/tiny-policy/config.json: $(PHANTOMS)
-	$(SAY) '3/5 Policy: a tiny vision-language model with random weights'
-	@$(MRG) prepare tiny-policy -o $(DEMO)/tiny-policy --manifest $(PHANTOMS) --side 84 --seed $(SEED)
+	$(SAY) '3/5 Policy: a tiny vision-language model, whose vision tower is taught to see before it can write'
+	@$(MRG) prepare tiny-policy -o $(DEMO)/tiny-policy --manifest $(PHANTOMS) --side 84 --seed $(SEED) \
+		--teach-tower $(PHANTOMS) --teach-split sft --teach-steps 200
 
 DEMO_KEYS = seed=$(SEED) data.manifest=$(PHANTOMS) reward.labeler=$(DEMO)/labeler
 
 $(DEMO)/sft/summary.json: $(DEMO)/labeler/training.json $(DEMO)/tiny-policy/config.json
-	$(SAY) '4/5 Cold start: SFT teaches it to write reports, and stops early so that GRPO has work left'
+	$(SAY) '4/5 Cold start: SFT teaches it to write reports as the radiologists do, silence included'
 	$(call launch,$(DEMO)/sft,sft.py launch/recipes/demo_sft.yaml output_dir=$(DEMO)/sft \
 		policy.path=$(DEMO)/tiny-policy $(DEMO_KEYS))
 
@@ -104,7 +112,7 @@ $(DEMO)/summary.json: $(DEMO)/sft/summary.json
 $(DEMO)/control/summary.json: $(DEMO)/summary.json
 	$(SAY) 'Control: from the same start, further SFT for as many processor seconds as GRPO and its labeler took'
 	$(call launch,$(DEMO)/control,sft.py launch/recipes/demo_control.yaml output_dir=$(DEMO)/control \
-		policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) sft.max_cpu_seconds=$$($(MRG) summary $(DEMO) --training-cpu-seconds))
+		policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) control_of=$(DEMO))
 
 # ---- tables: rows are recipes over seeds; finished rows are kept, an interrupted table goes on. On phantoms two rows at a
 # ---- time, one rank each. On reports:

@@ -38,7 +38,7 @@ def write_demo_shaped(folder: Path, *, studies: int = _STUDIES) -> Path:
     shutil.rmtree(fresh, ignore_errors=True)
     splits = {"train": studies, "val": 2, "test": 2}
     manifest = write_phantoms(fresh, preset="five", seed=SEED, side=SIDE, splits=splits, workers=read_cores().usable)
-    reports = [study.report for study in read_manifest(manifest, split="train")]
+    reports = [study.report for study in read_manifest(manifest, split="train") if study.report is not None]
     create_tiny_policy(fresh / "policy", [*reports, INSTRUCTION], image_side=SIDE, seed=SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)

@@ -61,12 +61,12 @@ class WordOverlapRewards:
         texts: Sequence[Sequence[str]],
         ended: Tensor,
         study_ids: Sequence[str],
-        references: Sequence[str],
+        references: Sequence[str | None],
         context: RewardContext = RewardContext(),  # noqa: B008 (frozen)
     ) -> Ticket:
         total = torch.tensor(
             [
-                [same.word_overlap(text, reference) for text in group]
+                [same.word_overlap(text, reference or "") for text in group]
                 for group, reference in zip(texts, references, strict=True)
             ]
         )

@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+LABELS_ONLY = "(labels only)"  # shown in place of a reference's text where a study has none
+
 
 @dataclass(frozen=True)
 class StudyImage:
@@ -31,7 +33,7 @@ class Study:
     id: str
     patient_id: str
     images: tuple[StudyImage, ...]
-    report: str  # the text to learn; "" only where an evaluation has no reference
+    report: str | None  # the text to learn; None where there are labels alone, or in an evaluation no reference
     split: str
     findings: str | None = None
     impression: str | None = None
@@ -42,6 +44,11 @@ class Study:
     rendered: bool = False  # True: the radiograph is a phantom
     prior: str | None = None  # id of an earlier study of the same patient
     prior_report: str | None = None  # its report, where a recipe asks for it (`data.context`); not in the manifest
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is something to score against: a report, or the labels of one."""
+        return self.report is not None or self.said is not None
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,7 @@ class Prompts:
     """A batch of studies as the policy reads them; made once by the loader and never recomputed."""
 
     study_ids: list[str]  # B
-    references: list[str]  # B, the radiologists' reports
+    references: list[str | None]  # B, the radiologists' reports; None: labels alone
     input_ids: Tensor  # [B, P] int64, left-padded
     attention_mask: Tensor  # [B, P] int64, 0 on padding
     positions: Tensor  # [B, P, ...] int64, what the family's rotation takes
@@ -220,6 +227,9 @@ class Rewards:
     reference_labels: Tensor = field(default_factory=lambda: torch.empty(0))  # [B, 14] int64 classes
     # `total` and each term -> [B] float32, of one report given to every study
     constant: dict[str, Tensor] = field(default_factory=dict)
+    # [B, G] int64 observations that one sentence affirms and another denies, -1 in rows that were not labelled; None
+    # where the sentences were not read
+    contradictions: Tensor | None = None
 
 
 @dataclass
@@ -244,3 +254,4 @@ class Experience:
     advantages: Tensor  # [B, G] float32
     reference_logp: Tensor | None  # [B, G, C] float32, None where beta is 0
     old_logp: Tensor | None  # [B, G, C] float32, None where the policy's own detached log-probs are the old ones
+    kept: Tensor | None = None  # [B, G] bool, the reports that the loss has; None: all

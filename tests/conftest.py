@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mrg_r1.data.loader import PromptBuilder, PromptWords
-from mrg_r1.engine.ranks import Ranks
+from mrg_r1.engine.ranks import OneRank
 from mrg_r1.policy.family import find_family
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import add_lora
@@ -62,6 +61,8 @@ def _alone() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     guard()
 
+
+__all__ = ["OneRank"]  # from where tests take it
 
 # A test with this mark runs once for each family; without it for the first.
 FAMILIES = {"qwen2_5_vl": 2, "qwen3_vl": 3}  # and layers of its decoder: features are added after all but the last
@@ -168,25 +169,6 @@ def build(tiny_policy_directory: Path) -> Callable[[Policy], PromptBuilder]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return build_world(tmp_path_factory.mktemp("world") / "world")
-
-
-class OneRank(Ranks):
-    """A run of one, without a process group."""
-
-    def __init__(self) -> None:
-        super().__init__(rank=0, world_size=1, device=torch.device("cpu"))
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return values.detach().double()
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def agree(self, value: Any) -> Any:
-        return value
-
-    def barrier(self) -> None:
-        pass
 
 
 @pytest.fixture

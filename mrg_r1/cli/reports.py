@@ -192,7 +192,7 @@ def _study(arguments: argparse.Namespace, recipe: Recipe) -> Study:
     if arguments.view is not None and not recipe.prompt.show_view:
         _note("--view changes nothing: the run's prompts do not name views (prompt.show_view is false)")
     images = tuple(StudyImage(path.absolute(), view) for path, view in zip(arguments.images, views, strict=True))
-    return Study(id=arguments.images[0].stem, patient_id="", images=images, report="", split="", **context)
+    return Study(id=arguments.images[0].stem, patient_id="", images=images, report=None, split="", **context)
 
 
 def _note(text: str) -> None:

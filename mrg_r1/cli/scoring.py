@@ -249,7 +249,9 @@ def _reward_card(arguments: argparse.Namespace) -> None:
 
 
 def _classes(arguments: argparse.Namespace, studies: Sequence[Study]) -> tuple[list[list[int]], str | None, str | None]:
-    """The classes of every study's report, and the name and the fingerprint of what they are from."""
+    """The classes of every study's report, and the name and the fingerprint of what they are from; a study without a
+    report has those that the manifest says.
+    """
     from mrg_r1.labels.observations import classes_of_values, read_labels_csv
 
     if arguments.said:
@@ -261,14 +263,17 @@ def _classes(arguments: argparse.Namespace, studies: Sequence[Study]) -> tuple[l
             )
         return [classes_of_values(study.said) for study in studies if study.said is not None], None, None
     if arguments.labels is not None:
-        by_id = read_labels_csv(arguments.labels)
+        said = {study.id: classes_of_values(study.said) for study in studies if study.report is None and study.said}
+        by_id = said | read_labels_csv(arguments.labels)
         missing = [study.id for study in studies if study.id not in by_id]
         if missing:
             remedy = "label every report of the manifest (`mrg-r1 label`), or choose a --split that is labelled"
             raise ValueError(f"{arguments.labels}: no row for {_named(missing)} of {arguments.manifest}; {remedy}")
         return [by_id[study.id] for study in studies], str(arguments.labels), None
     labeler = load_labeler(arguments)
-    return labeler.label([study.report for study in studies], progress=True).tolist(), labeler.name, labeler.fingerprint
+    read = iter(labeler.label([study.report for study in studies if study.report is not None], progress=True).tolist())
+    classes = [next(read) if study.report is not None else classes_of_values(study.said or ()) for study in studies]
+    return classes, labeler.name, labeler.fingerprint
 
 
 def _named(ids: Sequence[str]) -> str:

@@ -64,6 +64,15 @@ class Recipe(Section):
     experience: Path | None = Field(
         None, description="What phases=update learns from: RUN/experience, or a file of one step. ours"
     )
+    control: Literal["sft", "rft", "random"] | None = Field(
+        None,
+        description="What GRPO is compared with (docs/recipes.md), in place of it: further SFT for the time of "
+        "`control_of`; rft, the likelihood of each group's best report; random, each group's rewards dealt to its "
+        "reports at random. ours",
+    )
+    control_of: Path | None = Field(
+        None, description="The finished run whose processor seconds `control: sft` gets. yours"
+    )
     data: DataSection
     prompt: PromptSection = Field(default_factory=PromptSection)
     policy: PolicySection
@@ -91,6 +100,29 @@ class Recipe(Section):
                 f"rollout.reuse_prefill with grpo.inner_iterations {self.grpo.inner_iterations} and "
                 f"grpo.minibatches {self.grpo.minibatches}: after the first update the prompts' states are those "
                 "of older weights; set it to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _control(self) -> Recipe:
+        if self.control != "sft" and self.control_of is not None:
+            raise ValueError(f"control_of {self.control_of} with control {self.control}: only control sft has a time")
+        if self.control == "sft":
+            if self.control_of is None and self.sft.max_cpu_seconds is None and self.sft.max_seconds is None:
+                raise ValueError(
+                    "control sft without a time: give the finished run that it is compared with as control_of=RUN, or "
+                    "sft.max_cpu_seconds"
+                )
+            if self.optimizer.schedule != "constant" or self.sft.stop_at is not None:
+                raise ValueError(
+                    f"control sft with optimizer.schedule {self.optimizer.schedule} and sft.stop_at "
+                    f"{self.sft.stop_at}: time ends it, after a number of steps that nobody knows and without "
+                    "validations; set constant and null"
+                )
+        if self.control == "rft" and self.grpo.correction != "none":
+            raise ValueError(
+                f"control rft with grpo.correction {self.grpo.correction}: the likelihood of the best report has no "
+                "ratio to correct; set it to none"
             )
         return self
 
@@ -176,6 +208,10 @@ def _check_phases(recipe: Recipe, task: str) -> None:
         raise RecipeError(
             f"phases {recipe.phases}: only launch/train.py has phases; {script} wants phases=all experience=null"
         )
+    if recipe.control == "sft" and recipe.phases != "all":
+        raise RecipeError(f"control sft with phases {recipe.phases}: SFT has no phases; set phases=all")
+    if recipe.control in ("rft", "random") and task == "sft":
+        raise RecipeError(f"control {recipe.control}: it samples reports, which launch/train.py does")
     if recipe.phases == "update" and recipe.experience is None:
         raise RecipeError(
             "phases update without experience: give RUN/experience of a phases=rollout run as experience=RUN/experience"
@@ -200,11 +236,13 @@ def _check_batches(recipe: Recipe, world_size: int, task: str) -> None:
             f"{name} {batch} does not divide over {world_size} ranks; take {nearest}, or another number of ranks"
         )
     if task == "grpo":
-        rows = batch // world_size * recipe.grpo.group_size
+        learned = 1 if recipe.control == "rft" else recipe.grpo.group_size  # of each group
+        rows = batch // world_size * learned
         if rows % recipe.grpo.minibatches:
+            each = "the best report" if recipe.control == "rft" else f"G {learned}"
             raise RecipeError(
                 f"grpo.minibatches {recipe.grpo.minibatches} does not divide the {rows} completions of a rank "
-                f"({batch} studies / {world_size} ranks x G {recipe.grpo.group_size})"
+                f"({batch} studies / {world_size} ranks x {each})"
             )
 
 

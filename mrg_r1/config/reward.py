@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mrg_r1.config.sections import DEVICE, Section
 from mrg_r1.reward.additive import require_threshold
-from mrg_r1.reward.terms import BUILT_IN, require_known
+from mrg_r1.reward.terms import BUILT_IN, require_known, require_signs
 
 
 class RewardSection(Section):
@@ -69,6 +69,7 @@ class RewardSection(Section):
     @classmethod
     def _known_terms(cls, weights: dict[str, float]) -> dict[str, float]:
         require_known(weights)
+        require_signs(weights)
         return weights
 
     @field_validator("threshold", mode="before")

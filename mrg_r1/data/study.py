@@ -47,16 +47,16 @@ def read_manifest(path: Path, *, split: str | None = None, references: bool = Tr
     Args:
         path: JSONL; image paths in it are relative to its folder. Blank lines are passed over.
         split: keep only the studies of this split; None keeps all.
-        references: every study needs a report; False: null is one that is not there, "" in the study.
+        references: every study needs a report or `labels.said`; False: it may have neither.
 
     Returns:
         The studies in file order, at least one, image paths absolute.
 
     Raises:
         ManifestError: a line that is not a JSON object, unknown or missing keys, values of the wrong type, an empty
-            report, a study without images, labels that are not 14 of 1, 0, -1 and null, an id that stands twice, a
-            `prior` that is missing or another patient's, no study in the file or the split. Names file, line, study,
-            field, value and remedy.
+            report, neither report nor said labels, a study without images, labels that are not 14 of 1, 0, -1 and null,
+            an id that stands twice, a `prior` that is missing or another patient's, no study in the file or the split.
+            Names file, line, study, field, value and remedy.
         OSError: the file cannot be read.
     """
     folder = path.absolute().parent
@@ -211,22 +211,20 @@ def study_of_record(
 
     for key in (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS):
         value = record[key]
-        if value is None and (key in _OPTIONAL_TEXT_KEYS or (key == "report" and not references)):
+        if value is None and key in ("report", *_OPTIONAL_TEXT_KEYS):
             continue
-        if value is None and key == "report":
-            refuse(
-                key,
-                "null is not a string; write the text or take the study out (only `launch/evaluate.py` takes "
-                "studies without)",
-            )
-        elif not isinstance(value, str):
+        if not isinstance(value, str):
             refuse(
                 key,
                 f"{_shown(value)} is not a string; write it in "
-                f"quotes{' or null' if key in _OPTIONAL_TEXT_KEYS else ''}",
+                f"quotes{' or null' if key in ('report', *_OPTIONAL_TEXT_KEYS) else ''}",
             )
         elif key == "report" and (fault := report_fault(value)):
-            refuse(key, f"{fault} ({_shown(value)}); write the text to learn or take the study out")
+            refuse(
+                key,
+                f"{fault} ({_shown(value)}); write the text to learn, null where there are labels alone, or take the "
+                "study out",
+            )
         elif key in _TEXT_KEYS and not visible(value):
             refuse(key, f"empty ({value!a}); give it a value")
         elif key in ("id", "prior") and value != value.strip():
@@ -239,10 +237,15 @@ def study_of_record(
         refuse("rendered", f"{_shown(record['rendered'])}; write true for a phantom and false for a radiograph")
     images = _images(record["images"], folder, refuse)
     said, drawn = _labels(record["labels"], refuse)
+    if references and not faults and record["report"] is None and said is None:
+        refuse(
+            "report",
+            "null, and so is `labels.said`: there is nothing to learn from or to compare with; write the text, or the "
+            "14 labels, or take the study out (only `launch/evaluate.py` takes studies with neither)",
+        )
     if faults:
         return None, faults
     texts = {key: record[key] for key in (*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS)}
-    texts["report"] = texts["report"] or ""
     return Study(**texts, images=images, said=said, drawn=drawn, rendered=record["rendered"]), faults
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mrg_r1.config.recipe import Recipe, check_numbers
 from mrg_r1.data.images import image_problem
 from mrg_r1.doctor.finding import Finding, examined
 from mrg_r1.doctor.fitting import Place, memory_findings
-from mrg_r1.doctor.inputs import check_disk, check_output, check_stage, most_images, read_splits
+from mrg_r1.doctor.inputs import check_disk, check_output, check_stage, most_images, read_splits, studies_to_learn
 from mrg_r1.doctor.labeler import check_labeler, device_of_labeler
 from mrg_r1.doctor.machine import Device, cuda_devices, package_findings
 from mrg_r1.doctor.memory import Task
@@ -30,7 +31,9 @@ _IMAGES = 8  # of each split that `mrg-r1 doctor` opens; a launch opens all (dat
 
 
 def task_of(recipe: Recipe) -> Task:
-    """What a recipe is for, where nobody says: SFT where it has a section `sft` and none `grpo`."""
+    """What a recipe is for, where nobody says: SFT where it has a section `sft` and none `grpo`, or is its control."""
+    if recipe.control == "sft":
+        return "sft"
     return "sft" if "sft" in recipe.model_fields_set and "grpo" not in recipe.model_fields_set else "grpo"
 
 
@@ -44,12 +47,13 @@ def recipe_findings(recipe: Recipe, *, task: Task, world_size: int, devices: lis
         return f"{task}, {recipe.steps} steps of {batch} studies over {world_size} rank(s)"
 
     def data() -> str:
-        found, _ = read_splits(recipe)
+        found, _ = read_splits(recipe, task=task)
         splits.update(found)
         names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
-        return f"{recipe.data.manifest}: " + ", ".join(
-            f"{len(part)} studies in {names[name]!r}" for name, part in found.items()
-        )
+        counts = [f"{len(part)} studies in {names[name]!r}{_of_labels(part)}" for name, part in found.items()]
+        left_out = len(found["train"]) - len(studies_to_learn(found["train"], task=task))
+        counts += [f"SFT leaves out {left_out} without a report"] if left_out else []
+        return f"{recipe.data.manifest}: {', '.join(counts)}"
 
     findings = [
         examined("recipe", numbers),
@@ -102,6 +106,12 @@ def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
     if findings[0].state == "ok" and _can_be_run(recipe.engine.deepspeed):
         findings += memory_findings(recipe, task=task, place=place, images=images)
     return findings
+
+
+def _of_labels(studies: Sequence[Study]) -> str:
+    """How many of them have labels alone."""
+    bare = sum(study.report is None for study in studies)
+    return f" ({bare} with labels alone)" if bare else ""
 
 
 def _disk(recipe: Recipe) -> str:

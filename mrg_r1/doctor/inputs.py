@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mrg_r1.config.recipe import Recipe, RecipeError
 from mrg_r1.data.context import with_prior_reports
 from mrg_r1.data.study import read_manifest
+from mrg_r1.reward.terms import needing_words
 from mrg_r1.types import Study
 
 _NEEDED_BYTES = 64 * 1024**2  # logs, completions and pages; checkpoints are added
@@ -24,7 +25,8 @@ def read_splits(recipe: Recipe, *, task: str = "grpo") -> tuple[dict[str, list[S
 
     Raises:
         RecipeError: a part that is needed has no study; a prior report that is not there; references of a part of the
-            test split.
+            test split; SFT without a report to learn; a reward term that reads words, and a study that has labels
+            alone.
         ManifestError, OSError: the manifest cannot be read.
     """
     names = {"train": recipe.data.train_split, "val": recipe.data.val_split, "test": recipe.data.test_split}
@@ -43,7 +45,7 @@ def read_splits(recipe: Recipe, *, task: str = "grpo") -> tuple[dict[str, list[S
     if recipe.phases != "all":  # nothing is validated or evaluated
         needed, studies = ["train"], {"train": studies["train"], "val": [], "test": []}
     if task == "evaluate":
-        studies = {part: [study for study in studies[part] if study.report or part == "test"] for part in names}
+        studies = {part: [study for study in studies[part] if study.has_reference or part == "test"] for part in names}
         scored = _referenced(recipe, studies["test"])
         # what these switches stand for comes from the training reports
         trained = recipe.reward.ccs_weights == "inverse_prevalence" or recipe.reward.threshold == "auto"
@@ -54,7 +56,40 @@ def read_splits(recipe: Recipe, *, task: str = "grpo") -> tuple[dict[str, list[S
             raise RecipeError(
                 f"data.{part}_split {names[part]!r}: {recipe.data.manifest} has no study of that split; it has {found}"
             )
+    if task == "sft" and not studies_to_learn(studies["train"], task=task):
+        raise RecipeError(
+            f"data.train_split {names['train']!r}: its {len(studies['train'])} studies in {recipe.data.manifest} have "
+            "labels and no report, and SFT learns reports; write reports, or train with launch/train.py (GRPO), which "
+            "labels are enough for"
+        )
+    _refuse_without_words(recipe, studies, task=task)
     return studies, needed
+
+
+def studies_to_learn(train: Sequence[Study], *, task: str) -> list[Study]:
+    """The training studies that steps are made of: SFT learns reports, and leaves out those with labels alone."""
+    return [study for study in train if task != "sft" or study.report is not None]
+
+
+def _refuse_without_words(recipe: Recipe, studies: Mapping[str, Sequence[Study]], *, task: str) -> None:
+    """
+    Raises:
+        RecipeError: a term reads the reference's words, and a study that is rewarded has labels alone.
+    """
+    wanting = needing_words(recipe.reward.weights)
+    if not wanting or recipe.phases == "update":  # nothing is rewarded
+        return
+    parts = {"grpo": ("train", "val", "test"), "sft": ("val", "test"), "evaluate": ("test",)}[task]
+    # of an evaluation without any reference nothing is scored
+    rewarded = [study for part in parts for study in studies[part] if study.has_reference]
+    bare = [study for study in rewarded if study.report is None]
+    if bare:
+        raise RecipeError(
+            f"reward.weights {', '.join(wanting)}: read the reference's words, and {len(bare)} of the {len(rewarded)} "
+            f"studies to be rewarded in {recipe.data.manifest} have labels and no report ({bare[0].id!r} of split "
+            f"{bare[0].split!r} first); take the term out, or these studies (the user's own terms are handed "
+            "references, so that they count as reading them)"
+        )
 
 
 def _referenced(recipe: Recipe, studies: Sequence[Study]) -> bool:
@@ -63,12 +98,12 @@ def _referenced(recipe: Recipe, studies: Sequence[Study]) -> bool:
     Raises:
         RecipeError: some have one and some have none: scores of a part would be taken for those of the whole.
     """
-    bare = [study.id for study in studies if not study.report]
+    bare = [study.id for study in studies if not study.has_reference]
     if bare and len(bare) < len(studies):
         raise RecipeError(
             f"{recipe.data.manifest}: {len(bare)} of {len(studies)} studies of data.test_split "
-            f"{recipe.data.test_split!r} have no report ({bare[0]!r} first); give them a split of their own, of "
-            "which reports are written without scores"
+            f"{recipe.data.test_split!r} have neither report nor labels ({bare[0]!r} first); give them a split of "
+            "their own, of which reports are written without scores"
         )
     return not bare
 

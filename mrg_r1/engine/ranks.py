@@ -140,6 +140,25 @@ class Ranks:
         dist.barrier()
 
 
+class OneRank(Ranks):
+    """A process of its own, without a process group: what all ranks are asked is asked of it alone."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__(rank=0, world_size=1, device=torch.device(device))
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values.detach().double().cpu()
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def agree(self, value: Any) -> Any:
+        return value
+
+    def barrier(self) -> None:
+        pass
+
+
 def on_one_node() -> bool:
     """Whether the launcher's variables describe a run on one node, before any rank has spoken to another."""
     return "RANK" not in os.environ or int(os.environ["WORLD_SIZE"]) == _local_size()

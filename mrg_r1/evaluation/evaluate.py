@@ -27,6 +27,7 @@ from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import bootstrap_intervals
 from mrg_r1.metrics.clinical import clinical_scores, per_observation, support, truth_scores
 from mrg_r1.metrics.identity import ids_hash, labels_hash
+from mrg_r1.metrics.wording import wording
 from mrg_r1.policy.policy import Policy
 from mrg_r1.reward.compute import RewardContext, RewardError
 from mrg_r1.reward.held_out import HeldOutLabeler
@@ -41,6 +42,9 @@ SUMMARY_KEYS = (
     "mean_reward",
     "format_rate",
     "distinct_share",
+    "repeated_sentence",
+    "repetition",
+    "contradiction",
     "held_out_disease_micro13",
     "hacking_gap",
 )
@@ -143,10 +147,17 @@ def _predictions(batch: list[Study], completions: Completions, rewards: Rewards)
             "constant": {name: float(values[b]) for name, values in rewards.constant.items()},
             "labels": values_of_classes(rewards.labels[b, 0].clamp_min(BLANK).tolist()),
             "reference_labels": values_of_classes(rewards.reference_labels[b].tolist()),
+            "contradictions": _count(rewards, b),
             "drawn": None if study.drawn is None else list(study.drawn),
         }
         for b, study in enumerate(batch)
     ]
+
+
+def _count(rewards: Rewards, study: int) -> int | None:
+    """Contradictions of a study's only report; None where it is malformed or its sentences were not read."""
+    count = -1 if rewards.contradictions is None else int(rewards.contradictions[study, 0])
+    return None if count < 0 else count
 
 
 def _add_held_out_labels(
@@ -230,6 +241,10 @@ def summarise(
         "format_rate": float(np.mean([row["terms"].get("format", float("nan")) for row in predictions])),
         "distinct_share": len(set(reports)) / len(predictions),
         "no_finding_rate": float((predicted[:, NO_FINDING] == POSITIVE).mean()),
+        # what the labeler reads as if nothing were wrong (docs/metrics.md, Wording)
+        **asdict(wording([row["report"] for row in predictions], [row.get("contradictions") for row in predictions])),
+        # what the radiologists do themselves; a labeler has not read their sentences
+        "references_wording": asdict(wording([row.get("reference") for row in predictions], [None] * len(predictions))),
         "mean_words": float(np.mean([len(report.split()) for report in reports])) if reports else 0.0,
         "disease_micro13": scores["disease_micro13"].f1,
         "disease_macro13": scores["disease_macro13"].f1,
@@ -243,13 +258,14 @@ def summarise(
         "lexical": None if cleaning is None else _lexical(predictions, cleaning),
     }
     if held_out is not None:
+        worded = np.array([row["reference"] is not None for row in predictions])
         by_held_out = _classes(predictions, "held_out_labels"), _classes(predictions, "held_out_reference_labels")
         result["held_out"] = {
             "labeler": dict(held_out),
             **_clinical(*by_held_out, samples=bootstrap_samples, seed=seed),
             "reference_labels_sha256": labels_hash(ids, by_held_out[1]),
-            # of the 14 classes of each reference, the share in which both labelers read the same
-            "agreement_on_references": float((by_held_out[1] == reference).mean()),
+            # of the 14 classes of each reference report, the share in which both labelers read the same
+            "agreement_on_references": float((by_held_out[1] == reference)[worded].mean()) if worded.any() else None,
         }
         own = result["held_out"]["disease_micro13"] = result["held_out"]["definitions"]["disease_micro13"]["f1"]
         result["held_out_disease_micro13"], result["hacking_gap"] = own, result["disease_micro13"] - own
@@ -283,15 +299,21 @@ def _clinical(predicted: NDArray[np.int64], reference: NDArray[np.int64], *, sam
     }
 
 
-def _lexical(predictions: Sequence[dict[str, Any]], cleaning: lexical.Cleaning) -> dict[str, Any]:
-    """Lexical metrics of what may be labelled: the report inside its tags, nothing where it is malformed."""
+def _lexical(predictions: Sequence[dict[str, Any]], cleaning: lexical.Cleaning) -> dict[str, Any] | None:
+    """Lexical metrics of what may be labelled: the report inside its tags, nothing where it is malformed. Over the
+    studies whose reference has words, which are counted where they are not all; None where none has.
+    """
 
     def shown(names: Sequence[str]) -> Iterable[str]:
         return progress(names, "lexical metrics")
 
-    ordered = sorted(predictions, key=lambda row: str(row["id"]))  # as in a score card, so that both have one hash
+    worded = [row for row in predictions if row["reference"] is not None]
+    if not worded:
+        return None
+    ordered = sorted(worded, key=lambda row: str(row["id"]))  # as in a score card, so that both have one hash
     said, true = {row["id"]: row["report"] or "" for row in ordered}, {row["id"]: row["reference"] for row in ordered}
-    return lexical.described_scores(said, true, cleaning, shown=shown)
+    counted = {} if len(worded) == len(predictions) else {"studies": len(worded)}
+    return lexical.described_scores(said, true, cleaning, shown=shown) | counted
 
 
 def short_summary(result: dict[str, Any]) -> dict[str, float | None]:

@@ -47,6 +47,8 @@ class LossConfig:
         kl_clamp: see `k3`.
         kl: `k3` as the paper has it; `k3_unbiased` weighs each token's k3 by its ratio, with its gradient, whose mean
             over sampled tokens then is the gradient of KL(policy || reference).
+        likelihood: `-A * logp` in place of the clipped ratio: the negative log-likelihood of rows whose advantage is 1.
+            The ratio's metrics then say how far the policy has moved, and no clip is active.
     """
 
     aggregation: Aggregation
@@ -59,6 +61,7 @@ class LossConfig:
     correction_cap: float = 2.0
     kl_clamp: float = KL_CLAMP
     kl: Kl = "k3"
+    likelihood: bool = False
 
 
 def loss_denominator(mask: Tensor, aggregation: Aggregation) -> Tensor:
@@ -190,7 +193,10 @@ def grpo_loss(
         raise ValueError(f"ratio {config.ratio!r}; allowed are 'token' and 'sequence'")
     ratios = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()
     clipped = ratios.clamp(1 - config.clip_low, 1 + config.clip_high)
-    per_token = -torch.minimum(ratios * advantage, clipped * advantage).expand_as(policy)  # [R, C]
+    if config.likelihood:
+        per_token = -policy * advantage  # [R, C]
+    else:
+        per_token = -torch.minimum(ratios * advantage, clipped * advantage).expand_as(policy)  # [R, C]
 
     metrics: Metrics = {
         "ratio": _mean(ratios, counted),

@@ -71,8 +71,8 @@ def sample_study(
         wording: "train", "heldout" or "all", as `wording.write_report`'s; it changes the report alone.
         prevalence: of "five" alone: observation -> share of studies that have it, for those that are to differ from 35
             %.
-        faint: of "five" alone: share of the findings that are there which are drawn faintly, each by a share of its own, from nothing to
-            `FAINT`.
+        faint: of "five" alone: share of the findings that are there which are drawn faintly, each by a strength of its
+            own, from nothing to `FAINT`.
         habits: of "five" alone: how the reports are written.
 
     Returns:

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mrg_r1.labels.observations import OBSERVATIONS
+from mrg_r1.labels.sentences import sentences
+from mrg_r1.metrics.wording import contradictions
 from mrg_r1.report_format import Mode, Style, format_score, parse
 from mrg_r1.reward import terms
 from mrg_r1.reward.reading import Labeler, LabelError, Reader, problem_of
@@ -48,6 +50,8 @@ class RewardContext:
         thresholds: [13] of `additive`; needed where that is a term.
         constant: a report that is given to every study beside the completions, to see what can be earned without
             looking.
+        contradictions: read every report sentence by sentence too, as is done wherever the term `contradiction` has a
+            weight, if only 0.
     """
 
     reference_labels: NDArray[np.int64] | None = None
@@ -55,6 +59,7 @@ class RewardContext:
     ccs_weights: NDArray[np.float64] | None = None
     constant: str | None = None
     thresholds: NDArray[np.float64] | None = None
+    contradictions: bool = False
 
 
 class RewardFunction:
@@ -95,6 +100,7 @@ class RewardFunction:
         if not 0 <= margin < 1:
             raise ValueError(f"margin {margin}; expected 0 <= margin < 1")
         terms.require_known(weights)
+        terms.require_signs(weights)
         for name, weight in weights.items():
             if not math.isfinite(weight):
                 raise ValueError(f"reward term {name!r}: weight {weight}; expected a finite number")
@@ -112,7 +118,7 @@ class RewardFunction:
         self,
         texts: Sequence[Sequence[str]],
         ended: Tensor,
-        references: Sequence[str],
+        references: Sequence[str | None],
         context: RewardContext = RewardContext(),  # noqa: B008 (frozen)
         *,
         study_ids: Sequence[str] | None = None,
@@ -125,7 +131,7 @@ class RewardFunction:
         Args:
             texts: B groups of G decoded completions.
             ended: [B, G] bool, an EOS was sampled.
-            references: B texts of the radiologists.
+            references: B texts of the radiologists; None where a study has labels alone, which `context` then knows.
             context: this batch's margin, weights, known labels and constant report.
             study_ids: B names for error messages; None numbers the studies.
 
@@ -135,25 +141,28 @@ class RewardFunction:
         Raises:
             RewardError: the labeler or a term fails or answers with something that is not finite; names it and the
                 studies.
-            ValueError: shapes that disagree, or a margin outside [0, 1).
+            ValueError: shapes that disagree, a margin outside [0, 1), a reference that is None where its labels are not
+                known or a term reads its words.
         """
         groups, members = _checked_shape(texts, ended, references, context.reference_labels, study_ids)
         ids = list(study_ids) if study_ids is not None else [f"number {b}" for b in range(groups)]
         constants = [] if context.constant is None else [context.constant]
+        self._refuse_without_words(references, context, ids)
+        words = [reference or "" for reference in references]
 
         parsed = [parse(text, self.mode) for group in texts for text in group]  # N = B * G, row-major
         reports = [one.report for one in parsed]
-        labels, per_study, constant_labels = self._label(
-            reports, list(references), constants, context.reference_labels, ids
-        )
+        labels, per_study, constant_labels, contradicted = self._label(reports, words, constants, context, ids)
         ends = ended.flatten().tolist()
         formats = [format_score(one, self.format_style, ended=end) for one, end in zip(parsed, ends, strict=True)]
-        total, scored = self._score(reports, labels, formats, list(references), per_study, context, ids, members)
+        of_reports = None if contradicted is None else contradicted[: len(reports)]
+        total, scored = self._score(reports, labels, formats, words, per_study, context, ids, members, of_reports)
         constant: dict[str, Tensor] = {}
         if constants:
             rows = np.repeat(constant_labels, groups, axis=0)
+            of_constant = None if contradicted is None else np.repeat(contradicted[len(reports) :], groups)
             its_total, its_terms = self._score(
-                constants * groups, rows, [1.0] * groups, list(references), per_study, context, ids, 1
+                constants * groups, rows, [1.0] * groups, words, per_study, context, ids, 1, of_constant
             )
             constant = {name: values.squeeze(1) for name, values in {"total": its_total, **its_terms}.items()}
         return Rewards(
@@ -164,28 +173,55 @@ class RewardFunction:
             report_texts=[reports[b * members : (b + 1) * members] for b in range(groups)],
             reference_labels=torch.from_numpy(per_study),
             constant=constant,
+            contradictions=None if of_reports is None else torch.from_numpy(of_reports).reshape(groups, members),
         )
 
-    def reports_of(self, texts: Sequence[str]) -> list[str]:
-        """The texts that the labeler will be asked to read of these completions."""
-        return [report for report in (parse(text, self.mode).report for text in texts) if report is not None]
+    def _refuse_without_words(
+        self, references: Sequence[str | None], context: RewardContext, ids: Sequence[str]
+    ) -> None:
+        """A launch has refused such studies before (`doctor.inputs`)."""
+        bare = [study for study, reference in zip(ids, references, strict=True) if reference is None]
+        wanting = terms.needing_words(self.weights)
+        if bare and wanting:
+            raise ValueError(
+                f"reward terms {', '.join(wanting)} read the reference's words; studies {_shortened(bare)} have labels "
+                "alone"
+            )
+        if bare and context.reference_labels is None:
+            raise ValueError(f"studies {_shortened(bare)} have neither a reference text nor known reference labels")
+
+    def reports_of(self, texts: Sequence[str], context: RewardContext = RewardContext()) -> list[str]:  # noqa: B008
+        """The texts that the labeler will be asked to read of these completions: reports and, where contradictions
+        are looked for, their sentences.
+        """
+        reports = [report for report in (parse(text, self.mode).report for text in texts) if report is not None]
+        if self._reads_sentences(context):
+            reports += [sentence for report in reports for sentence in sentences(report)]
+        return reports
+
+    def _reads_sentences(self, context: RewardContext) -> bool:
+        return context.contradictions or terms.CONTRADICTION in self.weights
 
     def _label(
         self,
         reports: list[str | None],
         references: list[str],
         constants: list[str],
-        reference_labels: NDArray[np.int64] | None,
+        context: RewardContext,
         ids: list[str],
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Classes of the reports [N, 14] (-1 where None), of the references [B, 14] and of the constant ones, by one
-        call.
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64] | None]:
+        """Classes of the reports [N, 14] (-1 where None), of the references [B, 14] and of the constant ones, and the
+        contradictions of reports (-1 where None) and constant ones, where they are looked for; by one call.
         """
+        reference_labels = context.reference_labels
         rows = [row for row, report in enumerate(reports) if report is not None]
         written = [report for report in reports if report is not None]
         unknown = references if reference_labels is None else []
+        split = [sentences(text) for text in (*written, *constants)] if self._reads_sentences(context) else []
+        said = [sentence for report in split for sentence in report]
+        whole = len(written) + len(unknown) + len(constants)
         try:
-            classes = self.reader.label([*written, *unknown, *constants])
+            classes = self.reader.label([*written, *unknown, *constants, *said])
         except LabelError as error:
             raise RewardError(f"the reports of studies {_shortened(ids)}: {error}") from error
         labels = np.full((len(reports), len(OBSERVATIONS)), -1, dtype=np.int64)
@@ -195,7 +231,12 @@ class RewardFunction:
             if reference_labels is None
             else np.array(reference_labels, dtype=np.int64)
         )
-        return labels, known, classes[len(rows) + len(unknown) :]
+        contradicted = None
+        if self._reads_sentences(context):
+            found = contradictions([len(report) for report in split], classes[whole:])
+            contradicted = np.full(len(reports) + len(constants), -1, dtype=np.int64)
+            contradicted[[*rows, *range(len(reports), len(contradicted))]] = found
+        return labels, known, classes[len(rows) + len(unknown) : whole], contradicted
 
     def _score(
         self,
@@ -207,6 +248,7 @@ class RewardFunction:
         context: RewardContext,
         ids: list[str],
         members: int,
+        contradicted: NDArray[np.int64] | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum and each term, [B, members] float32, of B * members reports."""
         every_row = terms.Scored(
@@ -218,6 +260,7 @@ class RewardFunction:
             margin=self.margin if context.margin is None else context.margin,
             ccs_weights=context.ccs_weights,
             thresholds=context.thresholds,
+            contradictions=contradicted,
         )
         scored: dict[str, Tensor] = {}
         total = torch.zeros(len(ids), members, dtype=torch.float64)
@@ -259,6 +302,7 @@ class RewardFunction:
                 labels=every_row.labels[rows],
                 reference_labels=every_row.reference_labels[rows],
                 format=every_row.format[rows],
+                contradictions=None if every_row.contradictions is None else every_row.contradictions[rows],
             )
         )
         return values
@@ -267,7 +311,7 @@ class RewardFunction:
 def _checked_shape(
     texts: Sequence[Sequence[str]],
     ended: Tensor,
-    references: Sequence[str],
+    references: Sequence[str | None],
     reference_labels: NDArray[np.int64] | None,
     study_ids: Sequence[str] | None,
 ) -> tuple[int, int]:
@@ -291,6 +335,6 @@ def _checked_shape(
     return groups, members
 
 
-def _shortened(names: list[str]) -> str:
+def _shortened(names: Sequence[str]) -> str:
     shown = ", ".join(names[:8])
     return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"

@@ -15,6 +15,7 @@ from torch import Tensor
 from mrg_r1.grpo.advantages import without_signal
 from mrg_r1.grpo.loss import Metrics
 from mrg_r1.labels.observations import NEGATIVE, NO_FINDING, OBSERVATIONS, POSITIVE, UNCERTAIN
+from mrg_r1.metrics.wording import repeats_sentence, repetition
 from mrg_r1.types import Completions, Rewards
 
 _SQUARE = "_square"  # the mean of squares, from which a standard deviation is made after the reduction
@@ -31,6 +32,9 @@ def group_metrics(
     - `groups/zero_signal`: groups of equal totals, under `per_term` those in which every weighted term is
       equal; `groups/all_zero_mccs`: groups in which no report earns any MCCS.
     - `groups/distinct`: distinct reports over members; `groups/distinct_in_batch`: over all reports of a rank.
+    - `groups/repeated_sentence`: readable reports in which a whole sentence stands twice; `groups/repetition`: the mean
+      of `metrics.wording.repetition`; `groups/contradiction`, where sentences were read: readable reports with an
+      observation that one sentence affirms and another denies.
     - `groups/malformed`, `truncated`, `length` in tokens, `no_finding`.
     - `agreement/OBSERVATION`: of the reports in which the report or its reference says something of it, the share in
       which both say the same (uncertain counts as positive). Malformed reports say nothing.
@@ -58,6 +62,12 @@ def group_metrics(
     everything = {text for group in reports for text in group}
     metrics["groups/distinct_in_batch"] = (torch.tensor(float(len(everything))), count)
     metrics["groups/malformed"] = (count - sum(len(group) for group in reports), count)
+    written = [text for group in reports for text in group]
+    readable = torch.tensor(float(len(written)))
+    metrics["groups/repeated_sentence"] = (torch.tensor(float(sum(map(repeats_sentence, written)))), readable)
+    metrics["groups/repetition"] = (torch.tensor(sum(map(repetition, written)), dtype=torch.float64), readable)
+    if rewards.contradictions is not None:
+        metrics["groups/contradiction"] = ((rewards.contradictions > 0).double().sum(), readable)
     metrics["groups/truncated"] = mean(~completions.ended)
     metrics["groups/length"] = mean(completions.lengths)
     metrics["groups/no_finding"] = mean(rewards.labels[..., NO_FINDING] == POSITIVE)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mrg_r1.console import progress
 from mrg_r1.files import atomically
-from mrg_r1.labels.observations import read_labels_csv, write_labels_csv
+from mrg_r1.labels.observations import classes_of_values, read_labels_csv, write_labels_csv
 from mrg_r1.types import Study
 
 FOLDER = ".reference_labels"
@@ -33,10 +33,11 @@ def reference_labels(
     label: Callable[[Sequence[str]], NDArray[np.int64]],
     fallback: Path,
 ) -> dict[str, list[int]]:
-    """The 14 classes of each study's reference, from the file beside the manifest as far as it goes.
+    """The 14 classes of each study's reference, from the file beside the manifest as far as it goes. A study without a
+    report has the classes that the manifest says, whoever the labeler is.
 
     Args:
-        studies: whose labels are needed.
+        studies: whose labels are needed; each with a report or said labels.
         manifest: the file that they come from.
         labeler: everything that tells one labeler from another, `name` among it.
         label: reads [N, 14] classes out of N texts.
@@ -47,18 +48,19 @@ def reference_labels(
     """
     path = _cache_file(manifest, labeler, fallback)
     known = read_labels_csv(path) if path.is_file() else {}
-    missing = [study for study in studies if study.id not in known]
+    said = {study.id: classes_of_values(study.said) for study in studies if study.report is None and study.said}
+    missing = [(study.id, study.report) for study in studies if study.report is not None and study.id not in known]
     batches = [missing[start : start + _AT_ONCE] for start in range(0, len(missing), _AT_ONCE)]
     saved = time.monotonic()
     for batch in progress(batches, "reading the references", quiet=len(batches) < 2):
-        classes = label([study.report for study in batch])
-        known |= {study.id: row for study, row in zip(batch, classes.tolist(), strict=True)}
+        classes = label([report for _, report in batch])
+        known |= {study_id: row for (study_id, _), row in zip(batch, classes.tolist(), strict=True)}
         if time.monotonic() - saved > _SAVED_EVERY:
             _save(path, known)
             saved = time.monotonic()
     if missing:
         _save(path, known)
-    return {study.id: known[study.id] for study in studies}
+    return {study.id: said[study.id] if study.id in said else known[study.id] for study in studies}
 
 
 def kept_reference_labels(manifest: Path, labeler: Mapping[str, str], fallback: Path) -> dict[str, list[int]]:

@@ -16,9 +16,12 @@ from pycocoevalcap.rouge.rouge import Rouge
 from sacrebleu.metrics.bleu import BLEU
 
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, signed_vector
+from mrg_r1.metrics.wording import repetition
 from mrg_r1.reward.additive import additive
 
 Floats = NDArray[np.float32]
+CONTRADICTION = "contradiction"  # the term for which each sentence is read by itself
+_PAID_TO_BE_HIGH = ("repetition", CONTRADICTION)  # named after what they are the absence of
 CustomTerm = Callable[[list[str | None], list[str], NDArray[np.int64], NDArray[np.int64]], Floats]
 
 
@@ -28,13 +31,16 @@ class Scored:
 
     Attributes:
         texts: N report texts; "" where a completion is malformed, which only a term with `scores_malformed` sees.
-        references: N texts of the radiologists.
+        references: N texts of the radiologists; "" where a study has labels alone, which no term with `needs_words`
+            sees.
         labels: [N, 14] int64 classes of the reports; -1 throughout a malformed row.
         reference_labels: [N, 14] int64 classes of the references.
         format: [N] float32, how far each completion keeps the grammar (`report_format.format_score`).
         margin: m of `mccs`.
         ccs_weights: [13, 2] of `ccs`; None: equal.
         thresholds: [13] of `additive`; None where it is not a term.
+        contradictions: [N] int64 observations that one sentence of the report affirms and another denies; read where
+            the term `contradiction` has a weight.
     """
 
     texts: Sequence[str]
@@ -45,6 +51,7 @@ class Scored:
     margin: float
     ccs_weights: NDArray[np.float64] | None
     thresholds: NDArray[np.float64] | None = None
+    contradictions: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,13 @@ class Term:
         score: [N] float32 of N reports.
         description: a line for `--help`.
         scores_malformed: False: a malformed completion earns 0 and is not shown to `score`.
+        needs_words: it reads the reference's words, so that studies with labels alone cannot be scored.
     """
 
     score: Callable[[Scored], Floats]
     description: str
     scores_malformed: bool = False
+    needs_words: bool = False
 
 
 def ccs(generated: NDArray[np.int8], reference: NDArray[np.int8], weights: NDArray[np.float64] | None = None) -> Floats:
@@ -248,6 +257,16 @@ def length(generated: Sequence[str], references: Sequence[str]) -> Floats:
     return np.array([min(pair) / max(pair) if max(pair) else 1.0 for pair in counts], dtype=np.float32)
 
 
+def _without_repetition(scored: Scored) -> Floats:
+    return np.array([1 - repetition(text) for text in scored.texts], dtype=np.float32)
+
+
+def _without_contradiction(scored: Scored) -> Floats:
+    if scored.contradictions is None:
+        raise ValueError("the sentences of the reports were not read")
+    return (1 / (1 + scored.contradictions)).astype(np.float32)
+
+
 def _ccs_of(scored: Scored) -> Floats:
     return ccs(signed_vector(scored.labels), signed_vector(scored.reference_labels), scored.ccs_weights)
 
@@ -263,9 +282,19 @@ BUILT_IN: Mapping[str, Term] = {
     "ccs": Term(_ccs_of, "cosine of what the two reports affirm (+1) and deny (-1) of 13 observations, -1 to 1"),
     "additive": Term(_additive_of, "findings said pay from the probability reward.threshold on, -1 to 1"),
     "ce_f1": Term(lambda s: ce_f1(s.labels, s.reference_labels), "F1 of one report's positive findings, 0 to 1"),
-    "bleu4": Term(lambda s: bleu4(s.texts, s.references), "sentence BLEU-4 against the reference, 0 to 1"),
-    "rouge_l": Term(lambda s: rouge_l(s.texts, s.references), "ROUGE-L against the reference, 0 to 1"),
-    "length": Term(lambda s: length(s.texts, s.references), "shorter over longer of report and reference, 0 to 1"),
+    "bleu4": Term(
+        lambda s: bleu4(s.texts, s.references), "sentence BLEU-4 against the reference, 0 to 1", needs_words=True
+    ),
+    "rouge_l": Term(
+        lambda s: rouge_l(s.texts, s.references), "ROUGE-L against the reference, 0 to 1", needs_words=True
+    ),
+    "length": Term(
+        lambda s: length(s.texts, s.references), "shorter over longer of report and reference, 0 to 1", needs_words=True
+    ),
+    "repetition": Term(_without_repetition, "1 less the share of sentences or three-grams said before, 0 to 1"),
+    CONTRADICTION: Term(
+        _without_contradiction, "1 over 1 + the observations that one sentence affirms and another denies, 0 to 1"
+    ),
     "format": Term(lambda s: s.format, "the completion keeps the prompt's grammar, 0 to 1", scores_malformed=True),
 }
 
@@ -280,6 +309,25 @@ def require_known(names: Iterable[str]) -> None:
         if name not in BUILT_IN and ":" not in name:
             raise ValueError(
                 f"reward term {name!r} is unknown; allowed are {', '.join(BUILT_IN)} and 'module:function'"
+            )
+
+
+def needing_words(names: Iterable[str]) -> list[str]:
+    """Those of the terms that read the reference's words, and all of the user's own, which are handed them."""
+    return [name for name in names if name not in BUILT_IN or BUILT_IN[name].needs_words]
+
+
+def require_signs(weights: Mapping[str, float]) -> None:
+    """Refuse a negative weight where it would pay for what it is meant to price.
+
+    Raises:
+        ValueError: names the term.
+    """
+    for name in _PAID_TO_BE_HIGH:
+        if weights.get(name, 0) < 0:
+            raise ValueError(
+                f"reward term {name!r}: weight {weights[name]}; the term is 1 for a report without {name}, so that a "
+                "negative weight would pay for it; give a positive one"
             )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import LEVEL, SAMPLES, bootstrap_intervals
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, per_observation, support
 from mrg_r1.metrics.identity import digits, ids_hash, labels_hash
+from mrg_r1.metrics.wording import WORDING_ARE, read_contradictions, wording
 from mrg_r1.score.reading import Side, read_side, require_same_studies
 
 FORMAT = "mrg-r1 score card 1"
@@ -99,6 +100,11 @@ def score_files(
         },
         **_clinical(said, true, of_training, samples, seed),
         **_lexical(of_predicted, of_reference, ids, cleaning),
+        "wording": {
+            "predicted": _wording(of_predicted, labeler),
+            "reference": _wording(of_reference, labeler),
+            "are": WORDING_ARE,
+        },
         "predictions": {"ids": ids, "predicted": digits(said), "reference": digits(true)},
     }
 
@@ -128,13 +134,15 @@ def _read_train(path: Path) -> Side:
 
 def _labelled(side: Side, labeler: LoadLabeler | None, labels_by: str | None) -> Side:
     """The side with classes: read out of its reports by the labeler where one is given, else those that stand in the
-    file.
+    file, as are those of studies without a report.
     """
-    if side.texts is not None and labeler is not None:
+    texts = {study: text for study, text in (side.texts or {}).items() if text is not None}
+    if texts and labeler is not None:
         read = labeler()
-        classes = dict(zip(side.texts, read.label(list(side.texts.values()), progress=True).tolist(), strict=True))
-        return replace(side, classes=classes, labeler={"name": read.name, "fingerprint": read.fingerprint})
-    if side.classes is None:
+        classes = dict(zip(texts, read.label(list(texts.values()), progress=True).tolist(), strict=True))
+        given = {study: own for study, own in (side.classes or {}).items() if study not in texts}
+        return replace(side, classes=given | classes, labeler={"name": read.name, "fingerprint": read.fingerprint})
+    if side.classes is None or len(side.classes) < len(side.ids):
         raise ValueError(
             f"{side.path}: holds reports, not labels; give a labeler with --labeler, or a CSV with the 14 observations"
         )
@@ -179,6 +187,17 @@ def definitions_are() -> dict[str, Any]:
     return {name: definition.described() for name, definition in DEFINITIONS.items()}
 
 
+def _wording(side: Side, labeler: LoadLabeler | None) -> dict[str, float | None] | None:
+    """What no clinical score sees; None of labels. An empty report is none; sentences are read where a labeler is."""
+    if side.texts is None:
+        return None
+    reports = [text for study in sorted(side.texts) if (text := side.texts[study]) is not None and text.strip()]
+    counts: list[int | None] = [None] * len(reports)
+    if labeler is not None:
+        counts = read_contradictions(reports, partial(labeler().label, progress=True)).tolist()
+    return asdict(wording(reports, counts))
+
+
 def _lexical(predicted: Side, reference: Side, ids: Sequence[str], cleaning: str) -> dict[str, Any]:
     if predicted.texts is None or reference.texts is None:
         without = predicted if predicted.texts is None else reference
@@ -190,10 +209,10 @@ def _lexical(predicted: Side, reference: Side, ids: Sequence[str], cleaning: str
     named = next((name for name in lexical.CLEANINGS if name == cleaning), None)
     if named is None:
         raise ValueError(f"cleaning {cleaning!r}; there are {', '.join(lexical.CLEANINGS)}")
-    said, true = (
-        {study: side.texts[study] for study in ids} for side in (predicted, reference) if side.texts is not None
-    )
-    return {
-        "lexical": lexical.described_scores(said, true, named, shown=lambda names: progress(names, "lexical metrics")),
-        "lexical_reason": None,
-    }
+    true = {study: text for study in ids if (text := reference.texts[study]) is not None}
+    said = {study: predicted.texts[study] or "" for study in true}
+    if not true:
+        return {"lexical": None, "lexical_reason": "no reference has a report, only labels"}
+    scores = lexical.described_scores(said, true, named, shown=lambda names: progress(names, "lexical metrics"))
+    counted = {} if len(true) == len(ids) else {"studies": len(true)}
+    return {"lexical": scores | counted, "lexical_reason": None}

@@ -47,6 +47,10 @@ class _Lexical(BaseModel):
     references_sha256: str
 
 
+class _Wording(BaseModel):
+    predicted: dict[str, float | None] | None
+
+
 class _Predictions(BaseModel):
     ids: list[str]
     predicted: str
@@ -64,6 +68,7 @@ class Card(BaseModel):
     reference: _Side
     definitions_are: dict[str, Any]
     lexical: _Lexical | None
+    wording: _Wording = _Wording(predicted=None)  # a card of 0.1.0 has none
     predictions: _Predictions
 
 
@@ -170,8 +175,8 @@ def compare_cards(first: Path, second: Path, *, samples: int = SAMPLES, seed: in
 
     Returns:
         `n`, `studies`, `bootstrap`, `definitions.NAME.{first, second, difference, ci, excludes_zero, p}`,
-        `definitions_are`, and `lexical.NAME.{first, second, difference}` with `cleaning`, or null where a card has
-        none.
+        `definitions_are`, `lexical.NAME.{first, second, difference}` with `cleaning`, and `wording` likewise, each null
+        where a card has none.
 
     Raises:
         ValueError: a file that is no card, or cards that cannot be compared, with every reason.
@@ -223,6 +228,7 @@ def compare_cards(first: Path, second: Path, *, samples: int = SAMPLES, seed: in
         },
         "definitions_are": definitions_are(),
         "lexical": _lexical(a.lexical, b.lexical),
+        "wording": _wording(a.wording.predicted, b.wording.predicted),
     }
 
 
@@ -247,6 +253,19 @@ def _lexical(first: _Lexical | None, second: _Lexical | None) -> dict[str, Any] 
             }
             for name in both
         },
+    }
+
+
+def _wording(
+    first: Mapping[str, float | None] | None, second: Mapping[str, float | None] | None
+) -> dict[str, Any] | None:
+    if first is None or second is None:
+        return None
+    pairs = {name: (value, second.get(name)) for name, value in first.items()}
+    return {
+        name: {"first": a, "second": b, "difference": b - a}
+        for name, (a, b) in pairs.items()
+        if a is not None and b is not None
     }
 
 

@@ -47,8 +47,8 @@ class Side:
     """What one file says: reports, labels, or both of the same studies."""
 
     path: Path
-    texts: dict[str, str] | None  # by study id
-    classes: dict[str, list[int]] | None  # by study id: 14 classes
+    texts: Mapping[str, str | None] | None  # by study id; None: labels alone
+    classes: dict[str, list[int]] | None  # by study id: 14 classes; of some, where the others have texts to be read
     by_line: bool = False  # the file has no ids: they are the numbers of its rows, from 1
     labeler: dict[str, str | None] | None = None  # name and fingerprint of what read `classes`, where known
     has_splits: bool = False  # its objects name a split each
@@ -231,7 +231,7 @@ def _jsonl_records(path: Path) -> list[tuple[str, Any]]:
 
 
 def _side_of_records(path: Path, records: Sequence[tuple[str, Any]], role: Role, split: str | None) -> Side:
-    texts: dict[str, str] = {}
+    texts: dict[str, str | None] = {}
     classes: dict[str, list[int]] = {}
     has_splits = any(isinstance(record, dict) and "split" in record for _, record in records)
     for where, record in records:
@@ -244,14 +244,16 @@ def _side_of_records(path: Path, records: Sequence[tuple[str, Any]], role: Role,
         study = _id(where, record)
         if study in texts:
             raise ValueError(f"{where}: id {study!r} stands twice; keep one of the two")
-        texts[study] = _text(where, study, record, role)
-        if isinstance(values := record.get(LABEL_FIELDS[role]), list):
+        field, values = _values(record, role)
+        texts[study] = _text(where, study, record, role, labelled=values is not None)
+        if values is not None:
             try:
                 classes[study] = classes_of_values(values)
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{where}, id {study!r}, field `{LABEL_FIELDS[role]}`: {error}") from error
-    if classes and len(classes) < len(texts):
-        without = next(study for study in texts if study not in classes)
+                raise ValueError(f"{where}, id {study!r}, field `{field}`: {error}") from error
+    worded = [study for study, text in texts.items() if text is not None]
+    without = next((study for study in worded if study not in classes), None)
+    if without is not None and any(study in classes for study in worded):
         remedy = "give all of them labels, or none and --labeler"
         raise ValueError(f"{path}: no field `{LABEL_FIELDS[role]}` for id {without!r}, but for others; {remedy}")
     return Side(path, texts, classes or None, labeler=_neighbour(path) if classes else None, has_splits=has_splits)
@@ -267,7 +269,17 @@ def _id(where: str, record: Mapping[str, Any]) -> str:
     return str(value).strip()
 
 
-def _text(where: str, study: str, record: Mapping[str, Any], role: Role) -> str:
+def _values(record: Mapping[str, Any], role: Role) -> tuple[str, list[Any] | None]:
+    """The labels of an object and their field; of a manifest's study without a report, what it says in its place."""
+    values = record.get(LABEL_FIELDS[role])
+    if isinstance(values, list):
+        return LABEL_FIELDS[role], values
+    if role == "reference" and isinstance(said := record.get("labels"), dict) and record.get("report", "") is None:
+        return "labels.said", said["said"] if isinstance(said.get("said"), list) else None
+    return LABEL_FIELDS[role], None
+
+
+def _text(where: str, study: str, record: Mapping[str, Any], role: Role, *, labelled: bool) -> str | None:
     field = next((name for name in TEXT_FIELDS[role] if name in record), None)
     if field is None:
         raise ValueError(
@@ -276,6 +288,8 @@ def _text(where: str, study: str, record: Mapping[str, Any], role: Role) -> str:
     text = record[field]
     if text is None and field == "report" and role == "predicted":
         return ""  # a completion without a well-formed report says nothing
+    if text is None and role == "reference" and labelled:
+        return None
     if not isinstance(text, str):
         raise ValueError(
             f"{where}, id {study!r}, field `{field}`: {_shown(text)} is not a text; write the report, empty quotes "

@@ -49,12 +49,29 @@ def print_card(card: Mapping[str, Any]) -> None:
             table.add_row(TITLES[name], f"{value:.4f}", lexical["scores_are"][name])
         _print_table(console, f"Lexical metrics, cleaning {lexical['cleaning']}, {lexical['package']}", table)
         lines = [f"cleaning {lexical['cleaning']}: {lexical['cleaning_is']}", *lexical["left_out"].values()]
+        if "studies" in lexical:
+            lines.append(f"over {lexical['studies']:,} of {card['n']:,} studies: the other references have labels only")
         if lexical["empty_predictions"]:
             lines.append(f"{lexical['empty_predictions']:,} predicted reports are empty; they count")
         _print_lines(console, lines)
     else:
         _print_lines(console, [f"lexical metrics are missing: {card['lexical_reason']}"])
+    _print_wording(console, card["wording"])
     _print_lines(console, _origin(card))
+
+
+def _print_wording(console: Console, wording: Mapping[str, Any]) -> None:
+    sides = {side: wording[side] for side in ("predicted", "reference") if wording[side] is not None}
+    if not sides:
+        return
+    table = _table("wording", *sides, "what it is")
+    for name, what in wording["are"].items():
+        values = [side[name] for side in sides.values()]
+        if any(value is not None for value in values):
+            table.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values), what)
+    _print_table(console, "Wording: what no clinical score sees", table)
+    if all(side["contradiction"] is None for side in sides.values()):
+        _print_lines(console, ["contradictions are missing: sentences are read with --labeler"])
 
 
 def print_comparison(comparison: Mapping[str, Any]) -> None:
@@ -85,6 +102,11 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
         _print_table(
             console, f"Lexical metrics, cleaning {lexical['cleaning']}, {lexical['package']}; without intervals", table
         )
+    if comparison["wording"] is not None:
+        table = _table("wording", "first", "second", "difference")
+        for name, found in comparison["wording"].items():
+            table.add_row(name, f"{found['first']:.3f}", f"{found['second']:.3f}", f"{found['difference']:+.3f}")
+        _print_table(console, "Wording of the predicted reports; without intervals", table)
     bootstrap = comparison["bootstrap"]
     lines = [
         *(f"{which}: {card['file']}, mrg-r1 {card['version']}" for which, card in cards.items()),

@@ -58,6 +58,7 @@ class BuiltRow:
 
     name: str
     seeds: list[int]  # finished
+    control: str | None  # a key of `tracking.control.CONTROLS`
     cells: dict[str, Cell]  # by column
     gains: dict[str, Gain]  # by column; none for the reference
 
@@ -157,7 +158,8 @@ def build_table(plan: Plan) -> BuiltTable:
                     gains[column] = _gain(
                         column, values[spec.reference, column], values[row.name, column], shared, pooled
                     )
-        rows.append(BuiltRow(row.name, done, cells, gains))
+        control = None if row.before else plan.runs[row.name, seeds[0]].control
+        rows.append(BuiltRow(row.name, done, control, cells, gains))
     return BuiltTable(
         title=spec.title,
         question=spec.question,
@@ -226,7 +228,10 @@ def _value(column: str, read: _Read) -> float | None:
         return clinical_scores(*pair)[name].f1 if name in DEFINITIONS else per_observation(*pair)[name].f1
     if kind == "lexical":
         scorer = next(one for one in SCORERS if name.startswith(one))
-        said, true = [row["report"] or "" for row in read.predictions], [row["reference"] for row in read.predictions]
+        worded = [row for row in read.predictions if row["reference"] is not None]
+        if not worded:
+            raise TableError(f"column {column!r}: the studies have labels and no report to compare words with")
+        said, true = [row["report"] or "" for row in worded], [row["reference"] for row in worded]
         result = lexical_scores(said, true, scorers=[scorer])
         if name not in result.scores:
             raise TableError(f"column {column!r}: {'; '.join(result.left_out.values())}")

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mrg_r1.config.control import as_sft
 from mrg_r1.config.recipe import Recipe, RecipeError, load_recipe, load_run
 
 Task = Literal["grpo", "sft"]
@@ -122,6 +123,7 @@ class RowRun:
     waits_for: tuple[Path, ...]  # folders of runs that must be complete before this one starts
     cpu_seconds_of: Path | None
     inputs: tuple[tuple[str, Path], ...]  # recipe key and path, of what must be there and is not made by another row
+    control: str | None = None  # the recipe's
 
     @property
     def finished(self) -> bool:
@@ -240,6 +242,7 @@ def _row_run(
         waits_for=(*waits_for, *([timed] if timed else [])),
         cpu_seconds_of=timed,
         inputs=tuple((key, given) for key, given in given if not given.is_relative_to(rows_folder)),
+        control=recipe.control or ("sft" if timed else None),
     )
 
 
@@ -263,9 +266,9 @@ def _check_made_with(folder: Path, recipe: Recipe) -> None:
     """Refuse a folder whose run had other values: a default may have changed since, which its name does not tell."""
     if not (folder / "config.yaml").is_file():
         return
-    theirs, ours = (_flat(one.model_dump(mode="json", exclude=_BESIDE)) for one in (load_run(folder), recipe))
+    theirs, ours = (_flat(one.model_dump(mode="json", exclude=_BESIDE)) for one in (load_run(folder), as_sft(recipe)))
     for key, value in ours.items():
-        if theirs.get(key) != value and key != "sft.max_cpu_seconds":  # which the scheduler adds
+        if theirs.get(key) != value and key != "sft.max_cpu_seconds":  # which the scheduler or the run adds
             raise TableError(
                 f"{folder}: was run with {key} {theirs.get(key)!r}, the row has {value!r} today; remove the folder "
                 f"to run it again, or set {key} in the table's file"

@@ -13,6 +13,7 @@ from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.metrics.clinical import DEFINITIONS
 from mrg_r1.tables.build import BuiltTable, Cell, Gain, as_json
 from mrg_r1.tables.plan import Plan
+from mrg_r1.tracking.control import CONTROLS
 
 _AGAINST = {"truth": "drawn truth", "labeler": "rewarded labeler", "held_out": "held-out labeler"}
 _WORDS = {
@@ -20,6 +21,9 @@ _WORDS = {
     "evaluation:format_rate": "format reward",
     "evaluation:mean_words": "words a report",
     "evaluation:no_finding_rate": "No Finding, share",
+    "evaluation:repeated_sentence": "reports with a sentence twice, share",
+    "evaluation:repetition": "repetition",
+    "evaluation:contradiction": "contradicting reports, share",
     "step:groups/zero_signal": "zero-signal groups, share",
     "step:groups/all_zero_mccs": "groups without any MCCS, share",
     "step:groups/length": "tokens a completion, training",
@@ -216,6 +220,9 @@ def _notes(table: BuiltTable) -> list[str]:
     observations = [name for name in dict.fromkeys(named) if name in OBSERVATIONS]
     if observations:
         notes.append(f"F1 of one observation ({', '.join(observations)}): class 1 is positive.")
+    controls = [f"{row.name} ({CONTROLS[row.control]})" for row in table.rows if row.control]
+    if controls:
+        notes.append("Controls: " + ", ".join(controls) + ".")
     if table.missing:
         notes.append("Not finished: " + "; ".join(table.missing) + ".")
     if table.commits:

@@ -42,4 +42,6 @@ def write_completions(
                     "terms": {name: round(float(values[b, g]), 6) for name, values in rewards.terms.items()},
                     "labels": values_of_classes(labels) if labels[0] >= 0 else None,
                 }
+                if rewards.contradictions is not None and labels[0] >= 0:
+                    line["contradictions"] = int(rewards.contradictions[b, g])
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

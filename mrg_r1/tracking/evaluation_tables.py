@@ -77,10 +77,11 @@ def evaluation_notes(result: dict[str, Any]) -> list[str]:
         notes.append(f"mean reward {result['mean_reward']:.3f}; of the best constant training report {constant:.3f}")
     held_out = result.get("held_out")
     if held_out is not None:
+        agreement = held_out["agreement_on_references"]
+        agreed = "" if agreement is None else f"; they agree on {agreement:.1%} of the references' classes"
         notes.append(
             f"hacking gap {result['hacking_gap']:+.3f}: disease_micro13 by {result['labeler']['name']}, which is "
-            f"rewarded, minus by the held-out labeler {held_out['labeler']['name']}; they agree on "
-            f"{held_out['agreement_on_references']:.1%} of the references' classes"
+            f"rewarded, minus by the held-out labeler {held_out['labeler']['name']}{agreed}"
         )
     return notes
 
@@ -90,7 +91,10 @@ def lexical_table(result: dict[str, Any]) -> Table | None:
     found = result.get("lexical")
     if found is None:
         return None
-    table = Table(title=f"Lexical metrics, cleaning {found['cleaning']}, {found['package']}, {result['n']} studies")
+    studies = (
+        f"{found['studies']} of {result['n']}" if "studies" in found else result["n"]
+    )  # the others have labels only
+    table = Table(title=f"Lexical metrics, cleaning {found['cleaning']}, {found['package']}, {studies} studies")
     for name in found["scores"]:
         table.add_column(lexical.TITLES[name], justify="right", no_wrap=True)
     table.add_row(*(f"{value:.4f}" for value in found["scores"].values()))

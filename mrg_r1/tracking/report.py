@@ -13,11 +13,14 @@ from rich.table import Table
 
 from mrg_r1.console import wide_console
 from mrg_r1.metrics.renamed import todays_names
+from mrg_r1.tracking.control import control_name
 from mrg_r1.tracking.terminal import where_time_went
 
 _LEGEND = {  # part of a key -> what it means, said where such a row is shown
     "disease_": "micro13, macro13: F1 of 13 diseases, pooled and averaged, as the labeler reads reports and references",
     "_truth": "truth: against what the phantoms were drawn from",
+    "repeated_sentence": "repeated_sentence: reports in which a whole sentence stands twice; repetition: share of "
+    "sentences or three-grams said before; contradiction: reports that affirm and deny one observation",
     "held_out": "held_out: by a labeler that is not rewarded",
 }
 
@@ -91,8 +94,9 @@ def training_cpu_seconds(run: Path) -> float:
 
 
 def _before_after(run: Path, summary: dict[str, Any], control: dict[str, Any] | None) -> Table:
-    table = _table(f"{run}: test split, greedy reports", "before", "after", "change")
-    for name in ("control: further SFT", "change") if control else ():
+    name = f"control: {control_name(summary['control'], '')}, " if summary.get("control") else ""
+    table = _table(f"{run}: {name}test split, greedy reports", "before", "after", "change")
+    for name in (_control_column(control), "change") if control else ():
         table.add_column(name, justify="right")
     for key, after in summary["after"].items():
         before = (summary["before"] or {}).get(key)
@@ -105,7 +109,7 @@ def _before_after(run: Path, summary: dict[str, Any], control: dict[str, Any] | 
 
 
 def _gains(summaries: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]] | None) -> Table:
-    columns = ["GRPO", *(["control: further SFT"] if controls else [])]
+    columns = [control_name(summaries[0].get("control"), "GRPO"), *([_control_column(controls[0])] if controls else [])]
     table = _table(f"gain over {len(summaries)} seeds: mean (least to most)", *columns)
     for key in summaries[0]["after"]:
         cells = [_spread([(summary["before"].get(key), summary["after"].get(key)) for summary in summaries])]
@@ -115,6 +119,11 @@ def _gains(summaries: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any
         if set(cells) != {"-"}:
             table.add_row(key, *cells)
     return table
+
+
+def _control_column(control: dict[str, Any]) -> str:
+    """Runs of older versions do not say which control they are: it was further SFT."""
+    return f"control: {control_name(control.get('control'), 'further SFT')}"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -65,7 +65,7 @@ class StepLine:
         if validated["disease_micro13"] is not None:
             self._last_validation = f"val micro13 {_short(validated['disease_micro13'])}"
             shown = [f"{name} {_short(value)}" for name, value in validated.items() if value is not None]
-            self.say(f"{self._counted(step)}  validation: {'  '.join(shown)}")
+            self.say(f"{self._counted(step)}  validation: {'  '.join(shown)}{_how_sure(metrics)}")
 
     def _line(self, step: int, metrics: Mapping[str, Any]) -> str:
         """The step in one line of the console's width; what does not fit is left to metrics.jsonl."""
@@ -102,6 +102,17 @@ class StepLine:
         if self._shown:
             self.console.control(Control((ControlType.CARRIAGE_RETURN,), (ControlType.ERASE_IN_LINE, 2)))
             self._shown = False
+
+
+def _how_sure(metrics: Mapping[str, Any]) -> str:
+    """Of the score that chooses the best adapter: its standard error, and how far it is from the best before it."""
+    error, over = metrics.get("validation/standard_error"), metrics.get("validation/over_best")
+    if error is None:
+        return ""
+    to_best = metrics.get("validation/over_best_standard_error")
+    return f"  ±{error:.3f}" + (
+        "" if over is None or to_best is None else f", over the best {over:+.3f} ±{to_best:.3f}"
+    )
 
 
 def where_time_went(totals: Mapping[str, float], tokens_per_second: float | None, labelers: float = 0.0) -> str:

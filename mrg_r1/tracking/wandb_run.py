@@ -16,6 +16,7 @@ from mrg_r1.files import write_text_atomically
 from mrg_r1.tracking.backend import Metrics, Tracked
 from mrg_r1.tracking.metrics_file import last_logged
 from mrg_r1.tracking.sharing import Shared, what_is_shared
+from mrg_r1.types import LABELS_ONLY
 
 # What a tracker raises must not end a run, and wandb raises plain Exceptions of private classes where its process has
 # died.
@@ -130,7 +131,7 @@ class WandbRun:
     def _samples(self, shared: Sequence[Shared]) -> dict[str, Any]:
         """A table of a validation's reports, and its radiographs, as far as they are shared."""
         samples: dict[str, Any] = {}
-        rows = [[one.number, one.report, one.reference] for one in shared if one.report is not None]
+        rows = [[one.number, one.report, one.reference or LABELS_ONLY] for one in shared if one.report is not None]
         images = [self._wandb.Image(one.image(), caption=str(one.number)) for one in shared if one.has_image]
         if rows:
             samples["samples/reports"] = self._wandb.Table(columns=["study", "report", "reference"], data=rows)

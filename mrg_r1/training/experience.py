@@ -68,6 +68,8 @@ def write_step(
         tensors |= {"total": rewards.total, "labels": rewards.labels, "reference_labels": rewards.reference_labels}
         tensors |= {f"term/{name}": values for name, values in rewards.terms.items()}
         tensors |= {f"constant/{name}": values for name, values in rewards.constant.items()}
+        if rewards.contradictions is not None:
+            tensors["contradictions"] = rewards.contradictions
     path = folder / f"step_{step:06d}_rank{ranks.rank}.safetensors"
     stored = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
@@ -264,6 +266,7 @@ def _joined(
         report_texts=[group for record in records for group in record["reports"]][rows],
         reference_labels=stacked("reference_labels"),
         constant={name.removeprefix("constant/"): stacked(name) for name in loaded[0] if name.startswith("constant/")},
+        contradictions=stacked("contradictions") if "contradictions" in loaded[0] else None,
     )
     completions = Completions(
         token_ids=done.token_ids[rows].to(device),

@@ -30,11 +30,14 @@ from mrg_r1.reward.service.interface import RewardService, RewardsMissing, Rewar
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.rollout.sampling import Sampling
-from mrg_r1.tracking.collapse import CollapseWatch
+from mrg_r1.tracking.collapse import CollapseWatch, WordingWatch
 from mrg_r1.tracking.completions import write_completions
 from mrg_r1.tracking.gaps import GapWatch
 from mrg_r1.tracking.log import Clock
+from mrg_r1.training import sft
+from mrg_r1.training.controls import best_of_groups, dealt_at_random
 from mrg_r1.training.experience import SavedExperience, next_step, open_experience, write_step
+from mrg_r1.training.looks import Looks, in_words
 from mrg_r1.training.preflight import is_finished
 from mrg_r1.training.rewards import on_all_ranks, service_metrics, wait
 from mrg_r1.training.run import Run, open_run
@@ -108,20 +111,32 @@ def sample_step(step: int, *, run: Run, loader: StudyLoader, reward_service: Rew
 
 def update_step(step: int, pending: Pending, *, run: Run, engine: Engine, clock: Clock) -> Metrics:
     """The second half: rewards, advantages, updates of the policy. A batch that cannot be learned from is kept."""
-    sampled, recipe = pending.sampled, run.recipe
-    frozen_logprobs(sampled, pending.vision, run=run, clock=clock)  # while the labeler works
-    rewards = take_rewards(step, pending, run=run, clock=clock)  # terms and total, [B, G]
-    with clock.phase("advantages"):
-        advantages = global_advantages(rewards, recipe, run.ranks).to(run.policy.device)  # [B, G]
+    sampled, recipe, kept = pending.sampled, run.recipe, None
+    if recipe.control == "rft":
+        rewards = take_rewards(step, pending, run=run, clock=clock)
+        with clock.phase("advantages"):
+            learned, kept = best_of_groups(sampled, rewards)  # [B, 1]
+            advantages = torch.ones(kept.shape)
+        frozen_logprobs(learned, pending.vision, run=run, clock=clock)
+    else:
+        learned = sampled
+        frozen_logprobs(sampled, pending.vision, run=run, clock=clock)  # while the labeler works
+        rewards = take_rewards(step, pending, run=run, clock=clock)  # terms and total, [B, G]
+        with clock.phase("advantages"):
+            signal = rewards
+            if recipe.control == "random":
+                signal = dealt_at_random(rewards, sampled.prompts, seed=recipe.seed, step=step)
+            advantages = global_advantages(signal, recipe, run.ranks)  # [B, G]
     with clock.phase("update"):
         experience = Experience(
             prompts=sampled.prompts,
             vision=pending.vision,
-            completions=sampled.completions,
+            completions=learned.completions,
             rewards=rewards,
-            advantages=advantages,
-            reference_logp=sampled.reference_logp,
-            old_logp=sampled.old_logp,
+            advantages=advantages.to(run.policy.device),
+            reference_logp=learned.reference_logp,
+            old_logp=learned.old_logp,
+            kept=kept,
         )
         parts = update(experience, recipe=recipe, engine=engine, ranks=run.ranks, states=pending.prefill)
     if float(parts["policy/skipped_updates"][0]):
@@ -257,8 +272,10 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     """Run or resume a GRPO recipe: evaluate, train, validate, keep the best adapter, evaluate again.
 
     `phases=update` trains on saved experience, without rewards and therefore without evaluations; `phases=rollout` is
-    `sample_only`.
+    `sample_only`, and `control: sft` is `sft.train`.
     """
+    if recipe.control == "sft":
+        return sft.train(recipe, ranks)
     if is_finished(recipe.output_dir, ranks):
         return
     if recipe.phases == "rollout":
@@ -284,7 +301,14 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     )
     run, engine, log = state.run, state.engine, state.log
     watch, gaps = CollapseWatch(state.record.get("collapse")), GapWatch(state.record.get("gaps"))
-    state.own = lambda: {"collapse": watch.state, "gaps": gaps.state}
+    wording = WordingWatch(state.record.get("wording"))
+    looks = Looks(recipe.evaluation.select, state.record.get("looks"))
+    state.own = lambda: {
+        "collapse": watch.state,
+        "wording": wording.state,
+        "gaps": gaps.state,
+        "looks": looks.state,
+    }
 
     def take(step: int) -> Metrics:
         try:
@@ -303,7 +327,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
 
     if state.start == 0 and experience is None:
         with clock.phase("validation"):
-            state.best = validate_before(run, gaps, log)
+            state.best = validate_before(run, gaps, looks, log)
     with state.stepping():
         for step in range(state.start, recipe.steps):
             rate = engine.set_learning_rate(step)
@@ -314,19 +338,24 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             last = step + 1 == recipe.steps
             if last or (recipe.evaluation.every and (step + 1) % recipe.evaluation.every == 0):
                 with clock.phase("validation"):
-                    state.best = keep_best(run, state.best, step=step + 1, metrics=metrics, gaps=gaps, log=log)
+                    state.best = keep_best(
+                        run, state.best, step=step + 1, metrics=metrics, gaps=gaps, looks=looks, log=log
+                    )
             state.log_step(step, metrics)
             if learned:
                 warn_of_gap(log, step, metrics["sampling/logp_gap"], recipe.grpo.correction)
-                collapse = watch.update(metrics)
-                if collapse is not None:
-                    log.say(f"step {step}: {collapse}")
+                for warning in (watch.update(metrics), wording.update(metrics)):
+                    if warning is not None:
+                        log.say(f"step {step}: {warning}")
             state.end_step(step, last=last, due=state.best is not None and state.best["step"] == step + 1)
 
     if state.best is not None and state.best["step"] == 0:
         log.say(
             "no validation was better than the policy before training: RUN/adapter is the start's, and adds nothing"
         )
+    if state.best is not None and (chosen := looks.closing(state.best)):
+        state.best |= chosen
+        log.say(in_words(state.best, recipe.evaluation.select))
     restore_adapter(run.policy, run.directory / "adapter")  # the best one, not the last
     after = state.evaluate_after()
     if state.before is not None and after is not None:

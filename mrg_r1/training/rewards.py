@@ -44,7 +44,7 @@ class RunRewards:
         studies: by split, those that the run can meet.
         labels: study id -> the 14 classes of its reference.
         constant: by margin, the training report that would earn most if it were given to every study; None without
-            training studies.
+            a training report.
         ccs_weights: [13, 2] inside the cosine; None: equal.
         thresholds: [13] of `additive`; None where it is not a term.
     """
@@ -68,6 +68,7 @@ class RunRewards:
             ccs_weights=self.ccs_weights,
             constant=self.constant_at(margin),
             thresholds=self.thresholds,
+            contradictions=step is None,
         )
 
     def constant_at(self, margin: float) -> str | None:
@@ -78,9 +79,11 @@ class RunRewards:
 
     def classes(self, split: str) -> NDArray[np.int64]:
         """[N, 14] classes of the references of a split."""
-        return np.array([self.labels[study.id] for study in self.studies[split]], dtype=np.int64).reshape(
-            -1, len(OBSERVATIONS)
-        )
+        return self.classes_of(self.studies[split])
+
+    def classes_of(self, studies: Sequence[Study]) -> NDArray[np.int64]:
+        """[N, 14] classes of the references of N studies that the run can meet."""
+        return np.array([self.labels[study.id] for study in studies], dtype=np.int64).reshape(-1, len(OBSERVATIONS))
 
     def close(self) -> None:
         """The run needs no more rewards."""
@@ -171,7 +174,7 @@ def prepare(
     opened = RunRewards(recipe, service, labeler, studies, labels, None, None, None, supervisor)
     classes = opened.classes("train")
     opened.thresholds = ranks.from_main(lambda: resolve_thresholds(recipe, classes), RecipeError)
-    if ranks.is_main and train:
+    if ranks.is_main and any(study.report is not None for study in train):
         opened.constant = _constants(recipe, classes, [study.report for study in train], opened.thresholds)
     opened.constant = ranks.agree(opened.constant)
     if train:
@@ -184,10 +187,10 @@ def _ccs_weights(recipe: Recipe, classes: NDArray[np.int64]) -> NDArray[np.float
 
 
 def _constants(
-    recipe: Recipe, classes: NDArray[np.int64], texts: Sequence[str], thresholds: NDArray[np.float64] | None
+    recipe: Recipe, classes: NDArray[np.int64], texts: Sequence[str | None], thresholds: NDArray[np.float64] | None
 ) -> dict[float, str]:
     """By margin, the training report that would earn most of MCCS, CCS and additive as the recipe weights them, and of
-    MCCS where it rewards none of them.
+    MCCS where it rewards none of them, over all training labels; studies with labels alone (None) have none to give.
 
     Of a margin that moves: where it begins, where it ends, and every multiple of 0.05 between.
     """
@@ -205,7 +208,10 @@ def _constants(
         of_additive=of_additive,
         thresholds=thresholds,
     )
-    return {margin: texts[study] for margin, study in zip(margins, chosen, strict=True)}
+    reports = {margin: texts[study] for margin, study in zip(margins, chosen, strict=True)}
+    return {
+        margin: report for margin, report in reports.items() if report is not None
+    }  # each has one, as some study has
 
 
 def start_held_out(recipe: Recipe, ranks: Ranks) -> Supervisor | None:

@@ -11,6 +11,7 @@ import torch
 
 from mrg_r1.config.recipe import Recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords
+from mrg_r1.doctor.inputs import studies_to_learn
 from mrg_r1.engine.partition import RankPartition
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
@@ -42,7 +43,13 @@ class Run:
     rewards_if_any: RunRewards | None
     dtype: torch.dtype
     held_out: HeldOutLabeler | None = None  # on rank 0, where the recipe has one
+    task: Task = "grpo"
     validated: list[Sample] = field(default_factory=list)
+
+    @property
+    def learned(self) -> list[Study]:
+        """The training studies that steps are made of."""
+        return studies_to_learn(self.studies["train"], task=self.task)
 
     @property
     def rewards(self) -> RunRewards:
@@ -138,13 +145,13 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Task) -> Run:
     """
     checked = preflight(recipe, ranks, task=task)
     studies = checked.studies
-    rewarded = recipe.phases != "update" and all(study.report for study in studies["test"])
+    rewarded = recipe.phases != "update" and all(study.has_reference for study in studies["test"])
     has_held_out = rewarded and recipe.phases == "all"
     # the labelers are loaded by processes of their own while the policy is loaded here
     supervisor = rewards.start_service(recipe, ranks) if rewarded else None
     held_out_supervisor = rewards.start_held_out(recipe, ranks) if has_held_out else None
-    policy = _open_policy(recipe, ranks, checked.partition)
-    build = _open_builder(recipe, ranks, policy)
+    policy = open_policy(recipe, ranks, checked.partition)
+    build = open_builder(recipe, ranks, policy)
     for study in [study for part in studies.values() for study in part]:
         build.check_context(study)
     met = {  # the studies whose references the run can need
@@ -168,10 +175,11 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Task) -> Run:
         rewards_if_any=opened,
         dtype=DTYPES[recipe.policy.dtype],
         held_out=held_out,
+        task=task,
     )
 
 
-def _open_policy(recipe: Recipe, ranks: Ranks, partition: RankPartition | None) -> Policy:
+def open_policy(recipe: Recipe, ranks: Ranks, partition: RankPartition | None) -> Policy:
     """The recipe's policy with its cold start merged into it, on this rank's device."""
     policy = load_policy(
         recipe.policy.path,
@@ -186,7 +194,7 @@ def _open_policy(recipe: Recipe, ranks: Ranks, partition: RankPartition | None) 
     return policy
 
 
-def _open_builder(recipe: Recipe, ranks: Ranks, policy: Policy) -> PromptBuilder:
+def open_builder(recipe: Recipe, ranks: Ranks, policy: Policy) -> PromptBuilder:
     """What makes a study a prompt."""
     words = PromptWords(
         instruction=recipe.prompt.words,

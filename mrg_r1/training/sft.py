@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrg_r1.config.control import at_equal_time
 from mrg_r1.config.recipe import Recipe, RecipeError
 from mrg_r1.data.loader import StudyLoader, special_tokens
 from mrg_r1.engine.faults import Signals
@@ -82,6 +83,7 @@ def target_ids(run: Run, study: Study) -> list[int]:
     Raises:
         RecipeError: think mode on a study without labels to think of, or a target longer than a completion may be.
     """
+    assert study.report is not None  # `Run.learned`
     recipe, think = run.recipe, None
     if recipe.prompt.mode == "think":
         if not study.rendered or study.said is None:
@@ -116,14 +118,15 @@ def check_reports(run: Run) -> None:
     # ids that are never sampled, an image's say: added tokens need not be special to be read as such
     added = tokenizer.added_tokens_decoder
     unsafe |= {str(added[token]) for token in run.policy.banned.nonzero().flatten().tolist() if token in added}
-    for study in run.studies["train"]:
-        found = next((token for token in sorted(unsafe) if token in study.report), None)
+    for study in run.learned:
+        report = study.report or ""
+        found = next((token for token in sorted(unsafe) if token in report), None)
         if found is not None:
             raise RecipeError(
                 f"study {study.id}: its report contains {found}, a special token of the policy's tokenizer; take it "
                 "out of the text"
             )
-        if think and has_tag(study.report):
+        if think and has_tag(report):
             raise RecipeError(
                 f"study {study.id}: its report contains a tag of think mode (<think>, <report>), and would break the "
                 "format that is to be learned; take it out of the text"
@@ -134,6 +137,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     """Run or resume an SFT recipe. Leaves RUN/adapter (LoRA) or RUN/policy (all parameters, a checkpoint directory)."""
     if is_finished(recipe.output_dir, ranks):
         return
+    recipe = ranks.from_main(lambda: at_equal_time(recipe, world_size=ranks.world_size), RecipeError)
 
     def make_trainable(run: Run) -> None:
         check_reports(run)
@@ -153,6 +157,9 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         make_trainable=make_trainable,
     )
     run, engine, log = state.run, state.engine, state.log
+    left_out = len(run.studies["train"]) - len(run.learned)
+    if left_out:
+        log.say(f"{left_out} of {len(run.studies['train'])} training studies have no report: SFT leaves them out")
     stopped: str | None = state.record.get("stopped")
     state.own = lambda: {"stopped": stopped}
     with state.stepping():

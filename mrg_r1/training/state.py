@@ -23,6 +23,7 @@ from mrg_r1.reward.service.interface import RewardsMissing
 from mrg_r1.tracking.evaluation_tables import print_evaluation
 from mrg_r1.tracking.log import Clock, RunLog
 from mrg_r1.tracking.page import write_page
+from mrg_r1.training.controls import control_words
 from mrg_r1.training.preflight import Task
 from mrg_r1.training.resume import what_rounds_otherwise
 from mrg_r1.training.run import Run, build_engine, open_run
@@ -184,6 +185,7 @@ class RunState:
                 "world_size": run.ranks.world_size,
                 "zero_stage": None if self.engine_if_any is None else self.engine_if_any.stage,
                 "seed": run.recipe.seed,
+                "control": run.recipe.control,
                 "note": f"{rendered} of {after['n']} test studies are rendered phantoms"
                 if after and rendered
                 else None,
@@ -245,11 +247,15 @@ def start_training(
         # of the run before it was interrupted
         clock.add(record["seconds"], record.get("cpu_seconds", 0.0), record.get("labeler_cpu_seconds"))
     state = open_state(run, signals, clock, record=record, batch_size=batch_size, engine=engine, before=before)
+    if recipe.control is not None:
+        state.log.say(f"control: {control_words(recipe)}")
     if state.start:
         state.log.say(f"resuming {run.directory} after step {state.start} of {recipe.steps}")
         reasons = what_rounds_otherwise(record, recipe, world_size=ranks.world_size, stage=engine.stage)
         if reasons:
             state.log.say(f"no longer to the last bit the uninterrupted run: {'; '.join(reasons)}")
+    if run.rewards_if_any is not None and run.rewards.constant is None and run.studies["train"]:
+        state.log.say("no training study has a report to give to every study: reward/constant is left out")
     run.policy.train()
     return state
 
@@ -288,16 +294,16 @@ def open_loader(run: Run, record: dict[str, Any], *, batch_size: int) -> StudyLo
     """This rank's studies, from the one at which the run of the checkpoint's `record` had come.
 
     The weights of `data.sampling` come from the labeler's reading of the training reports, which is what the reward
-    compares with and which every manifest has; the manifest's own `labels.said` may be null. (`phases=update` has no
-    labeler, and takes no study from here.)
+    compares with; the manifest's own `labels.said` may be null, and counts where there is no report.
+    (`phases=update` has no labeler, and takes no study from here.)
 
     Raises:
         RecipeError: the studies or their weights are not those of the checkpoint, so that its position means others.
     """
-    recipe, studies = run.recipe, run.studies["train"]
+    recipe, studies = run.recipe, run.learned
     weights = None
     if run.rewards_if_any is not None and recipe.data.sampling == "rare_findings":
-        weights = rare_finding_weights(run.rewards.classes("train"))
+        weights = rare_finding_weights(run.rewards.classes_of(studies))
     loader = StudyLoader(
         studies,
         run.build,

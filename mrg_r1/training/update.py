@@ -49,12 +49,14 @@ def update(
     ids, mask, sampled = (tensor.view(-1, length) for tensor in (done.token_ids, done.mask, done.logp))  # [R, C]
     if grpo.mask_truncated:
         mask = mask & done.ended.view(-1, 1)  # out of numerator and denominator both
+    if experience.kept is not None:
+        mask = mask & experience.kept.view(-1, 1)  # likewise
     advantages = experience.advantages.view(-1)
     old, ref = (
         None if tensor is None else tensor.view(-1, length)
         for tensor in (experience.old_logp, experience.reference_logp)
     )
-    study_of_row = torch.arange(len(experience.prompts), device=ids.device).repeat_interleave(grpo.group_size)
+    study_of_row = torch.arange(len(done.mask), device=ids.device).repeat_interleave(done.mask.shape[1])
 
     scored = done.mask.view(-1, length)
     everything = torch.arange(len(ids), device=ids.device)
@@ -72,6 +74,7 @@ def update(
         correction=grpo.correction,
         correction_cap=grpo.correction_cap,
         kl=grpo.kl,
+        likelihood=recipe.control == "rft",
     )
     leaves = None if states is None else states.leaves()
     parts: list[Metrics] = []

@@ -10,12 +10,19 @@ from typing import Any
 from mrg_r1.evaluation.evaluate import short_summary
 from mrg_r1.metrics.renamed import todays_names
 from mrg_r1.policy.lora import save_adapter
+from mrg_r1.tracking.collapse import WORDING_REMEDY, WORDING_ROSE
 from mrg_r1.tracking.gaps import GapWatch
 from mrg_r1.tracking.log import RunLog
 from mrg_r1.training.experience import adapter_folder, keep_newest_adapters, write_step
+from mrg_r1.training.looks import Looks, plus_minus
 from mrg_r1.training.run import Run
 from mrg_r1.types import Sampled
 
+_WORDING = {  # key of an evaluation -> what it is
+    "repeated_sentence": "reports in which a whole sentence stands twice",
+    "repetition": "share of a report's sentences or three-grams that were said before",
+    "contradiction": "reports that affirm and deny one observation",
+}
 LOGP_GAP_WARNING = 0.05  # nats; bf16 of a sound rollout is seen at 0.004 on average
 
 
@@ -48,14 +55,14 @@ def warn_of_gap(log: RunLog, step: int, gap: float | None, correction: str) -> N
         )
 
 
-def validate_before(run: Run, gaps: GapWatch, log: RunLog) -> dict[str, Any] | None:
+def validate_before(run: Run, gaps: GapWatch, looks: Looks, log: RunLog) -> dict[str, Any] | None:
     """The validation that all later ones are compared with, of the policy before it is rewarded for anything: the first
     candidate for the best adapter. None without a validation split, or where `evaluation.before` is false.
     """
     if not run.recipe.evaluation.before or not run.studies["val"]:
         return None
     metrics: dict[str, Any] = {}
-    best = keep_best(run, None, step=0, metrics=metrics, gaps=gaps, log=log)
+    best = keep_best(run, None, step=0, metrics=metrics, gaps=gaps, looks=looks, log=log)
     assert best is not None
     if run.ranks.is_main:
         settle_best(run.directory, best)  # a run without a checkpoint begins with this one
@@ -67,25 +74,32 @@ def validate_before(run: Run, gaps: GapWatch, log: RunLog) -> dict[str, Any] | N
             f"validation/hacking_gap {metrics['validation/hacking_gap']:+.3f}"
         )
     log.say(
-        f"before training, validation's {run.recipe.evaluation.select} {best['score']:.3f}{held_out}: what validations "
-        "are compared with"
+        f"before training, validation's {run.recipe.evaluation.select} {best['score']:.3f}"
+        f"{plus_minus(metrics['validation/standard_error'])}{held_out}: what validations are compared with"
     )
     return best
 
 
 def warn_at_close(run: Run, log: RunLog) -> None:
-    """Say where a gap has widened between the test split's evaluations before and after training, as RUN/evaluation has
-    them.
+    """Say where a gap has widened, or repetition and contradiction have risen, between the test split's evaluations
+    before and after training, as RUN/evaluation has them.
     """
     if not run.ranks.is_main:
         return
     watch, folder = GapWatch(), run.directory / "evaluation"
+    results = []
     for name, when in (("test_before", "before training"), ("test", "after training, on the test split")):
         result = todays_names(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+        results.append(result)
         lines = (folder / f"{name}_predictions.jsonl").read_text(encoding="utf-8").split("\n")
         rows = [todays_names(json.loads(line)) for line in lines if line]
         for warning in watch.update(rows, _readers(result), when=when):
             log.say(warning)
+    before, after = results
+    for name, words in _WORDING.items():
+        first, now = before.get(name), after.get(name)
+        if first is not None and now is not None and now > first + WORDING_ROSE:
+            log.say(f"{name} has risen from {first:.1%} to {now:.1%} on the test split ({words}); {WORDING_REMEDY}")
 
 
 def _readers(result: dict[str, Any]) -> str:
@@ -95,7 +109,14 @@ def _readers(result: dict[str, Any]) -> str:
 
 
 def keep_best(
-    run: Run, best: dict[str, Any] | None, *, step: int, metrics: dict[str, Any], gaps: GapWatch, log: RunLog
+    run: Run,
+    best: dict[str, Any] | None,
+    *,
+    step: int,
+    metrics: dict[str, Any],
+    gaps: GapWatch,
+    looks: Looks,
+    log: RunLog,
 ) -> dict[str, Any] | None:
     """Validate; where the score is the best so far, this adapter is laid ready to become RUN's (`settle_best`), once
     a checkpoint names it. Step 0 is the policy before training: what does not beat it is not kept. Without a validation
@@ -112,7 +133,9 @@ def keep_best(
         metrics |= {
             "validation/labeler_gap": result["labeler_gap"],
             "validation/no_finding_rate": result["no_finding_rate"],
+            **{f"validation/{key}": result.get(key) for key in _WORDING},  # null where no report can be read
         }
+        metrics |= looks.take(step, score, rows, best=best is None or score > best["score"])
     if best is None or score is None or score > best["score"]:
         best = {"step": step, "score": score}
         if run.ranks.is_main:

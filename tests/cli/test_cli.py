@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from mrg_r1 import cli
-from mrg_r1.data.study import read_manifest
+from mrg_r1.data.study import read_manifest, write_manifest
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, read_labels_csv, write_labels_csv
 from mrg_r1.labels.reports import read_reports_csv, write_reports_csv
 from mrg_r1.metrics import lexical
@@ -139,6 +140,20 @@ def test_prepare_tiny_policy_learns_its_words_from_the_train_reports(phantoms: P
     ids = tokenizer(report)["input_ids"]
     assert tokenizer.decode(ids) == report
     assert len(ids) < 2 * len(report.split())
+
+
+def test_prepare_tiny_policy_passes_over_studies_without_a_report_and_refuses_where_there_is_none(
+    phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    studies = read_manifest(phantoms / "manifest.jsonl")
+    for count in (1, len(studies)):
+        bare = [replace(study, report=None) if n < count else study for n, study in enumerate(studies)]
+        write_manifest(tmp_path / f"{count}.jsonl", bare)
+    arguments = ("prepare", "tiny-policy", "-o", tmp_path / "policy", "--manifest")
+    train = sum(study.split == "train" for study in studies)
+    assert cli.main([*map(str, arguments), str(tmp_path / "1.jsonl")]) == 0
+    assert f"learned from {train - 1:,} reports" in capsys.readouterr().out
+    assert "no train study has a report" in refused(capsys, *arguments, tmp_path / f"{len(studies)}.jsonl")
 
 
 @pytest.fixture(scope="module")

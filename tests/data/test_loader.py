@@ -74,10 +74,10 @@ def opened(tmp_path, record, *, batch_size=4, sampling="uniform", skip=0, allow=
         sft=SimpleNamespace(skip_studies=skip),
         resume=SimpleNamespace(allow_changes=allow),
     )
-    rewards = SimpleNamespace(classes=lambda split: classes)
+    rewards = SimpleNamespace(classes_of=lambda studies: classes)
     run = SimpleNamespace(
         recipe=recipe,
-        studies={"train": named(count)},
+        learned=named(count),
         build=None,
         ranks=OneRank(),
         rewards=rewards,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_a_file_without_studies_is_refused(tmp_path: Path) -> None:
     [
         ({"report": " \n"}, "`report`", "empty"),
         ({"report": 3}, "`report`", "3 is not a string"),
-        ({"report": None}, "`report`", "null is not a string"),
+        ({"report": None}, "`report`", "null, and so is `labels.said`"),
         ({"id": ""}, "`id`", "empty"),
         ({"id": "a "}, "`id`", "white space"),
         ({"split": ""}, "`split`", "empty"),
@@ -136,6 +137,18 @@ def test_a_bad_value_is_refused_with_line_study_field_and_value(
     assert len(message.splitlines()) == 1
     assert f"{path}, line 2, study " in message and f"field {field}" in message and value in message
     assert ";" in message or "give it a value" in message  # the remedy
+
+
+def test_labels_alone_are_a_study_and_nothing_at_all_is_one_for_an_evaluation(tmp_path: Path) -> None:
+    said = {"said": [1, *BLANK[1:]], "drawn": None}
+    path = manifest(tmp_path, record("a", report=None, labels=said), record("b"))
+    (study, other) = read_manifest(path)
+    assert study.report is None and study.said == (1, *BLANK[1:]) and study.has_reference and other.report is not None
+    drawn = {"said": None, "drawn": [1, *BLANK[1:]]}  # what a phantom shows is not what somebody says of it
+    path = manifest(tmp_path, record("a", report=None, labels=drawn))
+    assert "line 1, study 'a', field `report`: null, and so is `labels.said`" in refusal(path)
+    (bare,) = read_manifest(path, references=False)
+    assert bare.report is None and not bare.has_reference
 
 
 def test_unknown_and_missing_keys_are_named(tmp_path: Path) -> None:
@@ -210,7 +223,7 @@ studies = st.builds(
     said=st.none() | values.map(lambda thirteen: (*thirteen, None)),
     drawn=st.none() | values.map(lambda thirteen: (*thirteen, 1)),
     rendered=st.booleans(),
-)
+).flatmap(lambda study: st.sampled_from([study] if study.said is None else [study, replace(study, report=None)]))
 
 
 @settings(deadline=None, max_examples=50)

@@ -340,6 +340,17 @@ def test_without_an_evaluation_before_nothing_is_validated_before_training(world
         assert validate_before(run, GapWatch(), SimpleNamespace(say=pytest.fail)) is None
 
 
+def test_the_closing_says_where_the_reports_repeat_or_contradict_themselves_more(tmp_path):
+    said = []
+    run = SimpleNamespace(ranks=OneRank(), directory=tmp_path)
+    for name, twice, contradiction in (("test_before", 0.01, None), ("test", 0.26, 0.5)):
+        result, rows = result_of(0)
+        wording = {"repeated_sentence": twice, "repetition": 0.1, "contradiction": contradiction}
+        write_evaluation(tmp_path / "evaluation", name, result | wording, rows)
+    warn_at_close(run, SimpleNamespace(say=said.append))
+    assert len(said) == 1 and "repeated_sentence has risen from 1.0% to 26.0% on the test split" in said[0]
+
+
 def test_the_closing_evaluations_are_compared_too(tmp_path):
     said = []
     run = SimpleNamespace(ranks=OneRank(), directory=tmp_path)

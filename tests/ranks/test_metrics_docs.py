@@ -13,8 +13,9 @@ from mrg_r1.labels.observations import OBSERVATIONS
 TEXT = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 ROWS = [line.split("|")[1] for line in TEXT.splitlines() if line.startswith("| `")]
 DOCUMENTED = [name for row in ROWS for name in re.findall(r"`([^`]+)`", row)]
-PATTERNS = {"OBSERVATION": "|".join(OBSERVATIONS), "TERM": "(mccs|length|format)", "PHASE": "[a-z_]+"}
+PATTERNS = {"OBSERVATION": "|".join(OBSERVATIONS), "TERM": "(mccs|length|format|contradiction)", "PHASE": "[a-z_]+"}
 CONDITIONAL = {"validation/held_out_disease_micro13", "validation/hacking_gap"}  # only with evaluation.held_out_labeler
+WEIGHTS = "reward.weights={mccs: 0.75, length: 0.25, format: 0.0, contradiction: 0.0}"
 
 
 def pattern(name: str) -> str:
@@ -26,7 +27,9 @@ def pattern(name: str) -> str:
 @pytest.mark.ranks
 def test_every_name_logged_is_documented_and_the_other_way_round(pool, world, tmp_path):
     overrides = ["steps=1", "evaluation.every=1", "evaluation.test=false"]
-    pool.run("train", recipe=str(world.recipe(tmp_path / "grpo")), overrides=[*overrides, "grpo.correction=tis"])
+    pool.run(
+        "train", recipe=str(world.recipe(tmp_path / "grpo")), overrides=[*overrides, "grpo.correction=tis", WEIGHTS]
+    )
     pool.run(
         "sft",
         recipe=str(world.recipe(tmp_path / "sft", name="sft.yaml")),

@@ -69,6 +69,7 @@ def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_
             "mean_reward",
             "format_rate",
         }
+        keys |= {"repeated_sentence", "repetition", "contradiction"}
         assert keys | {"distinct_share", "held_out_disease_micro13", "hacking_gap"} == summary[side].keys()
 
 

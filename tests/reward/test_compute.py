@@ -78,6 +78,8 @@ def test_every_term_by_hand() -> None:
         "bleu4": [1, math.exp(1 - 4 / 1), 0, 0],  # 13a: "cardiomegaly", ".", "no", "effusion"
         "rouge_l": [1, 0, 0, 0],  # words keep their full stop: "cardiomegaly" is not "cardiomegaly."
         "length": [1, 1 / 3, 0, 0],
+        "repetition": [1, 1, 0, 0],
+        "contradiction": [1, 1, 0, 0],
         "format": [1, 1, 0, 5 / 6],
         CUSTOM + "brevity": [1 / 3, 1, -1, -1],  # a user's term scores malformed reports itself
     }
@@ -289,3 +291,63 @@ def test_batches_that_do_not_fit_together_are_refused(change: dict[str, Any], me
     batch: dict[str, Any] = {"texts": TEXTS, "ended": ENDED, "references": REFERENCES} | change
     with pytest.raises(ValueError, match=message):
         function_of().score(**batch)
+
+
+def test_a_reference_without_words_is_scored_by_its_labels_and_by_no_term_that_reads_words() -> None:
+    known = KeywordLabeler().label(REFERENCES)
+    bare: list[str | None] = [REFERENCES[0], None]
+    labeler = KeywordLabeler()
+    rewards = function_of(labeler).score(TEXTS, ENDED, bare, RewardContext(reference_labels=known))
+    assert torch.equal(rewards.total, function_of().score(TEXTS, ENDED, REFERENCES).total)
+    assert not any(None in call for call in labeler.calls)
+    for term in ("bleu4", "rouge_l", "length", f"{CUSTOM}brevity"):
+        weights = {"mccs": 1.0, term: 0.0}
+        with pytest.raises(ValueError, match=f"{term} read the reference's words; studies b have labels alone"):
+            context = RewardContext(reference_labels=known)
+            function_of(weights=weights).score(TEXTS, ENDED, bare, context, study_ids=["a", "b"])
+    with pytest.raises(ValueError, match="studies b have neither a reference text nor known reference labels"):
+        function_of().score(TEXTS, ENDED, bare, study_ids=["a", "b"])
+
+
+def test_repetition_and_contradiction_are_paid_for_their_absence() -> None:
+    reports = ["effusion. edema.", "effusion. effusion.", "effusion. no effusion.", "effusion. maybe effusion.", ""]
+    texts = [[*(think(report) for report in reports[:4]), "effusion. no effusion."]]  # the last without its tags
+    labeler = KeywordLabeler()
+    rewards = function_of(labeler, weights={"repetition": 0.5, "contradiction": 0.5}).score(
+        texts, torch.ones(1, 5, dtype=torch.bool), ["edema."], RewardContext(constant="no edema. edema. edema.")
+    )
+    assert rewards.terms["repetition"][0].tolist() == [1, 0.5, 1, 1, 0]
+    assert rewards.terms["contradiction"][0].tolist() == [1, 1, 0.5, 1, 0]
+    assert rewards.total[0].tolist() == [1, 0.75, 0.75, 1, 0]
+    assert rewards.contradictions is not None and rewards.contradictions.tolist() == [[0, 0, 1, 0, -1]]
+    assert rewards.constant["repetition"].tolist() == pytest.approx([2 / 3])
+    assert rewards.constant["contradiction"].tolist() == [0.5]
+    assert len(labeler.calls) == 1  # sentences in the same call as reports
+
+
+def test_sentences_are_read_only_where_they_are_wanted() -> None:
+    texts, ended = [[think("effusion. no effusion.")]], torch.ones(1, 1, dtype=torch.bool)
+    labeler = KeywordLabeler()
+    rewards = function_of(labeler, weights={"repetition": 1.0}).score(texts, ended, ["edema."])
+    assert rewards.contradictions is None
+    assert sorted(labeler.calls[0]) == ["edema.", "effusion. no effusion."]
+    function = function_of(weights={"format": 1.0})
+    asked = function.score(texts, ended, ["edema."], RewardContext(contradictions=True))
+    assert asked.contradictions is not None and asked.contradictions.tolist() == [[1]]
+    assert "contradiction" not in asked.terms
+    watched = function_of(weights={"format": 1.0, "contradiction": 0.0}).score(texts, ended, ["edema."])
+    assert watched.contradictions is not None and watched.total.tolist() == [[1.0]]
+
+
+def test_what_is_announced_to_the_labeler_is_what_it_is_asked() -> None:
+    text = think("effusion. no effusion.")
+    whole, parts = ["effusion. no effusion."], ["effusion.", "no effusion."]
+    assert function_of(weights={"format": 1.0}).reports_of([text, "effusion."]) == whole
+    assert function_of(weights={"contradiction": 1.0}).reports_of([text, "effusion."]) == whole + parts
+    assert function_of().reports_of([text], RewardContext(contradictions=True)) == whole + parts
+
+
+@pytest.mark.parametrize("name", ["repetition", "contradiction"])
+def test_a_negative_weight_that_would_pay_for_it_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}.*negative weight would pay for it"):
+        function_of(weights={"mccs": 1.0, name: -0.1})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mrg_r1.reward.diagnostics import group_metrics, with_stds
-from mrg_r1.tracking.collapse import WINDOW, CollapseWatch
+from mrg_r1.tracking.collapse import WINDOW, WORDING_FIRST, WORDING_WINDOW, CollapseWatch, WordingWatch
 from mrg_r1.types import Rewards
 
 DONE: Any = SimpleNamespace(ended=torch.tensor([[True, True], [True, False]]), lengths=torch.tensor([[3, 5], [4, 8]]))
@@ -111,3 +111,63 @@ def test_the_watch_goes_on_after_a_resume() -> None:
     got = [first.update(row) for row in rows[:27]]
     second = CollapseWatch(json.loads(json.dumps(first.state)))
     assert got + [second.update(row) for row in rows[27:]] == expected and any(expected)
+
+
+def test_repetition_and_contradiction_are_of_the_readable_reports() -> None:
+    made = rewards()
+    made.report_texts = [["Clear. Clear.", "Clear."], ["No edema. Edema.", None]]
+    made.contradictions = torch.tensor([[0, 0], [2, -1]])
+    found = {name: float(total / count) for name, (total, count) in group_metrics(DONE, made).items() if count}
+    assert found["groups/repeated_sentence"] == pytest.approx(1 / 3)
+    assert found["groups/repetition"] == pytest.approx(0.5 / 3)
+    assert found["groups/contradiction"] == pytest.approx(1 / 3)
+    assert "groups/contradiction" not in means()  # nobody has read the sentences
+
+
+def worded(twice: float, share: float, contradiction: float | None) -> dict[str, float | None]:
+    found: dict[str, float | None] = {"groups/repeated_sentence": twice, "groups/repetition": share}
+    return found if contradiction is None else found | {"groups/contradiction": contradiction}
+
+
+def wording_warnings(*rows: dict[str, float | None]) -> list[str]:
+    watch = WordingWatch()
+    return [said for row in rows for said in [watch.update(row)] if said is not None]
+
+
+@pytest.mark.parametrize(
+    ("later", "said_of"),
+    [
+        ((0.3, 0.02, 0.01), ["a whole sentence stands twice in 30.0% of the reports (1.0%"]),
+        ((0.01, 0.2, 0.01), ["20.0% of a report's sentences or three-grams were said before (2.0%"]),
+        ((0.01, 0.02, 0.4), ["40.0% of the reports affirm and deny one observation (1.0%"]),
+        ((0.3, 0.2, None), ["30.0% of the reports", "20.0% of a report's"]),
+    ],
+)
+def test_a_policy_that_repeats_or_contradicts_itself_is_warned_of(
+    later: tuple[float, float, float | None], said_of: list[str]
+) -> None:
+    start = worded(0.01, 0.02, None if later[2] is None else 0.01)
+    said = wording_warnings(*[start] * WORDING_FIRST, *[worded(*later)] * WORDING_WINDOW)
+    assert len(said) == 1 and all(part in said[0] for part in said_of)
+    assert "the reward terms repetition and contradiction" in said[0]
+
+
+def test_a_policy_that_repeats_no_more_than_at_its_start_is_left_alone() -> None:
+    assert not wording_warnings(
+        *[worded(0.3, 0.2, 0.2)] * WORDING_FIRST, *[worded(0.34, 0.24, 0.24)] * 3 * WORDING_WINDOW
+    )
+    assert not wording_warnings(
+        *[worded(0.0, 0.0, None)] * WORDING_FIRST, *[worded(0.0, 0.0, 0.9)] * 2 * WORDING_WINDOW
+    )
+    assert not wording_warnings(
+        *[worded(0.0, 0.0, None)] * WORDING_FIRST, *[worded(0.9, 0.9, None)] * (WORDING_WINDOW - 1)
+    )
+
+
+def test_the_watch_over_wording_goes_on_after_a_resume() -> None:
+    rows = [*[worded(0.0, 0.0, None)] * WORDING_FIRST, *[worded(0.3, 0.1, None)] * 40]
+    straight, first = WordingWatch(), WordingWatch()
+    expected = [straight.update(row) for row in rows]
+    got = [first.update(row) for row in rows[:13]]
+    second = WordingWatch(json.loads(json.dumps(first.state)))
+    assert got + [second.update(row) for row in rows[13:]] == expected and len([1 for said in expected if said]) == 2

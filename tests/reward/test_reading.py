@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +118,14 @@ def test_a_folder_that_cannot_be_written_to_is_left_alone(manifest: Path, monkey
     assert reference_labels(studies("edema"), fallback=fallback, **arguments)["s0"][4] == 1  # type: ignore[arg-type]
     assert len(list(fallback.glob("*.csv"))) == 1 and not (manifest.parent / FOLDER).exists()
     manifest.parent.chmod(stat.S_IRWXU)
+
+
+def test_a_study_without_a_report_has_what_the_manifest_says_and_no_labeler_is_asked(manifest: Path) -> None:
+    labeler, (worded, bare) = KeywordLabeler(), studies("edema", "effusion")
+    bare = replace(bare, report=None, said=(None, 1, 0, -1, *[None] * 9, 0))
+    assert read(manifest, [bare], labeler) == {"s1": [0, 1, 2, 3, *[0] * 10]} and not labeler.calls
+    assert not (manifest.parent / FOLDER).exists()
+    found = read(manifest, [bare, worded], labeler)
+    assert labeler.calls == [["edema"]] and found["s0"][4] == 1 and found["s1"][1] == 1
+    (kept,) = (manifest.parent / FOLDER).glob("*.csv")
+    assert read_labels_csv(kept).keys() == {"s0"}

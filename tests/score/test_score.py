@@ -16,6 +16,7 @@ from mrg_r1.labels.observations import OBSERVATIONS, write_labels_csv
 from mrg_r1.score.card import score_files, write_card
 from mrg_r1.score.compare import compare_cards
 from mrg_r1.score.reading import read_side, require_same_studies
+from mrg_r1.score.tables import print_card, print_comparison
 
 
 @pytest.fixture(autouse=True)
@@ -267,3 +268,79 @@ def test_a_card_that_was_changed_is_refused(tmp_path: Path, changes: dict[str, A
     first, second = cards(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         compare_cards(first, second, samples=2)
+
+
+def test_a_reference_of_labels_alone_counts_in_clinical_scores_and_not_in_lexical_ones(tmp_path: Path) -> None:
+    said = [*[None] * 9, 1, *[None] * 4]
+    rows = [
+        {"id": "a", "report": "An effusion.", "reference": "An effusion.", "labels": said, "reference_labels": said},
+        {"id": "b", "report": "Clear.", "reference": None, "labels": [None] * 14, "reference_labels": said},
+    ]
+    path = write(tmp_path / "test_predictions.jsonl", "\n".join(map(json.dumps, rows)))
+    for load in (None, Reader):  # with a labeler what has words is read anew, labels alone are as they are
+        card = score_files(path, samples=5, load_labeler=load)
+        assert card["n"] == 2 and card["observations"]["Pleural Effusion"]["recall"] == 0.5
+        assert card["lexical"]["studies"] == 1 and card["lexical"]["scores"]["rouge_l"] == 1
+    bare = write(tmp_path / "bare_predictions.jsonl", json.dumps(rows[1]))
+    assert score_files(bare, samples=5)["lexical_reason"] == "no reference has a report, only labels"
+
+
+def test_a_manifest_is_a_reference_with_its_said_labels_where_there_is_no_report(tmp_path: Path) -> None:
+    said = {"said": [*[None] * 9, 1, *[None] * 4], "drawn": None}
+    lines = [
+        {"id": "a", "report": "An effusion.", "labels": {"said": None, "drawn": None}},
+        {"id": "b", "report": None, "labels": said},
+    ]
+    path = write(tmp_path / "manifest.jsonl", "\n".join(map(json.dumps, lines)))
+    predicted = write(tmp_path / "p.json", {"a": "Clear.", "b": "An effusion."})
+    card = score_files(predicted, path, samples=5, load_labeler=Reader)
+    assert card["support"]["Pleural Effusion"] == 2 and card["observations"]["Pleural Effusion"]["recall"] == 0.5
+    with pytest.raises(ValueError, match="holds reports, not labels; give a labeler"):
+        score_files(write(tmp_path / "p2.json", {"a": "Clear.", "b": "x"}), path, samples=5)
+    lines[1]["labels"] = {"said": None, "drawn": None}
+    with pytest.raises(ValueError, match="id 'b', field `report`: null is not a text"):
+        write(path, "\n".join(map(json.dumps, lines)))
+        score_files(predicted, path, samples=5, load_labeler=Reader)
+
+
+class Denying(Reader):
+    """Also reads that there is none."""
+
+    def label(self, texts: Sequence[str], progress: bool = False) -> np.ndarray:
+        classes = super().label(texts)
+        classes[:, 9] *= [2 if "no effusion" in text else 1 for text in texts]
+        return classes
+
+
+def test_a_card_says_what_no_clinical_score_sees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = write(tmp_path / "good.json", {"a": "An effusion. Clear lungs.", "b": "There is no effusion.", "c": ""})
+    bad = write(
+        tmp_path / "bad.json", {"a": "An effusion. An effusion.", "b": "An effusion. There is no effusion.", "c": ""}
+    )
+    wording = score_files(bad, good, load_labeler=Denying, samples=2)["wording"]
+    assert wording["predicted"] == {"repeated_sentence": 0.5, "repetition": 0.25, "contradiction": 0.5}
+    assert wording["reference"] == {"repeated_sentence": 0.0, "repetition": 0.0, "contradiction": 0.0}
+    labels(tmp_path / "l.csv", ["a", "b", "c"], 0)
+    of_labels = score_files(tmp_path / "l.csv", tmp_path / "l.csv", samples=2)["wording"]
+    assert of_labels["predicted"] is None and of_labels["reference"] is None
+    for name, path in (("first", good), ("second", bad)):
+        card = score_files(path, good, load_labeler=Denying, samples=2)
+        write_card(tmp_path / f"{name}.card", card)
+        print_card(card)
+    shown = capsys.readouterr().out
+    assert "Wording: what no clinical score sees" in shown and "0.250" in shown
+    compared = compare_cards(tmp_path / "first.card", tmp_path / "second.card", samples=2)
+    assert compared["wording"]["contradiction"] == {"first": 0.0, "second": 0.5, "difference": 0.5}
+    print_comparison(compared)
+    assert "Wording of the predicted reports" in capsys.readouterr().out
+
+
+def test_contradictions_of_a_runs_predictions_need_a_labeler(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"id": "a", "report": "Clear. Clear.", "reference": "Clear."}
+    row |= {"labels": [None] * 14, "reference_labels": [None] * 14}
+    card = score_files(write(tmp_path / "test_predictions.jsonl", json.dumps(row) + "\n"), samples=2)
+    assert card["wording"]["predicted"] == {"repeated_sentence": 1.0, "repetition": 0.5, "contradiction": None}
+    print_card(card)
+    assert "contradictions are missing: sentences are read with --labeler" in capsys.readouterr().out

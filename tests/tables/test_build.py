@@ -11,6 +11,8 @@ import pytest
 from scipy import stats
 
 from mrg_r1.cli import main
+from mrg_r1.config.control import as_sft
+from mrg_r1.config.recipe import dump_recipe, load_recipe
 from mrg_r1.tables.build import build_table, t_interval
 from mrg_r1.tables.plan import TableError, plan_table
 from mrg_r1.tables.render import table_as_csv, table_as_latex, table_as_markdown
@@ -136,6 +138,29 @@ def test_every_layout_names_definition_origin_and_what_is_missing(table, tmp_pat
     )
     latex = table_as_latex(built)
     assert "Eight \\& more" in latex and "disease\\_micro13" in latex and "\\toprule" in latex
+
+
+def test_a_row_can_be_a_control_and_the_table_says_which(table, tmp_path, monkeypatch):
+    """Further SFT waits for the run whose time it gets, and its folder is known again though it holds what SFT made of
+    the recipe.
+    """
+    path = table(
+        rows=[
+            {"name": "Four", "set": {"grpo.group_size": 4}},
+            {"name": "Best of four", "set": {"grpo.group_size": 4, "control": "rft"}},
+            {"name": "SFT", "set": {"control": "sft", "control_of": "{run:Four}"}},
+        ]
+    )
+    plan = plan_table(path, rows_folder=tmp_path / "rows", seeds=[0])
+    four, sft = plan.runs["Four", 0], plan.runs["SFT", 0]
+    assert sft.waits_for == (four.folder,) and plan.runs["Best of four", 0].folder != four.folder
+    recipe = as_sft(load_recipe(sft.recipe_file, sft.overrides))
+    timed = recipe.model_copy(update={"sft": recipe.sft.model_copy(update={"max_cpu_seconds": 3.0})})
+    _finish(sft, 4)
+    (sft.folder / "config.yaml").write_text(dump_recipe(timed))
+    again = plan_table(path, rows_folder=tmp_path / "rows", seeds=[0])
+    assert again.runs["SFT", 0].finished
+    assert "Controls: Best of four (rejection fine-tuning), SFT (further SFT)." in table_as_markdown(build_table(again))
 
 
 def test_the_command_runs_and_writes_a_table_and_a_failure_still_leaves_the_others(

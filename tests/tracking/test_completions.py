@@ -23,3 +23,13 @@ def test_a_step_that_is_repeated_clears_what_a_kill_left_of_it(tmp_path: Path) -
     write_completions(tmp_path, step=1, rank=0, prompts=prompts, completions=done, rewards=rewards)
     assert not mine.exists() and others.exists()  # another rank's is its own to clear
     assert json.loads((tmp_path / "step_000001_rank0.jsonl").read_text())["text"] == "Clear."
+
+
+def test_contradictions_stand_beside_the_labels_where_sentences_were_read(tmp_path: Path) -> None:
+    done: Any = SimpleNamespace(texts=[["Clear.", ""]], ended=torch.ones(1, 2), lengths=torch.ones(1, 2))
+    prompts: Any = SimpleNamespace(study_ids=["s"])
+    labels = torch.stack([torch.zeros(14, dtype=torch.long), torch.full((14,), -1)])[None]
+    rewards = Rewards(torch.ones(1, 2), {}, {}, labels, [["Clear.", None]], contradictions=torch.tensor([[2, -1]]))
+    write_completions(tmp_path, step=1, rank=0, prompts=prompts, completions=done, rewards=rewards)
+    lines = [json.loads(line) for line in (tmp_path / "step_000001_rank0.jsonl").read_text().splitlines()]
+    assert lines[0]["contradictions"] == 2 and "contradictions" not in lines[1]

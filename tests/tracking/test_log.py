@@ -202,6 +202,17 @@ def test_report_prints_the_gain_beside_the_control(tmp_path, capsys):
     assert " ".join(text.split()).count("3 s of processor time by labelers") == 2
 
 
+def test_report_names_the_control(tmp_path, capsys):
+    run = tmp_path / "run"
+    (run / "control").mkdir(parents=True)
+    (run / "summary.json").write_text(json.dumps(summary(0.5, 0.6)))
+    (run / "control" / "summary.json").write_text(json.dumps(summary(0.5, 0.55, control="rft")))
+    print_report([run])
+    assert "control: rejection fine-tuning" in " ".join(capsys.readouterr().out.split())
+    print_report([run / "control"])
+    assert "control: rejection fine-tuning, test split" in " ".join(capsys.readouterr().out.split())
+
+
 def test_rows_in_which_nobody_has_a_number_are_left_out(tmp_path, capsys):
     for name in ("run", "other"):
         (tmp_path / name).mkdir()
@@ -211,6 +222,17 @@ def test_rows_in_which_nobody_has_a_number_are_left_out(tmp_path, capsys):
     print_report([tmp_path / "run", tmp_path / "other"])
     text = capsys.readouterr().out
     assert "hacking_gap" not in text and text.count("+0.100") == 5  # two tables, and the mean with its range
+
+
+def test_the_closing_table_says_whether_reports_repeat_themselves(tmp_path, capsys):
+    content = summary(0.5, 0.6)
+    content["after"] |= {"repeated_sentence": 0.26, "repetition": 0.1, "contradiction": None}
+    content["before"] |= {"repeated_sentence": 0.0}  # an older file has fewer keys
+    (tmp_path / "summary.json").write_text(json.dumps(content))
+    print_report([tmp_path])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "repeated_sentence 0.000 0.260 +0.260" in text and "repetition - 0.100 -" in text
+    assert "reports in which a whole sentence stands twice" in text and "contradiction -" not in text
 
 
 def test_report_fits_a_pipe(tmp_path, capsys, monkeypatch):

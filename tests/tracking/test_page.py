@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 from mrg_r1.tracking.page import write_page
 from mrg_r1.tracking.page.curves import read_curves, sections
 from mrg_r1.tracking.page.embedding import embedded
+from mrg_r1.types import LABELS_ONLY
 from tests.conftest import make_study
 from tests.tracking.page_runs import (
     EVIL,
@@ -113,6 +115,12 @@ def test_a_run_at_its_first_steps_has_curves_only(run):
     assert "Results" not in page.text and page.json["data"]["sets"] == []
 
 
+def test_the_heading_of_a_control_says_that_it_is_one(run):
+    assert "control" not in Page(write_page(run, [])).text
+    (run / "config.yaml").write_text("control: random\n")
+    assert "control: random reward" in Page(write_page(run, [])).text
+
+
 @pytest.mark.parametrize("rendered, heading", [(True, "Rendered phantoms"), (False, "Contains patient data")])
 def test_the_page_says_whose_data_it_holds(run, tmp_path, rendered, heading):
     from dataclasses import replace
@@ -159,6 +167,18 @@ def test_before_and_after_stand_beside_one_another_with_every_baseline(run, tmp_
         "before training",
         "after training",
     ]
+
+
+def test_reports_that_repeat_themselves_are_seen_before_and_after(run, tmp_path):
+    study = make_study(tmp_path, "one", [(84, 84)])
+    for name, text in (("test_before", "Clear."), ("test", "Clear. Big heart. Clear. Clear.")):
+        row = prediction(study, text, labels(), labels()) | {"contradictions": 0}
+        write_evaluated(run, name, [row], [study])
+    text = " ".join(Page(write_page(run, [study])).text.split())
+    assert "reports in which a whole sentence stands twice, share0.0001.000" in text
+    assert "repetition: share of sentences or three-grams said before0.0000.500" in text
+    assert "reports that affirm and deny one observation, share0.0000.000" in text
+    assert "reports in which a whole sentence stands twice, share1.000before 0.000" in text  # among the first numbers
 
 
 def test_a_training_study_is_followed_over_its_steps_and_ranks(run, tmp_path):
@@ -281,3 +301,22 @@ def test_labels_of_another_length_are_refused_by_line(run, tmp_path):
     write_completions(run, 0, [completion(0, study, 0, "Clear.", [1, 0])])
     with pytest.raises(ValueError, match=r"step_000000_rank0.jsonl, line 1: labels \[1, 0\] are not 14"):
         write_page(run, [study])
+
+
+def test_a_reference_of_labels_alone_is_said_to_be_one(tmp_path):
+    study = replace(make_study(tmp_path, "s1", [(32, 32)]), report=None, said=tuple(labels()))
+    row = prediction(study, "Clear.", labels(), labels())
+    write_evaluated(tmp_path / "run", "test", [row], [study])
+    write_completions(tmp_path / "run", 0, [completion(0, study, 0, "Clear.", labels())])
+    page = Page(write_page(tmp_path / "run", [study]))
+    assert [card["ref"] for part in page.json["data"]["sets"] for card in part["cards"]] == [LABELS_ONLY] * 2
+
+
+def test_the_page_says_what_the_best_adapter_gained_over_the_last(tmp_path):
+    write_metrics(tmp_path / "run", 4)
+    gain = {"step": 4, "difference": 0.0312, "standard_error": 0.01}
+    best = {"step": 2, "score": 0.5, "over_last": gain}
+    for one, shown in ((best, "step 2 (+0.031 ± 0.010 over the last, step 4)"), ({"step": 2, "score": 0.5}, "step 2 ")):
+        (tmp_path / "run" / "summary.json").write_text(json.dumps({"best": one}))
+        page = Page(write_page(tmp_path / "run", []))
+        assert f"best validation at {shown.rstrip()}" in page.text and ("over the last" in page.text) == (one is best)

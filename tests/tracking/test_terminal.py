@@ -44,6 +44,17 @@ def test_on_a_terminal_a_step_is_written_over_the_last_one_and_a_validation_stay
     assert tty.getvalue().endswith("something\n") and tty.getvalue().count("\n") == 2
 
 
+def test_a_validation_says_how_sure_its_score_is_and_its_distance_to_the_best(screen_of):
+    log = screen_of(io.StringIO())
+    line = StepLine(active=True, steps=120)
+    sure = {"validation/standard_error": 0.0141, "validation/over_best": None}
+    line.step(0, {"validation/disease_micro13": 0.8, "validation/mean_reward": 0.65} | sure)
+    sure |= {"validation/over_best": -0.007, "validation/over_best_standard_error": 0.0082}
+    line.step(119, {"validation/disease_micro13": 0.8, "validation/mean_reward": 0.65} | sure)
+    first, second = (text for text in log.getvalue().splitlines() if "validation" in text)
+    assert first.endswith("mean_reward 0.650  ±0.014") and second.endswith("±0.014, over the best -0.007 ±0.008")
+
+
 ALL = {
     "reward/total": 0.123456,
     "reward/constant": 0.123456,

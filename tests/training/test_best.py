@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 import mrg_r1.training.validation as validation
+from mrg_r1.training.looks import Looks
 from mrg_r1.training.validation import keep_best, settle_best
 from tests.conftest import OneRank
 
@@ -23,7 +24,7 @@ def run(tmp_path, monkeypatch):
 
 def keep(run, best, step):
     run.policy = f"step {step}"
-    return keep_best(run, best, step=step, metrics={}, gaps=None, log=None)
+    return keep_best(run, best, step=step, metrics={}, gaps=None, looks=None, log=None)
 
 
 def adapter(run):
@@ -50,15 +51,23 @@ def test_a_kill_after_the_checkpoint_is_made_good_by_the_resume(run):
 def test_what_is_not_better_than_the_start_is_not_kept(run):
     scores = iter([0.5, 0.4, 0.5])
     run.studies = {"val": [1]}
-    run.recipe = SimpleNamespace(evaluation=SimpleNamespace(select="score", before=True, held_out_labeler=None))
-    run.validate = lambda: ({"score": next(scores), "labeler_gap": None, "no_finding_rate": 0.0}, [])
+    run.recipe = SimpleNamespace(evaluation=SimpleNamespace(select="mean_reward", before=True, held_out_labeler=None))
+
+    def validate():
+        score = next(scores)
+        rows = [{"id": name, "total": score + more} for name, more in (("a", -0.1), ("b", 0.1))]
+        return {"mean_reward": score, "labeler_gap": None, "no_finding_rate": 0.0}, rows
+
+    run.validate, looks = validate, Looks("mean_reward")
     gaps, said = SimpleNamespace(update=lambda *a, **k: []), []
     validation.short_summary, original = (lambda result: {}), validation.short_summary
     validation._readers, readers = (lambda result: ""), validation._readers
     try:
-        best = validation.validate_before(run, gaps, SimpleNamespace(say=said.append))
+        best = validation.validate_before(run, gaps, looks, SimpleNamespace(say=said.append))
         for step in (1, 2):
-            assert keep_best(run, best, step=step, metrics={}, gaps=gaps, log=None) is best
+            assert keep_best(run, best, step=step, metrics={}, gaps=gaps, looks=looks, log=None) is best
     finally:
         validation.short_summary, validation._readers = original, readers
-    assert best == {"step": 0, "score": 0.5} and adapter(run) == "start" and "0.500" in said[0]
+    assert best == {"step": 0, "score": 0.5} and adapter(run) == "start" and "0.500 (standard error 0.100)" in said[0]
+    closing = looks.closing(best)
+    assert closing["over_last"]["step"] == 2 and closing["over_last"]["difference"] == 0

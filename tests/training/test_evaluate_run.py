@@ -103,6 +103,7 @@ def bare(manifest: Path, name: str, *, report: str | None = None, of: slice = sl
     records = [record for record in lines(manifest) if record["split"] == "test"]
     for record in records[of]:
         record["report"] = report
+        record["labels"] = {"said": None, "drawn": None} if report is None else record["labels"]
     path = manifest.with_name(name)
     path.write_text("".join(json.dumps(record | {"prior": None}) + "\n" for record in records))
     return path
@@ -325,7 +326,8 @@ def test_an_evaluation_is_named_after_split_and_foreign_manifest(finished):
 def test_a_test_split_of_which_a_part_has_references_is_refused(finished, inline_rewards):
     other = bare(finished.parent / "manifest.jsonl", "other.jsonl", of=slice(2, 5))
     with pytest.raises(
-        RecipeError, match="3 of 8 studies of data.test_split 'test' have no report .*a split of their own"
+        RecipeError,
+        match="3 of 8 studies of data.test_split 'test' have neither report nor labels .*a split of their own",
     ):
         evaluated(finished, f"data.manifest={other}", "data.context=[indication]")
 
@@ -333,7 +335,8 @@ def test_a_test_split_of_which_a_part_has_references_is_refused(finished, inline
 def test_training_goes_on_demanding_references(finished, tmp_path):
     other = bare(finished.parent / "manifest.jsonl", "other.jsonl")
     with pytest.raises(
-        ManifestError, match="`report`: null is not a string; .*only `launch/evaluate.py` takes studies without"
+        ManifestError,
+        match="`report`: null, and so is `labels.said`.*only `launch/evaluate.py` takes studies with neither",
     ):
         read_manifest(other)
 

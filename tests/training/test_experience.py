@@ -100,6 +100,7 @@ def sampled_of(studies: list[Study], *, first: int, length: int, step: int = 0, 
         report_texts=[["r", None, f"{study.id}"] for study in studies],
         reference_labels=torch.full((rows, 14), first),
         constant={"total": total[:, 0]},
+        contradictions=(first + torch.arange(rows))[:, None] * 10 + torch.arange(3),
     )
     # a lone surrogate: a policy can sample it
     texts = [[f"{study.id}-{g}\ud800" for g in range(3)] for study in studies]
@@ -147,6 +148,7 @@ def test_what_some_ranks_wrote_others_read_in_the_global_order(studies, recipe, 
                 )
             assert rewards.report_texts[row] == ["r", None, study] and rewards.constant["total"][row] == number
             assert rewards.terms["a.b:c"][row, 2] == pytest.approx((number + 0.2) / 4)
+            assert rewards.contradictions[row].tolist() == [10 * number + g for g in range(3)]
             assert rewards.weights == {"mccs": 0.75, "a.b:c": 0.0} and rewards.labels.dtype == torch.int64
     assert seen == [0, 1, 2, 3]
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}

@@ -17,7 +17,7 @@ def add_command(kinds: Any) -> None:
         help="studies of your own, from a CSV or JSONL file",
         description="Check a table of your own studies into a manifest: every image is read once, every row kept or "
         "refused.\n"
-        "  id, images, report, split     needed\n"
+        "  id, images, report, split     needed; without a report (empty, or no such column) the labels are\n"
         "  patient_id                    left out: every study is a patient of its own\n"
         "  findings, impression, indication, comparison, prior (an earlier study's id), view, labels, "
         "rendered: taken where present\n"

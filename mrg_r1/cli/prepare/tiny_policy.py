@@ -68,7 +68,12 @@ def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
     from mrg_r1.labels.observations import OBSERVATIONS
     from mrg_r1.policy.family import find_family
 
-    reports = [study.report for study in read_manifest(arguments.manifest, split="train")]
+    studies = read_manifest(arguments.manifest, split="train")
+    reports = [study.report for study in studies if study.report is not None]
+    if not reports:
+        raise ValueError(
+            f"{arguments.manifest}: no train study has a report, and the tokenizer is learned from reports; give some"
+        )
     words = [
         THINK_INSTRUCTION,
         PLAIN_INSTRUCTION,

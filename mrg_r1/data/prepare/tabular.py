@@ -16,7 +16,7 @@ from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.labels.reports import is_missing
 from mrg_r1.types import Study
 
-REQUIRED = ("id", "images", "report", "split")
+REQUIRED = ("id", "images", "report", "split")  # `report` is not where there are labels
 _TEXTS = ("findings", "impression", "indication", "comparison", "prior")
 _OBSERVATION_COLUMNS = tuple(name.lower() for name in OBSERVATIONS)
 _KNOWN = frozenset((*KEYS, "view"))
@@ -76,7 +76,8 @@ def read_records(path: Path) -> Iterator[Record]:
         )
     if observations and "labels" in columns:
         raise ManifestError([f"{path}, line 1: a column `labels` and the observations' columns; keep one of the two"])
-    for row in read_csv(path, REQUIRED):
+    labelled = observations or "labels" in columns
+    for row in read_csv(path, [name for name in REQUIRED if name != "report" or not labelled]):
         yield Record(row.where, dict(row.values), row.fault)
 
 
@@ -94,14 +95,20 @@ def study_of_row(record: Record, folder: Path, splits: Sequence[str]) -> Study:
     if record.fault is not None:
         raise RowError(record.fault)
     values = record.values
+    labels = _labels(values)
+    report = values.get("report")
+    if isinstance(labels, dict) and labels.get("said") is not None:
+        values = {"report": None} | values
+        report = None if report == "" else report  # a CSV's null
     if missing := [name for name in REQUIRED if name not in values]:
         raise RowError(f"no field {', '.join(f'`{name}`' for name in missing)}; a study needs {', '.join(REQUIRED)}")
     whole = {
-        **{name: values[name] for name in ("id", "report", "split")},
+        **{name: values[name] for name in ("id", "split")},
+        "report": report,
         "patient_id": values.get("patient_id") or values["id"],
         **{name: _null_if_missing(name, values.get(name)) for name in _TEXTS},
         "images": _images(values["images"], values.get("view")),
-        "labels": _labels(values),
+        "labels": labels,
         "rendered": _rendered(values.get("rendered", False)),
     }
     for name in ("id", "patient_id"):

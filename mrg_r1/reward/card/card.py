@@ -54,7 +54,7 @@ class AtMargin:
 
     margin: float
     constant: Constant  # the best of all 3^13
-    real: Constant  # the best of the references
+    real: Constant  # the best of the reports; of the references where labels are all that there is
     random_mean: float | None  # mean MCCS of another study's reference; None where there is one study only
     random_zeros: float | None  # share of those pairs that earn zero
 
@@ -93,14 +93,15 @@ class RewardCard:
 
 
 def reward_card(
-    classes: NDArray[np.int64], ids: Sequence[str], texts: Sequence[str], margins: Sequence[float] = ()
+    classes: NDArray[np.int64], ids: Sequence[str], texts: Sequence[str | None], margins: Sequence[float] = ()
 ) -> RewardCard:
     """What constant and random reports earn against these references, exactly.
 
     Args:
         classes: [N, 14] integer classes of the references.
         ids: N study ids.
-        texts: N reference reports; they choose between studies that say the same.
+        texts: N reference reports, None where a study has labels alone: it counts like any other, and the best real
+            report is another's, if there is any report. They choose between studies that say the same.
         margins: further ones than the grid `MARGINS`, each 0 <= m < 1.
 
     Returns:
@@ -119,7 +120,7 @@ def reward_card(
     n, counts = len(vectors), references.counts
     rows = []
     for m, margin in enumerate(margins):
-        study = _study_to_show(_best_row(earned.mean[:, m], references), references, texts)
+        study = _best_study(earned.mean[:, m], references, texts)
         rows.append(
             AtMargin(
                 margin=margin,
@@ -146,7 +147,7 @@ def reward_card(
 
 def best_real_constants(
     classes: NDArray[np.int64],
-    texts: Sequence[str],
+    texts: Sequence[str | None],
     margins: Sequence[float],
     *,
     ccs_weights: NDArray[np.float64] | None = None,
@@ -159,16 +160,16 @@ def best_real_constants(
 
     Args:
         classes: [N, 14] integer classes of the references.
-        texts: N reference reports.
+        texts: N reference reports, None where a study has labels alone.
         margins: each 0 <= m < 1.
         ccs_weights: [13, 2] of `terms.ccs`; None: equal.
         of_mccs, of_ccs, of_additive: what counts is `of_mccs` MCCS + `of_ccs` CCS + `of_additive` additive.
         thresholds: [13] of `additive`; needed where `of_additive` is not 0.
 
     Returns:
-        The studies they belong to, 0 to N - 1. What a study's own report earns of itself is in its mean. Of the studies
-        with the best vector, the one with the most frequent text, then the shortest, then the first. A few seconds for
-        200,000 studies.
+        The studies they belong to, 0 to N - 1; of those that have a report, if any has one. What a study's own report
+        earns of itself is in its mean. Of the studies with the best vector, the one with the most frequent text, then
+        the shortest, then the first. A few seconds for 200,000 studies.
 
     Raises:
         ValueError: no studies, wrong shapes or classes, unequal numbers, or a margin outside [0, 1).
@@ -185,7 +186,7 @@ def best_real_constants(
         if thresholds is None:
             raise ValueError(f"of_additive {of_additive} without thresholds")
         scores = scores + of_additive * additive_of_constants(references, thresholds)[:, None]
-    return [_study_to_show(_best_row(scores[:, m], references), references, texts) for m in range(len(margins))]
+    return [_best_study(scores[:, m], references, texts) for m in range(len(margins))]
 
 
 def says(vector: Sequence[int]) -> tuple[str, ...]:
@@ -194,7 +195,7 @@ def says(vector: Sequence[int]) -> tuple[str, ...]:
     return tuple(name if sign > 0 else f"no {name}" for name, sign in names if sign)
 
 
-def _check(classes: NDArray[np.int64], texts: Sequence[str]) -> None:
+def _check(classes: NDArray[np.int64], texts: Sequence[str | None]) -> None:
     check_classes(classes, classes)
     if len(texts) != len(classes):
         raise ValueError(f"{len(texts)} texts and {len(classes)} rows of classes; give one of each a study")
@@ -214,17 +215,20 @@ def _constant(vector: NDArray[np.int8], vectors: NDArray[np.int8], margin: float
     )
 
 
-def _best_row(mean: NDArray[np.float64], references: Distinct) -> int:
-    """The distinct vector that earns the most, by [D] means; of equals the one that most studies have."""
-    equals = np.flatnonzero(mean > mean.max() - 1e-9)
-    return int(equals[np.argmax(references.counts[equals])])
-
-
-def _study_to_show(row: int, references: Distinct, texts: Sequence[str]) -> int:
-    """Of the studies with a vector, the one whose text is the most frequent, then the shortest, then the first."""
-    studies = np.flatnonzero(references.row_of_study == row).tolist()
+def _best_study(mean: NDArray[np.float64], references: Distinct, texts: Sequence[str | None]) -> int:
+    """Whose vector earns the most, by [D] means; of equal vectors the one that most studies have. Of its studies the
+    one whose text is the most frequent, then the shortest, then the first. Only what has a report can be the answer to
+    every study; where nothing has one, every vector counts.
+    """
+    candidates = np.array([text is not None for text in texts])
+    if not candidates.any():
+        candidates[:] = True
+    possible = np.unique(references.row_of_study[candidates])
+    equals = possible[mean[possible] > mean[possible].max() - 1e-9]
+    row = equals[np.argmax(references.counts[equals])]
+    studies = np.flatnonzero((references.row_of_study == row) & candidates).tolist()
     frequency = Counter(texts[study] for study in studies)
-    return int(min(studies, key=lambda study: (-frequency[texts[study]], len(texts[study]), study)))
+    return int(min(studies, key=lambda study: (-frequency[texts[study]], len(texts[study] or ""), study)))
 
 
 def _of_another(mean: NDArray[np.float64], counts: NDArray[np.int64], *, itself: float) -> float | None:

@@ -69,7 +69,7 @@ class ServiceRewards:
         texts: Sequence[Sequence[str]],
         ended: Tensor,
         study_ids: Sequence[str],
-        references: Sequence[str],
+        references: Sequence[str | None],
         context: RewardContext = RewardContext(),  # noqa: B008 (frozen)
     ) -> Ticket:
         """Hand in a batch. Returns at once unless `OUTSTANDING` batches wait for their answers."""

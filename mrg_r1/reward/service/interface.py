@@ -73,10 +73,12 @@ class RewardService(Protocol):
         texts: Sequence[Sequence[str]],
         ended: Tensor,
         study_ids: Sequence[str],
-        references: Sequence[str],
+        references: Sequence[str | None],
         context: RewardContext = ...,
     ) -> Ticket:
-        """Hand in B groups of G completions, [B, G] bool ended, B study ids and B references."""
+        """Hand in B groups of G completions, [B, G] bool ended, B study ids and B references (None: the context has
+        their labels).
+        """
 
     def hint(self, texts: Sequence[str]) -> None:
         """Hand in completions early."""

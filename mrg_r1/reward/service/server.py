@@ -118,10 +118,11 @@ class Server:
         """The texts whose labels a request needs."""
         if request["kind"] == "label":
             return list(request["texts"])
-        reports = self.function.reports_of([text for group in request["texts"] for text in group])
         context = wire.context_of(request)
+        reports = self.function.reports_of([text for group in request["texts"] for text in group], context)
         constant = [] if context.constant is None else [context.constant]
-        return reports + (request["references"] if context.reference_labels is None else []) + constant
+        unknown = request["references"] if context.reference_labels is None else []
+        return reports + [text for text in unknown if text is not None] + constant
 
     def _answer(self, request: wire.Message) -> wire.Message:
         try:

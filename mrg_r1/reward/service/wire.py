@@ -42,7 +42,7 @@ def score_request(
     texts: Sequence[Sequence[str]],
     ended: Tensor,
     study_ids: Sequence[str],
-    references: Sequence[str],
+    references: Sequence[str | None],
     context: RewardContext,
 ) -> Message:
     """A batch as a request."""
@@ -60,6 +60,7 @@ def score_request(
             "ccs_weights": None if weights is None else weights.tolist(),
             "constant": context.constant,
             "thresholds": None if thresholds is None else thresholds.tolist(),
+            "contradictions": context.contradictions,
         },
     }
 
@@ -74,6 +75,7 @@ def context_of(request: Message) -> RewardContext:
         ccs_weights=None if weights is None else np.array(weights, dtype=np.float64),
         constant=stored["constant"],
         thresholds=None if thresholds is None else np.array(thresholds, dtype=np.float64),
+        contradictions=stored["contradictions"],
     )
 
 
@@ -87,6 +89,7 @@ def rewards_message(rewards: Rewards) -> Message:
         "report_texts": rewards.report_texts,
         "reference_labels": rewards.reference_labels.tolist(),
         "constant": {name: values.tolist() for name, values in rewards.constant.items()},
+        "contradictions": None if rewards.contradictions is None else rewards.contradictions.tolist(),
     }
 
 
@@ -100,4 +103,5 @@ def rewards_of(message: Message) -> Rewards:
         report_texts=message["report_texts"],
         reference_labels=torch.tensor(message["reference_labels"]),
         constant={name: torch.tensor(values) for name, values in message["constant"].items()},
+        contradictions=None if message["contradictions"] is None else torch.tensor(message["contradictions"]),
     )

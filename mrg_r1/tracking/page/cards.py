@@ -16,7 +16,7 @@ from mrg_r1.report_format import parse
 from mrg_r1.tracking.page.embedding import size_of
 from mrg_r1.tracking.page.pictures import picture
 from mrg_r1.tracking.page.reading import letters, number, read_lines
-from mrg_r1.types import Study
+from mrg_r1.types import LABELS_ONLY, Study
 
 _LONGEST = 6000  # letters of one text on the page
 _PREDICTION = ("id", "text", "report", "reference", "total", "terms", "labels", "reference_labels")
@@ -83,7 +83,9 @@ def sample(where: str, row: Mapping[str, Any], *, member: int | None = None) -> 
 
 
 def card(study_id: str, reference: str | None, study: Study | None) -> dict[str, Any]:
-    """A card without labels, radiographs and versions."""
+    """A card without labels, radiographs and versions; where the reference is labels alone, it says so."""
+    if reference is None and study is not None:
+        reference = LABELS_ONLY
     content: dict[str, Any] = {
         "id": study_id,
         "ref": None if reference is None else _cut(reference),
@@ -115,9 +117,10 @@ def prediction_cards(files: Sequence[tuple[str, Path]], studies: Mapping[str, St
     for name, path in files:
         here = []
         for where, row in read_lines(path, _PREDICTION):
-            if not isinstance(row["id"], str) or not isinstance(row["reference"], str):
+            if not isinstance(row["id"], str) or not isinstance(row["reference"], str | None):
                 raise ValueError(f"{where}: fields `id` and `reference` have to be texts; mend or remove the line")
-            own = cards.setdefault(row["id"], card(row["id"], row["reference"], studies.get(row["id"])))
+            reference = LABELS_ONLY if row["reference"] is None else row["reference"]
+            own = cards.setdefault(row["id"], card(row["id"], reference, studies.get(row["id"])))
             own["said"] = letters(row["reference_labels"], where)
             own["at"].append({"name": name, "samples": [sample(where, row)]})
             here.append(row["id"])

@@ -37,6 +37,11 @@ _TOGETHER = (  # metrics of one plot: title, pattern of the whole name; the firs
     ("sampled against scored log-probability", r"sampling/logp_gap.*"),
     ("groups without signal", r"groups/(zero_signal|all_zero_.*)"),
     ("distinct reports, share", r"groups/distinct.*"),
+    ("repetition and contradiction", r"groups/(repeated_sentence|repetition|contradiction)"),
+    (
+        "repetition and contradiction on the validation studies",
+        r"validation/(repeated_sentence|repetition|contradiction)",
+    ),
     ("truncated and malformed, share", r"groups/(truncated|malformed)"),
     ("shares and counts", r"time/.*(_share|_busy|_max)"),
     ("seconds a step", r"time/(?!start|evaluation|checkpoint|validation).*"),

@@ -8,12 +8,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mrg_r1.console import progress
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import OBSERVATIONS
+from mrg_r1.tracking.control import CONTROLS
 from mrg_r1.tracking.page import clinical
 from mrg_r1.tracking.page.cards import Pictures, prediction_cards, within
 from mrg_r1.tracking.page.curves import Curves, read_curves, sections
@@ -176,15 +178,34 @@ def _facts(
     facts += [f"ZeRO-{summary['zero_stage']}"] if summary.get("zero_stage") else []
     facts += [f"seed {summary.get('seed', environment.get('seed'))}"] if environment or summary else []
     facts += [f"{summary['training_seconds'] / 60:,.1f} minutes of training"] if summary.get("training_seconds") else []
-    facts += [f"best validation at step {summary['best']['step']}"] if summary.get("best") else []
+    if best := summary.get("best"):
+        facts.append(f"best validation at step {best['step']}{_over_last(best)}")
     return {
         "name": curves.name,
         "facts": facts,
         "status": summary.get("status") or ("unfinished" if curves.steps else "evaluated"),
         "note": summary.get("note"),
+        "control": CONTROLS.get(_control(run) or ""),
         "before": before,
         "last": after or before,
     }
+
+
+def _over_last(best: Mapping[str, Any]) -> str:
+    """What choosing it gained over the last adapter, on the validation studies."""
+    gain = best.get("over_last")
+    if gain is None or gain["step"] == best["step"]:
+        return ""
+    error = "" if gain["standard_error"] is None else f" ± {gain['standard_error']:.3f}"
+    return f" ({gain['difference']:+.3f}{error} over the last, step {gain['step']})"
+
+
+def _control(run: Path) -> str | None:
+    """Of RUN/config.yaml, which is there from the start."""
+    path = run / "config.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    control: str | None = content.get("control")
+    return control
 
 
 def _studies(

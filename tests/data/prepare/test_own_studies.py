@@ -14,6 +14,7 @@ from PIL import Image
 from mrg_r1.data.prepare import own_studies
 from mrg_r1.data.prepare.own_studies import prepare_manifest
 from mrg_r1.data.study import ManifestError, check_images, read_manifest
+from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.labels.reports import read_reports_csv
 from mrg_r1.types import Study
 from tests.shared_data import shared_data
@@ -260,3 +261,49 @@ def test_real_radiographs_as_people_have_them_go_through(tmp_path: Path) -> None
     assert prepared.counts["train"] == {"read": len(names) + 1, "kept": len(names), "rendered": 0, "refused": 1}
     assert refused(tmp_path / "out")[0][0] == "table"
     check_images(list(studies(tmp_path / "out").values())[::16])
+
+
+def test_a_row_with_labels_and_no_report_is_kept(tmp_path: Path) -> None:
+    cells = dict.fromkeys(OBSERVATIONS, "")
+    rows = [
+        row("a", **cells | {"Edema": "1"}, report=""),
+        row("b", **cells | {"Edema": "0"}),
+        row("c", **cells, report=""),
+        row("d", **cells | {"Edema": "1"}, report="nan"),
+    ]
+    prepared = prepare_manifest(table(tmp_path, *rows), None, tmp_path / "out")
+    assert prepared.counts["train"] == {"read": 4, "kept": 2, "rendered": 0, "refused": 2}
+    kept = studies(tmp_path / "out")
+    assert kept["a"].report is None and kept["a"].said is not None and kept["a"].said[4] == 1
+    assert kept["b"].report == "Report b."
+    reasons = {study_id: reason for study_id, _, reason in refused(tmp_path / "out")}
+    assert "field `report`: empty" in reasons["c"] and "a missing value written out" in reasons["d"]
+    with open(tmp_path / "out" / "reports.csv", newline="", encoding="utf-8") as file:
+        assert [line["id"] for line in csv.DictReader(file)] == ["b"]
+
+
+def test_a_table_of_labels_needs_no_column_of_reports(tmp_path: Path) -> None:
+    cells = dict.fromkeys(OBSERVATIONS, "") | {"Edema": "1"}
+    lines = [{name: value for name, value in row(study, **cells).items() if name != "report"} for study in "ab"]
+    prepare_manifest(table(tmp_path, *lines), None, tmp_path / "out")
+    assert [study.report for study in studies(tmp_path / "out").values()] == [None, None]
+    bare = [{name: value for name, value in row("a").items() if name != "report"}]
+    with pytest.raises(ValueError, match="no column `report`"):
+        prepare_manifest(table(tmp_path, *bare), None, tmp_path / "other")
+    path = tmp_path / "studies.jsonl"
+    rest = {"images": "one.png", "split": "train"}
+    path.write_text(
+        "".join(
+            json.dumps({"id": name, **rest, **more}) + "\n"
+            for name, more in (
+                ("a", {"labels": [1, *[None] * 13]}),
+                ("b", {"report": None, "labels": [1, *[None] * 13]}),
+                ("c", {}),
+                ("d", {"report": None}),
+            )
+        )
+    )
+    prepare_manifest(path, None, tmp_path / "lines")
+    assert [study.id for study in studies(tmp_path / "lines").values() if study.report is None] == ["a", "b"]
+    reasons = {study_id: reason for study_id, _, reason in refused(tmp_path / "lines")}
+    assert "no field `report`" in reasons["c"] and "null, and so is `labels.said`" in reasons["d"]

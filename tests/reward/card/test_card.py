@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -344,3 +345,30 @@ def test_bad_input_is_refused_in_one_message(
         with pytest.raises(SystemExit) as stopped:
             cli.main(["reward-card", str(manifest), "--said", f"--margin={margin}"])
         assert stopped.value.code == 2 and "--margin" in capsys.readouterr().err
+
+
+def test_studies_with_labels_alone_count_and_are_no_real_report_unless_there_is_none() -> None:
+    """Two of three say the first vector, and have no report: the one report there is is the best real one."""
+    classes = np.zeros((3, 14), dtype=np.int64)
+    classes[:2, 9], classes[2, [1, 9]] = 2, (1, 2)
+    mixed = reward_card(classes, ["a", "b", "c"], [None, None, "Heart."]).at(0.0)
+    assert mixed.real.study == "c" and mixed.real.mean == pytest.approx((2 / np.sqrt(2) + 1) / 3, abs=1e-6)
+    assert mixed.constant == reward_card(classes, ["a", "b", "c"], ["x", "x", "Heart."]).at(0.0).constant
+    assert best_real_constants(classes, [None, None, "Heart."], [0.0, 0.5]) == [2, 2]
+    assert reward_card(classes, ["a", "b", "c"], [None] * 3).at(0.0).real.study == "a"
+
+
+@pytest.mark.parametrize("labels", ["file", "labeler"])
+def test_a_card_takes_the_manifests_labels_of_studies_without_a_report(
+    capsys: pytest.CaptureFixture[str], world: World, tmp_path: Path, manifest: Path, labels: str
+) -> None:
+    first, *others = read_manifest(manifest)
+    write_manifest(manifest, [replace(first, report=None, said=(*[None] * 4, 1, *[None] * 9)), *others])
+    (tmp_path / "labels.csv").write_text(
+        "".join(line for line in (tmp_path / "labels.csv").read_text().splitlines(True) if not line.startswith("s0,"))
+    )
+    given = ("--labels", tmp_path / "labels.csv") if labels == "file" else ("--labeler", world.folder / "labeler")
+    assert run(capsys, manifest, *given, "-o", tmp_path / "card")[0] == 0
+    card = json.loads((tmp_path / "card" / "reward_card.json").read_text())
+    assert card["n"] == 4 and card["prevalence"]["Edema"]["positive"]["count"] >= 1
+    assert card["margins"][0]["real"]["study"] != "s0"

@@ -81,6 +81,9 @@ def same(one: Rewards, two: Rewards) -> bool:
     for mine, others in ((one.terms, two.terms), (one.constant, two.constant)):
         assert mine.keys() == others.keys()
         tensors += [(mine[name], others[name]) for name in mine]
+    assert (one.contradictions is None) == (two.contradictions is None)
+    if one.contradictions is not None and two.contradictions is not None:
+        tensors.append((one.contradictions, two.contradictions))
     equal = all(torch.equal(a, b) and a.dtype == b.dtype for a, b in tensors)
     return equal and one.report_texts == two.report_texts and one.weights == two.weights
 
@@ -112,6 +115,9 @@ def test_a_service_answers_what_the_function_in_this_process_answers(start: Star
         np.ones((2, 14), dtype=np.int64), 0.25, np.full((13, 2), 2.0), "no pneumothorax", np.full(13, 0.3)
     )
     assert same(one.result(one.submit(*BATCH, context)), expected(context))
+    by_sentence = replace(context, contradictions=True)
+    assert expected(by_sentence).contradictions is not None
+    assert same(one.result(one.submit(*BATCH, by_sentence)), expected(by_sentence))
     first, second = one.submit(*BATCH), one.submit(*BATCH, context)
     assert same(one.result(second), expected(context)) and same(one.result(first), expected())
     for ticket in (first, Ticket(("CXR9",)), two.submit(*BATCH)):
