@@ -105,7 +105,7 @@ def test_odd_completions_pass_the_real_labeler_and_are_written_down(
 
     service = InProcessRewards(RewardFunction(Labeler.load(world.folder / "labeler"), weights=WEIGHTS, mode=mode))
     ended = torch.ones(1, 2, dtype=torch.bool)
-    context = RewardContext(thresholds=np.full(13, 0.4))  # of `additive`
+    context = RewardContext(thresholds=np.full(13, 0.4))
     rewards = service.result(service.submit([[text, "edema"]], ended, ["s"], ["The heart is enlarged."], context))
     assert torch.isfinite(rewards.total).all()
     done: Any = SimpleNamespace(texts=[[text, "edema"]], ended=ended, lengths=torch.ones(1, 2))
