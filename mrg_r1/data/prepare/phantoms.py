@@ -71,6 +71,8 @@ def write_phantoms(
             raise ValueError(f"split {name!r}; a split's name is letters, digits, - and _ (it becomes a folder)")
         if count < 1:
             raise ValueError(f"split {name!r}: {count} studies; a split needs at least one")
+    # refuses what it cannot write of before the folder is touched
+    sample_study(preset, seed, 0, prevalence=prevalence, faint=faint, habits=habits)
     split_of = _numbered(preset, splits)
     images = 2 * len(split_of) if preset == "full" else len(split_of)
     settings = {
