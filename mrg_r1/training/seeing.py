@@ -270,7 +270,7 @@ def _fit(
             if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
                 found = _look(sight, others)
                 mean = float(np.mean(list(found.values())))
-                curve.append({"step": step + 1, "loss": round(float(loss), 4), "mean_auc": mean, "auc": found})
+                curve.append({"step": step + 1, "loss": round(loss.item(), 4), "mean_auc": mean, "auc": found})
                 bar.update(task, description=f"teaching the tower: mean AUC {mean:.3f}")
                 if mean > best.mean:
                     best = _Best(len(curve) - 1, sight.weights(), mean)

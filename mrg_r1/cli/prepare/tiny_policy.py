@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,11 @@ def add_command(kinds: Any) -> None:
 
 
 def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
     from mrg_r1.config.sections import PLAIN_INSTRUCTION, THINK_INSTRUCTION
     from mrg_r1.data.study import read_manifest
+    from mrg_r1.files import folder_filled
     from mrg_r1.labels.observations import OBSERVATIONS
     from mrg_r1.policy.family import find_family
 
@@ -83,15 +87,20 @@ def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
     ]
     family = find_family(arguments.family)
     taught, watched = _studies_to_see(arguments)
-    family.create_tiny(arguments.output, [*reports, *words], image_side=arguments.side, seed=arguments.seed)
-    print(f"{arguments.output}: a random policy; its tokenizer was learned from {len(reports):,} reports")
-    if taught:
-        from mrg_r1.training import seeing
+    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own calls of its own old names
+    logging.disable_progress_bar()
+    summary: dict[str, Any] | None = None
+    with folder_filled(arguments.output) as fresh:  # taught or not there: what is half taught would be gone on with
+        family.create_tiny(fresh, [*reports, *words], image_side=arguments.side, seed=arguments.seed)
+        if taught:
+            from mrg_r1.training import seeing
 
-        steps = arguments.teach_steps or seeing.STEPS
-        summary = seeing.teach_tower(
-            arguments.output, taught, watched, image_side=arguments.side, steps=steps, seed=arguments.seed
-        )
+            steps = arguments.teach_steps or seeing.STEPS
+            summary = seeing.teach_tower(
+                fresh, taught, watched, image_side=arguments.side, steps=steps, seed=arguments.seed
+            )
+    print(f"{arguments.output}: a random policy; its tokenizer was learned from {len(reports):,} reports")
+    if summary is not None:
         areas = ", ".join(f"{name} {area:.2f}" for name, area in summary["auc"].items())
         print(
             f"{arguments.output}: its tower was taught on {summary['images']:,} images by {summary['labels']} labels "
