@@ -74,9 +74,10 @@ demo-rft demo-random: demo-%: $(DEMO)/summary.json
 	$(call launch,$(DEMO)/$*,train.py launch/recipes/demo.yaml control=$* output_dir=$(DEMO)/$* policy.path=$(DEMO)/sft/policy $(DEMO_KEYS))
 	@$(MRG) summary $(DEMO) --control $(DEMO)/$*
 
-demo-seeds:  ## the demo and its control over three seeds, and the mean gain
-	@for seed in 0 1 2; do $(MAKE) --no-print-directory demo-control SEED=$$seed; done
-	@$(MRG) summary runs/demo runs/demo-seed1 runs/demo-seed2
+SEEDS ?= 0 1 2
+demo-seeds:  ## the demo and its control over three seeds (SEEDS="0 1 2"), and the mean gain
+	@for seed in $(SEEDS); do $(MAKE) --no-print-directory demo-control SEED=$$seed; done
+	@$(MRG) summary $(foreach seed,$(SEEDS),runs/demo$(if $(filter-out 0,$(seed)),-seed$(seed)))
 
 # Radiologists who word the normal alike and pass over two findings of five: who imitates them learns to be silent.
 HABITS := --faint 0.3 --writers 4 --negatives-stated 0.9 --passed-over 0.4 --normal-alike 0.9

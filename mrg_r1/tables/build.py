@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student
 
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
 from mrg_r1.metrics.bootstrap import Difference, paired_differences
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, known_truth, per_observation
 from mrg_r1.metrics.lexical import NAMES, SCORERS, lexical_scores
+from mrg_r1.metrics.seeds import t_interval
 from mrg_r1.tables.plan import Plan, RowRun, TableError
 
 Classes = NDArray[np.int64]
@@ -264,15 +264,6 @@ def _cell(by_seed: Mapping[int, float | None]) -> Cell:
         max(numbers),
         t_interval(numbers),
     )
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of a mean by Student's t, n - 1 degrees of freedom; None of fewer than two values."""
-    if len(values) < 2:
-        return None
-    mean = statistics.fmean(values)
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return mean - half, mean + half
 
 
 def _gain(

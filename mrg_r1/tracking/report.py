@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mrg_r1.console import wide_console
 from mrg_r1.metrics.renamed import todays_names
+from mrg_r1.metrics.seeds import t_interval
 from mrg_r1.tracking.control import control_name
 from mrg_r1.tracking.terminal import where_time_went
 
@@ -75,6 +76,30 @@ def print_report(runs: Sequence[Path], *, control: Path | None = None) -> None:
             console.print(meaning, markup=False, highlight=False)
 
 
+def seeds_as_json(runs: Sequence[Path]) -> dict[str, Any]:
+    """What `print_report` reads of each run, by its seed: `before`, `after`, `control` (its `after`, or null) and the
+    training's processor seconds.
+
+    Raises:
+        ValueError: as `read_summary`, or two runs of one seed.
+    """
+    seeds: dict[str, Any] = {}
+    for run in runs:
+        summary = read_summary(run)
+        seed = str(summary["seed"])
+        if seed in seeds:
+            raise ValueError(f"{run}: a second run of seed {seed}; give one run a seed")
+        beside = run / "control"
+        seeds[seed] = {
+            "before": summary["before"],
+            "after": summary["after"],
+            "control": read_summary(beside)["after"] if (beside / "summary.json").is_file() else None,
+            "training_cpu_seconds": summary.get("training_cpu_seconds"),
+            "world_size": summary["world_size"],
+        }
+    return {"seeds": seeds}
+
+
 def training_seconds(run: Path) -> float:
     """Seconds that a run spent in its training steps."""
     return float(read_summary(run)["training_seconds"])
@@ -110,12 +135,16 @@ def _before_after(run: Path, summary: dict[str, Any], control: dict[str, Any] | 
 
 def _gains(summaries: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]] | None) -> Table:
     columns = [control_name(summaries[0].get("control"), "GRPO"), *([_control_column(controls[0])] if controls else [])]
-    table = _table(f"gain over {len(summaries)} seeds: mean (least to most)", *columns)
+    if controls:
+        columns.append("the one minus the other")
+    table = _table(f"gain over {len(summaries)} seeds: mean (95 % t interval over seeds), seeds above 0", *columns)
     for key in summaries[0]["after"]:
-        cells = [_spread([(summary["before"].get(key), summary["after"].get(key)) for summary in summaries])]
+        before = [(summary["before"] or {}).get(key) for summary in summaries]
+        after = [summary["after"].get(key) for summary in summaries]
+        cells = [_spread(before, after)]
         if controls:
-            pairs = zip(summaries, controls, strict=True)
-            cells.append(_spread([(summary["before"].get(key), one["after"].get(key)) for summary, one in pairs]))
+            others = [one["after"].get(key) for one in controls]
+            cells += [_spread(before, others), _spread(others, after)]
         if set(cells) != {"-"}:
             table.add_row(key, *cells)
     return table
@@ -134,12 +163,16 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _spread(pairs: Sequence[tuple[float | None, float | None]]) -> str:
-    """The changes' mean and range; `-` where a run has no such number (no held-out labeler, no drawn truth)."""
-    values = [after - before for before, after in pairs if before is not None and after is not None]
-    if len(values) < len(pairs):
+def _spread(before: Sequence[float | None], after: Sequence[float | None]) -> str:
+    """The changes' mean, its interval over seeds and how many are above 0; `-` where a run has no such number (no
+    held-out labeler, no drawn truth).
+    """
+    values = [new - old for old, new in zip(before, after, strict=True) if old is not None and new is not None]
+    interval = t_interval(values)
+    if len(values) < len(before) or interval is None:
         return "-"
-    return f"{statistics.mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
+    above = sum(value > 0 for value in values)
+    return f"{statistics.mean(values):+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f}) {above}/{len(values)}"
 
 
 def _number(value: float | None) -> str:

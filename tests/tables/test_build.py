@@ -13,7 +13,8 @@ from scipy import stats
 from mrg_r1.cli import main
 from mrg_r1.config.control import as_sft
 from mrg_r1.config.recipe import dump_recipe, load_recipe
-from mrg_r1.tables.build import build_table, t_interval
+from mrg_r1.metrics.seeds import t_interval
+from mrg_r1.tables.build import build_table
 from mrg_r1.tables.plan import TableError, plan_table
 from mrg_r1.tables.render import table_as_csv, table_as_latex, table_as_markdown
 from tests.ranks.conftest import ROOT

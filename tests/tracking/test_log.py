@@ -13,7 +13,7 @@ from PIL import Image
 from mrg_r1.config.sections import TrackingSection
 from mrg_r1.tracking import log as log_module
 from mrg_r1.tracking.log import Clock, RunLog
-from mrg_r1.tracking.report import print_report, read_summary, training_cpu_seconds, training_seconds
+from mrg_r1.tracking.report import print_report, read_summary, seeds_as_json, training_cpu_seconds, training_seconds
 from mrg_r1.types import Study, StudyImage
 
 OFF = TrackingSection(wandb="off")
@@ -188,18 +188,26 @@ def summary(before, after, **more):
 
 
 def test_report_prints_the_gain_beside_the_control(tmp_path, capsys):
-    for seed, (before, after, other) in enumerate([(0.5, 0.6, 0.55), (0.4, 0.6, 0.5)]):
+    for seed, (before, after, other) in enumerate([(0.5, 0.6, 0.55), (0.4, 0.6, 0.3), (0.4, 0.4, 0.4)]):
         run = tmp_path / f"run{seed}"
         (run / "control").mkdir(parents=True)
-        (run / "summary.json").write_text(json.dumps(summary(before, after)))
+        (run / "summary.json").write_text(json.dumps(summary(before, after, seed=seed)))
         (run / "control" / "summary.json").write_text(json.dumps(summary(None, other)))
-    print_report([tmp_path / "run0", tmp_path / "run1"])
+    runs = [tmp_path / "run0", tmp_path / "run1", tmp_path / "run2"]
+    print_report(runs)
     text = capsys.readouterr().out
-    assert "+0.150 (+0.100 to +0.200)" in text  # GRPO: mean of 0.1 and 0.2
-    assert "+0.075 (+0.050 to +0.100)" in text  # control, from the same start
+    # 0.1, 0.2 and 0: standard deviation 0.1, t of 2 degrees of freedom 4.303, so 4.303 * 0.1 / root 3 to either side
+    assert "+0.100 (-0.148 to +0.348) 2/3" in text
+    assert "-0.017 (-0.206 to +0.173) 1/3" in text  # control, from the same start: 0.05, -0.1, 0
+    assert "+0.117 (-0.283 to +0.516) 2/3" in text  # one minus the other: 0.05, 0.3, 0
+    by_seed = seeds_as_json(runs)["seeds"]
+    assert list(by_seed) == ["0", "1", "2"] and by_seed["1"]["control"] == {"f1": 0.3}
+    assert by_seed["1"]["before"] == {"f1": 0.4} and by_seed["1"]["after"] == {"f1": 0.6}
+    with pytest.raises(ValueError, match="second run of seed 0"):
+        seeds_as_json([runs[0], runs[0]])
     assert "phantoms" in text
     assert training_seconds(tmp_path / "run0") == 7.5 and training_cpu_seconds(tmp_path / "run0") == 6.5
-    assert " ".join(text.split()).count("3 s of processor time by labelers") == 2
+    assert " ".join(text.split()).count("3 s of processor time by labelers") == 3
 
 
 def test_report_names_the_control(tmp_path, capsys):
