@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mrg_r1.phantom.lexicon import FIVE, Lexicon
 from mrg_r1.phantom.traits import WRITERS_STREAM, keyed_generator
@@ -27,7 +28,8 @@ class Habits:
         writers: how many, each with about half of the frames of each kind; 1: one writer with all of them.
         negatives_stated: share of the findings that are not there which a report denies; the rest is silence.
         passed_over: share of the findings that are there which a report does not mention.
-        normal_alike: share of the denials that are worded in the one stock way, "No pneumothorax."
+        normal_alike: how often a denial that is to be written next is worded in the one stock way, "No pneumothorax."
+            (of all denials a little less: another sentence may deny two findings at once).
     """
 
     writers: int = 1
@@ -74,17 +76,25 @@ def writer_of(habits: Habits, seed: int, index: int) -> Writer:
 @lru_cache(maxsize=8)
 def _writers(habits: Habits, seed: int) -> tuple[Writer, ...]:
     rng = np.random.default_rng([seed, WRITERS_STREAM])
-    spread = np.linspace(0.5, 1.5, habits.writers)
-    silence, passed = rng.permutation(spread), rng.permutation(spread)
+    silent = 1 - habits.negatives_stated
+    silences, passed = (rng.permutation(_around(share, habits.writers)) for share in (silent, habits.passed_over))
     return tuple(
         Writer(
             lexicon=_own(FIVE, rng),
-            negatives_stated=float(1 - min((1 - habits.negatives_stated) * silence[number], 1.0)),
-            passed_over=float(habits.passed_over * passed[number]),
+            negatives_stated=float(1 - silences[number]),
+            passed_over=float(passed[number]),
             normal_alike=habits.normal_alike,
         )
         for number in range(habits.writers)
     )
+
+
+def _around(share: float, writers: int) -> NDArray[np.float64]:
+    """The writers' own shares, evenly from half to one and a half times the mean, or as near as the largest stays a
+    share.
+    """
+    reach = min(0.5 * share, 1 - share)
+    return np.linspace(share - reach, share + reach, writers)
 
 
 def _own(lexicon: Lexicon, rng: np.random.Generator) -> Lexicon:

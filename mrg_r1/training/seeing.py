@@ -73,8 +73,9 @@ def teach_tower(
 
     Args:
         policy_path: a checkpoint directory; its weights are replaced, and `training.json` written beside them.
-        taught: studies whose labels are the targets: `drawn` where they have it, else `said`.
-        watched: others, to look at; empty: a tenth of `taught` is held out.
+        taught: studies whose labels are the targets: `drawn` where they have it, else `said`, in which silence counts
+            as absent.
+        watched: others, to look at; empty: a tenth of the patients of `taught` is held out.
         image_side: pixels; larger images are reduced to this area.
         steps: at most.
         seed: of the order and the head.
@@ -93,10 +94,12 @@ def teach_tower(
     processor = load_image_processor(policy_path, min_pixels=56 * 56, max_pixels=image_side**2)
     rng = np.random.default_rng(seed)
     if not watched:
-        order = rng.permutation(len(taught))
-        cut = max(1, round(_HELD_OUT * len(taught)))
-        watched, taught = [taught[i] for i in order[:cut]], [taught[i] for i in order[cut:]]
+        patients = sorted({study.patient_id for study in taught})
+        held = {patients[i] for i in rng.permutation(len(patients))[: max(1, round(_HELD_OUT * len(patients)))]}
+        watched = [study for study in taught if study.patient_id in held]
+        taught = [study for study in taught if study.patient_id not in held]
     films, others = (_films(studies, policy, processor, labels) for studies in (taught, watched))
+    _require_one_size(films, others)
     known = _told_apart(films, others, labels)
     sight = _Sight(policy, films, known, seed=seed)
     curve, best = _fit(sight, films, others, steps=steps, rng=rng)
@@ -153,6 +156,27 @@ def _films(studies: Sequence[Study], policy: Policy, processor: Any, labels: str
     return Films(images, views, torch.tensor(truth))
 
 
+def _require_one_size(films: Films, others: Films) -> None:
+    """Refuse what a linear layer over all image tokens cannot take, before the first step.
+
+    Raises:
+        ValueError: images of several sizes, or a view that is watched and not taught.
+    """
+    for view in sorted(set(others.views) - set(films.views)):
+        raise ValueError(f"view {view!r} is in the watched studies and in none of the taught ones; teach it too")
+    sizes = {
+        f"{name} {tensor.tolist()}"  # grids: patches in time, height and width
+        for image in [*films.images, *others.images]
+        for name, tensor in image.tensors.items()
+        if not tensor.is_floating_point()
+    }
+    if len(sizes) > 1:
+        raise ValueError(
+            f"images of several sizes ({'; '.join(sorted(sizes)[:3])}); the head wants films of one size, as "
+            "`mrg-r1 prepare` renders them"
+        )
+
+
 def _kept(image: ImageInputs) -> ImageInputs:
     """Pixels as bfloat16 of a grey level's precision: thousands of films stay in memory at once."""
     halved = {name: t.bfloat16() if t.is_floating_point() else t for name, t in image.tensors.items()}
@@ -205,23 +229,12 @@ class _Sight:
             {n: t.float() if t.is_floating_point() else t for n, t in images.tensors.items()}, images.rows
         )
         features = self.policy.family.encode_images(self.policy.base, single, self.policy.gathered)
-        sizes = sorted({len(feature) for feature in features})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"images of {sizes} image tokens in one batch; the head wants films of one size, as `mrg-r1 prepare` "
-                "renders them"
-            )
         return torch.stack(features).flatten(1)
 
     def logits(self, films: Films, chosen: Sequence[int]) -> Tensor:
         """[len(chosen), known findings]."""
         features = self._features(ImageInputs.join([films.images[i] for i in chosen]))
         views = [films.views[i] for i in chosen]
-        if features.shape[1] != self.heads[views[0]].in_features:
-            raise ValueError(
-                f"images of several sizes: {features.shape[1]} and {self.heads[views[0]].in_features} features; the "
-                "head wants films of one size, as `mrg-r1 prepare` renders them"
-            )
         answers = features.new_zeros(len(chosen), len(self.known))
         for view in sorted(set(views)):
             rows = [row for row, other in enumerate(views) if other == view]

@@ -70,6 +70,12 @@ def test_writers_differ_in_wording_and_in_silence() -> None:
     assert len({str(writer.lexicon.noun_frames) for writer in writers}) == 4
 
 
+def test_the_mean_silence_is_kept_where_the_largest_would_not_be_a_share() -> None:
+    silent = Habits(writers=3, negatives_stated=0.2)
+    stated = sorted({writer_of(silent, 0, index).negatives_stated for index in range(60)})
+    assert stated == pytest.approx([0.0, 0.2, 0.4])
+
+
 def test_usual_habits_are_one_writer_with_all_frames() -> None:
     assert writer_of(USUAL, 0, 5).lexicon is writer_of(USUAL, 1, 6).lexicon
     assert sample_study("five", 0, 7) == sample_study("five", 0, 7, faint=0.0, habits=Habits())

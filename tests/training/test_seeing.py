@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mrg_r1.cli import main
 from mrg_r1.data.prepare.phantoms import write_phantoms
@@ -15,7 +16,7 @@ from mrg_r1.data.study import read_manifest
 from mrg_r1.policy.family import find_family
 from mrg_r1.policy.load import load_policy
 from mrg_r1.training import seeing
-from mrg_r1.types import Study
+from mrg_r1.types import Study, StudyImage
 from tests.world import few_texts
 
 SIDE = 56
@@ -106,6 +107,19 @@ def test_what_cannot_be_taught_is_refused(tmp_path: Path, studies: dict[str, lis
         teach(untaught(tmp_path / "policy"), healthy, steps=2)
 
 
+def test_images_that_one_head_cannot_take_are_refused_before_the_first_step(
+    tmp_path: Path, studies: dict[str, list[Study]]
+) -> None:
+    wide = tmp_path / "wide.png"
+    Image.open(studies["val"][0].images[0].path).resize((112, 56)).save(wide)
+    odd = replace(studies["val"][0], images=(StudyImage(wide, "frontal"),))
+    with pytest.raises(ValueError, match="images of several sizes"):
+        teach(untaught(tmp_path / "policy"), {**studies, "val": [*studies["val"], odd]}, steps=2)
+    lateral = replace(studies["val"][0], images=(replace(studies["val"][0].images[0], view="lateral"),))
+    with pytest.raises(ValueError, match="view 'lateral' is in the watched studies"):
+        teach(untaught(tmp_path / "other"), {**studies, "val": [*studies["val"], lateral]}, steps=2)
+
+
 def test_the_command_writes_a_taught_policy_or_none(
     tmp_path: Path, films: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,5 +136,10 @@ def test_the_command_writes_a_taught_policy_or_none(
     with pytest.raises(KeyboardInterrupt):
         main([*command, "-o", str(tmp_path / "half")])
     assert not (tmp_path / "half/config.json").exists()
+    untaught_again = [*command[:-2], "-o", str(tmp_path / "seeing")]
+    assert main(untaught_again) in (0, None)
+    assert not (tmp_path / "seeing/training.json").exists()  # it told of a tower that is no more
+    assert main([*untaught_again, "--teach-steps", "3"]) != 0
+    assert "--teach-tower" in capsys.readouterr().err
     assert main([*command, "-o", str(tmp_path / "none"), "--teach-split", "tests"]) != 0
     assert "tests" in capsys.readouterr().err and not (tmp_path / "none").exists()

@@ -53,7 +53,6 @@ def add_command(kinds: Any) -> None:
     )
     policy.add_argument(
         "--teach-split",
-        default="train",
         metavar="NAME",
         help="its studies that are taught (default: train); its split val is what is looked at, or a tenth where there "
         "is none",
@@ -85,6 +84,8 @@ def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
         "Frontal view: Lateral view:",
         *OBSERVATIONS,
     ]
+    if arguments.teach_tower is None and (arguments.teach_steps or arguments.teach_split):
+        raise ValueError("--teach-steps and --teach-split say how --teach-tower teaches; give it, or leave them out")
     family = find_family(arguments.family)
     taught, watched = _studies_to_see(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own calls of its own old names
@@ -99,6 +100,8 @@ def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
             summary = seeing.teach_tower(
                 fresh, taught, watched, image_side=arguments.side, steps=steps, seed=arguments.seed
             )
+    if summary is None:
+        (arguments.output / "training.json").unlink(missing_ok=True)  # of a tower that stood here before
     print(f"{arguments.output}: a random policy; its tokenizer was learned from {len(reports):,} reports")
     if summary is not None:
         areas = ", ".join(f"{name} {area:.2f}" for name, area in summary["auc"].items())
@@ -116,8 +119,9 @@ def _studies_to_see(arguments: argparse.Namespace) -> tuple[list[Study], list[St
 
     if arguments.teach_tower is None:
         return [], []
-    taught = read_manifest(arguments.teach_tower, split=arguments.teach_split)
+    split = arguments.teach_split or "train"
+    taught = read_manifest(arguments.teach_tower, split=split)
     others = [study for study in read_manifest(arguments.teach_tower) if study.split == "val"]
-    watched = [] if arguments.teach_split == "val" else others
+    watched = [] if split == "val" else others
     labels_of([*taught, *watched])
     return taught, watched
