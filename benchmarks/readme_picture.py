@@ -1,7 +1,7 @@
 """The README's picture: one test study of a run, its film, its reference, and what the policy wrote before and after.
 
-The study is chosen by a rule and not by eye: test studies in the order of their change of reward, and of their ids
-where that is equal; the one in the middle.
+The study is chosen by a rule and not by eye: test studies whose reward changed, in the order of the change, and of
+their ids where that is equal; the one in the middle. How many changed, and how many rose, stands beneath.
 
     python -m benchmarks.readme_picture runs/demo -o docs/images/before_after.png
 """
@@ -37,16 +37,19 @@ _TEXT = 9.6  # points of a report
 
 @dataclass(frozen=True)
 class Chosen:
-    """The study of the picture: its lines in the predictions before and after, and its rank among all."""
+    """The study of the picture: its lines in the predictions before and after, and its rank among the changed."""
 
     before: dict[str, Any]
     after: dict[str, Any]
     rank: int  # from 1
+    changed: int  # studies whose reward changed
+    rose: int  # of them
     studies: int
 
 
 def choose(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> Chosen:
-    """The study whose change of reward is the median: the lower middle one of an even number, ties in the order of ids.
+    """The median of the studies whose reward changed: the lower middle one of an even number, ties in the order of ids.
+    Where none changed, of all.
 
     Args:
         before, after: lines of `test_before_predictions.jsonl` and `test_predictions.jsonl`, of the same studies.
@@ -59,9 +62,12 @@ def choose(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) ->
     if at_start.keys() != at_end.keys() or not at_start:
         raise ValueError("the predictions before and after training are not of the same studies; evaluate the run anew")
     # rounded, so that a last bit of floating point does not order what is equal
-    order = sorted(at_start, key=lambda name: (round(at_end[name]["total"] - at_start[name]["total"], 9), name))
+    change = {name: round(at_end[name]["total"] - at_start[name]["total"], 9) for name in at_start}
+    moved = [name for name in change if change[name] != 0]
+    order = sorted(moved or change, key=lambda name: (change[name], name))
     middle = (len(order) - 1) // 2
-    return Chosen(at_start[order[middle]], at_end[order[middle]], middle + 1, len(order))
+    rose = sum(change[name] > 0 for name in moved)
+    return Chosen(at_start[order[middle]], at_end[order[middle]], middle + 1, len(moved), rose, len(change))
 
 
 def verdict(wanted: int | None, said: int | None) -> str | None:
@@ -159,8 +165,8 @@ def _numbers(page: Axes, chosen: Chosen, study: Study, summary: dict[str, Any]) 
     )
     whose = "a rendered phantom, no patient" if study.rendered else "a radiograph"
     rule = (
-        f"{study.id}, {whose}. All test studies ordered by change of reward, then by id: this is number "
-        f"{chosen.rank:,} of {chosen.studies:,}, the middle one."
+        f"{study.id}, {whose}. The reward of {chosen.changed:,} of {chosen.studies:,} test studies changed, of "
+        f"{chosen.rose:,} it rose; this is the median."
     )
     page.plot([_LEFT, 0.98], [0.145, 0.145], color=_LINE, linewidth=1)
     numbers = f"All {chosen.studies:,} test studies, {summary['steps']:,} GRPO steps:      {means}"
@@ -184,7 +190,7 @@ def main() -> None:
     summary = json.loads((arguments.run / "summary.json").read_text(encoding="utf-8"))
     draw(arguments.output, chosen, studies[chosen.after["id"]], summary)
     change = chosen.after["total"] - chosen.before["total"]
-    print(f"{arguments.output}: {chosen.after['id']}, {chosen.rank} of {chosen.studies}, reward {change:+.3f}")
+    print(f"{arguments.output}: {chosen.after['id']}, {chosen.rank} of {chosen.changed} changed, reward {change:+.3f}")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def _gains(summaries: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any
     columns = [control_name(summaries[0].get("control"), "GRPO"), *([_control_column(controls[0])] if controls else [])]
     if controls:
         columns.append("the one minus the other")
-    table = _table(f"gain over {len(summaries)} seeds: mean (95 % t interval over seeds), seeds above 0", *columns)
+    table = _table(f"gain over {len(summaries)} seeds: mean ± half of its 95 % t interval, seeds above 0", *columns)
     for key in summaries[0]["after"]:
         before = [(summary["before"] or {}).get(key) for summary in summaries]
         after = [summary["after"].get(key) for summary in summaries]
@@ -172,7 +172,8 @@ def _spread(before: Sequence[float | None], after: Sequence[float | None]) -> st
     if len(values) < len(before) or interval is None:
         return "-"
     above = sum(value > 0 for value in values)
-    return f"{statistics.mean(values):+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f}) {above}/{len(values)}"
+    half = (interval[1] - interval[0]) / 2
+    return f"{statistics.mean(values):+.3f} ±{half:.3f}  {above}/{len(values)}"
 
 
 def _number(value: float | None) -> str:

@@ -21,7 +21,16 @@ def test_the_study_is_the_one_in_the_middle_of_the_changes() -> None:
     after = [line("c", 0.9), line("a", 0.4), line("b", 0.7)]
     chosen = choose(before, after)
     assert (chosen.after["id"], chosen.rank, chosen.studies) == ("b", 2, 3)
-    assert chosen.before["total"] == 0.5
+    assert (chosen.changed, chosen.rose) == (3, 2) and chosen.before["total"] == 0.5
+
+
+def test_studies_whose_reward_stayed_are_counted_and_not_shown() -> None:
+    before = [line(name, 0.5) for name in "abcde"]
+    after = [line("a", 0.5), line("b", 0.5), line("c", 0.9), line("d", 0.2), line("e", 0.5)]
+    chosen = choose(before, after)
+    assert (chosen.after["id"], chosen.rank, chosen.changed, chosen.rose, chosen.studies) == ("d", 1, 2, 1, 5)
+    still = choose(before, before)
+    assert (still.after["id"], still.changed, still.rose) == ("c", 0, 0)
 
 
 def test_equal_changes_go_by_id_and_of_an_even_number_the_lower_middle_is_taken() -> None:

@@ -197,9 +197,9 @@ def test_report_prints_the_gain_beside_the_control(tmp_path, capsys):
     print_report(runs)
     text = capsys.readouterr().out
     # 0.1, 0.2 and 0: standard deviation 0.1, t of 2 degrees of freedom 4.303, so 4.303 * 0.1 / root 3 to either side
-    assert "+0.100 (-0.148 to +0.348) 2/3" in text
-    assert "-0.017 (-0.206 to +0.173) 1/3" in text  # control, from the same start: 0.05, -0.1, 0
-    assert "+0.117 (-0.283 to +0.516) 2/3" in text  # one minus the other: 0.05, 0.3, 0
+    assert "+0.100 ±0.248  2/3" in text
+    assert "-0.017 ±0.190  1/3" in text  # control, from the same start: 0.05, -0.1, 0
+    assert "+0.117 ±0.399  2/3" in text  # one minus the other: 0.05, 0.3, 0
     by_seed = seeds_as_json(runs)["seeds"]
     assert list(by_seed) == ["0", "1", "2"] and by_seed["1"]["control"] == {"f1": 0.3}
     assert by_seed["1"]["before"] == {"f1": 0.4} and by_seed["1"]["after"] == {"f1": 0.6}
