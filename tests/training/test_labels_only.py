@@ -28,7 +28,7 @@ def no_policy(monkeypatch):
     def never(*arguments, **more):
         raise AssertionError("a policy was loaded")
 
-    monkeypatch.setattr("mrg_r1.training.run._open_policy", never)
+    monkeypatch.setattr("mrg_r1.training.run.open_policy", never)
 
 
 @pytest.mark.parametrize("term", ["bleu4", "rouge_l", "length", "tests.reward.custom_terms:brevity"])
@@ -47,7 +47,7 @@ def test_sft_may_have_a_term_that_reads_words_where_only_training_studies_have_l
     world, tmp_path, monkeypatch
 ):
     manifest, _ = labels_only(world, tmp_path / "train", lambda number, study: study.split == "train" and number > 0)
-    monkeypatch.setattr("mrg_r1.training.run._open_policy", lambda *a: (_ for _ in ()).throw(KeyError("reached")))
+    monkeypatch.setattr("mrg_r1.training.run.open_policy", lambda *a: (_ for _ in ()).throw(KeyError("reached")))
     monkeypatch.setattr("mrg_r1.training.rewards.start_service", lambda recipe, ranks: None)
     with pytest.raises(KeyError, match="reached"):
         opened(world, tmp_path, manifest, task="sft")

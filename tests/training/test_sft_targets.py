@@ -32,7 +32,7 @@ def test_a_report_with_a_special_token_is_refused_with_its_study(world, tmp_path
 def run_of(policy, report, mode):
     study = SimpleNamespace(id="s-1", report=report, rendered=False, said=None)
     recipe = SimpleNamespace(prompt=SimpleNamespace(mode=mode), rollout=SimpleNamespace(max_new_tokens=99))
-    return SimpleNamespace(policy=policy, recipe=recipe, studies={"train": [study]})
+    return SimpleNamespace(policy=policy, recipe=recipe, studies={"train": [study]}, learned=[study])
 
 
 def test_tags_are_refused_where_they_are_the_format_alone(policy):
