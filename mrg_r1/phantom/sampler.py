@@ -92,11 +92,8 @@ def sample_study(
             )
     if wording not in (*SPLITS, "all"):
         raise ValueError(f"wording {wording!r}; allowed are {', '.join(SPLITS)} and all")
-    if not 0 <= faint <= 1:
-        raise ValueError(f"faint {faint}; it is a share between 0 and 1")
+    require_writable(preset, faint, habits)
     if preset == "full":
-        if faint or habits != USUAL:
-            raise ValueError("faint findings and the radiologists' habits can be set for preset five; full has its own")
         return sample_full(seed, index, wording=wording)
     rng = keyed_generator(seed, index, LABELS_STREAM)
     # Gaussian copula: exact prevalences, chosen correlations
@@ -114,6 +111,18 @@ def sample_study(
     for i, (pale, strength) in enumerate(rng.random((len(FIVE_FINDINGS), 2)).tolist()):
         strengths[FIVE_FINDINGS[i]] = float(present[i]) * (FAINT * strength if pale < faint else 1.0)
     return _spoken(drawn, said, seed, index, wording, writer=writer, strengths=tuple(strengths))
+
+
+def require_writable(preset: str, faint: float, habits: Habits) -> None:
+    """Refuse what a preset cannot draw or write.
+
+    Raises:
+        ValueError: a share of faint findings outside 0 to 1, or settings of "five" with another preset.
+    """
+    if not 0 <= faint <= 1:
+        raise ValueError(f"faint {faint}; it is a share between 0 and 1")
+    if preset != "five" and (faint or habits != USUAL):
+        raise ValueError("faint findings and the radiologists' habits can be set for preset five; full has its own")
 
 
 def sample_balanced(preset: str, seed: int, index: int, *, wording: str = "train") -> PhantomStudy:

@@ -31,6 +31,7 @@ from mrg_r1.score.card import score_files
 from mrg_r1.tracking.evaluation_tables import print_evaluation
 from mrg_r1.tracking.gaps import GapWatch
 from mrg_r1.training import rewards as rewarding
+from mrg_r1.training.looks import Looks
 from mrg_r1.training.run import open_run
 from mrg_r1.training.validation import keep_best, validate_before, warn_at_close
 from tests.conftest import OneRank
@@ -320,12 +321,12 @@ def test_validations_log_the_gap_and_say_when_it_widens(world, tmp_path, monkeyp
     )
     log, gaps, best = SimpleNamespace(say=said.append), GapWatch(), {"step": 0, "score": 1.0}
     monkeypatch.setattr(validation_module, "save_adapter", lambda policy, folder: folder.mkdir())
-    run.policy = None
-    assert validate_before(run, gaps, log) == {"step": 0, "score": 0.5} and (tmp_path / "adapter").is_dir()
+    run.policy, looks = None, Looks(recipe.evaluation.select)
+    assert validate_before(run, gaps, looks, log) == {"step": 0, "score": 0.5} and (tmp_path / "adapter").is_dir()
     assert gaps.state["hacking_gap"]["when"] == "before training" and len(said) == 1 and "hacking_gap +0.000" in said[0]
     for step in (1, 2):
         metrics = {}
-        assert keep_best(run, best, step=step, metrics=metrics, gaps=gaps, log=log) is best
+        assert keep_best(run, best, step=step, metrics=metrics, gaps=gaps, looks=looks, log=log) is best
         assert (
             metrics["validation/hacking_gap"] == (0.05, 0.4)[step - 1]
             and metrics["validation/held_out_disease_micro13"] == 0.5
@@ -337,7 +338,7 @@ def test_without_an_evaluation_before_nothing_is_validated_before_training(world
     for held_out in ([], [f"evaluation.held_out_labeler={tmp_path}"]):
         recipe = load_recipe(world.recipe(tmp_path / "run"), [*held_out, "evaluation.before=false"])
         run = SimpleNamespace(recipe=recipe, studies={"val": [1]}, validate=pytest.fail)
-        assert validate_before(run, GapWatch(), SimpleNamespace(say=pytest.fail)) is None
+        assert validate_before(run, GapWatch(), Looks("mean_reward"), SimpleNamespace(say=pytest.fail)) is None
 
 
 def test_the_closing_says_where_the_reports_repeat_or_contradict_themselves_more(tmp_path):

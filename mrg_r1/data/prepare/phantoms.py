@@ -16,7 +16,7 @@ from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values, write_la
 from mrg_r1.labels.reports import write_reports_csv
 from mrg_r1.phantom.contact_sheet import contact_sheet, full_contact_sheet
 from mrg_r1.phantom.habits import USUAL, Habits
-from mrg_r1.phantom.sampler import PRESETS, sample_balanced, sample_study
+from mrg_r1.phantom.sampler import PRESETS, require_writable, sample_balanced, sample_study
 from mrg_r1.phantom.study import PhantomStudy
 from mrg_r1.types import Study, StudyImage
 
@@ -71,8 +71,7 @@ def write_phantoms(
             raise ValueError(f"split {name!r}; a split's name is letters, digits, - and _ (it becomes a folder)")
         if count < 1:
             raise ValueError(f"split {name!r}: {count} studies; a split needs at least one")
-    # refuses what it cannot write of before the folder is touched
-    sample_study(preset, seed, 0, prevalence=prevalence, faint=faint, habits=habits)
+    require_writable(preset, faint, habits)
     split_of = _numbered(preset, splits)
     images = 2 * len(split_of) if preset == "full" else len(split_of)
     settings = {
