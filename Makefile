@@ -138,7 +138,7 @@ table-rewards-phantom table-margin-phantom table-format-phantom table-advantages
 
 table-rare-phantom: starts
 	@for seed in 0 1 2; do $(MRG) prepare phantom -o runs/tables/rare-phantoms-seed$$seed \
-		--splits train=1920,val=32,test=2048 --side 84 --seed $$seed --prevalence $(RARE); done
+		--splits train=1920,val=32,test=2048 --side 84 --seed $$seed --prevalence $(RARE) $(HABITS); done
 	$(call TABLE,rare-phantom) 2
 
 full-start: $(FULL)/labeler/training.json $(FULL)/tiny-policy/config.json
