@@ -189,24 +189,25 @@ def _ccs_weights(recipe: Recipe, classes: NDArray[np.int64]) -> NDArray[np.float
 def _constants(
     recipe: Recipe, classes: NDArray[np.int64], texts: Sequence[str | None], thresholds: NDArray[np.float64] | None
 ) -> dict[float, str]:
-    """By margin, the training report that would earn most of MCCS, CCS and additive as the recipe weights them, and of
-    MCCS where it rewards none of them, over all training labels; studies with labels alone (None) have none to give.
+    """By margin, the training report that would earn most of MCCS, CCS, CE-F1 and additive as the recipe weights them,
+    and of MCCS where it rewards none of them, over all training labels; studies with labels alone (None) have none
+    to give.
 
     Of a margin that moves: where it begins, where it ends, and every multiple of 0.05 between.
     """
     reward = recipe.reward
     ends = sorted((reward.margin_at(0), reward.margin_at(recipe.steps)))
     margins = sorted({*ends, *(margin for margin in MARGINS if ends[0] < margin < ends[1])})
-    of_mccs, of_ccs, of_additive = (reward.weights.get(name, 0.0) for name in ("mccs", "ccs", "additive"))
+    weights = {f"of_{name}": reward.weights.get(name, 0.0) for name in ("mccs", "ccs", "ce_f1", "additive")}
+    if not any(weights.values()):
+        weights["of_mccs"] = 1.0
     chosen = best_real_constants(
         classes,
         texts,
         margins,
         ccs_weights=_ccs_weights(recipe, classes),
-        of_mccs=of_mccs if of_ccs or of_additive else 1.0,
-        of_ccs=of_ccs,
-        of_additive=of_additive,
         thresholds=thresholds,
+        **weights,
     )
     reports = {margin: texts[study] for margin, study in zip(margins, chosen, strict=True)}
     return {

@@ -33,7 +33,7 @@ STEPS, BATCH, LEARNING_RATE, WARMUP = 600, 64, 1e-3, 20
 LOOK_EVERY = 50  # steps
 SEEN = 0.98  # a finding whose AUC is above this is seen: where all are, there is no more to teach
 PATIENCE = 3  # looks without a better mean AUC, after which it stops
-_HELD_OUT = 0.1  # of the taught studies, where no other split is named to look at
+_HELD_OUT = 0.1  # of the taught patients, where there is no split val to look at
 _ENOUGH = 5  # positives, and negatives, that an AUC wants
 
 
@@ -162,8 +162,9 @@ def _require_one_size(films: Films, others: Films) -> None:
     Raises:
         ValueError: images of several sizes, or a view that is watched and not taught.
     """
-    for view in sorted(set(others.views) - set(films.views)):
-        raise ValueError(f"view {view!r} is in the watched studies and in none of the taught ones; teach it too")
+    untaught = sorted(set(others.views) - set(films.views))
+    if untaught:
+        raise ValueError(f"view {untaught[0]!r} is in the watched studies and in none of the taught ones; teach it too")
     sizes = {
         f"{name} {tensor.tolist()}"  # grids: patches in time, height and width
         for image in [*films.images, *others.images]

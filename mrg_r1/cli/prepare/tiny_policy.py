@@ -120,8 +120,11 @@ def _studies_to_see(arguments: argparse.Namespace) -> tuple[list[Study], list[St
     if arguments.teach_tower is None:
         return [], []
     split = arguments.teach_split or "train"
-    taught = read_manifest(arguments.teach_tower, split=split)
-    others = [study for study in read_manifest(arguments.teach_tower) if study.split == "val"]
-    watched = [] if split == "val" else others
+    studies = read_manifest(arguments.teach_tower)
+    taught = [study for study in studies if study.split == split]
+    watched = [study for study in studies if study.split == "val" != split]
+    if not taught:
+        there = ", ".join(sorted({study.split for study in studies}))
+        raise ValueError(f"{arguments.teach_tower}: no study of split {split!r}; --teach-split names one of {there}")
     labels_of([*taught, *watched])
     return taught, watched

@@ -19,6 +19,7 @@ from mrg_r1.reward.card.search import (
     ZERO,
     Distinct,
     additive_of_constants,
+    ce_f1_of_constants,
     distinct,
     earned_by_constants,
     earned_under_weights,
@@ -153,6 +154,7 @@ def best_real_constants(
     ccs_weights: NDArray[np.float64] | None = None,
     of_mccs: float = 1.0,
     of_ccs: float = 0.0,
+    of_ce_f1: float = 0.0,
     of_additive: float = 0.0,
     thresholds: NDArray[np.float64] | None = None,
 ) -> list[int]:
@@ -163,7 +165,8 @@ def best_real_constants(
         texts: N reference reports, None where a study has labels alone.
         margins: each 0 <= m < 1.
         ccs_weights: [13, 2] of `terms.ccs`; None: equal.
-        of_mccs, of_ccs, of_additive: what counts is `of_mccs` MCCS + `of_ccs` CCS + `of_additive` additive.
+        of_mccs, of_ccs, of_ce_f1, of_additive: what counts is `of_mccs` MCCS + `of_ccs` CCS + `of_ce_f1` CE-F1 +
+            `of_additive` additive.
         thresholds: [13] of `additive`; needed where `of_additive` is not 0.
 
     Returns:
@@ -186,6 +189,15 @@ def best_real_constants(
         if thresholds is None:
             raise ValueError(f"of_additive {of_additive} without thresholds")
         scores = scores + of_additive * additive_of_constants(references, thresholds)[:, None]
+    if of_ce_f1:
+        # an uncertain finding has the sign of a positive one and is none to CE-F1: vectors are told apart by that too
+        f1, sets = ce_f1_of_constants(classes)
+        _, first, row_of_study, counts = np.unique(
+            references.row_of_study * 2**NO_FINDING + sets, return_index=True, return_inverse=True, return_counts=True
+        )
+        of_first = references.row_of_study[first]
+        scores = scores[of_first] + of_ce_f1 * f1[first, None]
+        references = Distinct(references.vectors[of_first], counts, row_of_study)
     return [_best_study(scores[:, m], references, texts) for m in range(len(margins))]
 
 

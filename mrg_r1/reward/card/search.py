@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mrg_r1.labels.observations import NO_FINDING
+from mrg_r1.labels.observations import NO_FINDING, POSITIVE
 from mrg_r1.reward.additive import DENIAL
 from mrg_r1.reward.terms import mccs, weighted_signs
 
@@ -181,6 +181,28 @@ def additive_of_constants(references: Distinct, thresholds: NDArray[np.float64])
     saying = there - thresholds
     denying = DENIAL * (thresholds * denied - (1 - thresholds) * there)
     return ((references.vectors > 0) @ saying + (references.vectors < 0) @ denying) / NO_FINDING
+
+
+def ce_f1_of_constants(classes: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64]]:
+    """What each of the references would earn of `ce_f1`, on average, had it been the answer to every study.
+
+    Args:
+        classes: [N, 14] classes; what is not certain is no positive.
+
+    Returns:
+        [N] means, and [N] int64 codes of the sets of positives, of which there are at most 2^13.
+    """
+    codes = (classes[:, :NO_FINDING] == POSITIVE) @ (1 << np.arange(NO_FINDING))
+    sets, row_of_study, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    named = (sets[:, None] >> np.arange(NO_FINDING) & 1).astype(np.float64)  # [S, 13]
+    size, share = named.sum(axis=1), counts / counts.sum()
+    means = np.empty(len(sets))
+    step = max(1, _PAIRS // len(sets))
+    for first in range(0, len(sets), step):
+        rows = slice(first, first + step)
+        both = size[rows, None] + size
+        means[rows] = np.where(both == 0, 1.0, 2 * (named[rows] @ named.T) / np.maximum(both, 1)) @ share
+    return means[row_of_study], codes
 
 
 def _histograms(counted: NDArray[np.int32], observations: int) -> NDArray[np.int32]:

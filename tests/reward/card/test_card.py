@@ -30,7 +30,7 @@ from mrg_r1.labels.observations import (
 )
 from mrg_r1.reward.card.card import MARGINS, best_real_constants, reward_card, says
 from mrg_r1.reward.card.search import distinct, earned_by_constants
-from mrg_r1.reward.terms import ccs, inverse_prevalence, mccs
+from mrg_r1.reward.terms import ccs, ce_f1, inverse_prevalence, mccs
 from mrg_r1.types import Study, StudyImage
 from tests.conftest import World
 from tests.reward.card.constants import best_constant
@@ -372,3 +372,23 @@ def test_a_card_takes_the_manifests_labels_of_studies_without_a_report(
     card = json.loads((tmp_path / "card" / "reward_card.json").read_text())
     assert card["n"] == 4 and card["prevalence"]["Edema"]["positive"]["count"] >= 1
     assert card["margins"][0]["real"]["study"] != "s0"
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=13, max_size=13), min_size=1, max_size=14),
+    st.floats(0, 1),
+)
+def test_the_best_constant_follows_ce_f1_in_which_uncertain_is_no_positive(
+    rows: list[list[int]], of_mccs: float
+) -> None:
+    classes = np.array([[*row, 0] for row in rows])
+    (study,) = best_real_constants(classes, ["text"] * len(rows), [0.5], of_mccs=of_mccs, of_ce_f1=1.0)
+    signs = signed_vector(classes)
+
+    def earned(answer: int) -> float:
+        said = np.broadcast_to(classes[answer], classes.shape)
+        clinical = mccs(ccs(np.broadcast_to(signs[answer], signs.shape), signs), 0.5)
+        return float(ce_f1(said, classes).mean() + of_mccs * clinical.mean())
+
+    assert earned(study) == pytest.approx(max(earned(answer) for answer in range(len(rows))), abs=1e-5)
