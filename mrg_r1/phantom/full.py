@@ -7,6 +7,7 @@ come in pairs (2k, 2k + 1); in some of them the second is a later study of the f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
 
 import numpy as np
@@ -16,7 +17,7 @@ from mrg_r1.phantom.lexicon import SPLITS
 from mrg_r1.phantom.lexicon_full import COMPARED, FULL, INDICATIONS, NEUTRAL_INDICATIONS, REMARKS, TECHNIQUE
 from mrg_r1.phantom.prevalence import Doubles, label_model, prevalence
 from mrg_r1.phantom.study import PhantomStudy, no_finding
-from mrg_r1.phantom.traits import LABELS_STREAM, PATIENT_STREAM, WORDING_STREAM, keyed_generator
+from mrg_r1.phantom.traits import LABELS_STREAM, PATIENT_STREAM, WORDING_STREAM, Trait, keyed_generator
 from mrg_r1.phantom.views import FRONTAL, LATERAL, patient_traits
 from mrg_r1.phantom.wording import write_report
 
@@ -64,15 +65,18 @@ def sample_full(seed: int, index: int, *, wording: str) -> PhantomStudy:
     )
 
 
-def balanced_full(seed: int, index: int, said: list[int | None], *, wording: str) -> PhantomStudy:
-    """A study of one view for 13 chosen values: text for a labeler."""
+def balanced_full(
+    seed: int, index: int, said: list[int | None], *, wording: str, traits: Sequence[Trait] | None = None
+) -> PhantomStudy:
+    """A study of one view for 13 chosen values, whose findings lie where `traits` say, by default as in `full`."""
+    traits = patient_traits(seed, index) if traits is None else traits
     drawn: list[int | None] = [int(value in (1, -1)) for value in said]
     drawn.append(no_finding(drawn))
     said = [*said, no_finding(said)]
     rng = keyed_generator(seed, index, WORDING_STREAM)
     follows = rng.random() < _SHARE_FOLLOWED / 2
     earlier = [None if value is None else int(rng.random() < 0.5) for value in said] if follows else None
-    report = write_report(said, patient_traits(seed, index), rng, wording=wording, lexicon=FULL, earlier=earlier)
+    report = write_report(said, traits, rng, wording=wording, lexicon=FULL, earlier=earlier)
     report = _surrounded(report, 1, follows, rng, wording)
     return PhantomStudy(index, tuple(drawn), tuple(said), report, f"phantom-{seed}-{index:06d}", index)
 

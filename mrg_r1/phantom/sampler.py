@@ -7,7 +7,8 @@ are given against each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -30,10 +31,11 @@ from mrg_r1.phantom.traits import (
     WORDING_STREAM,
     keyed_generator,
     sample_traits,
+    strengths_of,
 )
 from mrg_r1.phantom.wording import write_report
 
-PRESETS: tuple[str, ...] = ("five", "full")
+PRESETS: tuple[str, ...] = ("five", "full", "balanced")
 FIVE_FINDINGS: tuple[int, ...] = (CARDIOMEGALY, LUNG_LESION, PNEUMOTHORAX, PLEURAL_EFFUSION, SUPPORT_DEVICES)
 
 _PREVALENCE = 0.35  # of each of the five
@@ -41,6 +43,8 @@ _STATES: tuple[int | None, ...] = (1, 0, -1, None)
 _STATE_SHARES = (0.30, 0.30, 0.25, 0.15)  # of `sample_balanced`
 # the same for 13 findings, which all together would make an endless report
 _FULL_STATE_SHARES = (0.14, 0.26, 0.12, 0.48)
+# of preset "balanced": a policy is to meet each finding often, and seldom a doubtful one
+_BALANCED_STATE_SHARES = (0.18, 0.34, 0.02, 0.46)
 # Correlations of the latent normal variables, ours: mild versions of what goes together in hospital series.
 _CORRELATIONS: dict[tuple[int, int], float] = {
     (CARDIOMEGALY, PLEURAL_EFFUSION): 0.40,
@@ -65,7 +69,9 @@ def sample_study(
 
     Args:
         preset: "five": five findings, each in 35 % of studies, in reports of at most 45 words, one frontal view, one
-            study a patient. "full": all 13 with the rates of IU X-Ray, as `full` tells.
+            study a patient. "full": all 13 with the rates of IU X-Ray, as `full` tells. "balanced": all 13, each in
+            20 % of studies and independent of the others, one frontal view, one study a patient: what a policy meets to
+            learn to see and to name before it meets real reports, whose findings are rare.
         seed: 0 or greater.
         index: 0 or greater; studies do not depend on each other, but for the second of a patient of "full".
         wording: "train", "heldout" or "all", as `wording.write_report`'s; it changes the report alone.
@@ -95,6 +101,9 @@ def sample_study(
     require_writable(preset, faint, habits)
     if preset == "full":
         return sample_full(seed, index, wording=wording)
+    if preset == "balanced":
+        study = _sample_said(preset, seed, index, _BALANCED_STATE_SHARES, wording=wording)
+        return replace(study, strengths=tuple(strengths_of(study.shown)))
     rng = keyed_generator(seed, index, LABELS_STREAM)
     # Gaussian copula: exact prevalences, chosen correlations
     latent = _copula() @ rng.standard_normal(len(FIVE_FINDINGS))
@@ -134,13 +143,20 @@ def sample_balanced(preset: str, seed: int, index: int, *, wording: str = "train
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}; allowed are {', '.join(PRESETS)}")
-    spoken, shares = (range(NO_FINDING), _FULL_STATE_SHARES) if preset == "full" else (FIVE_FINDINGS, _STATE_SHARES)
+    return _sample_said(preset, seed, index, _STATE_SHARES if preset == "five" else _FULL_STATE_SHARES, wording=wording)
+
+
+def _sample_said(preset: str, seed: int, index: int, shares: Sequence[float], *, wording: str) -> PhantomStudy:
+    """A study whose findings are each said positive, negative, uncertain or not at all, independently."""
+    spoken = FIVE_FINDINGS if preset == "five" else range(NO_FINDING)
     choices = keyed_generator(seed, index, LABELS_STREAM).choice(len(_STATES), size=len(spoken), p=shares)
     said: list[int | None] = [None] * NO_FINDING
     for observation, state in zip(spoken, choices, strict=True):
         said[observation] = _STATES[state]
     if preset == "full":
         return balanced_full(seed, index, said, wording=wording)
+    if preset == "balanced":  # `findings.render` draws its films, as it does those of IU X-Ray's labels
+        return balanced_full(seed, index, said, wording=wording, traits=sample_traits(seed, index))
     drawn: list[int | None] = [int(value in (1, -1)) for value in said]
     return _spoken(drawn, said, seed, index, wording, writer=writer_of(USUAL, seed, index))
 

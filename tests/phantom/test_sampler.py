@@ -22,7 +22,7 @@ def studies(wording: str = "train", count: int = 3000) -> list[PhantomStudy]:
 
 
 def test_the_five_are_large_enough_to_be_seen() -> None:
-    assert PRESETS == ("five", "full")
+    assert PRESETS == ("five", "full", "balanced")
     assert [OBSERVATIONS[i] for i in FIVE_FINDINGS] == [
         "Cardiomegaly",
         "Lung Lesion",
@@ -142,3 +142,14 @@ def test_a_set_prevalence_changes_that_finding_alone() -> None:
 def test_a_prevalence_that_the_preset_cannot_have_is_refused(preset: str, prevalence: dict[int, float]) -> None:
     with pytest.raises(ValueError, match="prevalence"):
         sample_study(preset, 0, 0, prevalence=prevalence)
+
+
+def test_balanced_shows_each_finding_as_often_as_the_others_and_says_what_it_shows() -> None:
+    drawn = np.array([sample_study("balanced", 7, index).drawn[:13] for index in range(2000)], dtype=float)
+    assert np.all(np.abs(drawn.mean(0) - 0.2) < 4 * (0.2 * 0.8 / 2000) ** 0.5)
+    assert np.abs(np.corrcoef(drawn.T) - np.eye(13)).max() < 0.1  # independent: four standard errors are 0.09
+    for study in (sample_study("balanced", 7, index) for index in range(200)):
+        assert study.views == ("frontal",) and study.strengths is not None
+        for said, truth, strength in zip(study.said[:13], study.drawn[:13], study.strengths, strict=True):
+            assert (truth == 1) == (said in (1, -1)) == (strength > 0)
+            assert said != -1 or strength < 1  # what the report is not sure of is drawn faintly

@@ -71,6 +71,14 @@ def add_command(kinds: Any) -> None:
         metavar="PIXELS",
         help="width and height of rendered images (default: 224)",
     )
+    iu.add_argument(
+        "--films",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="rendered radiographs of each train report, each another chest, so that no film is learned by heart "
+        "(default: 1)",
+    )
     iu.add_argument("--seed", type=seed, default=0, help="of the seeded split and the rendered images (default: 0)")
     iu.set_defaults(run=_prepare_iu_xray)
 
@@ -89,6 +97,7 @@ def _prepare_iu_xray(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         render_missing=arguments.render_missing,
         side=arguments.side,
+        films=arguments.films,
         seed=arguments.seed,
     )
     print_outcome("IU X-Ray, studies", counts, arguments.output)

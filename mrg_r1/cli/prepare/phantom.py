@@ -28,10 +28,11 @@ def add_command(kinds: Any) -> None:
     phantom.add_argument(
         "--preset",
         default="five",
-        metavar="five|full",
+        metavar="five|full|balanced",
         help="five: five findings that a small policy can see, in short reports (default). full: all 13 as often, "
         "as seldom and together as IU X-Ray's reports say them, mild to severe, frontal and lateral, with "
-        "indications and earlier studies",
+        "indications and earlier studies. balanced: all 13, each in 20 %% of studies, frontal: to learn to see and to "
+        "name before real reports, whose findings are rare",
     )
     phantom.add_argument(
         "--splits",

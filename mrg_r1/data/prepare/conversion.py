@@ -110,13 +110,14 @@ class Conversion:
         """Whether this study is settled as kept, so that it may be another's `prior`."""
         return study_id in self._patients
 
-    def keep(self, study: Study, where: str = "") -> bool:
+    def keep(self, study: Study, where: str = "", *, text_of: str | None = None) -> bool:
         """Settle a study as a line of the manifest; or, where `read_manifest` would not read it back, as refused with
         that reason.
 
         Args:
             study: image paths absolute; `prior` may name a study that is kept later.
             where: the file and row it was read from, named if it is refused.
+            text_of: the settled study whose report this one repeats, so that the report CSVs leave it out.
 
         Returns:
             Whether it was kept.
@@ -138,7 +139,8 @@ class Conversion:
         except ManifestError as error:
             self.refuse(study.id, study.split, "; ".join(error.problems), where, study.report)
             return False
-        self._append(f'{{"kept": {line}}}\n'.encode())
+        repeated = "" if text_of is None else f', "text_of": {json.dumps(text_of)}'
+        self._append(f'{{"kept": {line}{repeated}}}\n'.encode())
         self._patients[study.id] = study.patient_id
         return True
 
@@ -210,8 +212,9 @@ class Conversion:
                     counts[split]["refused"] += 1
                     files.line("refused.jsonl", study)
                 report = kept["report"] if kept else record["report"]
-                if report is not None and report_fault(report) is None and study["id"] and study["id"] not in told:
-                    told.add(study["id"])
+                name = record.get("text_of", study["id"])  # a further film's report is told once
+                if report is not None and report_fault(report) is None and name and name not in told:
+                    told.add(name)
                     files.row("reports.csv", [study["id"], report])
                     if re.fullmatch(_SPLIT_NAME, split):
                         files.row(f"reports_{split}.csv", [study["id"], report])

@@ -118,7 +118,7 @@ def write_phantoms(
     )
     _write_texts(output, "", taught)
     _write_texts(output, "heldout_", held_out)
-    (full_contact_sheet if preset == "full" else contact_sheet)(output / "contact_sheet.png", seed=seed)
+    (contact_sheet if preset == "five" else full_contact_sheet)(output / "contact_sheet.png", seed=seed)
     write_manifest(manifest, [_study(phantom, split_of[phantom.index], paths[phantom.index]) for phantom in phantoms])
     return manifest
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -90,6 +90,7 @@ def convert_iu_xray(
     split: str | None = None,
     render_missing: Sequence[Path] = (),
     side: int = 224,
+    films: int = 1,
     seed: int = 0,
 ) -> Counts:
     """Write `manifest.jsonl`, `refused.jsonl` (id, split, reason, where), `reports.csv` and `reports_SPLIT.csv` into a
@@ -111,6 +112,9 @@ def convert_iu_xray(
             `labels.said`; `labels.drawn` is 1 for positive, the toss of a seeded coin for uncertain, 0 otherwise. An id
             of R2Gen's stands for the study with its number, as long as findings are asked for: its labels are theirs.
         side: pixels of rendered images.
+        films: how many radiographs to render of each report of split `train`, every one of another chest. From the
+            second on, a film is a study of its own, ID-film2 and so on, of the same patient and report; the report
+            CSVs have its text once. Other splits get one.
         seed: of the seeded split, and of anatomy, noise and coins; each study's own depend on the seed and its id
             alone.
 
@@ -119,8 +123,8 @@ def convert_iu_xray(
 
     Raises:
         ManifestError: a split file that is bad as a whole.
-        ValueError: label CSVs that disagree, a folder made with other settings, sections that the layout lacks, or not
-            one study that can be kept.
+        ValueError: films below 1, or above 1 without labels to render from; label CSVs that disagree, a folder made
+            with other settings, sections that the layout lacks, or not one study that can be kept.
         OSError: a file cannot be read or written.
     """
     folder = None if images is None else ImageFolder(images, collection.layout)
@@ -128,6 +132,11 @@ def convert_iu_xray(
         raise ValueError(
             f"{collection.source}: R2Gen's file has the findings alone; for the impression give Open-i's XMLs or "
             "Kaggle's CSVs"
+        )
+    if films < 1 or (films > 1 and not render_missing):
+        raise ValueError(
+            f"films {films}: rendered radiographs a report, 1 or more; they are rendered from the labels "
+            "of --render-missing LABELS.csv"
         )
     collection, split_name = _with_split(collection, split, seed)
     labels = _labels_of_studies(_merge_labels(render_missing), collection, report) if render_missing else None
@@ -140,7 +149,9 @@ def convert_iu_xray(
         "side": side if labels else None,
         "labels": _fingerprint(labels) if labels else None,
     }
-    claim_folder(output, settings, images=len(labels or ()), seed=seed, side=side)
+    if films > 1:
+        settings["films"] = films
+    claim_folder(output, settings, images=films * len(labels or ()), seed=seed, side=side)
     refuse_changed_sources(output, [collection.source, *([collection.projections] if collection.projections else [])])
     sources = {
         "source": str(collection.source.absolute()),
@@ -149,9 +160,10 @@ def convert_iu_xray(
     }
     with Conversion(output, settings, sources=sources) as conversion:
         plans = [
-            _plan(entry, folder, labels, output, report, seed)
+            plan
             for entry in collection.studies
-            if not conversion.done(entry.id)
+            for plan in _plans(entry, folder, labels, output, report, seed, films if entry.split == "train" else 1)
+            if not conversion.done(plan.entry.id)
         ]
         render_files(
             [plan.rendering for plan in plans if plan.rendering is not None],
@@ -163,7 +175,7 @@ def convert_iu_xray(
         for plan, damage in progress(checked, "checking images", total=len(plans)):
             entry = plan.entry
             if plan.study is not None and damage is None:
-                conversion.keep(plan.study, entry.where)
+                conversion.keep(plan.study, entry.where, text_of=plan.film_of)
             else:
                 conversion.refuse(entry.id, entry.split or "", damage or plan.reason, entry.where, plan.text)
         # last: a second record of a study must not pass for the study itself where a run is taken up again
@@ -181,6 +193,26 @@ class _Plan:
     study: Study | None = None
     rendering: Rendering | None = None
     reason: str = ""  # where there is no study
+    film_of: str | None = None  # the study whose report a further film shows
+
+
+def _plans(
+    entry: IuStudy,
+    folder: ImageFolder | None,
+    labels: Mapping[str, Sequence[int]] | None,
+    output: Path,
+    report: Report,
+    seed: int,
+    films: int,
+) -> Iterator[_Plan]:
+    """What is to become of a study, and its further films, if it is rendered."""
+    plan = _plan(entry, folder, labels, output, report, seed)
+    yield plan
+    if plan.rendering is None or plan.study is None or labels is None:
+        return
+    for film in range(2, films + 1):
+        other = replace(entry, id=f"{entry.id}-film{film}")
+        yield replace(_rendered(other, plan.text, labels[entry.id], output, seed), film_of=entry.id)
 
 
 def _plan(
@@ -205,6 +237,10 @@ def _plan(
         return _Plan(entry, text, _study(entry, text, found, classes))
     if problem or classes is None:
         return _Plan(entry, text, reason=problem or _no_image(entry, folder, labels is not None))
+    return _rendered(entry, text, classes, output, seed)
+
+
+def _rendered(entry: IuStudy, text: str, classes: Sequence[int], output: Path, seed: int) -> _Plan:
     drawn = _drawn(classes, seed, entry.id)
     rendering = Rendering(output / "images" / f"{entry.id}.png", drawn, zlib.crc32(entry.id.encode()))
     phantom = _study(entry, text, (StudyImage(rendering.path.absolute(), "frontal"),), classes)

@@ -19,10 +19,19 @@ def prepare_iu_xray(
     split: str | None = None,
     render_missing: Sequence[Path] = (),
     side: int = 224,
+    films: int = 1,
     seed: int = 0,
 ) -> Counts:
     """`read_iu_xray`, then `convert_iu_xray`."""
     collection = read_iu_xray(source, projections)
     return convert_iu_xray(
-        collection, images, output, report=report, split=split, render_missing=render_missing, side=side, seed=seed
+        collection,
+        images,
+        output,
+        report=report,
+        split=split,
+        render_missing=render_missing,
+        side=side,
+        films=films,
+        seed=seed,
     )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mrg_r1.data.prepare.iu_xray import convert
 from mrg_r1.data.study import ManifestError, check_images, read_manifest
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, UNCERTAIN, read_labels_csv, write_labels_csv
 from mrg_r1.labels.reports import read_reports_csv
@@ -105,6 +106,55 @@ def test_an_uncertain_finding_is_drawn_for_about_half_of_the_studies_by_seed_and
     assert 0.4 < np.mean([values[:13] for values in drawn.values()]) < 0.6  # 780 coins: 5.6 standard deviations
     assert coins("turned", ids[::-1], 0) == drawn
     assert coins("seed", ids, 1) != drawn
+
+
+def test_films_of_a_train_report_are_studies_of_other_chests_with_its_text_told_once(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", "real")
+    path = labels_csv(tmp_path / "labels.csv", {"CXR1_a": [1] * 13 + [0], "CXR2_b": NORMAL, "real": NORMAL})
+    counts = prepare_iu_xray(
+        annotation(tmp_path, entry("CXR1_a"), entry("real"), entry("CXR2_b", "val"), entry("c")),
+        tmp_path / "images",
+        tmp_path / "out",
+        render_missing=[path],
+        side=32,
+        films=3,
+    )
+    assert counts["train"] == {"read": 5, "kept": 4, "rendered": 3, "refused": 1} and counts["val"]["kept"] == 1
+    studies = by_id(tmp_path / "out")
+    assert set(studies) == {"CXR1_a", "CXR1_a-film2", "CXR1_a-film3", "real", "CXR2_b"}
+    films = [studies[name] for name in ("CXR1_a", "CXR1_a-film2", "CXR1_a-film3")]
+    assert {(film.patient_id, film.report, film.said, film.split) for film in films} == {
+        ("CXR1", REPORT, (1,) * 13 + (None,), "train")
+    }
+    assert len({film.images[0].path.read_bytes() for film in films}) == 3
+    assert set(read_reports_csv(tmp_path / "out" / "reports.csv")) == {"CXR1_a", "real", "CXR2_b", "c"}
+    check_images(list(studies.values()))
+
+
+def test_films_go_on_after_a_kill_and_want_labels_to_be_rendered_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = labels_csv(tmp_path / "labels.csv", {"a": NORMAL, "b": NORMAL})
+    given = annotation(tmp_path, entry("a"), entry("b"))
+    prepare_iu_xray(given, None, tmp_path / "whole", render_missing=[path], side=32, films=2)
+    settle, kept = convert.Conversion.keep, list[str]()
+
+    def kill(self: Any, study: Study, where: str = "", **settings: Any) -> bool:
+        if len(kept) == 1:
+            raise KeyboardInterrupt
+        kept.append(study.id)
+        return settle(self, study, where, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(convert.Conversion, "keep", kill)
+        prepare_iu_xray(given, None, tmp_path / "out", render_missing=[path], side=32, films=2)
+    prepare_iu_xray(given, None, tmp_path / "out", render_missing=[path], side=32, films=2)
+    assert list(by_id(tmp_path / "out")) == list(by_id(tmp_path / "whole")) == ["a", "a-film2", "b", "b-film2"]
+    assert (tmp_path / "out" / "reports.csv").read_bytes() == (tmp_path / "whole" / "reports.csv").read_bytes()
+    with pytest.raises(ValueError, match=r"made with other settings.*films"):
+        prepare_iu_xray(given, None, tmp_path / "out", render_missing=[path], side=32, films=3)
+    with pytest.raises(ValueError, match=r"films 2: .*--render-missing"):
+        prepare_iu_xray(given, None, tmp_path / "none", films=2)
 
 
 def test_a_real_image_goes_before_a_rendered_one(tmp_path: Path) -> None:

@@ -254,11 +254,11 @@ def test_an_interrupted_run_goes_on_and_its_result_is_the_same(tmp_path: Path, m
     checked: list[str] = []
     settle = iu_xray.Conversion.keep
 
-    def kill(self: Any, study: Study, where: str = "") -> bool:
+    def kill(self: Any, study: Study, where: str = "", **settings: Any) -> bool:
         if len(checked) == 90:
             raise KeyboardInterrupt
         checked.append(study.id)
-        return settle(self, study, where)
+        return settle(self, study, where, **settings)
 
     monkeypatch.setattr(iu_xray.Conversion, "keep", kill)
     with pytest.raises(KeyboardInterrupt):
