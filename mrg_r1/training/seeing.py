@@ -68,8 +68,8 @@ def teach_tower(
 ) -> dict[str, Any]:
     """Teach the vision tower of a checkpoint directory to tell findings apart, in place.
 
-    Each view has one linear layer over all image tokens of an image, or over their mean; the loss is binary cross-entropy over the
-    observations that occur. AdamW, a cosine to zero over `steps`; every `LOOK_EVERY` steps the AUC of each finding is
+    Each view has one linear layer over all image tokens of an image, or over their mean; the loss is binary
+    cross-entropy over the observations that occur. AdamW, a cosine to zero over `steps`; every `LOOK_EVERY` steps the AUC of each finding is
     taken on images that are not taught. It ends where every finding's is above `SEEN`, or where the mean has not risen
     for `PATIENCE` looks, and the tower of the best look stays.
 
@@ -90,8 +90,8 @@ def teach_tower(
         `seconds`, `labels` (drawn or said), studies and images.
 
     Raises:
-        ValueError: another head, a study without labels, no finding that is there in some studies and not in others, or images of
-            several sizes.
+        ValueError: another head, a study without labels, no finding that is there in some studies and not in others, or
+            images of several sizes.
     """
     started = time.monotonic()
     if head not in HEADS:
