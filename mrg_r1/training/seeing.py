@@ -68,10 +68,10 @@ def teach_tower(
 ) -> dict[str, Any]:
     """Teach the vision tower of a checkpoint directory to tell findings apart, in place.
 
-    Each view has one linear layer over all image tokens of an image, or over their mean; the loss is binary
-    cross-entropy over the observations that occur. AdamW, a cosine to zero over `steps`; every `LOOK_EVERY` steps the AUC of each finding is
-    taken on images that are not taught. It ends where every finding's is above `SEEN`, or where the mean has not risen
-    for `PATIENCE` looks, and the tower of the best look stays.
+    Each view has one linear layer over all image tokens of an image, or over their mean; the loss is binary cross-
+    entropy over the observations that occur. AdamW, a cosine to zero over `steps`; every `LOOK_EVERY` steps the AUC
+    of each finding is taken on images that are not taught. It ends where every finding's is above `SEEN`, or where
+    the mean has not risen for `PATIENCE` looks, and the tower of the best look stays.
 
     Args:
         policy_path: a checkpoint directory; its weights are replaced, and `training.json` written beside them.
