@@ -84,7 +84,7 @@ def probe(recipe: Recipe, *, studies: int, updates: bool = True) -> dict[str, An
         try:
             policy = open_policy(recipe, ranks, None)
             # B is 0: the policy as it was, with what a step trains
-            add_lora(policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
+            add_lora(policy, **recipe.policy.lora.model_dump(), seed=recipe.seed)
             build = open_builder(recipe, ranks, policy)
             for study in chosen:
                 build.check_context(study)
