@@ -81,8 +81,8 @@ class LoraSection(Section):
     alpha: int = Field(64, ge=1, description="LoRA alpha; the update is scaled by alpha / rank. ours")
     targets: Literal["language", "language+merger", "all"] = Field(
         "language",
-        description="The linear layers that LoRA is on: of the language model, of the merger between tower and language "
-        "model too, or of all three (docs/method.md). ours",
+        description="The linear layers that LoRA is on: the language model's, those of the merger between tower and "
+        "language model too, or the tower's as well (docs/method.md). ours",
     )
 
 

@@ -46,8 +46,9 @@ class Family:
 
     `model` is always transformers' module of the checkpoint, without PEFT: the decoder is `model.model.language_model`,
     with `embed_tokens` (called, so that it may scale), `layers` and `norm`; the head is `model.lm_head`; LoRA wraps
-    linear layers inside `layers`, and of the vision modules where `lora_targets` says so. `config` is `model.config`. Letters of shapes: T packed tokens, R rows of a padded
-    batch, P prompt tokens, H the width of the decoder, D the size of a head (any, H need not be heads * D).
+    linear layers inside `layers`, and of the vision modules where `lora_targets` says so. `config` is `model.config`.
+    Letters of shapes: T packed tokens, R rows of a padded batch, P prompt tokens, H the width of the decoder, D the
+    size of a head (any, H need not be heads * D).
 
     The decoder is read anew after each update, so readings are cheap; weights under ZeRO-3 are there only inside the
     blocks in which a reading is called.

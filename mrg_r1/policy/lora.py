@@ -1,4 +1,7 @@
-"""LoRA on the language model, and where asked for on merger and tower, by PEFT. The reference is the base model with adapters off: no second copy."""
+"""LoRA on the language model, and where asked for on merger and tower, by PEFT.
+
+The reference is the base model with adapters off: no second copy.
+"""
 
 from __future__ import annotations
 
