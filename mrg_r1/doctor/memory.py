@@ -226,9 +226,7 @@ def _update_parts(shape: PolicyShape, work: Workload) -> Parts:
 
 
 def _vision_graph(shape: PolicyShape, work: Workload, studies: int) -> Parts:
-    """What the backward pass needs of merger and tower where LoRA is on them, of the studies of a pass. An estimate:
-    not measured.
-    """
+    """What the backward pass needs of merger and tower where LoRA is on them, of the studies of a pass."""
     if work.lora_targets == "language":
         return {}
     b, vision, tokens = work.bytes, shape.vision, studies * work.image_tokens

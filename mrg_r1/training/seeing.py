@@ -34,6 +34,7 @@ STEPS, BATCH, LEARNING_RATE, WARMUP = 600, 64, 1e-3, 20
 LOOK_EVERY = 50  # steps
 SEEN = 0.98  # a finding whose AUC is above this is seen: where all are, there is no more to teach
 PATIENCE = 3  # looks without a better mean AUC, after which it stops
+HEADS = ("tokens", "mean")
 _HELD_OUT = 0.1  # of the taught patients, where there is no split val to look at
 _ENOUGH = 5  # positives, and negatives, that an AUC wants
 
@@ -64,13 +65,14 @@ def teach_tower(
     image_side: int,
     steps: int = STEPS,
     seed: int = 0,
+    head: str = "tokens",
 ) -> dict[str, Any]:
     """Teach the vision tower of a checkpoint directory to tell findings apart, in place.
 
-    Each view has one linear layer over all image tokens of an image; the loss is binary cross-entropy over the
-    observations that occur. AdamW, a cosine to zero over `steps`; every `LOOK_EVERY` steps the AUC of each finding is
-    taken on images that are not taught. It ends where every finding's is above `SEEN`, or where the mean has not risen
-    for `PATIENCE` looks, and the tower of the best look stays.
+    Each view has one linear layer over all image tokens of an image, or over their mean; the loss is binary cross-
+    entropy over the observations that occur. AdamW, a cosine to zero over `steps`; every `LOOK_EVERY` steps the AUC
+    of each finding is taken on images that are not taught. It ends where every finding's is above `SEEN`, or where
+    the mean has not risen for `PATIENCE` looks, and the tower of the best look stays.
 
     Args:
         policy_path: a checkpoint directory; its weights are replaced, and `training.json` written beside them.
@@ -80,16 +82,21 @@ def teach_tower(
         image_side: pixels; larger images are reduced to this area.
         steps: at most.
         seed: of the order and the head.
+        head: "tokens": it reads every image token in its place, and is taught in the fewest steps; "mean": it reads the
+            mean over the tokens, so that each token comes to tell what is anywhere on the film, which a language model
+            then finds sooner.
 
     Returns:
         What `training.json` holds: `auc` by finding and `mean_auc` of the tower that stays, `curve`, `steps`,
         `seconds`, `labels` (drawn or said), studies and images.
 
     Raises:
-        ValueError: a study without labels, no finding that is there in some studies and not in others, or images of
-            several sizes.
+        ValueError: another head, a study without labels, no finding that is there in some studies and not in others, or
+            images of several sizes.
     """
     started = time.monotonic()
+    if head not in HEADS:
+        raise ValueError(f"head {head!r} of the tower's teaching; allowed are {' and '.join(HEADS)}")
     labels = labels_of([*taught, *watched])
     policy = load_policy(policy_path, dtype=torch.float32)
     processor = load_image_processor(policy_path, min_pixels=56 * 56, max_pixels=image_side**2)
@@ -102,7 +109,7 @@ def teach_tower(
     films, others = (_films(studies, policy, processor, labels) for studies in (taught, watched))
     _require_one_size(films, others)
     known = _told_apart(films, others, labels)
-    sight = _Sight(policy, films, known, seed=seed)
+    sight = _Sight(policy, films, known, seed=seed, pooled=head == "mean")
     curve, best = _fit(sight, films, others, steps=steps, rng=rng)
     sight.restore(best)
     save_policy(policy, policy_path, source=policy_path)
@@ -110,6 +117,7 @@ def teach_tower(
         "auc": curve[best.look]["auc"],
         "mean_auc": curve[best.look]["mean_auc"],
         "steps": curve[best.look]["step"],
+        "head": head,
         "labels": labels,
         "studies": len(taught),
         "images": len(films),
@@ -210,8 +218,8 @@ class _Best:
 class _Sight:
     """The tower and a linear layer for each view."""
 
-    def __init__(self, policy: Policy, films: Films, known: list[int], *, seed: int) -> None:
-        self.policy, self.known = policy, known
+    def __init__(self, policy: Policy, films: Films, known: list[int], *, seed: int, pooled: bool) -> None:
+        self.policy, self.known, self.pooled = policy, known, pooled
         self.modules = policy.family.vision_modules(policy.base)
         for module in self.modules:
             module.requires_grad_(True)
@@ -226,12 +234,12 @@ class _Sight:
         return [p for module in (*self.modules, self.heads) for p in module.parameters()]
 
     def _features(self, images: ImageInputs) -> Tensor:
-        """[I, image tokens * H]."""
+        """[I, H] if pooled, else [I, image tokens * H]."""
         single = ImageInputs(
             {n: t.float() if t.is_floating_point() else t for n, t in images.tensors.items()}, images.rows
         )
-        features = image_features(self.policy, single)
-        return torch.stack(features).flatten(1)
+        tokens = torch.stack(image_features(self.policy, single))
+        return tokens.mean(1) if self.pooled else tokens.flatten(1)
 
     def logits(self, films: Films, chosen: Sequence[int]) -> Tensor:
         """[len(chosen), known findings]."""

@@ -222,7 +222,7 @@ def test_zero_cuts_what_its_stage_says() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["rollout", "update"])
+@pytest.mark.parametrize("case", ["rollout", "update", "merger", "tower", "tower recomputed"])
 def test_the_formula_lies_near_the_peak_of_a_real_step(case: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.doctor.measured", case, str(tmp_path)],
@@ -233,5 +233,8 @@ def test_the_formula_lies_near_the_peak_of_a_real_step(case: str, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr[-2000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    for phase, found in json.loads(line.removeprefix("RESULT ")).items():
+    measured = json.loads(line.removeprefix("RESULT "))
+    if case not in ("rollout", "update"):  # small, but for what LoRA on merger and tower keeps for its update
+        measured.pop("rollout")
+    for phase, found in measured.items():
         assert found["predicted"] / FACTOR < found["measured"] < found["predicted"] * FACTOR, (phase, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mrg_r1.cli import main
 from mrg_r1.data.prepare.phantoms import write_phantoms
 from mrg_r1.data.study import read_manifest
 from mrg_r1.policy.family import find_family
-from mrg_r1.policy.load import load_policy
+from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.training import seeing
 from mrg_r1.types import Study, StudyImage
 from tests.world import few_texts
@@ -45,18 +46,23 @@ def untaught(folder: Path, family: str = "qwen2_5_vl") -> Path:
     return folder
 
 
-def teach(folder: Path, studies: dict[str, list[Study]], **settings: int) -> dict:
+def teach(folder: Path, studies: dict[str, list[Study]], **settings: Any) -> dict:
     return seeing.teach_tower(folder, studies["train"], studies["val"], image_side=SIDE, **settings)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(("family", "head"), [("qwen2_5_vl", "tokens"), ("qwen3_vl", "tokens"), ("qwen2_5_vl", "mean")])
 def test_a_taught_tower_tells_findings_apart_and_the_language_model_is_as_it_was(
-    tmp_path: Path, studies: dict[str, list[Study]], family: str
+    tmp_path: Path, studies: dict[str, list[Study]], family: str, head: str
 ) -> None:
     policy = untaught(tmp_path / "policy", family)
     before = load_policy(policy, dtype=torch.float32).state_dict()
-    summary = teach(policy, studies, steps=25)
-    assert summary["labels"] == "drawn" and summary["images"] == 200 and summary["watched_studies"] == 60
+    summary = teach(policy, studies, steps=50 if head == "mean" else 25, head=head)
+    assert (
+        summary["head"] == head
+        and summary["labels"] == "drawn"
+        and summary["images"] == 200
+        and summary["watched_studies"] == 60
+    )
     assert len(summary["auc"]) == 5 and summary["mean_auc"] > 0.6
     written = json.loads((policy / "training.json").read_text())["tower"]
     assert written == summary
@@ -96,12 +102,26 @@ def test_said_labels_teach_where_nothing_is_drawn_and_a_tenth_is_held_out(
     assert summary["labels"] == "said" and summary["studies"] == 180 and summary["watched_studies"] == 20
 
 
+def test_a_mean_head_reads_as_many_numbers_as_one_token_has(tmp_path: Path, studies: dict[str, list[Study]]) -> None:
+    policy = load_policy(untaught(tmp_path / "policy"), dtype=torch.float32)
+    processor = load_image_processor(tmp_path / "policy", min_pixels=56 * 56, max_pixels=SIDE**2)
+    films = seeing._films(studies["val"], policy, processor, "drawn")
+    placed, pooled = (seeing._Sight(policy, films, [1], seed=0, pooled=pooled) for pooled in (False, True))
+    width = policy.base.config.text_config.hidden_size
+    assert pooled.heads["frontal"].in_features == width < placed.heads["frontal"].in_features
+    with torch.no_grad():
+        every = placed._features(films.images[0])
+        assert torch.allclose(pooled._features(films.images[0]), every.view(1, -1, width).mean(1), atol=1e-6)
+
+
 def test_what_cannot_be_taught_is_refused(tmp_path: Path, studies: dict[str, list[Study]]) -> None:
     bare = replace(studies["train"][0], drawn=None, said=None)
     with pytest.raises(ValueError, match=rf"study {bare.id}: no labels .*mrg-r1 label"):
         seeing.labels_of([bare])
     with pytest.raises(ValueError, match="no studies"):
         seeing.labels_of([])
+    with pytest.raises(ValueError, match="head 'max'.*tokens and mean"):
+        teach(untaught(tmp_path / "policy"), studies, steps=2, head="max")
     healthy = {split: [replace(s, drawn=(0,) * 14) for s in part] for split, part in studies.items()}
     with pytest.raises(ValueError, match="no observation of labels.drawn"):
         teach(untaught(tmp_path / "policy"), healthy, steps=2)

@@ -58,6 +58,12 @@ def add_command(kinds: Any) -> None:
         "is none",
     )
     policy.add_argument("--teach-steps", type=positive, metavar="N", help="steps of 64 images at most (default: 600)")
+    policy.add_argument(
+        "--teach-head",
+        metavar="tokens|mean",
+        help="what the linear head reads: every image token in its place (default), or their mean: slower to teach, "
+        "but the language model finds sooner what is seen",
+    )
     policy.add_argument("--seed", type=seed, default=0, help="of the random weights (default: 0)")
     policy.set_defaults(run=_prepare_tiny_policy)
 
@@ -84,8 +90,10 @@ def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
         "Frontal view: Lateral view:",
         *OBSERVATIONS,
     ]
-    if arguments.teach_tower is None and (arguments.teach_steps or arguments.teach_split):
-        raise ValueError("--teach-steps and --teach-split say how --teach-tower teaches; give it, or leave them out")
+    if arguments.teach_tower is None and (arguments.teach_steps or arguments.teach_split or arguments.teach_head):
+        raise ValueError(
+            "--teach-steps, --teach-split and --teach-head say how --teach-tower teaches; give it, or leave them out"
+        )
     family = find_family(arguments.family)
     taught, watched = _studies_to_see(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own calls of its own old names
@@ -98,7 +106,13 @@ def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
 
             steps = arguments.teach_steps or seeing.STEPS
             summary = seeing.teach_tower(
-                fresh, taught, watched, image_side=arguments.side, steps=steps, seed=arguments.seed
+                fresh,
+                taught,
+                watched,
+                image_side=arguments.side,
+                steps=steps,
+                seed=arguments.seed,
+                head=arguments.teach_head or "tokens",
             )
     if summary is None:
         (arguments.output / "training.json").unlink(missing_ok=True)  # of a tower that stood here before
