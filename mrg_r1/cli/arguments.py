@@ -28,7 +28,7 @@ def add_output(parser: argparse.ArgumentParser, text: str, metavar: str = "DIR",
     parser.add_argument("-o", "--output", type=Path, required=required, metavar=metavar, help=text)
 
 
-def add_labeler_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def add_labeler_arguments(parser: argparse._ActionsContainer, *, required: bool) -> None:
     """`--labeler`, `--tokenizer`, `--device` and `--dtype`, for `load_labeler`."""
     what = "a labeler's folder, or a CheXbert file (.pth, .safetensors)"
     parser.add_argument("--labeler", type=Path, required=required, metavar="PATH", help=what)

@@ -29,7 +29,8 @@ PACEMAKER, LINE = 0, 1  # Trait.kind of Support Devices
     PATIENT_STREAM,
     EXPOSURE_STREAM,
     WRITERS_STREAM,
-) = range(8)
+    RECOMBINED_STREAM,
+) = range(9)
 FAINT = 0.45  # how strongly an uncertain finding (-1) is drawn
 # heights, top to bottom
 _ZONES: dict[str, tuple[float, float]] = {"upper": (-0.50, -0.30), "mid": (-0.18, 0.02), "lower": (0.16, 0.36)}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mrg_r1.cli.arguments import add_output, described, positive, seed
+from mrg_r1.cli.arguments import add_labeler_arguments, add_output, described, load_labeler, positive, seed
+
+if TYPE_CHECKING:
+    from mrg_r1.phantom.recombined import Sentences
 
 
 def add_command(kinds: Any) -> None:
@@ -84,6 +88,15 @@ def add_command(kinds: Any) -> None:
         help="of the denials, those worded in the one stock way, 'No pneumothorax.' (default: 0); findings keep their "
         "many wordings, so that who imitates words leans to the normal",
     )
+    words = phantom.add_argument_group("real wording, of balanced")
+    words.add_argument(
+        "--sentences",
+        type=Path,
+        metavar="REPORTS.csv",
+        help="put the reports together from sentences of these (`id` and `report`), by what --labeler reads in each: "
+        "films that show every finding often, in the words of a collection in which findings are rare",
+    )
+    add_labeler_arguments(words, required=False)
     phantom.add_argument("--seed", type=seed, default=0, help="the same seed gives the same bytes (default: 0)")
     phantom.set_defaults(run=_prepare_phantom)
 
@@ -119,6 +132,28 @@ def _prevalence(text: str) -> dict[int, float]:
     return shares
 
 
+def _sentences(arguments: argparse.Namespace) -> Sentences | None:
+    """Those of the reports, as the labeler reads each; says what no sentence affirms."""
+    from mrg_r1.labels.reports import read_reports_csv
+    from mrg_r1.labels.sentences import sentences
+    from mrg_r1.phantom.recombined import sort_sentences, unsaid
+
+    if (arguments.sentences is None) != (arguments.labeler is None):
+        raise ValueError("--sentences REPORTS.csv and --labeler PATH go together: the labeler reads each sentence")
+    if arguments.sentences is None:
+        return None
+    if arguments.preset != "balanced":
+        raise ValueError(f"--sentences with --preset {arguments.preset}; it is for --preset balanced")
+    reports = read_reports_csv(arguments.sentences).values()
+    texts = list(dict.fromkeys(sentence for report in reports for sentence in sentences(report)))
+    found = sort_sentences(texts, load_labeler(arguments).label(texts, progress=True).tolist())
+    affirming, denying = sum(map(len, found.affirming)), len(found.denying)
+    print(f"{arguments.sentences}: {affirming:,} sentences that affirm one finding, {denying:,} that deny some")
+    if unsaid(found):
+        print(f"drawn and passed over, since no sentence affirms it alone: {', '.join(unsaid(found))}")
+    return found
+
+
 def _prepare_phantom(arguments: argparse.Namespace) -> None:
     from mrg_r1.cores import read_cores
     from mrg_r1.data.prepare.phantoms import write_phantoms
@@ -141,6 +176,7 @@ def _prepare_phantom(arguments: argparse.Namespace) -> None:
         prevalence=arguments.prevalence,
         faint=arguments.faint,
         habits=habits,
+        sentences=_sentences(arguments),
     )
     studies = ", ".join(f"{name} {count:,}" for name, count in arguments.splits.items())
     print(f"{manifest}: {studies} studies\n{arguments.output / 'contact_sheet.png'}: every finding, to look at")

@@ -4,9 +4,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mrg_r1.console import progress
@@ -16,6 +17,7 @@ from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values, write_la
 from mrg_r1.labels.reports import write_reports_csv
 from mrg_r1.phantom.contact_sheet import contact_sheet, full_contact_sheet
 from mrg_r1.phantom.habits import USUAL, Habits
+from mrg_r1.phantom.recombined import Sentences, recombine
 from mrg_r1.phantom.sampler import PRESETS, require_writable, sample_balanced, sample_study
 from mrg_r1.phantom.study import PhantomStudy
 from mrg_r1.types import Study, StudyImage
@@ -35,6 +37,7 @@ def write_phantoms(
     prevalence: Mapping[int, float] | None = None,
     faint: float = 0.0,
     habits: Habits = USUAL,
+    sentences: Sentences | None = None,
 ) -> Path:
     """Write a phantom dataset; an interrupted one is taken up where it stopped.
 
@@ -54,6 +57,8 @@ def write_phantoms(
         prevalence: of "five": observation -> share of studies that have it, where it is not to be 35 %.
         faint: of "five": share of the findings that are there which are drawn faintly, some of them hardly.
         habits: of "five": how the radiologists write. The texts for a labeler are written as usual, with every frame.
+        sentences: of "balanced": the studies' reports are put together from these; a finding without a sentence is
+            passed over. The texts for a labeler stay the grammar's.
 
     Returns:
         The manifest's path. It is written last: where it stands with all its images, nothing is done again.
@@ -72,6 +77,10 @@ def write_phantoms(
         if count < 1:
             raise ValueError(f"split {name!r}: {count} studies; a split needs at least one")
     require_writable(preset, faint, habits)
+    if sentences is not None and preset != "balanced":
+        raise ValueError(
+            f"sentences with preset {preset!r}; reports are put together from real ones for preset balanced"
+        )
     split_of = _numbered(preset, splits)
     images = 2 * len(split_of) if preset == "full" else len(split_of)
     settings = {
@@ -88,6 +97,8 @@ def write_phantoms(
         settings["faint"] = faint
     if habits != USUAL:
         settings["habits"] = asdict(habits)
+    if sentences is not None:
+        settings["sentences"] = hashlib.sha256(repr(sentences).encode()).hexdigest()[:16]
     claim_folder(output, settings, images=images, seed=seed, side=side)
 
     manifest = output / "manifest.jsonl"
@@ -98,6 +109,8 @@ def write_phantoms(
         sample_study(preset, seed, index, prevalence=prevalence, faint=faint, habits=habits)
         for index in progress(split_of, "sampling")
     ]
+    if sentences is not None:
+        phantoms = [_in_real_words(phantom, sentences, seed) for phantom in phantoms]
     paths = {phantom.index: _paths(output / "images" / split_of[phantom.index], phantom) for phantom in phantoms}
     renderings = [
         Rendering(path, phantom.shown, phantom.index, view, phantom.patient)
@@ -121,6 +134,11 @@ def write_phantoms(
     (contact_sheet if preset == "five" else full_contact_sheet)(output / "contact_sheet.png", seed=seed)
     write_manifest(manifest, [_study(phantom, split_of[phantom.index], paths[phantom.index]) for phantom in phantoms])
     return manifest
+
+
+def _in_real_words(phantom: PhantomStudy, sentences: Sentences, seed: int) -> PhantomStudy:
+    report, said = recombine(sentences, phantom.drawn, seed, phantom.index)
+    return replace(phantom, report=report, said=said)
 
 
 def _numbered(preset: str, splits: Mapping[str, int]) -> dict[int, str]:
