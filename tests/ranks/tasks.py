@@ -254,6 +254,7 @@ def weights_in_memory(ranks: Ranks, **setting: Any) -> dict[str, Any]:
         "left": sum(size for reference, size in whole if not reference.expired()),
         "most": most,
         "layer": layer,
+        "merger": sum(p.ds_numel for p in policy.base.model.visual.merger.parameters() if not p.requires_grad),
         "embeddings": policy.language_model.embed_tokens.weight.ds_numel,
         "layers": len(policy.language_model.layers),
     }

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from mrg_r1.tracking.report import print_report
+
 pytestmark = pytest.mark.ranks
 
 
@@ -104,11 +106,11 @@ def test_members_of_a_group_stand_together_with_their_terms(pool, world, tmp_pat
     [("all", 2), ("language+merger", 3)]
     + [pytest.param(*more, marks=pytest.mark.slow) for more in (("all", 3), ("language+merger", 2), ("all", 1))],
 )
-def test_a_run_that_trains_merger_or_tower_is_interrupted_and_ends(pool, world, tmp_path, targets, stage):
+def test_a_run_that_trains_merger_or_tower_is_interrupted_and_ends(pool, world, tmp_path, capsys, targets, stage):
     """Cold start by SFT of the same targets, merged; minibatches, groups sampled again, validation, a resume."""
     sft, straight, stopped = tmp_path / "sft", tmp_path / "straight", tmp_path / "stopped"
     same = [f"policy.lora.targets={targets}", f"engine.deepspeed=ds_configs/zero{stage}.json"]
-    few = ["evaluation.max_test_studies=4", "evaluation.max_studies=4", "evaluation.before=false"]
+    few = ["evaluation.max_test_studies=4", "evaluation.max_studies=4"]
     overrides = [*same, "steps=2", "rollout.max_new_tokens=80", "evaluation.test=false"]
     pool.run("sft", recipe=str(world.recipe(sft)), overrides=overrides)
     grpo = [*same, *few, f"policy.adapter={sft}/adapter", "grpo.minibatches=2", "grpo.max_resample=1"]
@@ -126,6 +128,10 @@ def test_a_run_that_trains_merger_or_tower_is_interrupted_and_ends(pool, world, 
     assert rows[0][0]["sampling/logp_gap"] < 1e-4 and rows[0][1]["policy/kl"] > 0
     summary = json.loads((straight / "summary.json").read_text())
     assert summary["lora_targets"] == targets and summary["status"] == "complete"
+    assert f"LoRA on {targets}" in (straight / "page/index.html").read_text()
+    capsys.readouterr()
+    print_report([straight])
+    assert f"ZeRO-{stage}, LoRA on {targets}" in capsys.readouterr().out
     for run in (sft, straight):
         learned = load_file(run / "checkpoints/step_2/state.safetensors")
         moved = [name for name, one in learned.items() if "live" in name and "lora_B" in name and one.abs().max() > 0]
