@@ -140,7 +140,7 @@ def use_the_checkpoints_modules(policy: Policy) -> None:
         return torch.zeros(token_ids.shape).masked_scatter(mask, logp), None
 
     policy.forward = forward  # type: ignore[method-assign, assignment]
-    policy.encode_images = lambda prompts: None  # type: ignore[method-assign, assignment, return-value]
+    policy.encode_images = lambda prompts, again=None: None  # type: ignore[method-assign, assignment, misc]
 
 
 def gemm_unit() -> Phases:

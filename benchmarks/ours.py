@@ -145,7 +145,7 @@ def make_run(recipe: Recipe, folder: Path, task: Task) -> Run:
     ranks = start_ranks(recipe.seed)
     policy = load_policy(recipe.policy.path, dtype=torch.float32)
     policy.banned[policy.eos_ids] = True  # every completion is as long as was asked for, on both sides
-    add_lora(policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
+    add_lora(policy, **recipe.policy.lora.model_dump(), seed=recipe.seed)
     policy.train()
     processor = load_image_processor(
         recipe.policy.path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels

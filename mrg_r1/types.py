@@ -174,11 +174,14 @@ class Prompts:
 class VisionFeatures:
     """What the vision tower saw, once an image; every later pass of the step reuses it."""
 
-    # B, each [image tokens of the study, H] in prompt order, or wider (`policy.family.Family.encode_images`)
+    # B, each [image tokens of the study, H] in prompt order, or wider (`policy.family.Family.merge`)
     per_study: list[Tensor]
+    # B, what the tower had of each image before its merger, where the merger is trained and the tower is not
+    before_merger: list[list[Tensor]] | None = None
 
     def select(self, rows: Sequence[int]) -> VisionFeatures:
-        return VisionFeatures([self.per_study[b] for b in rows])
+        kept = None if self.before_merger is None else [self.before_merger[b] for b in rows]
+        return VisionFeatures([self.per_study[b] for b in rows], kept)
 
 
 @dataclass

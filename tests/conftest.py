@@ -111,9 +111,9 @@ def policy(tiny_policy_directory: Path) -> Policy:
     return load_policy(tiny_policy_directory, dtype=torch.float32)
 
 
-def with_lora(policy: Policy) -> Policy:
+def with_lora(policy: Policy, *, targets: str = "language") -> Policy:
     """A LoRA that is far from zero, the same wherever it is built and in whatever precision."""
-    add_lora(policy, rank=4, alpha=8, seed=0)
+    add_lora(policy, rank=4, alpha=8, seed=0, targets=targets)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():

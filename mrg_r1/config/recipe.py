@@ -101,6 +101,11 @@ class Recipe(Section):
                 f"grpo.minibatches {self.grpo.minibatches}: after the first update the prompts' states are those "
                 "of older weights; set it to false"
             )
+        if self.rollout.reuse_prefill and self.policy.lora.targets != "language":
+            raise ValueError(
+                f"rollout.reuse_prefill with policy.lora.targets {self.policy.lora.targets}: the prompts' states, kept "
+                "from the rollout, would have no gradient for merger and tower; set it to false"
+            )
         return self
 
     @model_validator(mode="after")

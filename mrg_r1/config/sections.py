@@ -79,6 +79,11 @@ class PromptSection(Section):
 class LoraSection(Section):
     rank: int = Field(32, ge=1, description="LoRA rank (published peers: 16 to 64). ours")
     alpha: int = Field(64, ge=1, description="LoRA alpha; the update is scaled by alpha / rank. ours")
+    targets: Literal["language", "language+merger", "all"] = Field(
+        "language",
+        description="The linear layers that LoRA is on: the language model's, those of the merger between tower and "
+        "language model too, or the tower's as well (docs/method.md). ours",
+    )
 
 
 class PolicySection(Section):
@@ -93,7 +98,7 @@ class PolicySection(Section):
         False, description="Recompute activations in the backward pass to save memory. ours"
     )
     lora: LoraSection = Field(
-        default_factory=LoraSection, description="LoRA on all linear layers of the language model. paper (LoRA)"
+        default_factory=LoraSection, description="LoRA on all linear layers that its targets name. paper (LoRA)"
     )
 
 

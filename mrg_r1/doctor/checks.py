@@ -24,7 +24,7 @@ from mrg_r1.engine.config import read_config
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.policy.adapter_files import read_adapter, require_fit
 from mrg_r1.policy.completeness import stored_tensors
-from mrg_r1.policy.family import shape_of
+from mrg_r1.policy.family import family_of, lora_pattern, shape_of
 from mrg_r1.types import Study
 
 _IMAGES = 8  # of each split that `mrg-r1 doctor` opens; a launch opens all (data.check_images)
@@ -153,6 +153,7 @@ def _policy(recipe: Recipe) -> str:
     path = recipe.policy.path
     check_checkpoint_directory(path)
     shape = shape_of(path)
+    lora_pattern(family_of(path), recipe.policy.lora.targets)
     try:
         stored = stored_tensors(path)
     except ValueError as error:

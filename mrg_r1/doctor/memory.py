@@ -57,6 +57,7 @@ class Workload:
     bucket: int = 50_000_000  # elements of ZeRO's reduction bucket
     labeler_bytes: int = 0  # the labeler's weights, where they lie on this device
     part: Literal["all", "rollout", "update"] = "all"  # the recipe's `phases`
+    lora_targets: str = "language"  # `policy.lora.targets`
 
     @property
     def cut(self) -> int:
@@ -112,7 +113,7 @@ def resting_parts(shape: PolicyShape, work: Workload) -> Parts:
     }
     if work.labeler_bytes:
         parts["labeler"] = work.labeler_bytes + _LABELER_TOKENS * _LABELER_VALUES * 4
-    trained = shape.parameters if work.lora_rank is None else shape.lora_parameters(work.lora_rank)
+    trained = _trained(shape, work)
     if work.lora_rank is not None:
         parts["LoRA"] = trained * b
     if work.task == "evaluate":
@@ -127,12 +128,21 @@ def resting_parts(shape: PolicyShape, work: Workload) -> Parts:
     return parts
 
 
+def _trained(shape: PolicyShape, work: Workload) -> int:
+    """Elements that are trained."""
+    return shape.parameters if work.lora_rank is None else shape.lora_parameters(work.lora_rank, work.lora_targets)
+
+
 def _image_parts(shape: PolicyShape, work: Workload, studies: int) -> Parts:
     """Pixels, float32, and features: both stay through a step."""
     tokens, vision = studies * work.image_tokens, shape.vision
+    kept = {}
+    if work.lora_rank is not None and work.lora_targets == "language+merger":
+        kept = {"what the merger starts from": tokens * vision.before_merger * work.bytes}
     return {
         "pixels": tokens * vision.patches * vision.patch_values * 4,
         "vision features": tokens * vision.out * work.bytes,
+        **kept,
     }
 
 
@@ -198,6 +208,7 @@ def _update_parts(shape: PolicyShape, work: Workload) -> Parts:
         if work.reuse_prefill
         else _prompt_graph(shape, work, studies),
         "hidden states at the head": 4 * own * shape.hidden * b,
+        **_vision_graph(shape, work, studies),
     }
     tokens = max(own, prompts)
     layer = tokens * (3 * shape.intermediate + 2 * shape.hidden) * b  # gradients of one layer's insides
@@ -211,6 +222,22 @@ def _update_parts(shape: PolicyShape, work: Workload) -> Parts:
     if work.stage == 3:
         chunk += shape.vocabulary * shape.hidden * b
     parts["logits, or a layer's backward"] = max(chunk, layer + held * shape.cache_values * b)
+    return parts
+
+
+def _vision_graph(shape: PolicyShape, work: Workload, studies: int) -> Parts:
+    """What the backward pass needs of merger and tower where LoRA is on them, of the studies of a pass."""
+    if work.lora_targets == "language":
+        return {}
+    b, vision, tokens = work.bytes, shape.vision, studies * work.image_tokens
+    recompute = work.recompute or work.stage == 3
+    # a merger's input normalised, its MLP before and after the activation; the features, cut and joined
+    merger = 3 * vision.before_merger + 2 * vision.out
+    parts = {"merger's graph": tokens * merger * b}
+    if work.lora_targets == "all":
+        one = tokens * vision.patches * b * (10 * vision.hidden + 4 * vision.intermediate)
+        rest = tokens * vision.patches * b * vision.hidden * vision.depth
+        parts["vision tower's graph"] = rest + one if recompute else vision.depth * one
     return parts
 
 
@@ -299,6 +326,7 @@ def workload_of(
         stage=2 if task == "evaluate" else zero["stage"],  # evaluation loads the policy whole
         world_size=world_size,
         lora_rank=None if trained_whole else recipe.policy.lora.rank,
+        lora_targets=recipe.policy.lora.targets,
         studies=rank_studies,
         group_size=recipe.grpo.group_size if task == "grpo" else 1,
         prompt_tokens=min(recipe.prompt.max_tokens, image_tokens + words),
@@ -323,7 +351,7 @@ def host_bytes(shape: PolicyShape, work: Workload, *, ranks_here: int) -> Parts:
     processes themselves.
     """
     b = work.bytes
-    trained = shape.parameters if work.lora_rank is None else shape.lora_parameters(work.lora_rank)
+    trained = _trained(shape, work)
     largest = max(shape.layer_matrices, shape.vocabulary * shape.hidden)
     parts = {
         PROCESSES: (2_000_000_000 if work.device == "cuda" else 1_000_000_000) * ranks_here,

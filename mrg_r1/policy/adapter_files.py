@@ -65,14 +65,15 @@ class Adapter:
     config: dict[str, Any]
     modules: dict[str, Low]
 
-    def describe(self) -> dict[str, Any]:
-        """What the record of an export says of it."""
+    def describe(self, lora_targets: Mapping[str, str]) -> dict[str, Any]:
+        """What the record of an export says of it; as `targets`, the family's name of its modules, or None."""
         return {
             "path": str(self.directory),
             "sha256": sha256_of(self.directory / _WEIGHTS),
             "rank": self.config["r"],
             "alpha": self.config["lora_alpha"],
             "modules": len(self.modules),
+            "targets": next((n for n, one in lora_targets.items() if one == self.config.get("target_modules")), None),
         }
 
 

@@ -46,8 +46,9 @@ class Family:
 
     `model` is always transformers' module of the checkpoint, without PEFT: the decoder is `model.model.language_model`,
     with `embed_tokens` (called, so that it may scale), `layers` and `norm`; the head is `model.lm_head`; LoRA wraps
-    linear layers inside `layers`. `config` is `model.config`. Letters of shapes: T packed tokens, R rows of a padded
-    batch, P prompt tokens, H the width of the decoder, D the size of a head (any, H need not be heads * D).
+    linear layers inside `layers`, and of the vision modules where `lora_targets` says so. `config` is `model.config`.
+    Letters of shapes: T packed tokens, R rows of a padded batch, P prompt tokens, H the width of the decoder, D the
+    size of a head (any, H need not be heads * D).
 
     The decoder is read anew after each update, so readings are cheap; weights under ZeRO-3 are there only inside the
     blocks in which a reading is called.
@@ -65,7 +66,9 @@ class Family:
     parts: Callable[[Any], list[nn.Module]]
     # The name in the module tree of a tensor as files store it: published ones may keep the names of an older tree.
     module_name: Callable[[str], str]
-    lora_targets: str  # a pattern for PEFT: the linear layers of the decoder, by full name
+    # By `policy.lora.targets`, a pattern for PEFT: linear layers by full name. `language`, the decoder's, is there
+    # always; `language+merger` and `all`, which has the tower's too, where the family's tower reads LoRA.
+    lora_targets: Mapping[str, str]
     # (config, tokenizer) -> ids that stand for pixels, out of sampling and scoring alike (docs/traps.md #11).
     banned_ids: Callable[[Any, Any], set[int]]
 
@@ -76,11 +79,14 @@ class Family:
     prompt_layout: Callable[[Any, Any], PromptLayout]
 
     # The vision tower.
-    vision_modules: Callable[[Any], list[nn.Module]]  # what `encode_images` reads
-    # (model, images, gathered) -> features of each image, [image tokens, H], or [image tokens, (1 + n) * H]: the first
-    # H are the tokens' embeddings, the other n are added to their rows after each of the first n layers (DeepStack).
-    # With gradients enabled and wanted by the tower's parameters they carry a graph.
-    encode_images: Callable[[Any, ImageInputs, Gathered], list[Tensor]]
+    vision_modules: Callable[[Any], list[nn.Module]]  # what `see` and `merge` read
+    mergers: Callable[[Any], list[nn.Module]]  # what `merge` reads: between the tower and the decoder
+    # (model, images, gathered, recompute) -> what the tower has of each image before its merger, whatever that is.
+    see: Callable[[Any, ImageInputs, Gathered, bool], list[Tensor]]
+    # (model, images, what `see` gave, gathered, recompute) -> features of each image, [image tokens, H], or
+    # [image tokens, (1 + n) * H]: the first H are the tokens' embeddings, the other n are added to their rows after
+    # each of the first n layers (DeepStack).
+    merge: Callable[[Any, ImageInputs, Sequence[Tensor], Gathered, bool], list[Tensor]]
 
     # The decoder.
     # (one of `layers`, config) -> the layer as raw tensors: q/k norms in its `heads`, further norms in its `finish`.
@@ -115,6 +121,20 @@ def find_family(model_type: str | None) -> Family:
         raise ValueError(f"model_type {model_type!r} is no family that loads; these do: {', '.join(family_names())}")
     family: Family = importlib.import_module(f"mrg_r1.policy.families.{model_type}").FAMILY
     return family
+
+
+def lora_pattern(family: Family, targets: str) -> str:
+    """The pattern of the linear layers that `policy.lora.targets` names.
+
+    Raises:
+        ValueError: the family has none of that name; says which it has.
+    """
+    if targets not in family.lora_targets:
+        raise ValueError(
+            f"policy.lora.targets {targets}: this policy's family has LoRA on {', '.join(family.lora_targets)} only; "
+            "name one of these"
+        )
+    return family.lora_targets[targets]
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""LoRA on the language model, by PEFT. The reference is the base model with adapters off: no second copy."""
+"""LoRA on the language model, and where asked for on merger and tower, by PEFT.
+
+The reference is the base model with adapters off: no second copy.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,23 @@ from safetensors.torch import load_file
 
 from mrg_r1.files import folder_filled
 from mrg_r1.policy.adapter_files import read_adapter
+from mrg_r1.policy.family import lora_pattern
 from mrg_r1.policy.weights import PolicyWeights
 
 
-def add_lora(policy: PolicyWeights, *, rank: int, alpha: int, seed: int) -> None:
-    """Put a fresh trainable LoRA on every linear layer of the language model; everything else stays frozen.
+def add_lora(policy: PolicyWeights, *, rank: int, alpha: int, seed: int, targets: str = "language") -> None:
+    """Put a fresh trainable LoRA on every linear layer that `targets` names; everything else stays frozen.
 
     The new parameters take the base weights' dtype, so that DeepSpeed keeps one fp32 master of each.
+
+    Args:
+        targets: the recipe's `policy.lora.targets`.
+
+    Raises:
+        ValueError: the policy's family has no such layers.
     """
-    targets = policy.family.lora_targets
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    pattern = lora_pattern(policy.family, targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=pattern, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # every rank starts from the same A, whatever it did before
         policy.model = get_peft_model(policy.model, config, autocast_adapter_dtype=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from mrg_r1.policy.images import encode_images
+from mrg_r1.policy.images import encode_again, encode_images
 from mrg_r1.policy.language import LanguageModel, PromptCache
 from mrg_r1.policy.logprobs import completion_logprobs
 from mrg_r1.policy.logprobs_trained import trained_logprobs
@@ -62,9 +62,9 @@ class Policy(PolicyWeights):
         with self.whole_decoder():
             yield self.read_language().merged() if self._sampler is None else self._sampler
 
-    def encode_images(self, prompts: Prompts) -> VisionFeatures:
+    def encode_images(self, prompts: Prompts, *, again: VisionFeatures | None = None) -> VisionFeatures:
         """Run the vision tower once for each image of the batch; see `images.encode_images`."""
-        return encode_images(self, prompts)
+        return encode_images(self, prompts, again=again)
 
     def forward(
         self,
@@ -75,9 +75,17 @@ class Policy(PolicyWeights):
         study_of_row: Tensor,
         states: PromptCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of completions; see `logprobs.completion_logprobs`."""
+        """Log-probs and entropies of completions; see `logprobs.completion_logprobs`.
+
+        Features without a graph are made again, with one, where LoRA is on what makes them: those of a rollout are of
+        the weights before the first update.
+        """
         if self.base.lm_head.weight.requires_grad:  # every parameter is trained, not LoRA
             return trained_logprobs(self, prompts, vision, token_ids, mask, study_of_row)
+        without_graph = torch.is_grad_enabled() and not any(one.requires_grad for one in vision.per_study)
+        if without_graph and self.adapts_vision:
+            assert states is None, "prompt states of features that change: the recipe refuses rollout.reuse_prefill"
+            vision = encode_again(self, prompts, vision, study_of_row.unique().tolist())
         return completion_logprobs(self, prompts, vision, token_ids, mask, study_of_row, states)
 
     def prompt_cache(self, prompts: Prompts, vision: VisionFeatures) -> PromptCache:

@@ -19,6 +19,14 @@ class VisionShape:
     patch_values: int  # numbers of a patch: channels, frames, rows, columns
     patches: int  # of an image token
     pixels: int  # of an image token
+    merger_sides: int  # inputs and outputs of the mergers' linear layers together: what LoRA of rank 1 has on them
+    block_sides: int  # of one of the tower's layers
+    mergers: int = 1  # the one at the tower's end, and DeepStack's within it
+
+    @property
+    def before_merger(self) -> int:
+        """Numbers of an image token before the mergers."""
+        return self.mergers * self.patches * self.hidden
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,17 @@ class PolicyShape:
     def parameters(self) -> int:
         return self.language_parameters + self.vision.parameters
 
-    def lora_parameters(self, rank: int) -> int:
-        """Of LoRA on q, k, v, o, gate, up and down of every layer (`policy/lora.py`)."""
+    def lora_parameters(self, rank: int, targets: str = "language") -> int:
+        """Of LoRA on q, k, v, o, gate, up and down of every layer, and on what else `policy.lora.targets` names
+        (`policy/lora.py`).
+        """
+        beyond = 0 if targets == "language" else self.vision.merger_sides
+        if targets == "all":
+            beyond += self.vision.depth * self.vision.block_sides
         heads, keys = self.heads * self.head_size, self.key_heads * self.head_size
         ends = [(self.hidden, heads), (self.hidden, keys), (self.hidden, keys), (heads, self.hidden)]
         ends += [(self.hidden, self.intermediate)] * 2 + [(self.intermediate, self.hidden)]
-        return self.layers * rank * sum(inner + outer for inner, outer in ends)
+        return rank * (self.layers * sum(inner + outer for inner, outer in ends) + beyond)
 
     @property
     def cache_values(self) -> int:

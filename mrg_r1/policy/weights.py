@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from jinja2 import TemplateError
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -71,6 +72,14 @@ class PolicyWeights(nn.Module):
     def language_model(self) -> Any:
         """The decoder's module: `embed_tokens`, `layers`, `norm`."""
         return self.base.model.language_model
+
+    @property
+    def adapts_vision(self) -> bool:
+        """Whether LoRA is on the merger or the tower: features then change with every update, and are the reference's
+        with adapters off only.
+        """
+        modules = self.family.vision_modules(self.base)
+        return any(isinstance(one, LoraLayer) for module in modules for one in module.modules())
 
     @property
     def device(self) -> torch.device:

@@ -59,6 +59,8 @@ def print_report(runs: Sequence[Path], *, control: Path | None = None) -> None:
         stage = f", ZeRO-{summary['zero_stage']}" if summary["zero_stage"] else ""  # none where nothing was learned
         labelers = sum(summary.get("labeler_cpu_seconds", {}).values())
         where = where_time_went(summary["seconds"], None, labelers)
+        targets = summary.get("lora_targets")
+        stage += f", LoRA on {targets}" if targets not in (None, "language") else ""
         ran = f"{summary['world_size']} ranks{stage}, seed {summary['seed']}; {where}"
         page = run / "page" / "index.html"
         console.print(ran, markup=False, highlight=False)

@@ -95,7 +95,8 @@ def sample_step(step: int, *, run: Run, loader: StudyLoader, reward_service: Rew
     with clock.phase("load"):
         prompts = loader.batch(step).to(run.ranks.device)  # B studies, on this rank
     with clock.phase("vision"):
-        vision = policy.encode_images(prompts)  # once an image, reused by every pass below
+        with torch.no_grad():  # an update that wants a graph makes its own (`Policy.forward`)
+            vision = policy.encode_images(prompts)  # once an image, reused by every pass below
     with clock.phase("rollout"):
         prefill = policy.prompt_cache(prompts, vision) if recipe.rollout.reuse_prefill else None
         completions = rollout(  # [B, G, C]
@@ -161,7 +162,7 @@ def saved_step(number: int, *, experience: SavedExperience, run: Run, clock: Clo
     with clock.phase("load"):
         studies = {study.id: study for study in run.studies["train"]}
         sampled, rewards = experience.read(number, build=run.build, studies=studies, ranks=run.ranks)
-    with clock.phase("vision"):
+    with clock.phase("vision"), torch.no_grad():
         vision = run.policy.encode_images(sampled.prompts)
     with clock.phase("prefill"):
         prefill = run.policy.prompt_cache(sampled.prompts, vision) if run.recipe.rollout.reuse_prefill else None
@@ -174,9 +175,11 @@ def frozen_logprobs(sampled: Sampled, vision: VisionFeatures, *, run: Run, clock
     """
     policy, grpo, budget = run.policy, run.recipe.grpo, run.recipe.engine.micro_batch_tokens
     if grpo.beta > 0 and sampled.reference_logp is None:
-        with clock.phase("reference"), reference(policy):  # adapters off
+        with clock.phase("reference"), reference(policy), torch.no_grad():  # adapters off
+            # the images too, where an adapter has been at work on them
+            seen = policy.encode_images(sampled.prompts, again=vision) if policy.adapts_vision else vision
             sampled.reference_logp = group_logprobs(
-                policy, sampled.prompts, vision, sampled.completions, token_budget=budget
+                policy, sampled.prompts, seen, sampled.completions, token_budget=budget
             )
     # later updates need the rollout's log-probs; a single one has them at hand (docs/traps.md #16)
     if grpo.inner_iterations * grpo.minibatches > 1 and sampled.old_logp is None:
@@ -286,7 +289,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
             experience = open_experience(recipe.experience, recipe)
 
     def make_trainable(run: Run) -> None:
-        add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
+        add_lora(run.policy, **recipe.policy.lora.model_dump(), seed=recipe.seed)
         if experience is not None and experience.adapter is not None:
             restore_adapter(run.policy, experience.adapter)
 

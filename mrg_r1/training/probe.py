@@ -23,6 +23,7 @@ from mrg_r1.engine.ranks import OneRank
 from mrg_r1.evaluation.probe import Sample, measure, outlook, verdict
 from mrg_r1.grpo.advantages import without_signal
 from mrg_r1.grpo.loss import Metrics
+from mrg_r1.policy.family import family_of, lora_pattern
 from mrg_r1.policy.lora import add_lora
 from mrg_r1.policy.policy import Policy
 from mrg_r1.reward.service.interface import RewardService
@@ -76,6 +77,7 @@ def probe(recipe: Recipe, *, studies: int, updates: bool = True) -> dict[str, An
         RewardError: the labeler or a term fails.
     """
     check_recipe(recipe, world_size=1, task="grpo")
+    lora_pattern(family_of(recipe.policy.path), recipe.policy.lora.targets)
     chosen, train = _studies(recipe, studies)
     ranks = OneRank("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="mrg-r1-probe-") as folder:
@@ -84,7 +86,7 @@ def probe(recipe: Recipe, *, studies: int, updates: bool = True) -> dict[str, An
         try:
             policy = open_policy(recipe, ranks, None)
             # B is 0: the policy as it was, with what a step trains
-            add_lora(policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
+            add_lora(policy, **recipe.policy.lora.model_dump(), seed=recipe.seed)
             build = open_builder(recipe, ranks, policy)
             for study in chosen:
                 build.check_context(study)

@@ -25,6 +25,7 @@ from mrg_r1.data.workers import process_study
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS
 from mrg_r1.metrics.ranking import auc
+from mrg_r1.policy.images import image_features
 from mrg_r1.policy.load import load_image_processor, load_policy, save_policy
 from mrg_r1.policy.policy import Policy
 from mrg_r1.types import ImageInputs, Study
@@ -237,8 +238,7 @@ class _Sight:
         single = ImageInputs(
             {n: t.float() if t.is_floating_point() else t for n, t in images.tensors.items()}, images.rows
         )
-        features = self.policy.family.encode_images(self.policy.base, single, self.policy.gathered)
-        tokens = torch.stack(features)
+        tokens = torch.stack(image_features(self.policy, single))
         return tokens.mean(1) if self.pooled else tokens.flatten(1)
 
     def logits(self, films: Films, chosen: Sequence[int]) -> Tensor:

@@ -142,7 +142,7 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     def make_trainable(run: Run) -> None:
         check_reports(run)
         if recipe.sft.trainable == "lora":
-            add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
+            add_lora(run.policy, **recipe.policy.lora.model_dump(), seed=recipe.seed)
         else:
             run.policy.requires_grad_(True)
 

@@ -186,6 +186,7 @@ class RunState:
                 "zero_stage": None if self.engine_if_any is None else self.engine_if_any.stage,
                 "seed": run.recipe.seed,
                 "control": run.recipe.control,
+                "lora_targets": _lora_targets(run),
                 "note": f"{rendered} of {after['n']} test studies are rendered phantoms"
                 if after and rendered
                 else None,
@@ -249,6 +250,8 @@ def start_training(
     state = open_state(run, signals, clock, record=record, batch_size=batch_size, engine=engine, before=before)
     if recipe.control is not None:
         state.log.say(f"control: {control_words(recipe)}")
+    if _lora_targets(run) not in (None, "language"):
+        state.log.say(f"LoRA on {_lora_targets(run)}")
     if state.start:
         state.log.say(f"resuming {run.directory} after step {state.start} of {recipe.steps}")
         reasons = what_rounds_otherwise(record, recipe, world_size=ranks.world_size, stage=engine.stage)
@@ -283,6 +286,12 @@ def open_state(
         best=record.get("best"),
         skipped_in_a_row=record.get("skipped_in_a_row", 0),
     )
+
+
+def _lora_targets(run: Run) -> str | None:
+    """None where every parameter is trained."""
+    whole = run.task == "sft" and run.recipe.sft.trainable == "all"
+    return None if whole else run.recipe.policy.lora.targets
 
 
 def _evaluates(recipe: Recipe) -> bool:

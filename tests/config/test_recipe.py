@@ -137,6 +137,17 @@ def test_a_threshold_is_a_number_or_one_by_observation_or_auto(recipe_file, tmp_
     assert load_recipe(tmp_path / "again.yaml") == recipe
 
 
+def test_a_prefill_is_not_kept_where_lora_is_on_what_makes_its_features(recipe_file):
+    for targets in ("language+merger", "all"):
+        overrides = [f"policy.lora.targets={targets}", "rollout.reuse_prefill=true"]
+        with pytest.raises(RecipeError, match=re.escape(f"rollout.reuse_prefill with policy.lora.targets {targets}: ")):
+            load_recipe(recipe_file, overrides)
+        assert load_recipe(recipe_file, overrides[:1]).policy.lora.targets == targets
+    assert load_recipe(recipe_file, ["rollout.reuse_prefill=true"]).policy.lora.targets == "language"
+    with pytest.raises(RecipeError, match=r"policy.lora.targets: .*'language', 'language\+merger' or 'all'.*'merger'"):
+        load_recipe(recipe_file, ["policy.lora.targets=merger"])
+
+
 def test_several_problems_are_listed_at_once(recipe_file):
     message = refused(recipe_file, "grpo.beta=-1", "stps=3")
     assert "2 problem(s)" in message and "grpo.beta" in message and "did you mean steps?" in message

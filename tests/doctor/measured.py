@@ -35,6 +35,18 @@ CASES = {
         Task(side=448, studies=4, group=8, new_tokens=256, micro_batch=10_000),
         {"hidden": 256, "recompute": False, "reuse": True},
     ),
+    "merger": (
+        Task(side=448, studies=4, group=4, new_tokens=32, micro_batch=10_000),
+        {"hidden": 256, "recompute": False, "reuse": False, "targets": "language+merger"},
+    ),
+    "tower": (
+        Task(side=448, studies=4, group=4, new_tokens=32, micro_batch=10_000),
+        {"hidden": 256, "recompute": False, "reuse": False, "targets": "all"},
+    ),
+    "tower recomputed": (
+        Task(side=448, studies=4, group=4, new_tokens=32, micro_batch=10_000),
+        {"hidden": 256, "recompute": True, "reuse": False, "targets": "all"},
+    ),
 }
 MB = 1024 * 1024
 
@@ -78,6 +90,7 @@ def compare(case: str, folder: Path) -> dict[str, dict[str, float]]:
     recipe = make_recipe(folder, task)
     recipe.rollout.reuse_prefill = options["reuse"]
     recipe.policy.gradient_checkpointing = options["recompute"]
+    recipe.policy.lora.targets = options.get("targets", "language")
     _warm_up(folder / "warm")
     before = resident_mb()
     run = make_run(recipe, folder, task)
@@ -105,6 +118,7 @@ def compare(case: str, folder: Path) -> dict[str, dict[str, float]]:
         reuse_prefill=options["reuse"],
         evaluated=0,
         device="cpu",
+        lora_targets=recipe.policy.lora.targets,
     )
     predicted = predict(shape, work)
     return {

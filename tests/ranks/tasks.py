@@ -52,12 +52,14 @@ def reduce_unequal(ranks: Ranks) -> dict[str, float | None]:
     return ranks.reduce_metrics(metrics)
 
 
-def fixed_policy(directory: str, *, config: Path | None = None, dtype: torch.dtype = torch.float32) -> Policy:
+def fixed_policy(
+    directory: str, *, config: Path | None = None, dtype: torch.dtype = torch.float32, targets: str = "language"
+) -> Policy:
     """The tiny policy with a LoRA that is far from zero, the same wherever it is built; cut over the ranks where
     `config` is of stage 3.
     """
     partition = None if config is None else RankPartition.of_config(config, device=torch.device("cpu"), dtype=dtype)
-    return with_lora(load_policy(Path(directory), dtype=dtype, partition=partition))
+    return with_lora(load_policy(Path(directory), dtype=dtype, partition=partition), targets=targets)
 
 
 def prompts_of(policy: Policy, directory: str, images: str, studies: list[int]) -> tuple[Prompts, VisionFeatures]:
@@ -72,7 +74,8 @@ def prompts_of(policy: Policy, directory: str, images: str, studies: list[int]) 
     folder = Path(images)
     folder.mkdir(exist_ok=True)
     prompts = build([make_study(folder, "abcd"[b], SIDES[b]) for b in studies])
-    return prompts, policy.encode_images(prompts)
+    with torch.no_grad():
+        return prompts, policy.encode_images(prompts)
 
 
 def fixed_experience(policy: Policy, directory: str, images: str, studies: list[int]) -> Experience:
@@ -100,7 +103,7 @@ def fixed_experience(policy: Policy, directory: str, images: str, studies: list[
 def update_on_ranks(ranks: Ranks, *, directory: str, images: str, recipe: str, overrides: list[str]) -> dict[str, Any]:
     """Two updates on this rank's two of the four studies; losses, gradient norms and the weights after them."""
     settings = load_recipe(Path(recipe), overrides)
-    policy = fixed_policy(directory, config=settings.engine.deepspeed)
+    policy = fixed_policy(directory, config=settings.engine.deepspeed, targets=settings.policy.lora.targets)
     if settings.policy.gradient_checkpointing:
         policy.checkpoint_gradients()
     experience = fixed_experience(policy, directory, images, [2 * ranks.rank, 2 * ranks.rank + 1])
@@ -129,7 +132,9 @@ def start_engine(
 ) -> tuple[Engine, Experience, Any]:
     """An engine around the fixed policy, and this rank's two of the four studies."""
     settings, precision = load_recipe(Path(recipe), overrides), getattr(torch, dtype)
-    policy = fixed_policy(directory, config=settings.engine.deepspeed, dtype=precision)
+    policy = fixed_policy(
+        directory, config=settings.engine.deepspeed, dtype=precision, targets=settings.policy.lora.targets
+    )
     # no pass needs it; it is there because its three elements do not divide over two ranks
     policy.odd = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=precision))
     experience = fixed_experience(policy, directory, images, [2 * ranks.rank, 2 * ranks.rank + 1])
@@ -249,6 +254,7 @@ def weights_in_memory(ranks: Ranks, **setting: Any) -> dict[str, Any]:
         "left": sum(size for reference, size in whole if not reference.expired()),
         "most": most,
         "layer": layer,
+        "merger": sum(p.ds_numel for p in policy.base.model.visual.merger.parameters() if not p.requires_grad),
         "embeddings": policy.language_model.embed_tokens.weight.ds_numel,
         "layers": len(policy.language_model.layers),
     }

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
+from tests.conftest import FAMILIES
+from tests.policy.test_logprobs_trained import modules_features
 from tests.ranks.tasks import GROUP, fixed_experience, fixed_policy
 
 pytestmark = pytest.mark.ranks
@@ -23,9 +25,9 @@ reward: {{labeler: none}}
 """
 
 
-def oracle(directory: Path, images: Path, aggregation: str) -> tuple[float, float]:
+def oracle(directory: Path, images: Path, aggregation: str, targets: str = "language") -> tuple[float, float]:
     """Loss and gradient norm of the whole batch in one process, written row by row from docs/method.md §3."""
-    policy = fixed_policy(str(directory))
+    policy = fixed_policy(str(directory), targets=targets)
     experience = fixed_experience(policy, str(directory), str(images), [0, 1, 2, 3])
     done = experience.completions
     length = done.token_ids.shape[2]
@@ -33,7 +35,7 @@ def oracle(directory: Path, images: Path, aggregation: str) -> tuple[float, floa
     logp, _ = completion_logprobs_plain(
         policy,
         experience.prompts,
-        experience.vision,
+        modules_features(policy, experience.prompts),
         done.token_ids.view(-1, length),
         done.mask.view(-1, length),
         rows_of,
@@ -104,6 +106,43 @@ def test_loss_and_gradient_are_the_same_however_the_batch_is_cut(pool, tiny_poli
             assert answer["norms"][0] == pytest.approx(norm, rel=2e-5)
             weights.append(torch.tensor(answer["weights"]))
     for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [  # the rest of the table is slow, not other
+        pytest.param(family, targets, marks=[] if targets == "all" else pytest.mark.slow)
+        for family in FAMILIES
+        for targets in ("language+merger", "all")
+    ],
+)
+def test_lora_on_merger_and_tower_moves_alike_under_every_stage(pool, tiny_policies, tmp_path, family, targets):
+    """Two ranks, ZeRO 1 to 3, against transformers' modules in one process."""
+    recipe, directory = tmp_path / "recipe.yaml", tiny_policies(family)
+    recipe.write_text(RECIPE.format(out=tmp_path))
+    loss, norm = oracle(directory, tmp_path / "images", "grpo", targets)
+    weights = []
+    for budget, stage, recompute in [(70, 1, False), (70, 2, False), (70, 3, False), (10_000, 3, False), (70, 2, True)]:
+        overrides = [
+            f"policy.lora.targets={targets}",
+            f"engine.micro_batch_tokens={budget}",
+            f"engine.deepspeed=ds_configs/zero{stage}.json",
+            f"policy.gradient_checkpointing={recompute}",
+        ]
+        answers = pool.run(
+            "update_on_ranks",
+            directory=str(directory),
+            images=str(tmp_path / "images"),
+            recipe=str(recipe),
+            overrides=overrides,
+        )
+        for answer in answers:
+            assert answer["losses"][0] == pytest.approx(loss, abs=5e-6)
+            assert answer["norms"][0] == pytest.approx(norm, rel=5e-5)
+            weights.append(torch.tensor(answer["weights"]))
+    for other in weights[1:]:
+        # a step of Adam is as long for a gradient that is next to nothing, whose rounding then shows
         torch.testing.assert_close(other, weights[0], atol=2e-5, rtol=0)
 
 

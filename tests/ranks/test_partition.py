@@ -22,17 +22,23 @@ def setting(tiny_policy_directory, tmp_path) -> dict[str, str]:
     return {"directory": str(tiny_policy_directory), "images": str(tmp_path / "images"), "recipe": str(recipe)}
 
 
-def test_frozen_weights_are_parts_and_never_all_whole_in_an_update(pool, setting):
+@pytest.mark.parametrize("targets", ["language", "all"])
+def test_frozen_weights_are_parts_and_never_all_whole_in_an_update(pool, setting, targets):
     """A rank holds half of them at rest; in a pass a layer at a time, or the embeddings, is whole, and autograd keeps
     none of it.
     """
-    overrides = ["engine.deepspeed=ds_configs/zero3.json", "engine.micro_batch_tokens=70"]
+    overrides = [
+        f"policy.lora.targets={targets}",
+        "engine.deepspeed=ds_configs/zero3.json",
+        "engine.micro_batch_tokens=70",
+    ]
     for answer in pool.run("weights_in_memory", **setting, overrides=overrides):
         assert answer["parts"] == pytest.approx(answer["total"] / 2, rel=0.01)
         assert answer["absent"] > 0.95 * answer["total"], "only small parameters stay whole"
         assert answer["left"] < 0.05 * answer["total"]
         # in a layer's backward pass: its weights as they were brought together, and as the recomputation has saved them
-        assert answer["layer"] <= answer["most"] <= 1.2 * max(answer["layer"], answer["embeddings"])
+        largest = max(answer["layer"], answer["embeddings"], answer["merger"] if targets == "all" else 0)
+        assert answer["layer"] <= answer["most"] <= 1.2 * largest
         assert answer["most"] < 0.5 * answer["total"]
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from mrg_r1.tracking.report import print_report
+
 pytestmark = pytest.mark.ranks
 
 
@@ -97,6 +99,44 @@ def test_members_of_a_group_stand_together_with_their_terms(pool, world, tmp_pat
         assert logged["reward/total"] == pytest.approx(
             0.75 * logged["reward/mccs"] + 0.25 * logged["reward/length"], abs=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("targets", "stage"),
+    [("all", 2), ("language+merger", 3)]
+    + [pytest.param(*more, marks=pytest.mark.slow) for more in (("all", 3), ("language+merger", 2), ("all", 1))],
+)
+def test_a_run_that_trains_merger_or_tower_is_interrupted_and_ends(pool, world, tmp_path, capsys, targets, stage):
+    """Cold start by SFT of the same targets, merged; minibatches, groups sampled again, validation, a resume."""
+    sft, straight, stopped = tmp_path / "sft", tmp_path / "straight", tmp_path / "stopped"
+    same = [f"policy.lora.targets={targets}", f"engine.deepspeed=ds_configs/zero{stage}.json"]
+    few = ["evaluation.max_test_studies=4", "evaluation.max_studies=4"]
+    overrides = [*same, "steps=2", "rollout.max_new_tokens=80", "evaluation.test=false"]
+    pool.run("sft", recipe=str(world.recipe(sft)), overrides=overrides)
+    grpo = [*same, *few, f"policy.adapter={sft}/adapter", "grpo.minibatches=2", "grpo.max_resample=1"]
+    grpo += ["evaluation.every=2", "grpo.beta=0.1"]
+    pool.run("train", recipe=str(world.recipe(straight)), overrides=[*grpo, "steps=2"])
+    pool.run("train", recipe=str(world.recipe(stopped)), overrides=[*grpo, "steps=1", "evaluation.test=false"])
+    (stopped / "summary.json").unlink()
+    pool.run("train", recipe=str(world.recipe(stopped)), overrides=[*grpo, "steps=2"])
+    # a validation at the end of the first step chose it, where it was the last
+    rows = [
+        [{name: value for name, value in row.items() if not name.startswith("validation")} for row in metrics(run)]
+        for run in (straight, stopped)
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+    assert rows[0][0]["sampling/logp_gap"] < 1e-4 and rows[0][1]["policy/kl"] > 0
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["lora_targets"] == targets and summary["status"] == "complete"
+    assert f"LoRA on {targets}" in (straight / "page/index.html").read_text()
+    capsys.readouterr()
+    print_report([straight])
+    assert f"ZeRO-{stage}, LoRA on {targets}" in capsys.readouterr().out
+    for run in (sft, straight):
+        learned = load_file(run / "checkpoints/step_2/state.safetensors")
+        moved = [name for name, one in learned.items() if "live" in name and "lora_B" in name and one.abs().max() > 0]
+        assert any("visual" in name and "merger" in name for name in moved)
+        assert any("visual.blocks" in name for name in moved) == (targets == "all")
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,25 @@ def test_the_update_that_is_timed_changes_no_sample(recipe):
     assert learned == plain
 
 
+@pytest.mark.parametrize("targets", ["language+merger", "all"])
+def test_what_lora_is_on_is_learned_in_the_update_that_is_timed(recipe, monkeypatch, targets):
+    """And changes no sample: LoRA adds nothing at its start."""
+    learned, inner = [], probing._Unlearning.backward
+
+    def backward(self, loss_share, *, last):
+        inner(self, loss_share, last=last)
+        learned.extend(n for n, one in self.policy.named_parameters() if one.grad is not None and one.grad.any())
+
+    monkeypatch.setattr(probing._Unlearning, "backward", backward)
+    found, plain = (
+        probe(recipe(*more), studies=8, updates=bool(more)) for more in ([f"policy.lora.targets={targets}"], [])
+    )
+    assert any("merger" in name for name in learned) and any("blocks" in name for name in learned) == (targets == "all")
+    for result in (found, plain):
+        del result["step"]
+    assert found == plain
+
+
 def test_more_studies_than_there_are_is_all_of_them(recipe):
     assert probe(recipe(), studies=100, updates=False)["studies"] == 8
     one = probe(recipe(), studies=1, updates=False)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 
 import mrg_r1.training.run as run_module
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.study import ManifestError, read_manifest, write_manifest
+from mrg_r1.policy.family import find_family
 from mrg_r1.training.preflight import is_finished
+from mrg_r1.training.probe import probe
 from mrg_r1.training.run import open_run
 from tests.conftest import OneRank
 
@@ -109,6 +112,16 @@ def test_a_batch_that_does_not_divide_is_refused(world, tmp_path, no_model):
 def test_what_stage_3_cannot_do_is_refused(world, tmp_path, no_model, override, task, message):
     with pytest.raises(RecipeError, match=message):
         opened(world, tmp_path, "engine.deepspeed=ds_configs/zero3.json", override, task=task)
+
+
+def test_lora_targets_that_the_family_lacks_are_refused(world, tmp_path, no_model, monkeypatch):
+    family = find_family("qwen2_5_vl")
+    poorer = replace(family, lora_targets={"language": family.lora_targets["language"]})
+    monkeypatch.setattr("mrg_r1.policy.families.qwen2_5_vl.FAMILY", poorer)
+    text = refused(world, tmp_path, "policy.lora.targets=language+merger")
+    assert "policy.lora.targets language+merger: this policy's family has LoRA on language only" in text
+    with pytest.raises(ValueError, match=r"policy.lora.targets all: this policy's family"):
+        probe(load_recipe(world.recipe(tmp_path / "run"), ["policy.lora.targets=all"]), studies=2)
 
 
 def test_a_deepspeed_configuration_that_cannot_be_run_is_refused(world, tmp_path, no_model):

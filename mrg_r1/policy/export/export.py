@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -64,16 +64,16 @@ def export(
     if len(outputs) == 2 and outputs[0].resolve() == outputs[1].resolve():
         raise ValueError(f"{outputs[0]}: the merged checkpoint and the adapter cannot be the same folder")
     _require_adapter(run)
-    tied = shape_of(policy).tied
+    tied, family = shape_of(policy).tied, family_of(policy)
     adapters = [read_adapter(path, tied=tied) for path in (cold_start, run / "adapter") if path is not None]
-    layout, module_name, stored = read_layout(policy), family_of(policy).module_name, stored_tensors(policy)
+    layout, module_name, stored = read_layout(policy), family.module_name, stored_tensors(policy)
     for one in adapters:
         require_fit(one, stored, policy)
     _require_space(
         ([(merged, checkpoint_bytes(policy, layout))] if merged else [])
         + ([(adapter, _adapter_bytes(adapters))] if adapter else [])
     )
-    record = _record(run, policy, cold_start, adapters)
+    record = _record(run, policy, cold_start, adapters, family.lora_targets)
     if adapter is not None:
         with _new_folder(adapter) as folder:
             _write_adapter(folder, adapters, policy)
@@ -182,15 +182,17 @@ def _require_space(needed: Sequence[tuple[Path, int]]) -> None:
             )
 
 
-def _record(run: Path, policy: Path, cold_start: Path | None, adapters: Sequence[Adapter]) -> dict[str, Any]:
+def _record(
+    run: Path, policy: Path, cold_start: Path | None, adapters: Sequence[Adapter], names: Mapping[str, str]
+) -> dict[str, Any]:
     summary = run / "summary.json"
     best = json.loads(summary.read_text(encoding="utf-8")).get("best") if summary.is_file() else None
     return {
         "run": str(run),
         "step": None if best is None else best["step"],  # None: the run has not ended, its adapter is the best so far
         "policy": str(policy),
-        "cold_start": None if cold_start is None else adapters[0].describe(),
-        "adapter": adapters[-1].describe(),
+        "cold_start": None if cold_start is None else adapters[0].describe(names),
+        "adapter": adapters[-1].describe(names),
         "versions": {"mrg-r1": __version__}
         | {name: metadata.version(name) for name in ("torch", "safetensors", "transformers", "peft")},
     }

@@ -18,6 +18,18 @@ LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 _VISION_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
 
+def lora_targets(*, merger: str, tower: str) -> dict[str, str]:
+    """What `policy.lora.targets` may name. The tower's first layer, a convolution, and its learned positions are left
+    out: they are read as raw weights, which no LoRA would reach.
+    """
+    with_merger = rf"{LORA_TARGETS}|.*visual\.{merger}"
+    return {
+        "language": LORA_TARGETS,
+        "language+merger": with_merger,
+        "all": rf"{with_merger}|.*visual\.blocks\.\d+\.{tower}",
+    }
+
+
 def load_model(kind: type[PreTrainedModel], path: Path, dtype: torch.dtype) -> nn.Module:
     """A directory as a module of class `kind`."""
     model: nn.Module = kind.from_pretrained(

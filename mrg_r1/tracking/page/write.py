@@ -176,6 +176,8 @@ def _facts(
     ranks = summary.get("world_size") or environment.get("world_size")
     facts += [f"{ranks} rank{'s' * (ranks != 1)}"] if ranks else []
     facts += [f"ZeRO-{summary['zero_stage']}"] if summary.get("zero_stage") else []
+    targets = summary.get("lora_targets")
+    facts += [f"LoRA on {targets}"] if targets not in (None, "language") else []
     facts += [f"seed {summary.get('seed', environment.get('seed'))}"] if environment or summary else []
     facts += [f"{summary['training_seconds'] / 60:,.1f} minutes of training"] if summary.get("training_seconds") else []
     if best := summary.get("best"):

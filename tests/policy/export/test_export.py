@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from mrg_r1.policy import checkpoint_files
 from mrg_r1.policy.checkpoint_files import read_layout
 from mrg_r1.policy.export import export
+from mrg_r1.policy.family import family_of
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import load_adapter, merge_adapter, save_adapter
 from mrg_r1.policy.qwen_vl.checkpoint import LORA_TARGETS
@@ -117,6 +118,29 @@ def test_plain_transformers_and_plain_peft_give_the_policys_logits(
     torch.testing.assert_close(logits(adapted, prompts), expected, atol=1e-5, rtol=0)
 
 
+@each_family
+@pytest.mark.parametrize("targets", ["language+merger", "all"])
+def test_merger_and_tower_leave_with_the_decoder(tiny_policy_directory, tmp_path, studies, build, targets):
+    """As PEFT gives it on transformers' modules: images at more than one place of the tower."""
+    base, run = tiny_policy_directory, tmp_path / "run"
+    pattern = family_of(base).lora_targets[targets]
+    write_adapter(base, run / "adapter", rank=4, alpha=8, seed=1, targets=pattern)
+    cold = cold_start(base, tmp_path, targets=pattern)
+    policy = policy_of_run(run, base, cold)
+    prompts = one_study(policy, studies, build)
+    expected = logits(policy.model, prompts)
+    export_run(run, base, cold=cold, merged=tmp_path / "out/merged", adapter=tmp_path / "out/adapter")
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out/merged")
+    torch.testing.assert_close(logits(merged, prompts), expected, atol=1e-5, rtol=0)
+    adapted = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), tmp_path / "out/adapter")
+    torch.testing.assert_close(logits(adapted, prompts), expected, atol=1e-5, rtol=0)
+    source, result = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out/merged"))
+    changed = {name for name in source if ".visual." in f".{name}" and not torch.equal(source[name], result[name])}
+    assert all(".merger." in name or "deepstack" in name or targets == "all" for name in changed)
+    assert not any("patch_embed" in name or "pos_embed" in name for name in changed) and len(changed) >= 2
+    assert json.loads((tmp_path / "out/merged/mrg_r1_export.json").read_text())["adapter"]["targets"] == targets
+
+
 def test_the_merged_checkpoint_is_a_policy_with_its_tokenizer_and_processor(
     run, tiny_policy_directory, tmp_path, studies, build
 ):
@@ -157,7 +181,8 @@ def test_the_record_says_what_was_merged(run, tiny_policy_directory, tmp_path):
     record = json.loads((tmp_path / "merged/mrg_r1_export.json").read_text())
     assert record["step"] == 30 and record["run"] == str(run) and record["kind"] == "merged"
     digest = hashlib.sha256((run / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
-    assert record["adapter"] == {"path": str(run / "adapter"), "sha256": digest, "rank": 4, "alpha": 8, "modules": 14}
+    of_run = {"path": str(run / "adapter"), "sha256": digest, "rank": 4, "alpha": 8, "modules": 14}
+    assert record["adapter"] == of_run | {"targets": "language"}
     assert record["cold_start"]["rank"] == 6 and record["versions"]["peft"]
     (run / "summary.json").unlink()  # of a run that goes on
     export_run(run, tiny_policy_directory, adapter=tmp_path / "again")

@@ -55,4 +55,6 @@ def _vision(vision: Mapping[str, Any]) -> VisionShape:
         patch_values=patch_values,
         patches=merge**2,
         pixels=(side * merge) ** 2,
+        merger_sides=2 * wide + wide + out,
+        block_sides=4 * hidden + 2 * hidden + 3 * (hidden + intermediate),  # qkv, proj; gate, up, down
     )

@@ -6,6 +6,7 @@ layers). That both give the same features, and the same gradients where the towe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,21 +28,38 @@ def modules(model: Any) -> list[nn.Module]:
     return [model.model.visual]
 
 
-def encode_images(model: Any, images: ImageInputs, gathered: Gathered) -> list[Tensor]:
-    """[merged patches, H] of each image; with a graph where gradients are enabled and the tower's parameters want
-    them.
-    """
-    visual, pixels, grids = model.model.visual, images.tensors[PIXELS], images.tensors[GRIDS]
-    trained = any(parameter.requires_grad for parameter in visual.parameters())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-        recompute = torch.is_grad_enabled() and model.is_gradient_checkpointing
-        return run_tower(visual, pixels, grids, gathered=gathered, recompute=recompute)
+def mergers(model: Any) -> list[nn.Module]:
+    return [model.model.visual.merger]
+
+
+def see(model: Any, images: ImageInputs, gathered: Gathered, recompute: bool) -> list[Tensor]:
+    """[patches, hidden] of each image, in the order of its windows."""
+    return run_tower(
+        model.model.visual, images.tensors[PIXELS], images.tensors[GRIDS], gathered=gathered, recompute=recompute
+    )
+
+
+def merge(model: Any, images: ImageInputs, seen: Sequence[Tensor], gathered: Gathered, recompute: bool) -> list[Tensor]:
+    """[merged patches, H] of each image, in the order of its image tokens."""
+    visual, grids = model.model.visual, images.tensors[GRIDS].tolist()
+    windows = _windows_of(visual.config, grids)
+    order = _order(windows, seen[0].device)
+
+    def run(x: Tensor) -> Tensor:
+        with gathered(visual.merger):
+            merged: Tensor = visual.merger.mlp(_norm(visual.merger.ln_q, x).view(len(order), -1))
+            return merged
+
+    x = torch.cat(list(seen))
+    merged = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
+    return list(merged[order.argsort()].split([len(image.order) for image in windows]))
 
 
 def run_tower(
     visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered, recompute: bool = False
 ) -> list[Tensor]:
-    """The tower's forward (Qwen2.5-VL, arXiv 2502.13923, section 2.1.1) over all images at once, packed.
+    """The tower's forward up to its merger (Qwen2.5-VL, arXiv 2502.13923, section 2.1.1) over all images at once,
+    packed.
 
     Args:
         visual: the checkpoint's vision module; its weights are used, its attention is not.
@@ -51,23 +69,18 @@ def run_tower(
         recompute: gradient checkpointing: keep each block's input only.
 
     Returns:
-        A tensor [merged patches, H] for each image.
+        A tensor [patches, hidden] for each image, in the order of its windows.
     """
     config, device = visual.config, pixels.device
     merge, heads = config.spatial_merge_size, config.num_heads
-    cells = config.window_size // merge // config.patch_size  # merged patches on a window's side
-    images = [_Windows.of(grid, merge=merge, cells=cells) for grid in grids.tolist()]
+    images = _windows_of(config, grids.tolist())
     frames = SeqLens(tuple(length for image in images for length in image.frames), device)
     windows = SeqLens(tuple(length for image in images for length in image.windows), device)
 
     with gathered(visual.patch_embed):
         weight = visual.patch_embed.proj.weight  # a convolution whose stride is its kernel is a matrix product
         x = F.linear(pixels.to(weight.dtype), weight.flatten(1))
-    starts = [0]
-    for image in images:
-        starts.append(starts[-1] + len(image.order))
-    # of merged patches
-    order = torch.cat([image.order + start for image, start in zip(images, starts[:-1], strict=True)]).to(device)
+    order = _order(images, device)
     x = x.view(len(order), merge**2, -1)[order].flatten(0, 1)
     size = x.shape[1] // heads
     frequencies = _ROTARY_BASE ** (-torch.arange(0, size // 2, 2, device=device).float() / (size // 2))  # [size / 4]
@@ -88,11 +101,21 @@ def run_tower(
 
     for number in range(len(visual.blocks)):
         x = checkpoint(run_block, number, x, use_reentrant=False) if recompute else run_block(number, x)
-    with gathered(visual.merger):
-        merger = visual.merger
-        merged = merger.mlp(_norm(merger.ln_q, x).view(len(order), -1))
-    features = merged[order.argsort()]
-    return list(features.split([len(image.order) for image in images]))
+    return list(x.split([len(image.places) for image in images]))
+
+
+def _windows_of(config: Any, grids: Sequence[list[int]]) -> list[_Windows]:
+    merge = config.spatial_merge_size
+    cells = config.window_size // merge // config.patch_size  # merged patches on a window's side
+    return [_Windows.of(grid, merge=merge, cells=cells) for grid in grids]
+
+
+def _order(images: Sequence[_Windows], device: torch.device) -> Tensor:
+    """[merged patches of all images] int64: where each, in the order of the windows, comes from."""
+    starts = [0]
+    for image in images:
+        starts.append(starts[-1] + len(image.order))
+    return torch.cat([image.order + start for image, start in zip(images, starts[:-1], strict=True)]).to(device)
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:

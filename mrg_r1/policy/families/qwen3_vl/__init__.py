@@ -2,7 +2,7 @@
 
 from mrg_r1.policy.families.qwen3_vl import checkpoint, decoder, shape, tiny, vision
 from mrg_r1.policy.family import Family
-from mrg_r1.policy.qwen_vl.checkpoint import LORA_TARGETS, banned_ids, image_processor, module_name
+from mrg_r1.policy.qwen_vl.checkpoint import banned_ids, image_processor, lora_targets, module_name
 from mrg_r1.policy.qwen_vl.decoder import read_norm
 from mrg_r1.policy.qwen_vl.positions import ImageTokens
 
@@ -11,12 +11,17 @@ FAMILY = Family(
     empty_model=checkpoint.empty_model,
     parts=checkpoint.parts,
     module_name=module_name,
-    lora_targets=LORA_TARGETS,
+    lora_targets=lora_targets(
+        merger=r"(merger|deepstack_merger_list\.\d+)\.(linear_fc1|linear_fc2)",
+        tower=r"(attn\.(qkv|proj)|mlp\.(linear_fc1|linear_fc2))",
+    ),
     banned_ids=banned_ids,
     image_processor=image_processor,
     prompt_layout=ImageTokens.read,
     vision_modules=vision.modules,
-    encode_images=vision.encode_images,
+    mergers=vision.mergers,
+    see=vision.see,
+    merge=vision.merge,
     read_layer=decoder.read_layer,
     read_norm=read_norm,
     rotation=decoder.rotation,

@@ -58,4 +58,7 @@ def _vision(vision: Mapping[str, Any]) -> VisionShape:
         patch_values=patch_values,
         patches=merge**2,
         pixels=(side * merge) ** 2,
+        merger_sides=(1 + stacked) * (2 * wide + wide + out),
+        block_sides=4 * hidden + 2 * hidden + 2 * (hidden + intermediate),  # qkv, proj; two of the MLP
+        mergers=1 + stacked,
     )

@@ -6,6 +6,7 @@ all of that together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,21 +24,40 @@ def modules(model: Any) -> list[nn.Module]:
     return [model.model.visual]
 
 
-def encode_images(model: Any, images: ImageInputs, gathered: Gathered) -> list[Tensor]:
-    """[merged patches, (1 + n) * H] of each image; with a graph where gradients are enabled and the tower's parameters
-    want them.
-    """
-    visual, pixels, grids = model.model.visual, images.tensors[PIXELS], images.tensors[GRIDS]
-    trained = any(parameter.requires_grad for parameter in visual.parameters())
-    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-        recompute = torch.is_grad_enabled() and model.is_gradient_checkpointing
-        return run_tower(visual, pixels, grids, gathered=gathered, recompute=recompute)
+def mergers(model: Any) -> list[nn.Module]:
+    """The one at the tower's end, then DeepStack's within it."""
+    return [model.model.visual.merger, *model.model.visual.deepstack_merger_list]
+
+
+def see(model: Any, images: ImageInputs, gathered: Gathered, recompute: bool) -> list[Tensor]:
+    """[1 + n, patches, hidden] of each image: the tower's end, then its n DeepStack layers."""
+    return run_tower(
+        model.model.visual, images.tensors[PIXELS], images.tensors[GRIDS], gathered=gathered, recompute=recompute
+    )
+
+
+def merge(model: Any, images: ImageInputs, seen: Sequence[Tensor], gathered: Gathered, recompute: bool) -> list[Tensor]:
+    """[merged patches, (1 + n) * H] of each image: each of its layers through the merger of that layer."""
+
+    def run(merger: nn.Module, x: Tensor) -> Tensor:
+        with gathered(merger):
+            merged: Tensor = merger(x)
+            return merged
+
+    layers = torch.cat(list(seen), dim=1)
+    parts = [
+        checkpoint(run, merger, x, use_reentrant=False) if recompute else run(merger, x)
+        for merger, x in zip(mergers(model), layers, strict=True)
+    ]
+    size = model.model.visual.config.spatial_merge_size**2
+    return list(torch.cat(parts, dim=1).split([image.shape[1] // size for image in seen]))
 
 
 def run_tower(
     visual: Any, pixels: Tensor, grids: Tensor, *, gathered: Gathered, recompute: bool = False
 ) -> list[Tensor]:
-    """The tower's forward over all images at once, packed; a patch sees those of its own image and frame.
+    """The tower's forward up to its mergers over all images at once, packed; a patch sees those of its own image and
+    frame.
 
     Args:
         visual: the checkpoint's vision module; its weights are used, its attention is not.
@@ -47,7 +67,7 @@ def run_tower(
         recompute: gradient checkpointing: keep each block's input only.
 
     Returns:
-        A tensor [merged patches, (1 + n) * H] for each image: the tower's end, then its n DeepStack layers.
+        A tensor [1 + n, patches, hidden] for each image: the tower's end, then its n DeepStack layers.
     """
     config, device, sizes = visual.config, pixels.device, grids.tolist()
     merge, heads = config.spatial_merge_size, config.num_heads
@@ -74,16 +94,13 @@ def run_tower(
             x = x + block.attn.proj(attended.flatten(1))
             return x + block.mlp(block.norm2(x))
 
-    deeper = []
+    deeper: dict[int, Tensor] = {}  # by the number of its merger
     for number in range(len(visual.blocks)):
         x = checkpoint(run_block, number, x, use_reentrant=False) if recompute else run_block(number, x)
         if number in config.deepstack_visual_indexes:
-            merger = visual.deepstack_merger_list[list(config.deepstack_visual_indexes).index(number)]
-            with gathered(merger):
-                deeper.append(merger(x))
-    with gathered(visual.merger):
-        merged = torch.cat([visual.merger(x), *deeper], dim=1)
-    return list(merged.split([len(place) // merge**2 for place in places]))
+            deeper[list(config.deepstack_visual_indexes).index(number)] = x
+    layers = torch.stack([x, *(deeper[which] for which in range(len(deeper)))])
+    return list(layers.split([len(place) for place in places], dim=1))
 
 
 def learned_positions(table: Tensor, places: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mrg_r1.policy.families.qwen2_5_vl.vision import run_tower
+from mrg_r1.policy.images import image_features
+from mrg_r1.types import ImageInputs
 from tests.conftest import make_study
 
 GRIDS = [[[1, 6, 6]], [[1, 4, 8], [1, 12, 20]], [[1, 10, 14], [1, 18, 14], [1, 8, 8]], [[1, 16, 16], [1, 2, 2]]]
@@ -19,7 +20,9 @@ def test_features_are_those_of_transformers(policy, grids):
     sizes = [time * height * width for time, height, width in grids]
     pixels = torch.randn(sum(sizes), 1176, generator=torch.Generator().manual_seed(0))
     expected = policy.base.get_image_features(pixels, torch.tensor(grids), return_dict=True).pooler_output
-    found = run_tower(policy.base.model.visual, pixels, torch.tensor(grids), gathered=policy.gathered)
+    rows = {"pixel_values": sizes, "image_grid_thw": [1] * len(grids)}
+    images = ImageInputs({"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}, rows)
+    found = image_features(policy, images)
     assert [len(features) for features in found] == [size // 4 for size in sizes]
     for mine, theirs in zip(found, expected, strict=True):
         assert theirs.abs().max() > 0.05
