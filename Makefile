@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: help setup demo demo-control demo-rft demo-random demo-seeds start starts tables-phantom full-start \
-	iu-phantom iu-phantom-sft iu-phantom-rft \
+	iu-phantom iu-phantom-sft iu-phantom-rft iu-phantom-both \
 	bench bench-gpu wheelhouse soak browser test test-slow test-gpu lint clean
 
 PYTHON ?= python3
@@ -166,7 +166,7 @@ table-main-iu table-main-mimic table-rewards table-margin table-format table-adv
 # ---- real IU X-Ray reports over rendered radiographs: IU holds annotation.json and chexbert_labels_train_val.csv
 
 # ---- real IU X-Ray reports over rendered radiographs. What is pretrained (films, tower, grammar) and the labelers are made once,
-# ---- in runs/iu-phantom; a seed is SFT on the real reports, GRPO and controls, over films of its own.
+# ---- in runs/iu-phantom; a seed is GRPO and its controls from there, over films of its own.
 
 IUB := runs/iu-phantom
 IUP := $(IUB)$(if $(filter-out 0,$(SEED)),-seed$(SEED))
@@ -177,29 +177,36 @@ iu-phantom: $(IUP)/summary.json  ## the same on real IU X-Ray reports, their rad
 	$(SAY) 'What GRPO changed:'
 	@$(MRG) summary $(IUP)
 
-##: iu-phantom-CONTROL: sft or rft: further SFT of every parameter at equal time, or rejection fine-tuning
-iu-phantom-sft: $(IUP)/summary.json
-	$(call launch,$(IUP)/control,sft.py launch/recipes/iu_phantom_control.yaml output_dir=$(IUP)/control \
-		policy.path=$(IUP)/sft/policy control_of=$(IUP) $(IU_KEYS))
+##: iu-phantom-ARM: sft, rft or both: the same start by SFT on the real reports, by rejection fine-tuning, by SFT and then GRPO
+iu-phantom-sft: $(IUP)/control/summary.json
 	@$(MRG) summary $(IUP) --control $(IUP)/control
 
 iu-phantom-rft: $(IUP)/summary.json
-	$(call launch,$(IUP)/rft,train.py launch/recipes/iu_phantom.yaml control=rft output_dir=$(IUP)/rft \
-		policy.path=$(IUP)/sft/policy $(IU_KEYS))
+	$(call launch,$(IUP)/rft,train.py launch/recipes/iu_phantom.yaml control=rft output_dir=$(IUP)/rft $(IU_KEYS))
 	@$(MRG) summary $(IUP) --control $(IUP)/rft
+
+iu-phantom-both: $(IUP)/control/summary.json
+	$(call launch,$(IUP)/both,train.py launch/recipes/iu_phantom.yaml output_dir=$(IUP)/both \
+		policy.path=$(IUP)/control/policy $(IU_KEYS))
+	@$(MRG) summary $(IUP)/both
+
+$(IUP)/control/summary.json: $(IUP)/summary.json
+	$(SAY) 'SFT on the real reports, from the same start, for as many processor seconds as GRPO and its labeler took'
+	$(call launch,$(IUP)/control,sft.py launch/recipes/iu_phantom_control.yaml output_dir=$(IUP)/control \
+		control_of=$(IUP) $(IU_KEYS))
 
 # First for its report CSVs: the test reports have no labels yet, so their studies are refused here.
 $(IUB)/texts/reports.csv: | $(READY)
 	@test -f $(IU)/annotation.json || \
 		{ echo "IU=$(IU): no annotation.json; name the folder of R2Gen's IU X-Ray files: make iu-phantom IU=..." >&2; exit 2; }
-	$(SAY) '1/7 Reports: for the labeler (studies of the test split have no labels yet and are refused here)'
+	$(SAY) '1/6 Reports: for the labeler (studies of the test split have no labels yet and are refused here)'
 	@$(MRG) prepare iu-xray $(IU)/annotation.json -o $(IUB)/texts --side 56 --render-missing $(IU_LABELS)
 	@cp $(IUB)/texts/reports_train.csv $(IUB)/texts/reports_labelled.csv
 	@tail -n +2 $(IUB)/texts/reports_val.csv >> $(IUB)/texts/reports_labelled.csv
 
 # The second one is never rewarded: what it reads says whether the first is being fooled.
 $(IUB)/labeler/training.json $(IUB)/held_out/training.json: $(IUB)/%/training.json: $(IUB)/texts/reports.csv
-	$(SAY) '2/7 Labeler ($*): a small BERT learns to read findings out of reports'
+	$(SAY) '2/6 Labeler ($*): a small BERT learns to read findings out of reports'
 	@$(MRG) labeler train $(IUB)/texts/reports_labelled.csv $(IU_LABELS) -o $(IUB)/$* --seed $(if $(filter held_out,$*),1,0)
 
 # Nobody publishes the test labels: the labeler reads them, and the test split's radiographs are rendered from its reading.
@@ -207,30 +214,26 @@ $(IUB)/texts/test_labels.csv: $(IUB)/labeler/training.json $(IUB)/held_out/train
 	@$(MRG) label $(IUB)/texts/reports_test.csv --labeler $(IUB)/labeler -o $@
 
 $(IUP)/data/manifest.jsonl: $(IUB)/texts/test_labels.csv
-	$(SAY) '3/7 Studies: radiographs are rendered for every report, from its labels; three for each that is learned from'
+	$(SAY) '3/6 Studies: radiographs are rendered for every report, from its labels; three for each that is learned from'
 	@mkdir -p $(IUP)
 	@$(MRG) prepare iu-xray $(IU)/annotation.json -o $(IUP)/data --side 84 --films 3 --seed $(SEED) \
 		--render-missing $(IU_LABELS) --render-missing $(IUB)/texts/test_labels.csv
 
 $(IUB)/balanced/manifest.jsonl: | $(READY)
-	$(SAY) '4/7 Phantoms: films that show every finding often, for a policy that has seen none'
+	$(SAY) '4/6 Phantoms: films that show every finding often, for a policy that has seen none'
 	@$(MRG) prepare phantom -o $(IUB)/balanced --preset balanced --splits train=12000,val=400 --side 84
 
 $(IUB)/tiny-policy/config.json: $(IUB)/texts/reports.csv $(IUB)/balanced/manifest.jsonl
-	$(SAY) '5/7 Policy: a tiny vision-language model is taught to see, and to name what it sees'
+	$(SAY) '5/6 Policy: a tiny vision-language model is taught to see, and to name what it sees'
 	@$(MRG) prepare tiny-policy -o $(IUB)/tiny-policy --manifest $(IUB)/texts/manifest.jsonl --side 84 \
 		--teach-tower $(IUB)/balanced/manifest.jsonl --teach-head mean --teach-steps 1200
 
 $(IUB)/pretrained/summary.json: $(IUB)/labeler/training.json $(IUB)/tiny-policy/config.json
 	$(call launch,$(IUB)/pretrained,sft.py launch/recipes/iu_phantom_pretrained.yaml)
 
-$(IUP)/sft/summary.json: $(IUP)/data/manifest.jsonl $(IUB)/pretrained/summary.json
-	$(SAY) '6/7 Cold start: SFT on the real reports'
-	$(call launch,$(IUP)/sft,sft.py launch/recipes/iu_phantom_sft.yaml output_dir=$(IUP)/sft $(IU_KEYS))
-
-$(IUP)/summary.json: $(IUP)/sft/summary.json
-	$(SAY) '7/7 GRPO: it samples reports and learns from what the labeler reads in them'
-	$(call launch,$(IUP),train.py launch/recipes/iu_phantom.yaml output_dir=$(IUP) policy.path=$(IUP)/sft/policy $(IU_KEYS))
+$(IUP)/summary.json: $(IUP)/data/manifest.jsonl $(IUB)/pretrained/summary.json
+	$(SAY) '6/6 GRPO: it samples reports and learns from what the labeler reads in them and in the real ones'
+	$(call launch,$(IUP),train.py launch/recipes/iu_phantom.yaml output_dir=$(IUP) $(IU_KEYS))
 
 # ---- bench: TRL in an environment of its own, so that neither side bends to the other's requirements
 

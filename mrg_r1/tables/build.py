@@ -22,7 +22,7 @@ from mrg_r1.metrics.bootstrap import Difference, paired_differences
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, known_truth, per_observation
 from mrg_r1.metrics.lexical import NAMES, SCORERS, lexical_scores
 from mrg_r1.metrics.seeds import t_interval
-from mrg_r1.tables.plan import Plan, RowRun, TableError
+from mrg_r1.tables.plan import Plan, RowRun, TableError, protocol_changed
 
 Classes = NDArray[np.int64]
 SAMPLES = 1000  # of a bootstrap interval
@@ -77,6 +77,8 @@ class BuiltTable:
     missing: list[str]
     studies: dict[int, int]  # evaluated, by seed
     commits: list[str]  # that the rows were run at
+    protocol: str | None  # the name of its file
+    off_protocol: list[str]  # runs that were started under another text of it, or under none that is known
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,16 @@ def build_table(plan: Plan) -> BuiltTable:
     read: dict[tuple[str, int], _Read] = {}
     missing: list[str] = []
     commits: set[str] = set()
+    off_protocol: list[str] = []
     for row in spec.rows:
         for seed in seeds:
             run, evaluation = plan.evaluation(row.name, seed)
             if run.finished:
                 read[row.name, seed] = _read(run, evaluation)
                 commits.add(_commit(run))
+                reason = protocol_changed(run)
+                if reason is not None and row.before is None:
+                    off_protocol.append(f"{row.name}, seed {seed} ({reason})")
             else:
                 missing.append(f"{row.name}, seed {seed}")
     values = {
@@ -171,6 +177,8 @@ def build_table(plan: Plan) -> BuiltTable:
         missing=missing,
         studies={seed: len(one.predictions) for (_, seed), one in read.items()},
         commits=sorted(commits),
+        protocol=None if spec.protocol is None else spec.protocol.name,
+        off_protocol=off_protocol,
     )
 
 

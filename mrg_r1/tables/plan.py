@@ -19,9 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mrg_r1.config.control import as_sft
 from mrg_r1.config.recipe import Recipe, RecipeError, load_recipe, load_run
+from mrg_r1.files import write_text_atomically
 
 Task = Literal["grpo", "sft"]
 SCRIPTS: dict[Task, str] = {"grpo": "launch/train.py", "sft": "launch/sft.py"}
+PROTOCOL_FILE = "protocol.json"
 _RUN_OF = re.compile(r"\{run:([^{}]+)\}")
 # What changes nothing of what a run learns or of the reports that it leaves; lexical metrics are computed by the table
 # itself
@@ -73,6 +75,7 @@ class TableSpec(_Part):
     reference: str  # the row that the others are compared with
     columns: list[str] = Field(min_length=1)
     published: list[Published] = []
+    protocol: Path | None = None  # what was to be done and what would count, written before; beside the table's file
 
     @model_validator(mode="after")
     def _consistent(self) -> TableSpec:
@@ -124,6 +127,7 @@ class RowRun:
     cpu_seconds_of: Path | None
     inputs: tuple[tuple[str, Path], ...]  # recipe key and path, of what must be there and is not made by another row
     control: str | None = None  # the recipe's
+    protocol: Path | None = None  # the table's
 
     @property
     def finished(self) -> bool:
@@ -181,10 +185,14 @@ def plan_table(path: Path, *, rows_folder: Path, overrides: Sequence[str] = (), 
         seeds: only these; empty: all of the file's.
 
     Raises:
-        TableError: as `read_table`, or a seed that the file has not.
+        TableError: as `read_table`, a protocol that is not there, or a seed that the file has not.
         RecipeError: a recipe or a value that is not valid.
     """
     spec = read_table(path)
+    if spec.protocol is not None and not (path.parent / spec.protocol).is_file():
+        raise TableError(
+            f"{path}: protocol {spec.protocol}: no such file beside the table; write it before the rows run"
+        )
     unknown = [seed for seed in seeds if seed not in spec.seeds]
     if unknown:
         raise TableError(f"{path}: no seed {unknown[0]}; it has {', '.join(map(str, spec.seeds))}")
@@ -243,7 +251,30 @@ def _row_run(
         cpu_seconds_of=timed,
         inputs=tuple((key, given) for key, given in given if not given.is_relative_to(rows_folder)),
         control=recipe.control or ("sft" if timed else None),
+        protocol=None if spec.protocol is None else path.parent / spec.protocol,
     )
+
+
+def keep_protocol(run: RowRun) -> None:
+    """Note beside a run which text of the protocol it was started under; a run that goes on keeps its first."""
+    path = run.folder / PROTOCOL_FILE
+    if run.protocol is not None and not path.exists():
+        write_text_atomically(path, json.dumps({"file": run.protocol.name, "sha256": _sha256(run.protocol)}) + "\n")
+
+
+def protocol_changed(run: RowRun) -> str | None:
+    """What speaks against a run under the protocol as it is now; None where nothing does, or the table has none."""
+    path = run.folder / PROTOCOL_FILE
+    if run.protocol is None:
+        return None
+    if not path.is_file():
+        return "not known"
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return None if kept["sha256"] == _sha256(run.protocol) else "changed"
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_inputs(plan: Plan) -> None:

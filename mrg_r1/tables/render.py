@@ -225,6 +225,13 @@ def _notes(table: BuiltTable) -> list[str]:
         notes.append("Controls: " + ", ".join(controls) + ".")
     if table.missing:
         notes.append("Not finished: " + "; ".join(table.missing) + ".")
+    if table.protocol and table.off_protocol:
+        notes.append(
+            f"The protocol, {table.protocol}, was changed after these runs were started, or is not known to have stood "
+            f"before them: {'; '.join(table.off_protocol)}."
+        )
+    elif table.protocol:
+        notes.append(f"Every finished run was started under the protocol as it stands in {table.protocol}.")
     if table.commits:
         notes.append("Run at commit " + ", ".join(commit[:12] for commit in table.commits) + ".")
     return notes

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 
 from mrg_r1.console import progress_bar
 from mrg_r1.cores import Cores, asked_for, read_cores, share_cores
-from mrg_r1.tables.plan import SCRIPTS, Plan, RowRun
+from mrg_r1.tables.plan import SCRIPTS, Plan, RowRun, keep_protocol
 
 _LOG = "table_row.log"
 _TAIL = 15  # lines of a failed row's log that are shown
@@ -107,6 +107,7 @@ def _threads(parallel: int) -> dict[str, str]:
 
 def _start(run: RowRun, launch: str, environment: dict[str, str]) -> _Started:
     run.folder.mkdir(parents=True, exist_ok=True)
+    keep_protocol(run)
     with open(run.folder / _LOG, "ab") as log:
         # a session of its own: Ctrl-C reaches this process alone, which tells the rows
         process = subprocess.Popen(

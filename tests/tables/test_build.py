@@ -15,7 +15,7 @@ from mrg_r1.config.control import as_sft
 from mrg_r1.config.recipe import dump_recipe, load_recipe
 from mrg_r1.metrics.seeds import t_interval
 from mrg_r1.tables.build import build_table
-from mrg_r1.tables.plan import TableError, plan_table
+from mrg_r1.tables.plan import TableError, keep_protocol, plan_table
 from mrg_r1.tables.render import table_as_csv, table_as_latex, table_as_markdown
 from tests.ranks.conftest import ROOT
 from tests.tables.conftest import FAKE
@@ -179,3 +179,27 @@ def test_the_command_runs_and_writes_a_table_and_a_failure_still_leaves_the_othe
     assert "the labeler has died" in capsys.readouterr().err and (out / "table" / "table.md").is_file()
     assert main(["table", str(path), "-o", str(out), "--plan"]) == 0
     assert "finished" in capsys.readouterr().out
+
+
+def test_a_protocol_that_changed_after_runs_were_started_is_said(table, tmp_path):
+    with pytest.raises(TableError, match=r"protocol PLAN.md: no such file"):
+        plan_table(table(protocol="PLAN.md"), rows_folder=tmp_path / "rows")
+    protocol = tmp_path / "PLAN.md"
+    protocol.write_text("F1 decides.")
+    plan = plan_table(table(protocol="PLAN.md"), rows_folder=tmp_path / "rows")
+    for seed in (0, 1):
+        _finish(plan.runs["Four", seed], 4)
+        keep_protocol(plan.runs["Four", seed])
+    assert "under the protocol as it stands in PLAN.md" in table_as_markdown(build_table(plan))
+    protocol.write_text("Reward decides.")
+    keep_protocol(plan.runs["Four", 0])  # started again, it keeps the text that it was begun under
+    _finish(plan.runs["Eight & more", 0], 8)
+    keep_protocol(plan.runs["Eight & more", 0])
+    _finish(plan.runs["Eight & more", 1], 8)
+    built = build_table(plan)
+    assert built.off_protocol == [
+        "Four, seed 0 (changed)",
+        "Four, seed 1 (changed)",
+        "Eight & more, seed 1 (not known)",
+    ]
+    assert "PLAN.md, was changed after these runs were started" in table_as_markdown(built)
