@@ -234,7 +234,7 @@ $(IUB)/tiny-policy/config.json: $(IUB)/texts/reports.csv $(IUB)/balanced/manifes
 		--teach-tower $(IUB)/balanced/manifest.jsonl --teach-head mean --teach-steps 1200
 
 $(IUB)/pretrained/summary.json: $(IUB)/labeler/training.json $(IUB)/tiny-policy/config.json
-	$(call launch,$(IUB)/pretrained,sft.py launch/recipes/iu_phantom_pretrained.yaml)
+	$(call launch,$(IUB)/pretrained,sft.py launch/recipes/iu_phantom_pretrained_sft.yaml)
 
 $(IUP)/summary.json: $(IUP)/data/manifest.jsonl $(IUB)/pretrained/summary.json
 	$(SAY) '6/6 GRPO: it samples reports and learns from what the labeler reads in them and in the real ones'
