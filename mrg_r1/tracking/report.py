@@ -21,7 +21,7 @@ _LEGEND = {  # part of a key -> what it means, said where such a row is shown
     "disease_": "micro13, macro13: F1 of 13 diseases, pooled and averaged, as the labeler reads reports and references",
     "_truth": "truth: against what the phantoms were drawn from",
     "repeated_sentence": "repeated_sentence: reports in which a whole sentence stands twice; repetition: share of "
-    "sentences or three-grams said before; contradiction: reports that affirm and deny one observation",
+    "sentences or phrases said before; contradiction: reports that affirm and deny one observation",
     "held_out": "held_out: by a labeler that is not rewarded",
 }
 
