@@ -207,7 +207,7 @@ $(IUB)/texts/reports.csv: | $(READY)
 # The policy begins in a grammar's words, so a labeler is taught on those too: what it was not taught it misreads, and GRPO finds
 # that. The second one, of other texts, is never rewarded: what it reads says whether the first is being fooled.
 TEXTS_OF_labeler := 2,2401p
-TEXTS_OF_held_out := 5001,7400p
+TEXTS_OF_held_out := 5002,7401p
 $(IUB)/labeler/training.json $(IUB)/held_out/training.json: $(IUB)/%/training.json: $(IUB)/texts/reports.csv $(IUB)/balanced/manifest.jsonl
 	$(SAY) '3/6 Labeler ($*): a small BERT learns to read findings out of reports'
 	@{ cat $(IUB)/texts/reports_labelled.csv; sed -n '$(TEXTS_OF_$*)' $(IUB)/balanced/reports.csv; } > $(IUB)/texts/$*_reports.csv
