@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mrg_r1.cli.arguments import add_output, described, positive
+from mrg_r1.cli.arguments import add_image_arguments, add_output, described
 
 
 def add_command(kinds: Any) -> None:
@@ -45,15 +45,7 @@ def add_command(kinds: Any) -> None:
         help="the section to learn (default: findings); a report without it is refused; the others are kept in "
         "their fields",
     )
-    parser.add_argument(
-        "--views",
-        choices=("frontal", "all"),
-        default="frontal",
-        help="frontal: PA before AP, and no study without one (default); all: a frontal, a lateral, then the others",
-    )
-    parser.add_argument(
-        "--max-images", type=positive, default=2, metavar="N", help="images a study, at most (default: 2)"
-    )
+    add_image_arguments(parser)
     parser.add_argument(
         "--labels",
         choices=("none", "chexpert"),
@@ -66,15 +58,6 @@ def add_command(kinds: Any) -> None:
         choices=("refuse", "last-paragraph"),
         default="refuse",
         help="a report with neither findings nor an impression: refuse it (default), or learn its last paragraph",
-    )
-    parser.add_argument(
-        "--check-images",
-        choices=("none", "size", "open"),
-        nargs="?",
-        const="open",
-        default="size",
-        help="of the images taken: nothing, that they are there and not empty (default), or that each can be "
-        "decoded, which takes hours",
     )
     parser.set_defaults(run=_prepare_mimic_cxr)
 

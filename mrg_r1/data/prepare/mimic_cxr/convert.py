@@ -6,8 +6,6 @@ Nothing of it is part of the project; whoever has access brings it, and nothing 
 
 from __future__ import annotations
 
-import os
-import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,16 +16,13 @@ from types import TracebackType
 from typing import Literal, Self
 
 from mrg_r1.console import progress
-from mrg_r1.data.images import image_problem
-from mrg_r1.data.prepare.checking import refuse_changed_sources
+from mrg_r1.data.prepare.checking import CheckImages, problem_of_image, refuse_changed_sources
 from mrg_r1.data.prepare.conversion import Conversion, Counts
 from mrg_r1.data.prepare.headings import Headings
 from mrg_r1.data.prepare.mimic_cxr.sections import Report, read_report
 from mrg_r1.data.prepare.mimic_cxr.tables import AP, LATERAL, PA, SPLITS, Labels, Studies, find_table, read_studies
 from mrg_r1.labels.reports import report_fault
 from mrg_r1.types import Study, StudyImage
-
-CheckImages = Literal["none", "size", "open"]
 
 _VIEW_NAMES = {PA: "frontal", AP: "frontal", LATERAL: "lateral"}
 _SPLIT_NAMES = list(SPLITS.values())
@@ -202,7 +197,7 @@ class _Reader:
         """The draft, or its refusal where an image of it cannot be used."""
         if isinstance(draft, Study):
             for image in draft.images:
-                problem = _image_problem(image.path, draft.id, self._choices.check_images)
+                problem = problem_of_image(image.path, draft.id, self._choices.check_images)
                 if problem is not None:
                     return _Refused(problem, self.where(place), draft.report)
         return draft
@@ -263,20 +258,6 @@ def _text_to_learn(report: Report, choices: Choices) -> str:
             "the report has no FINDINGS, and --report both asks for both; --report impression learns its IMPRESSION"
         )
     return f"{findings} {impression}" if impression is not None else findings
-
-
-def _image_problem(path: Path, study_id: str, check: CheckImages) -> str | None:
-    if check == "open":
-        return image_problem(path, study_id)
-    if check == "none":
-        return None
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            return f"{path}: an empty file or none at all; fetch it again"
-    except OSError as error:
-        return f"{path}: {error.strerror}; fetch the image or take the study out"
-    return None
 
 
 class _Reports:

@@ -19,7 +19,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
+from mrg_r1.data.prepare.labelled import said_of_cells
+from mrg_r1.labels.observations import OBSERVATIONS
 
 SPLITS = {"train": "train", "validate": "val", "test": "test"}  # theirs -> ours
 PA, AP, LATERAL, OTHER = range(4)  # views, in the order in which images are preferred
@@ -325,18 +326,5 @@ def _moment(day: str, time: str) -> int | None:
 
 def _label_values(cells: Sequence[str]) -> tuple[list[int], str | None]:
     """14 cells as int8 values, and which is wrong."""
-    no_values = [_NO_VALUE] * len(OBSERVATIONS)
-    values: list[int | None] = []
-    for name, cell in zip(OBSERVATIONS, cells, strict=True):
-        try:
-            number = float(cell) if cell else None
-        except ValueError:
-            number = 0.5
-        if number not in (None, 1, 0, -1):
-            return no_values, f"column {name}: {cell!r}; a label is 1.0, 0.0, -1.0 or empty"
-        values.append(None if number is None else int(number))
-    try:
-        classes_of_values(values)
-    except ValueError as error:
-        return no_values, f"column {error}"
-    return [_NO_VALUE if value is None else value for value in values], None
+    values, problem = said_of_cells(cells)
+    return [_NO_VALUE if value is None else value for value in values] or [_NO_VALUE] * len(OBSERVATIONS), problem
