@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from mrg_r1.data.study import ManifestError
 
@@ -29,8 +29,12 @@ class Row:
 def _opened(path: Path) -> Iterator[IO[bytes]]:
     """A file's bytes, unpacked where its name ends in .gz."""
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            yield file
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as packed:
+                yield cast(IO[bytes], packed)
+        else:
+            with open(path, "rb") as file:
+                yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ManifestError([f"{path}: damaged ({error}); fetch it again"]) from error
 
