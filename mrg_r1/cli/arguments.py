@@ -43,7 +43,7 @@ def add_labeler_arguments(parser: argparse._ActionsContainer, *, required: bool)
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--views`, `--max-images` and `--check-images`, for the `prepare` of collections too large to be decoded."""
+    """`--views`, `--max-images` and `--check-images`, for the `prepare` of large collections of several views."""
     parser.add_argument(
         "--views",
         choices=("frontal", "all"),
@@ -53,6 +53,11 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-images", type=positive, default=2, metavar="N", help="images a study, at most (default: 2)"
     )
+    add_check_images(parser)
+
+
+def add_check_images(parser: argparse.ArgumentParser) -> None:
+    """`--check-images`, for the `prepare` of collections that it takes hours to decode."""
     parser.add_argument(
         "--check-images",
         choices=("none", "size", "open"),

@@ -6,7 +6,7 @@ What the tables of CheXpert, NIH and PadChest say enters, kept and refused studi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -133,6 +133,43 @@ def said_of_cells(cells: Sequence[str]) -> tuple[Said, str | None]:
     except ValueError as error:
         return (), f"column {error}"
     return tuple(values), None
+
+
+def said_of_names(
+    names: Iterable[str], observation_of: Mapping[str, str | None], normal: str, column: str
+) -> tuple[Said | None, str | None, list[str]]:
+    """A list of findings as 14 values: 1 for what it names, null for the rest, as a list that does not name a finding
+    does not deny it.
+
+    Args:
+        names: as the table has them.
+        observation_of: name -> observation; None where no observation is of it.
+        normal: the name that says that there is no finding, alone.
+        column: for messages.
+
+    Returns:
+        The values, or None and what is wrong with the list; and the names without an observation.
+    """
+    found = list(dict.fromkeys(names))
+    if unknown := [name for name in found if name not in observation_of]:
+        return None, f"column {column}: {unknown[0]!r}; the labels are {', '.join(observation_of)}", []
+    if normal in found and len(found) > 1:
+        others = ", ".join(name for name in found if name != normal)
+        return None, f"column {column}: {normal!r} beside {others}; keep what is right", []
+    unmapped = [name for name in found if observation_of[name] is None]
+    said = {observation_of[name] for name in found} - {None}
+    if not said:
+        what = f"none of the 14 observations is of {', '.join(unmapped)}, so there is nothing to compare with"
+        return None, f"column {column}: {what}", unmapped
+    return tuple(1 if name in said else None for name in OBSERVATIONS), None, unmapped
+
+
+def unmapped_note(unmapped: Mapping[str, int], studies: int) -> list[str]:
+    """What to say of findings that no observation is of: each with its number of studies, the most frequent first."""
+    if not unmapped:
+        return []
+    told = ", ".join(f"{name} ({count:,})" for name, count in sorted(unmapped.items(), key=lambda item: -item[1]))
+    return [f"left out, as none of the 14 observations is of them (of {studies:,} studies): {told}"]
 
 
 def settle(

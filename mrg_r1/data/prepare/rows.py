@@ -122,6 +122,8 @@ def read_csv(path: Path, required: Sequence[str]) -> Iterator[Row]:
                 raise ManifestError([f"{where}: broken CSV ({error}); {remedy}"]) from error
             if not fields:
                 continue
+            if not columns[-1] and len(fields) == len(columns) - 1:
+                fields.append("")  # a header that ends in a comma, over rows that do not
             if len(fields) != len(columns):
                 remedy = "a text with a comma stands in quotes"
                 yield Row(where, {}, f"{len(fields)} fields under {len(columns)} columns; {remedy}")
