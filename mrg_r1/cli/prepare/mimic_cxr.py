@@ -26,6 +26,7 @@ def add_command(kinds: Any) -> None:
         examples="""
         mrg-r1 prepare mimic-cxr physionet/mimic-cxr-jpg-2.1.0 --reports physionet/mimic-cxr-reports.zip -o data/mimic
         mrg-r1 prepare mimic-cxr ROOT --reports ROOT --report both --views all --labels chexpert -o data/mimic-both
+        mrg-r1 prepare mimic-cxr ROOT --labels chexbert -o data/mimic-labelled   # of mimic-cxr-2.0.0-chexbert.csv
         mrg-r1 prepare mimic-cxr ROOT --check-images none -o data/mimic-texts   # the images are elsewhere
         """,
     )
@@ -48,10 +49,10 @@ def add_command(kinds: Any) -> None:
     add_image_arguments(parser)
     parser.add_argument(
         "--labels",
-        choices=("none", "chexpert"),
+        choices=("none", "chexpert", "chexbert"),
         default="none",
-        help="labels.said from mimic-cxr-2.0.0-chexpert.csv.gz; they are the CheXpert labeler's, not CheXbert's "
-        "(default: none)",
+        help="labels.said from mimic-cxr-2.0.0-chexpert.csv.gz, which are the CheXpert labeler's, or from your "
+        "mimic-cxr-2.0.0-chexbert.csv (or .csv.gz), which are CheXbert's (default: none)",
     )
     parser.add_argument(
         "--no-headings",

@@ -17,6 +17,7 @@ from mrg_r1.data.prepare.labelled import (
     Nameless,
     Prepared,
     check_folders,
+    refuse_other_convention,
     said_of_cells,
     settle,
     table_of,
@@ -45,8 +46,8 @@ def prepare_chexpert(
 
     Raises:
         ManifestError: a table as a whole: damaged, not UTF-8, without a column.
-        ValueError: neither table, a folder made with other settings, a table that changed after an interrupted run, not
-            one study that can be kept.
+        ValueError: neither table, a train.csv of another convention of labels, a folder made with other settings, a
+            table that changed after an interrupted run, not one study that can be kept.
         OSError: a file cannot be read or written, a folder that is not there.
     """
     choices, images = choices or ImageChoices(), images or root
@@ -65,6 +66,8 @@ def prepare_chexpert(
     reader = _Reader(images.absolute())
     for split, table in tables.items():
         reader.read(split, table)
+    if "train" in tables and reader.drafts and not reader.silent["train"]:
+        refuse_other_convention(tables["train"])
     with Conversion(output, settings) as conversion:
         settle(reader.drafts.values(), reader.nameless, conversion, choices)
         return Prepared(conversion.close(), conversion.found, _notes(reader, found))
@@ -93,7 +96,8 @@ class _Reader:
 
     def _add(self, split: str, row: Row, parts: re.Match[str]) -> None:
         prefix, folder, patient, study, name, view = parts.groups()
-        said, fault = said_of_cells([row.values[column] for column in _COLUMNS])
+        cells = [row.values[column].strip() for column in _COLUMNS]
+        said, fault = said_of_cells(cells)
         key = (split, f"{patient}_{study}")
         draft = self.drafts.get(key)
         if draft is None:
@@ -102,7 +106,7 @@ class _Reader:
             draft.refuse(fault, row.where)
         elif draft.fault is None and draft.said != said:
             draft.refuse(f"{_difference(draft.said or (), said)} in {draft.where}, a view of the same study", row.where)
-        self.silent[split] = self.silent[split] or None in said[:-1]
+        self.silent[split] = self.silent[split] or not all(cells[:-1])
 
         if folder != split:
             draft.refuse(f"column Path: an image of {folder}/ in {split}.csv; take the row out", row.where)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 from mrg_r1.console import progress
 from mrg_r1.data.prepare.checking import CheckImages, problem_of_image
@@ -170,6 +170,18 @@ def unmapped_note(unmapped: Mapping[str, int], studies: int) -> list[str]:
         return []
     told = ", ".join(f"{name} ({count:,})" for name, count in sorted(unmapped.items(), key=lambda item: -item[1]))
     return [f"left out, as none of the 14 observations is of them (of {studies:,} studies): {told}"]
+
+
+def refuse_other_convention(path: Path) -> NoReturn:
+    """A table of which not one label is empty, though its labels are what reports say.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"{path}: not one label of its rows is empty, so its 0 is silence as well as denial (0 and 1 alone, or the "
+        "class numbers 0 to 3); write 1 (positive), 0 (denied), -1 (uncertain) and nothing for what is not mentioned"
+    )
 
 
 def settle(

@@ -235,6 +235,18 @@ def test_a_table_that_lacks_a_column_or_has_others_is_told_apart(tmp_path: Path)
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("numbers", ["01", "0123"])
+def test_a_train_table_of_another_convention_is_refused(tmp_path: Path, numbers: str) -> None:
+    rows = []
+    for n in range(8):
+        cells = {column: numbers[(place + n) % len(numbers)] + ".0" for place, column in enumerate(COLUMNS)}
+        rows.append(row(f"patient{n:05}/study1/view1_frontal") | cells)
+    write(tmp_path, rows, [VALID])
+    with pytest.raises(ValueError, match=r"train\.csv: not one label of its rows is empty"):
+        prepared(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row(f"patient{n:05}/study1/view1_frontal", Edema="1.0" if n % 7 else "x") for n in range(40)]
     write(tmp_path, rows, [VALID])

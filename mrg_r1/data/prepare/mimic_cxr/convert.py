@@ -39,8 +39,8 @@ class Choices:
     """`frontal`: PA, then AP, and no study without; `all`: a frontal, a lateral, then the others."""
     max_images: int = 2
     """Images a study, at most."""
-    labels: Literal["none", "chexpert"] = "none"
-    """`labels.said`: none, or what the CheXpert labeler (not CheXbert) read in the report."""
+    labels: Literal["none", "chexpert", "chexbert"] = "none"
+    """`labels.said`: none, or what the CheXpert labeler or CheXbert read in the report, from the table of that name."""
     no_headings: Literal["refuse", "last-paragraph"] = "refuse"
     """A report with neither findings nor an impression: refuse it, or learn its last paragraph."""
     check_images: CheckImages = "size"
@@ -89,7 +89,7 @@ def prepare_mimic_cxr(
     if choices.max_images < 1:
         raise ValueError(f"at most {choices.max_images} images a study; a study needs one")
     split_table, metadata = find_table(root, "split"), find_table(root, "metadata")
-    label_table = find_table(root, "chexpert") if choices.labels == "chexpert" else None
+    label_table = find_table(root, choices.labels) if choices.labels != "none" else None
     if choices.check_images != "none" and not (root / "files").is_dir():
         raise NotADirectoryError(
             f"{root / 'files'}: no such folder of images; give the folder above it, or --check-images none without them"
