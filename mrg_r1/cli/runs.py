@@ -24,11 +24,20 @@ def add_commands(commands: Any) -> None:
         mrg-r1 summary runs/demo-0 runs/demo-1 runs/demo-2
         mrg-r1 summary runs/demo --control runs/demo-sft-only
         mrg-r1 summary runs/demo-0 runs/demo-1 runs/demo-2 --json seeds.json
+        mrg-r1 summary runs/demo-0 runs/demo-1 runs/demo-2 --arm control --arm rft
         """,
     )
     summary.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run")
     summary.add_argument(
         "--control", type=Path, metavar="RUN", help="a run to compare with, such as more SFT for the same time"
+    )
+    summary.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of several runs: compare with RUN/NAME of each, a run from the same start; may be repeated (default: "
+        "control, where every RUN has one)",
     )
     summary.add_argument(
         "--training-seconds",
@@ -116,6 +125,9 @@ def _summary(arguments: argparse.Namespace) -> None:
             f"--control {control}: goes with one run, {len(arguments.runs)} were given; leave it out or report run "
             "by run"
         )
+    if arguments.arm and len(arguments.runs) == 1:
+        name = arguments.arm[0]
+        raise ValueError(f"--arm {name}: of several runs; beside one run give --control {arguments.runs[0] / name}")
     if control is not None and not (control / "summary.json").is_file():
         raise ValueError(f"{control}: no summary.json in it; give the output_dir of a run that has ended")
     if arguments.training_seconds:
@@ -124,9 +136,9 @@ def _summary(arguments: argparse.Namespace) -> None:
     if arguments.training_cpu_seconds:
         print(sum(training_cpu_seconds(run) for run in arguments.runs))
         return
-    print_report(arguments.runs, control=control)
+    print_report(arguments.runs, control=control, arms=arguments.arm)
     if arguments.json is not None:
-        text = json.dumps(seeds_as_json(arguments.runs), indent=2) + "\n"
+        text = json.dumps(seeds_as_json(arguments.runs, arguments.arm), indent=2) + "\n"
         write_text_atomically(arguments.json, text)
         print(f"{arguments.json}: the same by seed")
 

@@ -291,7 +291,7 @@ BUILT_IN: Mapping[str, Term] = {
     "length": Term(
         lambda s: length(s.texts, s.references), "shorter over longer of report and reference, 0 to 1", needs_words=True
     ),
-    "repetition": Term(_without_repetition, "1 less the share of sentences or three-grams said before, 0 to 1"),
+    "repetition": Term(_without_repetition, "1 less the share of sentences or phrases said before, 0 to 1"),
     CONTRADICTION: Term(
         _without_contradiction, "1 over 1 + the observations that one sentence affirms and another denies, 0 to 1"
     ),

@@ -13,7 +13,7 @@ _FELL = 0.5  # of the distinct-report share or the length at the start
 _ROSE = 0.25  # of the share of reports that say No Finding, above the start's
 _WORDING = {  # metric -> what it is, in words
     "groups/repeated_sentence": "a whole sentence stands twice in {now:.1%} of the reports ({first:.1%} in the first)",
-    "groups/repetition": "{now:.1%} of a report's sentences or three-grams were said before ({first:.1%} in the first)",
+    "groups/repetition": "{now:.1%} of a report's sentences or phrases were said before ({first:.1%} in the first)",
     "groups/contradiction": "{now:.1%} of the reports affirm and deny one observation ({first:.1%} in the first)",
 }
 WORDING_REMEDY = (

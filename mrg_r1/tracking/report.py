@@ -21,7 +21,7 @@ _LEGEND = {  # part of a key -> what it means, said where such a row is shown
     "disease_": "micro13, macro13: F1 of 13 diseases, pooled and averaged, as the labeler reads reports and references",
     "_truth": "truth: against what the phantoms were drawn from",
     "repeated_sentence": "repeated_sentence: reports in which a whole sentence stands twice; repetition: share of "
-    "sentences or three-grams said before; contradiction: reports that affirm and deny one observation",
+    "sentences or phrases said before; contradiction: reports that affirm and deny one observation",
     "held_out": "held_out: by a labeler that is not rewarded",
 }
 
@@ -43,14 +43,23 @@ def read_summary(run: Path) -> dict[str, Any]:
     return summary
 
 
-def print_report(runs: Sequence[Path], *, control: Path | None = None) -> None:
+def print_report(runs: Sequence[Path], *, control: Path | None = None, arms: Sequence[str] = ()) -> None:
     """Print before and after of each run; with a control, beside it; with several runs, the mean gain and its spread.
+
+    Args:
+        runs: their folders.
+        control: of a single run; else a run keeps it in RUN/control.
+        arms: names of folders in every RUN that hold runs from the same start; the gains of several runs are shown
+            beside theirs. None: `control`, where every run has one.
 
     Raises:
         ValueError: as `read_summary`.
     """
     console = wide_console()
     summaries = [read_summary(run) for run in runs]
+    if not arms and all((run / "control" / "summary.json").is_file() for run in runs):
+        arms = ["control"]
+    others = {arm: [read_summary(run / arm) for run in runs] for arm in arms} if len(runs) > 1 else {}
     for run, summary in zip(runs, summaries, strict=True):
         # a run keeps its control in RUN/control
         beside = control if control is not None and len(runs) == 1 else run / "control"
@@ -70,17 +79,19 @@ def print_report(runs: Sequence[Path], *, control: Path | None = None) -> None:
             console.print(f"its reports beside the radiographs: {page}", markup=False, highlight=False)
         console.print()
     if len(runs) > 1:
-        controls = [read_summary(run / "control") for run in runs if (run / "control" / "summary.json").is_file()]
-        console.print(_gains(summaries, controls if len(controls) == len(runs) else None))
+        for arm, beside_it in others.items():
+            console.print(_gains(summaries, arm, beside_it))
+        if not others:
+            console.print(_gains(summaries, None, []))
     shown = [key for summary in summaries for key, value in summary["after"].items() if value is not None]
     for part, meaning in _LEGEND.items():
         if any(part in key for key in shown):
             console.print(meaning, markup=False, highlight=False)
 
 
-def seeds_as_json(runs: Sequence[Path]) -> dict[str, Any]:
-    """What `print_report` reads of each run, by its seed: `before`, `after`, `control` (its `after`, or null) and the
-    training's processor seconds.
+def seeds_as_json(runs: Sequence[Path], arms: Sequence[str] = ()) -> dict[str, Any]:
+    """What `print_report` reads of each run, by its seed: `before`, `after`, `control` (its `after`, or null), under
+    `arms` the `after` of each further arm, `best` (which adapter was chosen) and the training's processor seconds.
 
     Raises:
         ValueError: as `read_summary`, or two runs of one seed.
@@ -96,6 +107,8 @@ def seeds_as_json(runs: Sequence[Path]) -> dict[str, Any]:
             "before": summary["before"],
             "after": summary["after"],
             "control": read_summary(beside)["after"] if (beside / "summary.json").is_file() else None,
+            "arms": {arm: read_summary(run / arm)["after"] for arm in arms if arm != "control"},
+            "best": summary.get("best"),
             "training_cpu_seconds": summary.get("training_cpu_seconds"),
             "world_size": summary["world_size"],
         }
@@ -135,18 +148,18 @@ def _before_after(run: Path, summary: dict[str, Any], control: dict[str, Any] | 
     return table
 
 
-def _gains(summaries: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]] | None) -> Table:
-    columns = [control_name(summaries[0].get("control"), "GRPO"), *([_control_column(controls[0])] if controls else [])]
-    if controls:
-        columns.append("the one minus the other")
+def _gains(summaries: Sequence[dict[str, Any]], arm: str | None, others: Sequence[dict[str, Any]]) -> Table:
+    columns = [control_name(summaries[0].get("control"), "GRPO")]
+    if arm is not None:
+        columns += [_control_column(others[0]) if arm == "control" else arm, "the one minus the other"]
     table = _table(f"gain over {len(summaries)} seeds: mean ± half of its 95 % t interval, seeds above 0", *columns)
     for key in summaries[0]["after"]:
         before = [(summary["before"] or {}).get(key) for summary in summaries]
         after = [summary["after"].get(key) for summary in summaries]
         cells = [_spread(before, after)]
-        if controls:
-            others = [one["after"].get(key) for one in controls]
-            cells += [_spread(before, others), _spread(others, after)]
+        if arm is not None:
+            values = [one["after"].get(key) for one in others]
+            cells += [_spread(before, values), _spread(values, after)]
         if set(cells) != {"-"}:
             table.add_row(key, *cells)
     return table

@@ -20,7 +20,7 @@ from mrg_r1.types import Sampled
 
 _WORDING = {  # key of an evaluation -> what it is
     "repeated_sentence": "reports in which a whole sentence stands twice",
-    "repetition": "share of a report's sentences or three-grams that were said before",
+    "repetition": "share of a report's sentences or phrases that were said before",
     "contradiction": "reports that affirm and deny one observation",
 }
 LOGP_GAP_WARNING = 0.05  # nats; bf16 of a sound rollout is seen at 0.004 on average

@@ -19,8 +19,17 @@ from tests.reward.keyword_labeler import KeywordLabeler
         ("Clear lungs. No effusion. CLEAR  lungs", True, 1 / 3),  # case, marks and white space are nothing
         ("1. No change. 2. No change.", True, 1 / 2),  # nor is the number of an enumeration
         ("No effusion. No effusion. No effusion. No effusion.", True, 3 / 4),
-        # inside one sentence: 7 three-grams, `the lungs are`, `lungs are the`, `are the lungs` in turn
-        ("the lungs are the lungs are the lungs are", False, 4 / 7),
+        # inside one sentence: 8 two-grams, three in turn; of the 7 three-grams 4 stood before
+        ("the lungs are the lungs are the lungs are", False, 5 / 8),
+        # 7 two-grams, `mediastinal widening` thrice, and 3 more in the second sentence
+        (
+            "No mediastinal widening, mediastinal widening, or mediastinal widening. No pneumothorax or device.",
+            False,
+            0.2,
+        ),
+        ("pleural pleural pleural plaque", False, 1 / 3),
+        # a two-gram in two sentences is wording that comes back
+        ("Mild edema left. Mild edema right.", False, 0.0),
         # a frame that serves two findings: `there is no` is one of four
         ("There is no effusion. There is no edema.", False, 1 / 4),
         # no three-gram reaches over a full stop

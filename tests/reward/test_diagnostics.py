@@ -138,7 +138,7 @@ def wording_warnings(*rows: dict[str, float | None]) -> list[str]:
     ("later", "said_of"),
     [
         ((0.3, 0.02, 0.01), ["a whole sentence stands twice in 30.0% of the reports (1.0%"]),
-        ((0.01, 0.2, 0.01), ["20.0% of a report's sentences or three-grams were said before (2.0%"]),
+        ((0.01, 0.2, 0.01), ["20.0% of a report's sentences or phrases were said before (2.0%"]),
         ((0.01, 0.02, 0.4), ["40.0% of the reports affirm and deny one observation (1.0%"]),
         ((0.3, 0.2, None), ["30.0% of the reports", "20.0% of a report's"]),
     ],

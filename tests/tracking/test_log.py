@@ -10,6 +10,7 @@ import time
 import pytest
 from PIL import Image
 
+from mrg_r1.cli import main
 from mrg_r1.config.sections import TrackingSection
 from mrg_r1.tracking import log as log_module
 from mrg_r1.tracking.log import Clock, RunLog
@@ -208,6 +209,29 @@ def test_report_prints_the_gain_beside_the_control(tmp_path, capsys):
     assert "phantoms" in text
     assert training_seconds(tmp_path / "run0") == 7.5 and training_cpu_seconds(tmp_path / "run0") == 6.5
     assert " ".join(text.split()).count("3 s of processor time by labelers") == 3
+
+
+def test_the_gain_over_seeds_stands_beside_every_arm_that_is_named(tmp_path, capsys):
+    runs = [tmp_path / "run0", tmp_path / "run1"]
+    for seed, (run, after) in enumerate(zip(runs, [0.6, 0.8], strict=True)):
+        for folder, value in ((run, after), (run / "rft", after - 0.1), (run / "random", 0.5)):
+            folder.mkdir(parents=True)
+            (folder / "summary.json").write_text(json.dumps(summary(0.5, value, seed=seed)))
+    print_report(runs, arms=["rft", "random"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("gain over 2 seeds") == 2 and "rft the one minus the other" in text
+    # GRPO, rft and the one minus the other: 0.1 and 0.3, 0 and 0.2, 0.1 and 0.1
+    assert "f1 +0.200 ±1.271 2/2 +0.100 ±1.271 1/2 +0.100 ±0.000 2/2" in text
+    assert "f1 +0.200 ±1.271 2/2 +0.000 ±0.000 0/2 +0.200 ±1.271 2/2" in text  # random stays at the start
+    seeds = seeds_as_json(runs, ["rft", "random"])["seeds"]
+    assert seeds["1"]["arms"] == {"rft": {"f1": pytest.approx(0.7)}, "random": {"f1": 0.5}}
+    assert seeds["0"]["control"] is None
+    with pytest.raises(ValueError, match=r"run0/sft: no summary.json"):
+        print_report(runs, arms=["sft"])
+    assert main(["summary", str(runs[0]), "--arm", "rft"]) != 0
+    assert f"--control {runs[0]}/rft" in capsys.readouterr().err
+    assert main(["summary", *map(str, runs), "--arm", "rft", "--json", str(tmp_path / "seeds.json")]) in (0, None)
+    assert json.loads((tmp_path / "seeds.json").read_text())["seeds"]["0"]["arms"]["rft"] == {"f1": 0.5}
 
 
 def test_report_names_the_control(tmp_path, capsys):

@@ -176,7 +176,7 @@ def test_reports_that_repeat_themselves_are_seen_before_and_after(run, tmp_path)
         write_evaluated(run, name, [row], [study])
     text = " ".join(Page(write_page(run, [study])).text.split())
     assert "reports in which a whole sentence stands twice, share0.0001.000" in text
-    assert "repetition: share of sentences or three-grams said before0.0000.500" in text
+    assert "repetition: share of sentences or phrases said before0.0000.500" in text
     assert "reports that affirm and deny one observation, share0.0000.000" in text
     assert "reports in which a whole sentence stands twice, share1.000before 0.000" in text  # among the first numbers
 

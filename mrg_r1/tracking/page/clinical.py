@@ -17,7 +17,7 @@ _SCALARS = {  # of an evaluation -> in words
     "distinct_share": "distinct reports, share",
     "no_finding_rate": "reports that say No Finding, share",
     "repeated_sentence": "reports in which a whole sentence stands twice, share",
-    "repetition": "repetition: share of sentences or three-grams said before",
+    "repetition": "repetition: share of sentences or phrases said before",
     "contradiction": "reports that affirm and deny one observation, share",
     "mean_words": "words a report",
     "labeler_gap": "labeler gap: disease_micro13 by the labeler less by the drawn truth",
