@@ -244,17 +244,17 @@ def _looked_at(
 def _study(draft: Draft, choices: ImageChoices) -> Study | str:
     if (draft.said is None or all(value is None for value in draft.said)) and draft.report is None:
         return "no label: each of the 14 is empty, so there is nothing to learn from or to compare with"
-    images = choices.chosen(draft.images)
+    images = tuple(StudyImage(Path(path), view) for path, view in choices.chosen(draft.images))
     if not images:
         return "no frontal image among its views; --views all takes the others"
-    for path, _ in images:
-        problem = problem_of_image(Path(path), draft.id, choices.check_images)
+    for image in images:
+        problem = problem_of_image(image.path, draft.id, choices.check_images)
         if problem is not None:
             return problem
     return Study(
         id=draft.id,
         patient_id=draft.patient_id,
-        images=tuple(StudyImage(Path(path), view) for path, view in images),
+        images=images,
         report=draft.report,
         split=draft.split,
         said=draft.said,
