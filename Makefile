@@ -204,23 +204,28 @@ $(IUB)/texts/reports.csv: | $(READY)
 	@cp $(IUB)/texts/reports_train.csv $(IUB)/texts/reports_labelled.csv
 	@tail -n +2 $(IUB)/texts/reports_val.csv >> $(IUB)/texts/reports_labelled.csv
 
-# The second one is never rewarded: what it reads says whether the first is being fooled.
-$(IUB)/labeler/training.json $(IUB)/held_out/training.json: $(IUB)/%/training.json: $(IUB)/texts/reports.csv
-	$(SAY) '2/6 Labeler ($*): a small BERT learns to read findings out of reports'
-	@$(MRG) labeler train $(IUB)/texts/reports_labelled.csv $(IU_LABELS) -o $(IUB)/$* --seed $(if $(filter held_out,$*),1,0)
+# The policy begins in a grammar's words, so a labeler is taught on those too: what it was not taught it misreads, and GRPO finds
+# that. The second one, of other texts, is never rewarded: what it reads says whether the first is being fooled.
+TEXTS_OF_labeler := 2,2401p
+TEXTS_OF_held_out := 5001,7400p
+$(IUB)/labeler/training.json $(IUB)/held_out/training.json: $(IUB)/%/training.json: $(IUB)/texts/reports.csv $(IUB)/balanced/manifest.jsonl
+	$(SAY) '3/6 Labeler ($*): a small BERT learns to read findings out of reports'
+	@{ cat $(IUB)/texts/reports_labelled.csv; sed -n '$(TEXTS_OF_$*)' $(IUB)/balanced/reports.csv; } > $(IUB)/texts/$*_reports.csv
+	@{ cat $(IU_LABELS); sed -n '$(TEXTS_OF_$*)' $(IUB)/balanced/labels.csv; } > $(IUB)/texts/$*_labels.csv
+	@$(MRG) labeler train $(IUB)/texts/$*_reports.csv $(IUB)/texts/$*_labels.csv -o $(IUB)/$* --seed $(if $(filter held_out,$*),1,0)
 
 # Nobody publishes the test labels: the labeler reads them, and the test split's radiographs are rendered from its reading.
 $(IUB)/texts/test_labels.csv: $(IUB)/labeler/training.json $(IUB)/held_out/training.json
 	@$(MRG) label $(IUB)/texts/reports_test.csv --labeler $(IUB)/labeler -o $@
 
 $(IUP)/data/manifest.jsonl: $(IUB)/texts/test_labels.csv
-	$(SAY) '3/6 Studies: radiographs are rendered for every report, from its labels; three for each that is learned from'
+	$(SAY) '4/6 Studies: radiographs are rendered for every report, from its labels; three for each that is learned from'
 	@mkdir -p $(IUP)
 	@$(MRG) prepare iu-xray $(IU)/annotation.json -o $(IUP)/data --side 84 --films 3 --seed $(SEED) \
 		--render-missing $(IU_LABELS) --render-missing $(IUB)/texts/test_labels.csv
 
 $(IUB)/balanced/manifest.jsonl: | $(READY)
-	$(SAY) '4/6 Phantoms: films that show every finding often, for a policy that has seen none'
+	$(SAY) '2/6 Phantoms: films that show every finding often, for a policy that has seen none'
 	@$(MRG) prepare phantom -o $(IUB)/balanced --preset balanced --splits train=12000,val=400 --side 84
 
 $(IUB)/tiny-policy/config.json: $(IUB)/texts/reports.csv $(IUB)/balanced/manifest.jsonl
@@ -229,7 +234,7 @@ $(IUB)/tiny-policy/config.json: $(IUB)/texts/reports.csv $(IUB)/balanced/manifes
 		--teach-tower $(IUB)/balanced/manifest.jsonl --teach-head mean --teach-steps 1200
 
 $(IUB)/pretrained/summary.json: $(IUB)/labeler/training.json $(IUB)/tiny-policy/config.json
-	$(call launch,$(IUB)/pretrained,sft.py launch/recipes/iu_phantom_pretrained.yaml)
+	$(call launch,$(IUB)/pretrained,sft.py launch/recipes/iu_phantom_pretrained_sft.yaml)
 
 $(IUP)/summary.json: $(IUP)/data/manifest.jsonl $(IUB)/pretrained/summary.json
 	$(SAY) '6/6 GRPO: it samples reports and learns from what the labeler reads in them and in the real ones'

@@ -93,6 +93,7 @@ setup(
         "wandb>=0.31",
     ],
     extras_require={
+        "tensorboard": ["tensorboard"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

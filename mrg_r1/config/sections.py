@@ -297,6 +297,11 @@ class TrackingSection(Section):
         "offline", description="wandb gets numbers; offline keeps them here. ours"
     )
     wandb_project: str = Field("mrg-r1", description="Project name in wandb. ours")
+    tensorboard: Literal["off"] | Path = Field(
+        "off",
+        description="A directory where TensorBoard's event files of this run go, in a folder of the run's name: the "
+        "numbers that wandb gets. It needs the package tensorboard. ours",
+    )
     share_text: bool = Field(False, description="Also give wandb a few reports of each validation: patient data. ours")
     share_images: bool = Field(
         False, description="Also give wandb a few radiographs of each validation: patient data. ours"
@@ -305,7 +310,7 @@ class TrackingSection(Section):
         1, ge=0, description="Write the sampled reports every this many steps; 0: never. ours"
     )
 
-    _bare_off = field_validator("wandb", mode="before")(_off_is_a_word)
+    _bare_off = field_validator("wandb", "tensorboard", mode="before")(_off_is_a_word)
 
 
 class CheckpointSection(Section):

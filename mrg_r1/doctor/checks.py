@@ -25,6 +25,7 @@ from mrg_r1.engine.ranks import Ranks
 from mrg_r1.policy.adapter_files import read_adapter, require_fit
 from mrg_r1.policy.completeness import stored_tensors
 from mrg_r1.policy.family import family_of, lora_pattern, shape_of
+from mrg_r1.tracking.tensorboard_run import check_tensorboard
 from mrg_r1.types import Study
 
 _IMAGES = 8  # of each split that `mrg-r1 doctor` opens; a launch opens all (data.check_images)
@@ -72,7 +73,7 @@ def recipe_findings(recipe: Recipe, *, task: Task, world_size: int, devices: lis
     ]
     if findings[-1].state == "ok":
         findings.append(examined("disk", lambda: _disk(recipe)))
-    return [*findings, wandb_finding(recipe)]
+    return [*findings, wandb_finding(recipe), *tensorboard_finding(recipe)]
 
 
 def launch_findings(recipe: Recipe, *, task: Task, ranks: Ranks, studies: dict[str, list[Study]]) -> list[Finding]:
@@ -203,6 +204,19 @@ def wandb_finding(recipe: Recipe) -> Finding:
             "wandb login, WANDB_API_KEY, or tracking.wandb=offline",
         )
     return Finding("wandb", "ok", text)
+
+
+def tensorboard_finding(recipe: Recipe) -> list[Finding]:
+    """Whether TensorBoard's files can be written, where a recipe asks for them; a launch checks it first of all."""
+    wanted = recipe.tracking.tensorboard
+    if wanted == "off":
+        return []
+    try:
+        check_tensorboard(wanted)
+    except ValueError as error:
+        text, _, remedy = str(error).partition("; ")
+        return [Finding("tensorboard", "failure", text, remedy)]
+    return [Finding("tensorboard", "ok", f"event files go to {wanted}")]
 
 
 def wandb_version() -> str | None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +46,7 @@ def repetition(text: str) -> float:
     """
     said = _words(text)
     threes = [words[start : start + 3] for words in said for start in range(len(words) - 2)]
-    twos = [(number, *words[start : start + 2]) for number, words in enumerate(said) for start in range(len(words) - 1)]
+    twos = [(f"{number}", *pair) for number, words in enumerate(said) for pair in pairwise(words)]
     return max(_repeated(said), _repeated(threes), _repeated(twos))
 
 
@@ -123,5 +124,5 @@ def _words(text: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(_WORD.findall(_NUMBERED.sub("", said, count=1).lower())) for said in sentences(text))
 
 
-def _repeated(items: Sequence[tuple[str | int, ...]]) -> float:
+def _repeated(items: Sequence[tuple[str, ...]]) -> float:
     return 1 - len(set(items)) / len(items) if items else 0.0

@@ -24,6 +24,8 @@ class TrackingOptions(Protocol):
     @property
     def wandb_project(self) -> str: ...
     @property
+    def tensorboard(self) -> Path | Literal["off"]: ...
+    @property
     def share_text(self) -> bool: ...
     @property
     def share_images(self) -> bool: ...
@@ -34,7 +36,8 @@ class Tracked:
     """The run that a backend is opened for.
 
     Attributes:
-        directory: RUN; a backend writes nowhere else on this machine.
+        directory: RUN; a backend writes nowhere else on this machine, but for TensorBoard's in the directory that the
+            recipe names.
         config: the recipe, every path in it cut to its last part.
         start_step: steps already done, 0 in a run that begins; a resumed run repeats those after its checkpoint.
         say: prints one line on the terminal, over all that moves there.

@@ -24,6 +24,7 @@ from mrg_r1.engine.partition import RankPartition
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.files import write_text_atomically
 from mrg_r1.tracking.log import write_environment
+from mrg_r1.tracking.tensorboard_run import check_tensorboard
 from mrg_r1.tracking.wandb_run import check_wandb
 from mrg_r1.training import nodes
 from mrg_r1.training.resume import check_changes
@@ -48,6 +49,7 @@ def preflight(recipe: Recipe, ranks: Ranks, *, task: Task) -> Checked:
         RecipeError, ManifestError, ValueError: bad input, named.
     """
     check_wandb(recipe.tracking.wandb)
+    check_tensorboard(recipe.tracking.tensorboard)
     nodes.check_files(recipe, ranks)
     check_recipe(recipe, world_size=ranks.world_size, task=task)
     partition = _partition(recipe, ranks, task)

@@ -19,6 +19,7 @@ from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.study import read_manifest
 from mrg_r1.doctor import checks, fitting, machine
 from mrg_r1.doctor.machine import Device
+from mrg_r1.tracking import tensorboard_run
 from mrg_r1.training import run as run_module
 from mrg_r1.training.run import open_run
 from tests.conftest import OneRank
@@ -258,6 +259,17 @@ def test_wandb_that_is_asked_for_and_missing_is_a_failure(
     code, findings = examine(world, tmp_path / "run", capsys, "tracking.wandb=offline")
     assert code == 1 and findings["wandb"]["state"] == "failure" and "tracking.wandb" in findings["wandb"]["remedy"]
     assert examine(world, tmp_path / "run", capsys, "tracking.wandb=off")[1]["wandb"]["state"] == "ok"
+
+
+def test_tensorboard_that_is_asked_for_and_missing_is_a_failure(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = f"tracking.tensorboard={tmp_path / 'board'}"
+    monkeypatch.setattr(tensorboard_run, "find_spec", lambda name: None)
+    assert "mrg-r1[tensorboard]" in failure(world, tmp_path, capsys, "tensorboard", board)
+    monkeypatch.setattr(tensorboard_run, "find_spec", lambda name: "there")
+    assert examine(world, tmp_path / "run", capsys, board)[1]["tensorboard"]["state"] == "ok"
+    assert "tensorboard" not in examine(world, tmp_path / "run", capsys)[1]
 
 
 def test_a_launch_stops_before_the_policy_is_loaded_and_names_every_failure(
