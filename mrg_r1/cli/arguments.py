@@ -42,6 +42,33 @@ def add_labeler_arguments(parser: argparse._ActionsContainer, *, required: bool)
     )
 
 
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--views`, `--max-images` and `--check-images`, for the `prepare` of large collections of several views."""
+    parser.add_argument(
+        "--views",
+        choices=("frontal", "all"),
+        default="frontal",
+        help="frontal: no study without a frontal view (default); all: a frontal, a lateral, then the others",
+    )
+    parser.add_argument(
+        "--max-images", type=positive, default=2, metavar="N", help="images a study, at most (default: 2)"
+    )
+    add_check_images(parser)
+
+
+def add_check_images(parser: argparse.ArgumentParser) -> None:
+    """`--check-images`, for the `prepare` of collections that it takes hours to decode."""
+    parser.add_argument(
+        "--check-images",
+        choices=("none", "size", "open"),
+        nargs="?",
+        const="open",
+        default="size",
+        help="of the images taken: nothing, that they are there and not empty (default), or that each can be decoded, "
+        "which takes hours",
+    )
+
+
 def load_labeler(arguments: argparse.Namespace) -> Labeler:
     """The labeler that the arguments of `add_labeler_arguments` name."""
     import torch

@@ -158,14 +158,16 @@ def _write_page(arguments: argparse.Namespace) -> Path:
     from mrg_r1.tracking.page import write_page
 
     run, *others = arguments.runs
-    data = load_run(run).data
+    recipe = load_run(run)
+    data = recipe.data
     if not data.manifest.is_file():
         raise ValueError(
             f"{data.manifest}: no such file (data.manifest of {run / 'config.yaml'}); go to the folder that the run "
             "was started in"
         )
     studies = [study for study in read_manifest(data.manifest) if study.split in (data.test_split, data.train_split)]
-    return write_page(run, studies, others=others, references=_references(run, data.manifest), output=arguments.output)
+    references = {} if recipe.reward.references == "said" else _references(run, data.manifest)
+    return write_page(run, studies, others=others, references=references, output=arguments.output)
 
 
 def _references(run: Path, manifest: Path) -> dict[str, list[int | None]]:

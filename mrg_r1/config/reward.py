@@ -17,6 +17,11 @@ class RewardSection(Section):
     tokenizer: str | None = Field(
         None, description="Tokenizer directory for a CheXbert checkpoint file (bert-base-uncased). yours"
     )
+    references: Literal["labeler", "said"] = Field(
+        "labeler",
+        description="Whose labels of a reference count: the labeler's reading of its text, or the manifest's "
+        "labels.said where a study has them, so that only the others are read. ours",
+    )
     device: str = Field(
         "cpu",
         pattern=DEVICE,

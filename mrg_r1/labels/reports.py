@@ -28,6 +28,8 @@ _MISSING = _NOT_A_NUMBER | frozenset("none n/a n/an/a na n.a nil missing notavai
 
 def visible(text: str) -> str:
     """A text without white space and without what cannot be seen: control and format characters, blanks."""
+    if text.isascii() and text.isprintable():  # nearly all ids: seen without a look at every letter
+        return text.replace(" ", "")
     return "".join(
         letter for letter in text if unicodedata.category(letter)[0] not in "CZ" and letter not in _BLANK_LETTERS
     )

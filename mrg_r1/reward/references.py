@@ -32,6 +32,7 @@ def reference_labels(
     labeler: Mapping[str, str],
     label: Callable[[Sequence[str]], NDArray[np.int64]],
     fallback: Path,
+    said_first: bool = False,
 ) -> dict[str, list[int]]:
     """The 14 classes of each study's reference, from the file beside the manifest as far as it goes. A study without a
     report has the classes that the manifest says, whoever the labeler is.
@@ -42,14 +43,23 @@ def reference_labels(
         labeler: everything that tells one labeler from another, `name` among it.
         label: reads [N, 14] classes out of N texts.
         fallback: folder for the file where the manifest's own cannot be written to.
+        said_first: a study with a report too has the classes that the manifest says, where it says any.
 
     Returns:
         id -> 14 classes.
     """
     path = _cache_file(manifest, labeler, fallback)
     known = read_labels_csv(path) if path.is_file() else {}
-    said = {study.id: classes_of_values(study.said) for study in studies if study.report is None and study.said}
-    missing = [(study.id, study.report) for study in studies if study.report is not None and study.id not in known]
+    said = {
+        study.id: classes_of_values(study.said)
+        for study in studies
+        if study.said is not None and (said_first or study.report is None)
+    }
+    missing = [
+        (study.id, study.report)
+        for study in studies
+        if study.report is not None and study.id not in known and study.id not in said
+    ]
     batches = [missing[start : start + _AT_ONCE] for start in range(0, len(missing), _AT_ONCE)]
     saved = time.monotonic()
     for batch in progress(batches, "reading the references", quiet=len(batches) < 2):

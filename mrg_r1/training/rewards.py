@@ -169,6 +169,7 @@ def prepare(
             labeler=labeler | {"dtype": recipe.reward.dtype, "tokenizer": str(recipe.reward.tokenizer)},
             label=service.label,
             fallback=recipe.output_dir / "reference_labels",
+            said_first=recipe.reward.references == "said",
         )
     labels = ranks.agree(labels)
     opened = RunRewards(recipe, service, labeler, studies, labels, None, None, None, supervisor)

@@ -25,7 +25,7 @@ def rows(out: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in cells}
 
 
-@pytest.mark.parametrize("kind", ["iu-xray", "manifest"])
+@pytest.mark.parametrize("kind", ["chexpert", "iu-xray", "manifest", "mimic-cxr", "nih", "padchest"])
 def test_help_teaches_by_an_example(capsys: pytest.CaptureFixture[str], kind: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["prepare", kind, "--help"])

@@ -129,3 +129,17 @@ def test_a_study_without_a_report_has_what_the_manifest_says_and_no_labeler_is_a
     assert labeler.calls == [["edema"]] and found["s0"][4] == 1 and found["s1"][1] == 1
     (kept,) = (manifest.parent / FOLDER).glob("*.csv")
     assert read_labels_csv(kept).keys() == {"s0"}
+
+
+def test_what_the_manifest_says_of_a_report_spares_its_reading_where_it_is_asked_to_count(manifest: Path) -> None:
+    labeler, (labelled, worded) = KeywordLabeler(), studies("edema", "effusion")
+    labelled = replace(labelled, said=(*[None] * 9, 1, *[None] * 4))
+    described = {"manifest": manifest, "labeler": LABELER, "fallback": manifest.parent / "x"}
+    found = reference_labels(
+        [labelled, worded],
+        label=lambda texts: labeler.label(list(texts)),
+        said_first=True,
+        **described,  # type: ignore[arg-type]
+    )
+    assert labeler.calls == [["effusion"]] and found["s0"] == [0] * 9 + [1] + [0] * 4 and found["s1"][9] == 1
+    assert read(manifest, [labelled, worded], labeler)["s0"][4] == 1 and labeler.calls[1:] == [["edema"]]

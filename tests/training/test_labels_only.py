@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mrg_r1 import cli
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.study import read_manifest
 from mrg_r1.evaluation import evaluate as evaluating
-from mrg_r1.labels.observations import classes_of_values
+from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
 from mrg_r1.training.run import open_run
 from mrg_r1.training.state import open_loader
 from tests.conftest import OneRank
@@ -86,6 +87,17 @@ def test_sft_steps_through_the_studies_with_a_report_and_reads_labels_of_all(wor
     assert {study.id for step in range(8) for study in loader.studies_of(step)} <= set(wanted)
     loader.close()
     assert run.rewards.classes("train").shape == (16, 14)
+
+
+def test_what_the_manifest_says_of_reports_counts_where_the_recipe_asks_for_it(world, tmp_path, inline_rewards):
+    manifest, _ = labels_only(world, tmp_path / "said", lambda number, study: False)
+    path = Path(manifest.partition("=")[2])
+    fracture = [1 if name == "Fracture" else None for name in OBSERVATIONS]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | {"labels": {"said": fracture, "drawn": None}}) + "\n" for line in lines))
+    asked = opened(world, tmp_path, manifest, "reward.references=said").rewards.classes("train")
+    assert (asked == classes_of_values(fracture)).all() and asked.shape == (16, 14)
+    assert not (opened(world, tmp_path, manifest).rewards.classes("train") == classes_of_values(fracture)).all()
 
 
 def test_the_best_constant_is_a_report_and_its_value_is_over_all_labels(world, tmp_path, inline_rewards, monkeypatch):

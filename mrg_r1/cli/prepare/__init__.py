@@ -12,7 +12,7 @@ from typing import Any
 
 
 def add_commands(commands: Any) -> None:
-    """`prepare {iu-xray, manifest, mimic-cxr, phantom, tiny-policy}`."""
+    """`prepare {chexpert, iu-xray, manifest, mimic-cxr, nih, padchest, phantom, tiny-policy}`."""
     prepare = commands.add_parser("prepare", help="write a dataset, or a tiny policy to try things on")
     kinds = prepare.add_subparsers(title="what to prepare", required=True, metavar="KIND")
     for name in sorted(module.name for module in iter_modules(__path__)):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mrg_r1.cli.arguments import add_output, described, positive
+from mrg_r1.cli.arguments import add_image_arguments, add_output, described
 
 
 def add_command(kinds: Any) -> None:
@@ -26,6 +26,7 @@ def add_command(kinds: Any) -> None:
         examples="""
         mrg-r1 prepare mimic-cxr physionet/mimic-cxr-jpg-2.1.0 --reports physionet/mimic-cxr-reports.zip -o data/mimic
         mrg-r1 prepare mimic-cxr ROOT --reports ROOT --report both --views all --labels chexpert -o data/mimic-both
+        mrg-r1 prepare mimic-cxr ROOT --labels chexbert -o data/mimic-labelled   # of mimic-cxr-2.0.0-chexbert.csv
         mrg-r1 prepare mimic-cxr ROOT --check-images none -o data/mimic-texts   # the images are elsewhere
         """,
     )
@@ -45,36 +46,19 @@ def add_command(kinds: Any) -> None:
         help="the section to learn (default: findings); a report without it is refused; the others are kept in "
         "their fields",
     )
-    parser.add_argument(
-        "--views",
-        choices=("frontal", "all"),
-        default="frontal",
-        help="frontal: PA before AP, and no study without one (default); all: a frontal, a lateral, then the others",
-    )
-    parser.add_argument(
-        "--max-images", type=positive, default=2, metavar="N", help="images a study, at most (default: 2)"
-    )
+    add_image_arguments(parser)
     parser.add_argument(
         "--labels",
-        choices=("none", "chexpert"),
+        choices=("none", "chexpert", "chexbert"),
         default="none",
-        help="labels.said from mimic-cxr-2.0.0-chexpert.csv.gz; they are the CheXpert labeler's, not CheXbert's "
-        "(default: none)",
+        help="labels.said from mimic-cxr-2.0.0-chexpert.csv.gz, which are the CheXpert labeler's, or from your "
+        "mimic-cxr-2.0.0-chexbert.csv (or .csv.gz), which are CheXbert's (default: none)",
     )
     parser.add_argument(
         "--no-headings",
         choices=("refuse", "last-paragraph"),
         default="refuse",
         help="a report with neither findings nor an impression: refuse it (default), or learn its last paragraph",
-    )
-    parser.add_argument(
-        "--check-images",
-        choices=("none", "size", "open"),
-        nargs="?",
-        const="open",
-        default="size",
-        help="of the images taken: nothing, that they are there and not empty (default), or that each can be "
-        "decoded, which takes hours",
     )
     parser.set_defaults(run=_prepare_mimic_cxr)
 

@@ -4,16 +4,19 @@ the same files.
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from mrg_r1.data.images import image_problem
 from mrg_r1.data.prepare.conversion import JOURNAL_FILE
 from mrg_r1.types import Study
 
+CheckImages = Literal["none", "size", "open"]
 Item = TypeVar("Item")
 _BATCH = 64  # studies whose images are read at a time: all threads are busy, and little is lost when a run is killed
 
@@ -31,6 +34,21 @@ def image_problems(
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
         while batch := list(islice(iterator, _BATCH)):
             yield from zip(batch, pool.map(lambda item: _problem(study_of(item)), batch), strict=True)
+
+
+def problem_of_image(path: Path, study_id: str, check: CheckImages) -> str | None:
+    """What is wrong with an image, or None: nothing is looked at, or that it is there and not empty, or all of it."""
+    if check == "open":
+        return image_problem(path, study_id)
+    if check == "none":
+        return None
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
+            return f"{path}: an empty file or none at all; fetch it again"
+    except OSError as error:
+        return f"{path}: {error.strerror}; fetch the image or take the study out"
+    return None
 
 
 def refuse_changed_sources(output: Path, sources: Sequence[Path]) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
+from typing import IO, cast
 
 from mrg_r1.data.study import ManifestError
 
@@ -20,14 +25,28 @@ class Row:
     fault: str | None = None  # what is wrong with the row as a whole, and the remedy
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file's bytes, unpacked where its name ends in .gz."""
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as packed:
+                yield cast(IO[bytes], packed)
+        else:
+            with open(path, "rb") as file:
+                yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ManifestError([f"{path}: damaged ({error}); fetch it again"]) from error
+
+
 def check_utf8(path: Path) -> None:
-    """Read a text file once and refuse it where it is not UTF-8; a byte order mark is allowed.
+    """Read a text file once and refuse it where it is not UTF-8; a byte order mark is allowed. `.gz` is unpacked.
 
     Raises:
-        ManifestError: names the file, the line, the byte and the likely encoding.
+        ManifestError: names the file, the line, the byte and the likely encoding; or an archive that is damaged.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
                 raise ManifestError([f"{path}: UTF-16 text; save the file as UTF-8"])
@@ -53,9 +72,9 @@ def csv_columns(path: Path) -> list[str]:
         OSError: the file cannot be read.
     """
     check_utf8(path)
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with _opened(path) as raw:
         try:
-            header = next(csv.reader(file, strict=True), [])
+            header = next(csv.reader(_text(raw), strict=True), [])
         except csv.Error as error:
             raise ManifestError(
                 [f"{path}, line 1: {error}; the first line names the columns, separated by commas"]
@@ -72,7 +91,7 @@ def read_csv(path: Path, required: Sequence[str]) -> Iterator[Row]:
     """The rows of a CSV, streamed; lines without any field are passed over.
 
     Args:
-        path: UTF-8 with or without a byte order mark, comma-separated, quoted by `"`.
+        path: UTF-8 with or without a byte order mark, comma-separated, quoted by `"`; `.gz` is unpacked.
         required: columns that must be there, in lower case.
 
     Raises:
@@ -88,9 +107,9 @@ def read_csv(path: Path, required: Sequence[str]) -> Iterator[Row]:
         raise ManifestError(
             [f"{path}, line 1: no column {', '.join(f'`{name}`' for name in missing)}; it has {columns}; {remedy}"]
         )
-    with open(path, newline="", encoding="utf-8-sig") as file:
+    with _opened(path) as raw:
         # strict: an open quote would else swallow the rest of the file into one field
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(_text(raw), strict=True)
         next(reader)
         while True:
             where = f"{path}, line {reader.line_num + 1}"
@@ -103,8 +122,14 @@ def read_csv(path: Path, required: Sequence[str]) -> Iterator[Row]:
                 raise ManifestError([f"{where}: broken CSV ({error}); {remedy}"]) from error
             if not fields:
                 continue
+            if not columns[-1] and len(fields) == len(columns) - 1:
+                fields.append("")  # a header that ends in a comma, over rows that do not
             if len(fields) != len(columns):
                 remedy = "a text with a comma stands in quotes"
                 yield Row(where, {}, f"{len(fields)} fields under {len(columns)} columns; {remedy}")
             else:
                 yield Row(where, dict(zip(columns, fields, strict=True)))
+
+
+def _text(raw: IO[bytes]) -> TextIOWrapper:
+    return TextIOWrapper(raw, newline="", encoding="utf-8-sig")

@@ -6,8 +6,6 @@ Nothing of it is part of the project; whoever has access brings it, and nothing 
 
 from __future__ import annotations
 
-import os
-import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -18,16 +16,13 @@ from types import TracebackType
 from typing import Literal, Self
 
 from mrg_r1.console import progress
-from mrg_r1.data.images import image_problem
-from mrg_r1.data.prepare.checking import refuse_changed_sources
+from mrg_r1.data.prepare.checking import CheckImages, problem_of_image, refuse_changed_sources
 from mrg_r1.data.prepare.conversion import Conversion, Counts
 from mrg_r1.data.prepare.headings import Headings
 from mrg_r1.data.prepare.mimic_cxr.sections import Report, read_report
 from mrg_r1.data.prepare.mimic_cxr.tables import AP, LATERAL, PA, SPLITS, Labels, Studies, find_table, read_studies
 from mrg_r1.labels.reports import report_fault
 from mrg_r1.types import Study, StudyImage
-
-CheckImages = Literal["none", "size", "open"]
 
 _VIEW_NAMES = {PA: "frontal", AP: "frontal", LATERAL: "lateral"}
 _SPLIT_NAMES = list(SPLITS.values())
@@ -44,8 +39,8 @@ class Choices:
     """`frontal`: PA, then AP, and no study without; `all`: a frontal, a lateral, then the others."""
     max_images: int = 2
     """Images a study, at most."""
-    labels: Literal["none", "chexpert"] = "none"
-    """`labels.said`: none, or what the CheXpert labeler (not CheXbert) read in the report."""
+    labels: Literal["none", "chexpert", "chexbert"] = "none"
+    """`labels.said`: none, or what the CheXpert labeler or CheXbert read in the report, from the table of that name."""
     no_headings: Literal["refuse", "last-paragraph"] = "refuse"
     """A report with neither findings nor an impression: refuse it, or learn its last paragraph."""
     check_images: CheckImages = "size"
@@ -94,7 +89,7 @@ def prepare_mimic_cxr(
     if choices.max_images < 1:
         raise ValueError(f"at most {choices.max_images} images a study; a study needs one")
     split_table, metadata = find_table(root, "split"), find_table(root, "metadata")
-    label_table = find_table(root, "chexpert") if choices.labels == "chexpert" else None
+    label_table = find_table(root, choices.labels) if choices.labels != "none" else None
     if choices.check_images != "none" and not (root / "files").is_dir():
         raise NotADirectoryError(
             f"{root / 'files'}: no such folder of images; give the folder above it, or --check-images none without them"
@@ -202,7 +197,7 @@ class _Reader:
         """The draft, or its refusal where an image of it cannot be used."""
         if isinstance(draft, Study):
             for image in draft.images:
-                problem = _image_problem(image.path, draft.id, self._choices.check_images)
+                problem = problem_of_image(image.path, draft.id, self._choices.check_images)
                 if problem is not None:
                     return _Refused(problem, self.where(place), draft.report)
         return draft
@@ -263,20 +258,6 @@ def _text_to_learn(report: Report, choices: Choices) -> str:
             "the report has no FINDINGS, and --report both asks for both; --report impression learns its IMPRESSION"
         )
     return f"{findings} {impression}" if impression is not None else findings
-
-
-def _image_problem(path: Path, study_id: str, check: CheckImages) -> str | None:
-    if check == "open":
-        return image_problem(path, study_id)
-    if check == "none":
-        return None
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            return f"{path}: an empty file or none at all; fetch it again"
-    except OSError as error:
-        return f"{path}: {error.strerror}; fetch the image or take the study out"
-    return None
 
 
 class _Reports:

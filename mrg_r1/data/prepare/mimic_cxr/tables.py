@@ -1,4 +1,4 @@
-"""MIMIC-CXR-JPG's tables enter (split, metadata, CheXpert's labels), studies in the order of patient and time leave.
+"""MIMIC-CXR-JPG's tables enter (split, metadata, a labeler's labels), studies in the order of patient and time leave.
 
 The tables have 377,110 rows of images: they are held as arrays, about 70 bytes an image, and never as objects.
 """
@@ -19,7 +19,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
+from mrg_r1.data.prepare.labelled import refuse_other_convention, said_of_cells
+from mrg_r1.labels.observations import OBSERVATIONS
 
 SPLITS = {"train": "train", "validate": "val", "test": "test"}  # theirs -> ours
 PA, AP, LATERAL, OTHER = range(4)  # views, in the order in which images are preferred
@@ -74,10 +75,10 @@ def find_table(root: Path, name: str) -> Path:
             )
         if found:
             return found[0]
-    raise ValueError(
-        f"{root}: no mimic-cxr-2.0.0-{name}.csv.gz; give the folder that MIMIC-CXR-JPG was downloaded into, with "
-        "its tables"
-    )
+    remedy = "give the folder that MIMIC-CXR-JPG was downloaded into, with its tables"
+    if name == "chexbert":
+        remedy = "MIMIC-CXR-JPG has none, put your own there: study_id and the 14 observations, or leave --labels out"
+    raise ValueError(f"{root}: no mimic-cxr-2.0.0-{name}.csv.gz; {remedy}")
 
 
 def read_studies(split_table: Path, metadata: Path) -> Studies:
@@ -113,19 +114,22 @@ def read_studies(split_table: Path, metadata: Path) -> Studies:
 
 
 class Labels:
-    """CheXpert's labels of the reports by study: an int8 row of 14 a study."""
+    """A labeler's labels of the reports by study, CheXpert's or CheXbert's: an int8 row of 14 a study."""
 
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            ValueError: a table that cannot be read or lacks one of the 14 columns.
+            ValueError: a table that cannot be read, lacks one of the 14 columns or is of another convention.
             OSError: likewise.
         """
+        silent = False
         self.refused: dict[int, Refusal] = {}
         self.nameless: list[Refusal] = []  # rows whose study cannot be told
         ids, lines, values = array("q"), array("q"), array("b")
         for line, (study, *cells) in _rows(path, ("study_id", *OBSERVATIONS), self.nameless):
             where = f"{path.name}, line {line}"
+            silent = silent or not all(cells[:-1])
+            study = study.removeprefix("s")
             if not _is_number(study):
                 self.nameless.append(Refusal(f"column study_id: {study!r} is no number; {_AGAIN}", where))
                 continue
@@ -135,6 +139,8 @@ class Labels:
             ids.append(int(study))
             lines.append(line)
             values.extend(row)
+        if ids and not silent:
+            refuse_other_convention(path)
         found = np.array(ids, np.int64)
         order = np.argsort(found, kind="stable")
         self._ids = found[order]
@@ -325,18 +331,5 @@ def _moment(day: str, time: str) -> int | None:
 
 def _label_values(cells: Sequence[str]) -> tuple[list[int], str | None]:
     """14 cells as int8 values, and which is wrong."""
-    no_values = [_NO_VALUE] * len(OBSERVATIONS)
-    values: list[int | None] = []
-    for name, cell in zip(OBSERVATIONS, cells, strict=True):
-        try:
-            number = float(cell) if cell else None
-        except ValueError:
-            number = 0.5
-        if number not in (None, 1, 0, -1):
-            return no_values, f"column {name}: {cell!r}; a label is 1.0, 0.0, -1.0 or empty"
-        values.append(None if number is None else int(number))
-    try:
-        classes_of_values(values)
-    except ValueError as error:
-        return no_values, f"column {error}"
-    return [_NO_VALUE if value is None else value for value in values], None
+    values, problem = said_of_cells(cells)
+    return [_NO_VALUE if value is None else value for value in values] or [_NO_VALUE] * len(OBSERVATIONS), problem

@@ -182,6 +182,32 @@ def test_chexpert_labels_are_mapped_by_name(tmp_path: Path) -> None:
     )
 
 
+def test_chexbert_s_labels_come_from_their_own_table_and_the_others_are_not_read(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "mimic", [ONE, TWO])
+    with pytest.raises(
+        ValueError, match=r"no mimic-cxr-2\.0\.0-chexbert\.csv\.gz; MIMIC-CXR-JPG has none, put your own"
+    ):
+        prepared(tmp_path, labels="chexbert")
+    path = root / "mimic-cxr-2.0.0-chexbert.csv"
+    header = ",".join(["Report Impression", *CHEXPERT_COLUMNS, "study_id"])
+    cells = {"Edema": "-1.0", "Fracture": "0", "Pneumonia": "1"}
+    row = ",".join(cells.get(name, "") for name in CHEXPERT_COLUMNS)
+    path.write_text(f'{header}\n"Edema, perhaps.",{row},{ONE.name}\n,{row},{TWO.study}\n')
+    prepared(tmp_path, labels="chexbert")
+    expected = tuple({"Edema": -1, "Fracture": 0, "Pneumonia": 1}.get(name) for name in OBSERVATIONS)
+    assert {name: study.said for name, study in kept(tmp_path).items()} == {ONE.name: expected, TWO.name: expected}
+    with pytest.raises(ValueError, match="other"):
+        prepared(tmp_path, labels="none")
+    for numbers in (("0", "1"), ("0", "1", "2", "3")):  # 0 for what is not mentioned; classes of CheXbert's model
+        rows = [
+            ",".join(["", *(numbers * 14)[n : n + 14], str(study)]) for n, study in enumerate((ONE.study, TWO.study))
+        ]
+        path.write_text("\n".join([header, *rows]))
+        with pytest.raises(ValueError, match=r"chexbert\.csv: not one label of its rows is empty"):
+            prepared(tmp_path, labels="chexbert", output="numbers")
+    assert not (tmp_path / "numbers").exists()
+
+
 @pytest.mark.parametrize("name", ["reports", "archive", "mimic"])
 def test_reports_are_read_from_a_folder_of_their_own_or_the_archive(tmp_path: Path, name: str) -> None:
     root = write_tree(tmp_path / "mimic", [ONE, TWO])
