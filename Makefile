@@ -163,9 +163,7 @@ tables-phantom: table-rewards-phantom table-margin-phantom table-rare-phantom ta
 table-main-iu table-main-mimic table-rewards table-margin table-format table-advantages table-context: table-%: $(READY)
 	$(call TABLE,$*) $(TABLE_PARALLEL)
 
-# ---- real IU X-Ray reports over rendered radiographs: IU holds annotation.json and chexbert_labels_train_val.csv
-
-# ---- real IU X-Ray reports over rendered radiographs. What is pretrained (films, tower, grammar) and the labelers are made once,
+# ---- real IU X-Ray reports over rendered radiographs: IU holds annotation.json and chexbert_labels_train_val.csv. What is pretrained (films, tower, grammar) and the labelers are made once,
 # ---- in runs/iu-phantom; a seed is GRPO and its controls from there, over films of its own.
 
 IUB := runs/iu-phantom
@@ -201,8 +199,6 @@ $(IUB)/texts/reports.csv: | $(READY)
 		{ echo "IU=$(IU): no annotation.json; name the folder of R2Gen's IU X-Ray files: make iu-phantom IU=..." >&2; exit 2; }
 	$(SAY) '1/6 Reports: for the labeler (studies of the test split have no labels yet and are refused here)'
 	@$(MRG) prepare iu-xray $(IU)/annotation.json -o $(IUB)/texts --side 56 --render-missing $(IU_LABELS)
-	@cp $(IUB)/texts/reports_train.csv $(IUB)/texts/reports_labelled.csv
-	@tail -n +2 $(IUB)/texts/reports_val.csv >> $(IUB)/texts/reports_labelled.csv
 
 # The policy begins in a grammar's words, so a labeler is taught on those too: what it was not taught it misreads, and GRPO finds
 # that. The second one, of other texts, is never rewarded: what it reads says whether the first is being fooled.
@@ -210,7 +206,8 @@ TEXTS_OF_labeler := 2,2401p
 TEXTS_OF_held_out := 5002,7401p
 $(IUB)/labeler/training.json $(IUB)/held_out/training.json: $(IUB)/%/training.json: $(IUB)/texts/reports.csv $(IUB)/balanced/manifest.jsonl
 	$(SAY) '3/6 Labeler ($*): a small BERT learns to read findings out of reports'
-	@{ cat $(IUB)/texts/reports_labelled.csv; sed -n '$(TEXTS_OF_$*)' $(IUB)/balanced/reports.csv; } > $(IUB)/texts/$*_reports.csv
+	@{ cat $(IUB)/texts/reports_train.csv; tail -n +2 $(IUB)/texts/reports_val.csv; \
+		sed -n '$(TEXTS_OF_$*)' $(IUB)/balanced/reports.csv; } > $(IUB)/texts/$*_reports.csv
 	@{ cat $(IU_LABELS); sed -n '$(TEXTS_OF_$*)' $(IUB)/balanced/labels.csv; } > $(IUB)/texts/$*_labels.csv
 	@$(MRG) labeler train $(IUB)/texts/$*_reports.csv $(IUB)/texts/$*_labels.csv -o $(IUB)/$* --seed $(if $(filter held_out,$*),1,0)
 

@@ -56,8 +56,8 @@ def sort_sentences(texts: Sequence[str], classes: Sequence[Sequence[int]]) -> Se
     if not any(affirming) or not denying:
         what = "affirms a finding and nothing else" if not any(affirming) else "denies a finding and affirms none"
         raise ValueError(
-            f"{len(texts):,} sentences of {_WORDS[0]} to {_WORDS[-1]} words and more: the labeler reads none that "
-            f"{what}; give more reports, or a labeler that reads them"
+            f"of {len(texts):,} sentences none of {_WORDS[0]} to {_WORDS[-1]} words {what}, as the labeler reads them; "
+            "give more reports, or a labeler that reads them"
         )
     return Sentences(tuple(map(tuple, affirming)), tuple(denying))
 

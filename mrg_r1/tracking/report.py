@@ -50,7 +50,7 @@ def print_report(runs: Sequence[Path], *, control: Path | None = None, arms: Seq
         runs: their folders.
         control: of a single run; else a run keeps it in RUN/control.
         arms: names of folders in every RUN that hold runs from the same start; the gains of several runs are shown
-            beside theirs. None: `control`, where every run has one.
+            beside theirs. Empty: `control`, where every run has one.
 
     Raises:
         ValueError: as `read_summary`.

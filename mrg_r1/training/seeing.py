@@ -83,8 +83,7 @@ def teach_tower(
         steps: at most.
         seed: of the order and the head.
         head: "tokens": it reads every image token in its place, and is taught in the fewest steps; "mean": it reads the
-            mean over the tokens, so that each token comes to tell what is anywhere on the film, which a language model
-            then finds sooner.
+            mean over the tokens, so that each token comes to tell what is anywhere on the film.
 
     Returns:
         What `training.json` holds: `auc` by finding and `mean_auc` of the tower that stays, `curve`, `steps`,

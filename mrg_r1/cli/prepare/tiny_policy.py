@@ -62,7 +62,7 @@ def add_command(kinds: Any) -> None:
         "--teach-head",
         metavar="tokens|mean",
         help="what the linear head reads: every image token in its place (default), or their mean: slower to teach, "
-        "but the language model finds sooner what is seen",
+        "so that each token tells of the whole film",
     )
     policy.add_argument("--seed", type=seed, default=0, help="of the random weights (default: 0)")
     policy.set_defaults(run=_prepare_tiny_policy)

@@ -29,7 +29,15 @@ from mrg_r1.data.prepare.iu_xray.study import IuCollection, IuStudy, study_numbe
 from mrg_r1.data.prepare.rendering import Rendering, claim_folder, render_files
 from mrg_r1.data.prepare.rows import csv_columns
 from mrg_r1.data.study import ManifestError
-from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, UNCERTAIN, read_labels_csv, values_of_classes
+from mrg_r1.labels.observations import (
+    NO_FINDING,
+    OBSERVATIONS,
+    POSITIVE,
+    UNCERTAIN,
+    classes_of_values,
+    read_labels_csv,
+    values_of_classes,
+)
 from mrg_r1.labels.reports import report_fault
 from mrg_r1.types import Study, StudyImage
 
@@ -159,12 +167,11 @@ def convert_iu_xray(
         "images": str(images.absolute()) if images else None,
     }
     with Conversion(output, settings, sources=sources) as conversion:
-        plans = [
-            plan
-            for entry in collection.studies
-            for plan in _plans(entry, folder, labels, output, report, seed, films if entry.split == "train" else 1)
-            if not conversion.done(plan.entry.id)
-        ]
+        plans: list[_Plan] = []
+        for entry in collection.studies:
+            first = _plan(entry, folder, labels, output, report, seed)
+            further = _further_films(first, films if entry.split == "train" else 1, output, seed)
+            plans += [plan for plan in (first, *further) if not conversion.done(plan.entry.id)]
         render_files(
             [plan.rendering for plan in plans if plan.rendering is not None],
             seed=seed,
@@ -196,23 +203,14 @@ class _Plan:
     film_of: str | None = None  # the study whose report a further film shows
 
 
-def _plans(
-    entry: IuStudy,
-    folder: ImageFolder | None,
-    labels: Mapping[str, Sequence[int]] | None,
-    output: Path,
-    report: Report,
-    seed: int,
-    films: int,
-) -> Iterator[_Plan]:
-    """What is to become of a study, and its further films, if it is rendered."""
-    plan = _plan(entry, folder, labels, output, report, seed)
-    yield plan
-    if plan.rendering is None or plan.study is None or labels is None:
+def _further_films(first: _Plan, films: int, output: Path, seed: int) -> Iterator[_Plan]:
+    """Those after the first of a study that is rendered; none of another."""
+    if first.rendering is None or first.study is None or first.study.said is None:
         return
+    labels = classes_of_values(first.study.said)
     for film in range(2, films + 1):
-        other = replace(entry, id=f"{entry.id}-film{film}")
-        yield replace(_rendered(other, plan.text, labels[entry.id], output, seed), film_of=entry.id)
+        other = replace(first.entry, id=f"{first.entry.id}-film{film}")
+        yield replace(_rendered(other, first.text, labels, output, seed), film_of=first.entry.id)
 
 
 def _plan(
