@@ -60,7 +60,7 @@ def add_command(kinds: Any) -> None:
     policy.add_argument("--teach-steps", type=positive, metavar="N", help="steps of 64 images at most (default: 600)")
     policy.add_argument(
         "--teach-head",
-        metavar="tokens|mean",
+        choices=("tokens", "mean"),
         help="what the linear head reads: every image token in its place (default), or their mean: slower to teach, "
         "so that each token tells of the whole film",
     )
