@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import config, dcmread
 from pydicom.filereader import read_dataset
+from pydicom.multival import MultiValue
 from pydicom.pixels import get_decoder
 from pydicom.tag import Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
@@ -22,10 +23,13 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _KEYWORDS = (
     "Rows Columns SamplesPerPixel PhotometricInterpretation PlanarConfiguration BitsAllocated BitsStored HighBit "
-    "PixelRepresentation NumberOfFrames PixelAspectRatio PixelPaddingValue PixelPaddingRangeLimit RescaleSlope "
-    "RescaleIntercept ModalityLUTSequence WindowCenter WindowWidth VOILUTFunction VOILUTSequence PresentationLUTShape "
-    "FloatPixelData DoubleFloatPixelData PixelData"
+    "PixelRepresentation NumberOfFrames PixelAspectRatio PixelSpacing ImagerPixelSpacing NominalScannedPixelSpacing "
+    "PixelPaddingValue PixelPaddingRangeLimit RescaleSlope RescaleIntercept ModalityLUTSequence WindowCenter "
+    "WindowWidth VOILUTFunction VOILUTSequence PresentationLUTShape FloatPixelData DoubleFloatPixelData PixelData"
 ).split()
+# Where one is given the aspect need not be (PS3.3 C.7.6.3.1.7).
+_SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+_SAME_SPACING = 1.01  # how far apart rounding may take two that are meant to be one
 # Overlay Bit Position of each of the sixteen overlays that a file may have (PS3.3 C.9.2)
 _OVERLAY_BITS = [Tag(0x6000 + 2 * number, 0x0102) for number in range(16)]
 # What may be quoted of a number that is none: longer texts may be the patient's, brought here by a damaged length.
@@ -71,8 +75,9 @@ def read_dicom(data: bytes) -> NDArray[np.uint8]:
 
     Grey: stored values (signed or not, unused bits left out), then the modality rescale or LUT, then the first VOI LUT
     or window, 0 and 255 at its ends; without one, the image's own smallest and largest value become 0 and 255 (padding
-    left out). MONOCHROME1 is inverted, so that air is dark. Colour of 8 bits is taken as it is. Bits above the stored
-    ones are left out where an overlay's tag names them or all pixels have the same, and refused otherwise.
+    left out), and padding is black. MONOCHROME1 is inverted, so that air is dark. Colour of 8 bits is taken as it is.
+    Bits above the stored ones are left out where an overlay's tag names them or all pixels have the same, and refused
+    otherwise.
 
     Source: PS3.3 sections C.11.1 (modality), C.11.2 (VOI), C.7.6.3 (pixels), C.7.5.1.1.2 (padding).
 
@@ -88,7 +93,11 @@ def read_dicom(data: bytes) -> NDArray[np.uint8]:
     try:
         _refuse_what_is_no_radiograph(dataset)
         pixels = _decoded(dataset)
-        return _displayed(pixels, dataset) if dataset.PhotometricInterpretation in _GREY else pixels.astype(np.uint8)
+        if dataset.PhotometricInterpretation in _GREY:
+            return _displayed(pixels, dataset)
+        if pixels.max() > 255:
+            raise DicomError(f"values to {pixels.max()}, which BitsStored 8 cannot hold", f"correct it, or {_CONVERT}")
+        return pixels.astype(np.uint8)
     except DicomError:
         raise
     except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
@@ -117,7 +126,6 @@ def _header(data: bytes) -> Any:
     try:
         dataset = dcmread(BytesIO(data), specific_tags=[*map(Tag, _KEYWORDS), *_OVERLAY_BITS])
         missing = [name for name in ("Rows", "Columns", "PhotometricInterpretation") if not dataset.get(name)]
-        frames = int(dataset.get("NumberOfFrames") or 1)
         int(dataset.get("Rows", 0)) * int(dataset.get("Columns", 0))
         for tag in dataset.keys():
             dataset[tag]  # values are converted when they are first asked for
@@ -132,23 +140,25 @@ def _header(data: bytes) -> Any:
         raise DicomError(f"a DICOM file with {kind} (a report, or a truncated file)", damaged)
     if missing:
         raise DicomError(f"a DICOM file without {' and '.join(missing)}", damaged)
+    frames = _number(dataset, "NumberOfFrames", 1) or 1
     if frames != 1:
         raise DicomError(
-            f"a DICOM file of {frames} frames, and a radiograph has one",
+            f"a DICOM file of {frames:g} frames, and a radiograph has one",
             "write the frame that is meant as a file of its own",
         )
+    dataset.NumberOfFrames = 1  # as it was read here, and not as the decoder would read it again
     return dataset
 
 
 def _decoded(dataset: Any) -> NDArray[Any]:
-    """Pixels, [H, W] or [H, W, 3]: grey that is not compressed (but by RLE) with all bits of its words, and else
-    stored values.
+    """Pixels, [H, W] or [H, W, 3]: what is not compressed (but by RLE) with all bits of its words, and else stored
+    values.
 
     Raises:
         DicomError: a compression that nothing installed decodes, or damaged pixels.
     """
     syntax = dataset.file_meta.TransferSyntaxUID
-    words = dataset.PhotometricInterpretation in _GREY and (not syntax.is_compressed or syntax == RLELossless)
+    words = not syntax.is_compressed or syntax == RLELossless
     if syntax.is_compressed:
         try:
             decoder = get_decoder(syntax)
@@ -192,6 +202,13 @@ def _refuse_what_is_no_radiograph(dataset: Any) -> None:
     if aspect and (len(aspect) != 2 or aspect[0] != aspect[1]):
         shown = ":".join(f"{number:g}" for number in aspect)
         raise DicomError(f"PixelAspectRatio {shown}: its pixels are not square", "resample it to square pixels")
+    for name in _SPACINGS:
+        spacing = _numbers(dataset, name)
+        if len(spacing) == 2 and not min(spacing) * _SAME_SPACING >= max(spacing) >= 0:
+            raise DicomError(
+                f"{name} {spacing[0]:g}\\{spacing[1]:g}: its pixels are not square",
+                "resample it to square pixels, or correct the tag",
+            )
     shape = str(dataset.get("PresentationLUTShape") or "")
     if shape in ("IDENTITY", "INVERSE") and kind in _GREY and (shape == "INVERSE") != (kind == "MONOCHROME1"):
         # PS3.3 C.8.11.3.1.2: INVERSE stands with MONOCHROME1, IDENTITY with MONOCHROME2
@@ -236,8 +253,9 @@ def _displayed(pixels: NDArray[Any], dataset: Any) -> NDArray[np.uint8]:
     scaled = np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros_like(values)
     if dataset.PhotometricInterpretation == "MONOCHROME1" and high > low:
         scaled = 1 - scaled
-    greys: NDArray[np.uint8] = np.rint(scaled * 255).astype(np.uint8)
-    return greys[index]
+    greys: NDArray[np.uint8] = np.rint(scaled * 255).astype(np.uint8)[index]
+    greys[padding] = 0
+    return greys
 
 
 def _stored_values(words: NDArray[np.int64], dataset: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -296,7 +314,8 @@ def _as_pixel(value: int, dataset: Any) -> int:
 
 
 def _numbers(dataset: Any, name: str) -> list[float]:
-    """The numbers of a tag; empty where it is not there or has no value.
+    """The numbers of a tag; empty where it is not there or has no value. Values behind the first may be empty and are
+    passed over.
 
     A comma as the decimal mark is read as a point, but for three digits behind it, which could be thousands.
 
@@ -307,8 +326,11 @@ def _numbers(dataset: Any, name: str) -> list[float]:
     if value is None or value == "":
         return []
     numbers = []
-    for part in [value] if isinstance(value, (str, int, float)) else list(value):
+    # a text or bytes under another VR are one value, and not the numbers of their letters
+    for place, part in enumerate(value if isinstance(value, (MultiValue, list, tuple)) else [value]):
         text = str(part).strip()
+        if place and not text:
+            continue
         if re.fullmatch(r"[-+]?\d*,\d+", text) and not re.fullmatch(r"[-+]?[1-9]\d{0,2},\d{3}", text):
             text = text.replace(",", ".")
         # as PS3.5 writes decimal strings; Python's float would take more, such as 1_400

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mrg_r1.data.dicom import DicomError, is_dicom, read_dicom, size_of_dicom
-from mrg_r1.data.png import without_large_texts
+from mrg_r1.data.metadata import without_texts
+from mrg_r1.data.tiff import zero_as_black
 
 # Only formats that Pillow decodes itself: EPS, for one, would start Ghostscript on a file from outside.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")
@@ -21,7 +22,11 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")
 MAX_PIXELS = 80_000_000
 # Qwen2-VL's image processor refuses longer strips, hours into a run and without the study's id.
 MAX_ASPECT = 200
-_TIFF_PHOTOMETRIC, _TIFF_LOWEST, _TIFF_HIGHEST, _TIFF_NO_DATA = 262, 280, 281, 42113
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_FORMAT, _TIFF_NO_DATA = 258, 262, 339, 42113
+_TIFF_LOWEST = {280: "MinSampleValue", 340: "SMinSampleValue"}
+_TIFF_HIGHEST = {281: "MaxSampleValue", 341: "SMaxSampleValue"}
+_TIFF_SIGNED = 2  # of SampleFormat
+_ZERO_IS_WHITE = "zero is white"  # in an image's `info`
 # What Pillow's decoders raise on damaged files.
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
@@ -60,7 +65,7 @@ def check_image(path: Path, study_id: str) -> None:
     Raises:
         ImageError: as `load_image`, or a checksum that does not match.
     """
-    data = without_large_texts(_read(path, study_id))
+    data = _readable(path, study_id)
     try:
         if not is_dicom(data):
             with Image.open(BytesIO(data), formats=FORMATS) as image:
@@ -83,12 +88,14 @@ def image_problem(path: Path, study_id: str) -> str | None:
 
 def _decode(path: Path, study_id: str, data: bytes | None = None) -> Image.Image:
     if data is None:
-        data = without_large_texts(_read(path, study_id))
+        data = _readable(path, study_id)
     try:
         if is_dicom(data):
             _check_size(path, study_id, *size_of_dicom(data))
             return Image.fromarray(read_dicom(data))
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        turned = zero_as_black(data)
+        image = Image.open(BytesIO(data if turned is None else turned), formats=FORMATS)
+        image.info[_ZERO_IS_WHITE] = turned is not None
         _check_size(path, study_id, *image.size)
         if any(";16" in str(tile.args) for tile in image.tile if image.mode[0] not in "IF"):
             # Pillow keeps the upper 8 bits of each: 12-bit data would be near black
@@ -122,6 +129,11 @@ def _check_size(path: Path, study_id: str, width: int, height: int) -> None:
         )
 
 
+def _readable(path: Path, study_id: str) -> bytes:
+    """A file's content, without texts and profiles for which its decoder would refuse it."""
+    return without_texts(_read(path, study_id))
+
+
 def _read(path: Path, study_id: str) -> bytes:
     try:
         data = path.read_bytes()
@@ -138,7 +150,7 @@ def _shown(path: Path, study_id: str, image: Image.Image) -> Image.Image:
     """A decoded image as upright RGB that shows something."""
     meaning = _meaning(path, study_id, image)
     try:
-        shown = _to_rgb(ImageOps.exif_transpose(image), *meaning)
+        shown = _to_rgb(_upright(image), *meaning)
     except _DECODING_ERRORS as error:
         raise _refusal(
             path, study_id, f"mode {image.mode!r} cannot be read as RGB ({error})", "save it as an 8-bit PNG"
@@ -151,14 +163,27 @@ def _shown(path: Path, study_id: str, image: Image.Image) -> Image.Image:
     return shown
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """As its orientation says. One that cannot be read says nothing, and its pixels are whole: as viewers show it."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, struct.error):
+        return image
+
+
 def _meaning(path: Path, study_id: str, image: Image.Image) -> tuple[bool, float | None]:
     """Of grey of more than 8 bits, which Pillow hands over as it is stored: whether 0 is white, and the value that
     stands where there is no image.
 
     Raises:
-        ImageError: pixels beyond the ends that the file states, or a value for no data that is no number.
+        ImageError: pixels beyond the ends that the file states, a value for no data that is no number, numbers that
+            Pillow reads as others (signed ones of 8 bits, the upper half of unsigned ones of 32).
     """
+    signed = image.format == "TIFF" and _TIFF_SIGNED in image.tag_v2.get(_TIFF_FORMAT, ())  # type: ignore[attr-defined]
     if image.mode[0] not in "IF":
+        if signed:
+            what = f"signed numbers of 8 bits (SampleFormat, tag {_TIFF_FORMAT}, is {_TIFF_SIGNED})"
+            raise _refusal(path, study_id, what, "save it unsigned, or with 16 bits")
         return False, None
     clear = image.info.get("transparency")  # of a grey PNG
     no_data = float(clear) if isinstance(clear, int) else None
@@ -173,15 +198,18 @@ def _meaning(path: Path, study_id: str, image: Image.Image) -> tuple[bool, float
             what = f"GDAL_NODATA (tag {_TIFF_NO_DATA}) is {written[:20]!r}, which is no number"
             raise _refusal(path, study_id, what, "correct or remove the tag") from None
     pixels = np.asarray(image)
+    if image.mode == "I" and not signed and pixels.min() < 0:
+        what = f"pixels over {2**31 - 1:,} (BitsPerSample, tag {_TIFF_BITS}, is 32)"
+        raise _refusal(path, study_id, what, "save it with 16 bits")
     pixels = pixels[pixels != no_data]
-    for tag, name in ((_TIFF_LOWEST, "MinSampleValue"), (_TIFF_HIGHEST, "MaxSampleValue")):
+    for tag, name in (_TIFF_LOWEST | _TIFF_HIGHEST).items():
         if not pixels.size or tag not in tags:
             continue
         stated = tags[tag][0] if isinstance(tags[tag], tuple) else tags[tag]
-        if pixels.min() < stated if tag == _TIFF_LOWEST else pixels.max() > stated:
+        if pixels.min() < stated if tag in _TIFF_LOWEST else pixels.max() > stated:
             what = f"{name} (tag {tag}) is {stated}, and its pixels go from {pixels.min()} to {pixels.max()}"
             raise _refusal(path, study_id, what, "correct the tag, or what fills the place around the image")
-    return tags.get(_TIFF_PHOTOMETRIC) == 0, no_data
+    return image.info[_ZERO_IS_WHITE] or tags.get(_TIFF_PHOTOMETRIC) == 0, no_data
 
 
 def _to_rgb(image: Image.Image, zero_is_white: bool, no_data: float | None) -> Image.Image:

@@ -12,7 +12,8 @@ import pytest
 from pydicom.dataelem import DataElement
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
-from tests.data.test_dicom import RAMP, dicom, lut, refused, shown
+from mrg_r1.data.images import load_image
+from tests.data.test_dicom import RAMP, dicom, lut, refused, shown, written
 
 WINDOW = {"WindowCenter": "2048.0", "WindowWidth": "2049.0"}
 
@@ -43,6 +44,8 @@ def windowed(**texts: str) -> Any:
         ("WindowWidth", "2049,00"),
         ("WindowWidth", "+2049"),
         ("WindowWidth", "2049\\9"),
+        ("WindowWidth", "2049\\"),
+        ("WindowCenter", "2048\\ \\7"),
         ("RescaleSlope", "1,0"),
         ("RescaleIntercept", "0,0"),
         ("RescaleIntercept", ""),
@@ -60,6 +63,37 @@ def test_a_number_is_read_where_it_can_only_mean_one(tmp_path: Path, name: str, 
 )
 def test_what_is_no_number_is_refused_by_its_tag(tmp_path: Path, name: str, text: str) -> None:
     assert name in refused(tmp_path, windowed(**{name: text}))
+
+
+@pytest.mark.parametrize(("vr", "value"), [("OB", b"2048"), ("PN", "2048"), ("LO", "2048"), ("US", 2048)])
+def test_a_number_under_another_vr_is_not_taken_apart_into_its_letters(tmp_path: Path, vr: str, value: Any) -> None:
+    dataset = windowed()
+    dataset.add_new("WindowCenter", vr, value)
+    if vr == "OB":
+        assert "WindowCenter" in refused(tmp_path, dataset)
+    else:
+        assert shown(tmp_path, dataset).tolist() == [[0, 0, 128, 255]]
+
+
+@pytest.mark.parametrize(
+    ("text", "read"), [("1.0", True), ("1,0", True), ("0", True), ("Doe^Jane", False), ("1\\1", False)]
+)
+def test_the_number_of_frames_is_read_like_other_numbers(tmp_path: Path, text: str, read: bool) -> None:
+    dataset = dicom(RAMP, stored=12)
+    dataset["NumberOfFrames"] = DataElement("NumberOfFrames", "IS", None)
+    dataset["NumberOfFrames"]._value = text
+    if read:
+        assert shown(tmp_path, dataset).tolist() == [[0, 64, 128, 255]]
+    else:
+        assert "NumberOfFrames" in refused(tmp_path, dataset)
+
+
+@pytest.mark.parametrize("name", ["PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"])
+def test_pixels_that_their_spacing_says_are_not_square_are_refused(tmp_path: Path, name: str) -> None:
+    for text in ("0.1\\0.2", "0,2\\0,1", "0\\0.1", "-0.1\\0.1"):
+        assert name in refused(tmp_path, with_text(dicom(RAMP, stored=12), name, text))
+    for text in ("0.143\\0.143", "0,143\\0,1431", "0.143", "", "0\\0"):
+        assert shown(tmp_path, with_text(dicom(RAMP, stored=12), name, text)).tolist() == [[0, 64, 128, 255]]
 
 
 @pytest.mark.parametrize("text", ["", "7\\8\\"])
@@ -109,6 +143,17 @@ def test_one_value_beyond_is_enough_and_positive_values_of_a_signed_image_do_not
     assert "600" in refused(tmp_path, dicom((np.arange(64) + 537).astype(np.int16).reshape(8, 8), stored=10))
 
 
+def test_colour_beyond_its_stored_bits_is_refused(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint16)
+    for highest in (255, 256, 700):
+        pixels[3, 3, 1] = highest
+        dataset = dicom(pixels, stored=8)
+        if highest > 255:
+            assert "BitsStored 8" in refused(tmp_path, dataset)
+        else:
+            assert np.array_equal(np.asarray(load_image(written(tmp_path, dataset), "s")), pixels)
+
+
 def test_an_overlay_that_its_tag_names_is_left_out(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 4096, (8, 8)).astype(np.uint16)
@@ -144,6 +189,17 @@ def test_padding_of_unsigned_pixels_that_a_signed_tag_states(tmp_path: Path) -> 
     dataset = dicom(pixels, stored=16)
     dataset.add_new("PixelPaddingValue", "SS", -2000)
     assert shown(tmp_path, dataset)[0, 1:].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("padding", [-2000, 2000])
+def test_padding_is_black_whichever_end_is_white(tmp_path: Path, kind: str, padding: int) -> None:
+    pixels = np.array([[padding, -100, 0, 100]], dtype=np.int16)
+    expected = [0, 0, 128, 255] if kind == "MONOCHROME2" else [0, 255, 128, 0]
+    for window in ({}, {"WindowCenter": "0.5", "WindowWidth": "201"}):
+        dataset = dicom(pixels, stored=16, PhotometricInterpretation=kind, **window)
+        dataset.add_new("PixelPaddingValue", "SS", padding)
+        assert np.abs(shown(tmp_path, dataset).astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int16])

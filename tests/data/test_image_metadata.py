@@ -48,6 +48,61 @@ def refused(path: Path) -> str:
     return messages[0]
 
 
+def stored(
+    folder: Path,
+    array: np.ndarray,
+    *,
+    big: bool = False,
+    photometric: int = 1,
+    bits: int = 0,
+    data: bytes = b"",
+    **tags: int,
+) -> Path:
+    """A TIFF of one strip, written byte by byte, of kinds that Pillow does not write. Tags are given as `t339=2`."""
+    order = ">" if big else "<"
+    rows, columns = array.shape
+    strip = data or array.astype(array.dtype.newbyteorder(order)).tobytes()
+    sample = 2 if array.dtype.kind == "i" else 3 if array.dtype.kind == "f" else 1
+    entries = {256: columns, 257: rows, 258: bits or 8 * array.dtype.itemsize, 259: 1, 262: photometric, 277: 1}
+    entries |= {278: rows, 279: len(strip), 339: sample, **{int(name[1:]): value for name, value in tags.items()}}
+    entries[273] = 14 + 12 * (len(entries) + 1)
+    head = (b"MM\0*" if big else b"II*\0") + struct.pack(f"{order}IH", 8, len(entries))
+    for tag, value in sorted(entries.items()):
+        short = tag in (258, 259, 262, 277, 339)
+        packed = struct.pack(f"{order}HH", value, 0) if short else struct.pack(f"{order}i", value)
+        head += struct.pack(f"{order}HHI", tag, 3 if short else 9 if value < 0 else 4, 1) + packed
+    (folder / "image.tif").write_bytes(head + struct.pack(f"{order}I", 0) + strip)
+    return folder / "image.tif"
+
+
+@pytest.mark.parametrize("kind", ["u2", "i2", "i4", "f4"])
+@pytest.mark.parametrize("big", [False, True])
+def test_deep_grey_of_either_byte_order_sign_and_polarity(tmp_path: Path, kind: str, big: bool) -> None:
+    array = np.array([[-900, 0, 900, 900]]).astype(kind) if kind != "u2" else DEEP.astype(kind)
+    for photometric, expected in ((1, [0, 128, 255, 255]), (0, [255, 128, 0, 0])):
+        assert pixels(stored(tmp_path, array, big=big, photometric=photometric))[0, :, 0].tolist() == expected
+
+
+def test_packed_twelve_bits_of_either_polarity(tmp_path: Path) -> None:
+    data = bytes([0, 0, 0, 0x80, 0x0F, 0xFF])  # 0, 0, 2048, 4095
+    array = np.zeros((1, 4), dtype=np.uint16)
+    for photometric, expected in ((1, [0, 0, 128, 255]), (0, [255, 255, 127, 0])):
+        assert (
+            pixels(stored(tmp_path, array, photometric=photometric, bits=12, data=data))[0, :, 0].tolist() == expected
+        )
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_numbers_that_would_be_read_as_others_are_refused(tmp_path: Path, big: bool) -> None:
+    assert "SampleFormat" in refused(stored(tmp_path, np.array([[-3, 0, 3]], dtype=np.int8), big=big))
+    refused(stored(tmp_path, np.array([[0, 2**31, 2**32 - 1]], dtype=np.uint32), big=big))
+    assert pixels(stored(tmp_path, np.array([[0, 128, 255]], dtype=np.uint8), big=big))[0, :, 0].tolist() == [
+        0,
+        128,
+        255,
+    ]
+
+
 @pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate"])
 @pytest.mark.parametrize("kind", [np.uint16, np.float32])
 def test_a_tiff_whose_zero_is_white_is_inverted(tmp_path: Path, kind: Any, compression: str | None) -> None:
@@ -82,6 +137,9 @@ def test_pixels_beyond_the_ends_that_a_tiff_states_are_refused(tmp_path: Path) -
     array = np.concatenate([DEEP, np.full((1, 1), 65535, dtype=np.uint16)], axis=1)
     assert "MaxSampleValue" in refused(tiff(tmp_path, array, t281=4095))
     assert "MinSampleValue" in refused(tiff(tmp_path, DEEP, t280=500))
+    signed = np.array([[-2000, -100, 0, 100]], dtype=np.int16)
+    assert "SMinSampleValue" in refused(stored(tmp_path, signed, t340=-100))
+    assert "SMaxSampleValue" in refused(stored(tmp_path, signed, t341=50))
     tags = {f"t{LOWEST}": 0, f"t{HIGHEST}": 4095}
     assert pixels(tiff(tmp_path, DEEP, **tags))[0, :, 0].tolist() == [0, 128, 255, 255]
     assert pixels(tiff(tmp_path, array, t42113="65535", **tags))[0, :, 0].tolist() == [0, 128, 255, 255, 0]
@@ -148,6 +206,47 @@ def test_a_png_is_read_whatever_the_size_of_its_profile_and_texts(
     path.write_bytes(data[:place] + chunk(kind, content) + data[place:])
     check_image(path, "s")
     assert np.array_equal(pixels(path), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        *((b"iCCP", content) for content in (b"", b"profile\0", b"profile\0\7" + NOISE[:99])),
+        (b"zTXt", b"Comment\0\7" + NOISE[:99]),
+        *((kind, b"") for kind in (b"gAMA", b"cHRM", b"sRGB", b"pHYs")),
+        *((b"eXIf", content) for content in (b"", b"Exif", NOISE[:99], b"II*\0\xff\xff\xff\x7f")),
+    ],
+    ids=lambda value: value[:4].decode() if value[:1].isalpha() else "",
+)
+def test_what_a_png_says_beside_its_pixels_may_be_unreadable(tmp_path: Path, kind: bytes, content: bytes) -> None:
+    plain = saved(tmp_path, noise(32, 40))
+    expected, data = pixels(plain), plain.read_bytes()
+    path = tmp_path / "odd.png"
+    path.write_bytes(data[:33] + chunk(kind, content) + data[33:])
+    check_image(path, "s")
+    assert np.array_equal(pixels(path), expected)
+
+
+@pytest.mark.parametrize("kind", [b"xml ", b"uuid"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_jpeg2000_with_a_large_text_is_read(tmp_path: Path, kind: bytes, wide: bool) -> None:
+    plain = saved(tmp_path, noise(32, 40), "image.jp2", irreversible=False)
+    expected, data = pixels(plain), plain.read_bytes()
+    size = len(NOISE) + (16 if wide else 8)
+    box = struct.pack(">I4sQ", 1, kind, size) if wide else struct.pack(">I4s", size, kind)
+    path = tmp_path / "large.jp2"
+    for before in (b"jp2h", b"jp2c"):
+        place = data.index(before) - 4
+        path.write_bytes(data[:place] + box + NOISE + data[place:])
+        check_image(path, "s")
+        assert np.array_equal(pixels(path), expected)
+
+
+def test_an_orientation_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
+    image = noise(32, 40).convert("RGB")
+    path = saved(tmp_path, image, "image.webp", lossless=True, exif=b"Exif\0\0" + NOISE[:99])
+    check_image(path, "s")
+    assert np.array_equal(pixels(path), np.asarray(image))
 
 
 def test_many_texts_that_are_too_large_together_are_passed_over(tmp_path: Path) -> None:
