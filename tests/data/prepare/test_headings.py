@@ -20,7 +20,7 @@ IMPRESSIONS = [
 FINDINGS = ["FINDNGS", "FINDIGNS", "FINDINS", "FIDNINGS", "FINDINGGS", "FNDINGS", "FIINDNGS", "INDINGS", "FINDIN GS"]
 
 
-@pytest.mark.parametrize("layout", ["{}: ", "{}:\n\n", "  {} : ", "{}\n"])
+@pytest.mark.parametrize("layout", ["{}: ", "{}:\n\n", "  {} : ", "{}\n", "{}; ", "{}.: ", "{}\uff1a"])
 @pytest.mark.parametrize("heading", [*IMPRESSIONS, *FINDINGS])
 def test_a_misspelt_heading_opens_its_section(heading: str, layout: str) -> None:
     findings, impression = ("FINDINGS", heading) if heading in IMPRESSIONS else (heading, "IMPRESSION")
@@ -40,6 +40,50 @@ def test_other_headings_and_other_places() -> None:
     assert read_report(f"Findings: {LUNGS}\nImpresion: {NORMAL}").impression == NORMAL
     with_technique = read_report(f"FINDINGS: {LUNGS}\nTECHNIQE: PA.\nRECOMENDATION(S): CT.\nADENDUM: The side.")
     assert with_technique.findings == LUNGS
+
+
+@pytest.mark.parametrize("layout", ["{} ", "{} - ", "{}. ", "{}-", "{} \u2013 ", "{}; "])
+@pytest.mark.parametrize("headings", [("FINDINGS", "IMPRESSION"), ("FINDNGS", "IMPRESION"), ("FINDINGS", "CONCLUSON")])
+def test_a_heading_without_a_colon_opens_its_section_right_or_misspelt(headings: tuple[str, str], layout: str) -> None:
+    report = read_report(f"{layout.format(headings[0])}{LUNGS}\n{layout.format(headings[1])}{NORMAL}")
+    assert (report.findings, report.impression) == (LUNGS, NORMAL)
+    assert [word for word, _ in report.misspelt] == [
+        word for word in headings if word in ("FINDNGS", "IMPRESION", "CONCLUSON")
+    ]
+
+
+@pytest.mark.parametrize(
+    "heading", ["IMPRESSION AND PLAN", "IMPRESSION/PLAN", "IMPRESION & ADVICE", "CONCLUSION, ADVICE"]
+)
+@pytest.mark.parametrize("before", ["\n", "  "])
+def test_an_impression_beside_a_word_that_is_no_heading_is_one(heading: str, before: str) -> None:
+    report = read_report(f"FINDINGS: {LUNGS}{before}{heading}: {NORMAL}")
+    assert (report.findings, report.impression) == (LUNGS, NORMAL)
+    assert report.misspelt == ((heading, "impression"),) and report.unknown == ()
+
+
+@pytest.mark.parametrize(
+    "text", ["INDICATED by this. x", "STUDY limited. x", "FINDING OF NOTE\nx", "COMPRESSION Fracture. x"]
+)
+def test_capitals_in_running_text_open_nothing(text: str) -> None:
+    assert read_report(f"IMPRESSION: {NORMAL} {text}").impression is not None
+    assert read_report(f"FINDINGS: Clear.\nCOMPRESSION Fracture.").findings == "Clear. COMPRESSION Fracture."
+
+
+@pytest.mark.parametrize(
+    "layout", ["\n{}: Fine.", "  {}: Fine.", " {}: Fine.", "\n{}\nFine.", "\n{}:\nFine.", "\n{}; Fine."]
+)
+@pytest.mark.parametrize("heading", ["SUMMARY", "X-RAY RESULT", "OPINION/ADVICE"])
+def test_an_unknown_heading_is_named_wherever_it_stands(heading: str, layout: str) -> None:
+    report = read_report(f"FINDINGS: Clear.{layout.format(heading)}\nIMPRESSION: {NORMAL}")
+    assert report.unknown == (heading,) and report.impression == NORMAL
+
+
+def test_titles_of_views_and_reports_in_capitals_are_not_named() -> None:
+    assert (
+        read_report(f"FINAL REPORT\nPORTABLE AP CHEST\nWET READ\nFINDINGS: {LUNGS}\nABC\nHeart is fine.").unknown == ()
+    )
+    assert read_report("THE LUNGS ARE CLEAR\nNO EFFUSION\nNO PNEUMOTHORAX\nIMPRESSION: NORMAL").unknown == ()
 
 
 @pytest.mark.parametrize(

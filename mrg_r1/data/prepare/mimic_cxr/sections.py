@@ -5,15 +5,17 @@ Nothing is guessed from the wording of sentences. What decides is where a headin
 - at a line's start with a colon, in capitals or beginning with one (`FINDINGS:`, `Impression:`);
 - alone on its line in capitals, and `Findings` and `Impression` also in small letters;
 - in capitals at a line's start without a colon, where what follows is not all capitals (`FINDINGS The lungs are
-  clear.`);
+  clear.`, `FINDINGS - The ...`);
 - in capitals with a colon behind a sentence's end or two blanks (`... clear.  IMPRESSION: Normal.`).
 
-A heading that is misspelt (`IMPRESION:`) opens the section that it means, where it stands with a colon or alone on its
-line in capitals. Other words in capitals with a colon at a line's start (`SUMMARY:`) belong to the section that they
-stand in, and are named (`Report.unknown`).
+A semicolon is as good as a colon. A heading that is misspelt (`IMPRESION:`) opens the section that it means, where it
+stands with a colon or alone on its line in capitals, and findings and an impression without a colon too. Other words in
+capitals with a colon, or alone on a line (`SUMMARY:`), belong to the section that they stand in, and are named
+(`Report.unknown`).
 
 Headings that are merged (`FINDINGS AND IMPRESSION:`, `COMPARISON/TECHNIQUE:`) open one section, of the first of
-findings, impression and the rest that is among them. Other words with a colon (`LUNGS:`) belong to the section that
+findings, impression and the rest that is among them; findings and impression also beside words that are no heading
+(`IMPRESSION AND PLAN:`). Other words with a colon (`LUNGS:`) belong to the section that
 they stand in.
 """
 
@@ -64,6 +66,7 @@ _HEADINGS = {
     "wet read": ("WET READ", "WET READ VERSION"),
 }
 _SECTION_OF = {heading: name for name, headings in _HEADINGS.items() for heading in headings}
+_REPORTED = ("findings", "impression")
 _RANK = {name: rank for rank, name in enumerate(_HEADINGS)}
 # These say one thing, in one paragraph; what follows a blank line without a heading is no longer theirs.
 _ONE_PARAGRAPH = ("indication", "comparison", "technique", "examination", "body")
@@ -72,20 +75,27 @@ _WORDS = "|".join(re.escape(heading).replace(r"\ ", r"\s+") for heading in sorte
 _MERGED = (
     rf"(?:{_WORDS})(?:\(S\))?(?:\s*(?:[,/&]|\bAND\b)\s*(?:{_WORDS})(?:\(S\))?)*(?!\w)(?:\s*#?\s*\d+(?=\s*:|\s*$))?"
 )
-_AT_START = re.compile(rf"(?P<heading>{_MERGED})(?P<colon>\s*:)?", re.IGNORECASE)
+_COLON = r"\s*\.?\s*[:;\uff1a]"
+_AT_START = re.compile(rf"(?P<heading>{_MERGED})(?P<colon>{_COLON})?", re.IGNORECASE)
 # Words that may be a heading: whether they are one, or one misspelt, is looked up.
-_CAPITALS = r"[A-Z][A-Z]+(?:[\s,/&-]+[A-Z]+)*(?:\(S\))?"
-_WITHIN = re.compile(rf"(?:(?<=[.!?:;)\]_]\s)|(?<=\s\s))(?:(?P<known>{_MERGED})|(?P<perhaps>{_CAPITALS}))\s*:")
-_PERHAPS = re.compile(rf"(?P<heading>{_CAPITALS}|[A-Z][a-z]+)(?:(?P<colon>\s*:)|(?=[\s.-]*$))")
+_CAPITALS = r"[A-Z](?=[A-Z-])[A-Z]*(?:[\s,/&-]+[A-Z]+)*(?:\(S\))?"
+_WITHIN = re.compile(rf"(?:(?<=[.!?:;)\]_]\s)|(?<=\s\s))(?:(?P<known>{_MERGED})|(?P<perhaps>{_CAPITALS})){_COLON}")
+_PERHAPS = re.compile(rf"(?P<heading>{_CAPITALS}|[A-Z][a-z]+)(?:(?P<colon>{_COLON})|(?=[\s.-]*$))")
+_BARE = re.compile(r"(?P<heading>[A-Z]{6,})\b")
+# what stands between a heading in capitals without a colon and its text
+_MARKS = re.compile(r"\s*[.\u2013\u2014-]*\s*(?=[A-Z0-9_(])")
 _TWICE = ("FINDINGS", "IMPRESSION", "IMPRESSIONS")
 _VIEW = (
     r"AP|PA|LAT(?:ERAL)?|FRONTAL|CHEST|PORTABLE|UPRIGHT|SUPINE|ERECT|SEMI-?\s?(?:UPRIGHT|ERECT)|SINGLE|ONE|TWO|[1-4]|VIEWS?|FILMS?|"
     r"RADIOGRAPHS?|X-?RAYS?|OF|THE|AND"
 )
 # The colon is asked for, and one of the words that make it a title: "TWO:" is none.
+_VIEWS = re.compile(rf"(?:{_VIEW})(?:[\s,/&()-]+(?:{_VIEW}))*\)?")
 _VIEW_TITLE = re.compile(rf"(?=[^:]*\b(?:CHEST|VIEWS?|RADIOGRAPHS?))(?:{_VIEW})(?:[\s,/&()-]+(?:{_VIEW}))*\)?\s*:")
 _BANNER = re.compile(r"[\W_]*(?P<words>FINAL\s+REPORT|FINAL\s+ADDENDUM)[\W_]*")
 _SEPARATOR = re.compile(r"[_=*-]{10,}")  # a de-identified word is three underscores
+_FEWEST_LETTERS = 5  # of words alone on a line that may be a heading: fewer are a radiologist's initials
+_ENDS = " :;.-\uff1a\u2013\u2014"  # behind a heading's words
 _FEWEST_WORDS = 5  # of a text without a heading of its own: a title or a time of day has fewer
 
 
@@ -111,7 +121,7 @@ class Report:
     combined: bool  # the findings stand under FINDINGS AND IMPRESSION
     last_paragraph: str | None  # without a heading, where there are neither findings nor an impression
     misspelt: tuple[tuple[str, str], ...] = ()  # headings that are misspelt, and the sections that they opened
-    unknown: tuple[str, ...] = ()  # words in capitals with a colon at a line's start that opened none
+    unknown: tuple[str, ...] = ()  # words in capitals with a colon or alone on a line that opened none
 
 
 def read_report(text: str) -> Report:
@@ -150,7 +160,7 @@ def read_report(text: str) -> Report:
         misspelt=tuple(
             (words, section.name)
             for section in sections
-            if (words := section.heading.rstrip(" :.-")) and _misspelt(words) == section.name
+            if (words := section.heading.rstrip(_ENDS)) and _misspelt(words) == section.name
         ),
         unknown=tuple(_unknown_headings(text, sections)),
     )
@@ -214,11 +224,15 @@ def _opening(line: str, current: str) -> tuple[str, int] | None:
         name = _misspelt(near["heading"]) if near["colon"] or near["heading"].isupper() else None
         if name is not None:
             return name, near.end()
+    if match is None and (bare := _BARE.match(line)) and (end := _end_without_colon(line, bare.end())):
+        name = _misspelt(bare["heading"])
+        if name in _REPORTED:
+            return name, end
     if match is None:
         title = _VIEW_TITLE.match(line)
         # within findings or an impression such a title is a part of them
         return ("view", title.end()) if title and current not in ("findings", "impression", "addendum") else None
-    heading, rest = match["heading"], line[match.end() :]
+    heading, rest, end = match["heading"], line[match.end() :], match.end()
     if not "".join(heading.split()).isascii():  # case-blind matching takes the Kelvin sign for a K
         return None
     capitals = heading.isupper()
@@ -227,8 +241,15 @@ def _opening(line: str, current: str) -> tuple[str, int] | None:
     elif not rest.strip(" .-"):
         opens = capitals or (heading[0].isupper() and _named(heading) in ("findings", "impression"))
     else:
-        opens = capitals and re.match(r"\s+[-\s]*[A-Z0-9_]", rest) is not None and rest != rest.upper()
-    return (_named(heading), match.end()) if opens else None
+        opens = capitals and (end := _end_without_colon(line, match.end())) > 0
+    return (_named(heading), end) if opens else None
+
+
+def _end_without_colon(line: str, end: int) -> int:
+    """Where the text behind a heading without a colon begins, which ends at `end`; 0 where no such text follows."""
+    rest = line[end:]
+    marks = _MARKS.match(rest)
+    return end + marks.end() if marks and marks[0] and rest != rest.upper() else 0
 
 
 def _named(heading: str) -> str:
@@ -241,9 +262,10 @@ def _named(heading: str) -> str:
 def _misspelt(heading: str) -> str | None:
     """The section of a heading that is misspelt, alone or merged with others; None where it is right or no heading."""
     meant = _meant(heading)
-    if meant == _split(heading) or not all(meant):
+    sections = [_SECTION_OF[word] for word in meant if word]
+    if meant == _split(heading) or not (all(meant) or set(sections) & set(_REPORTED)):
         return None
-    return min((_SECTION_OF[word] for word in meant if word), key=_RANK.__getitem__)
+    return min(sections, key=_RANK.__getitem__)
 
 
 def _meant(heading: str) -> list[str | None]:
@@ -252,7 +274,7 @@ def _meant(heading: str) -> list[str | None]:
 
 
 def _sections_meant(heading: str) -> set[str]:
-    return {_SECTION_OF[word] for word in _meant(heading.rstrip(" :.-")) if word}
+    return {_SECTION_OF[word] for word in _meant(heading.rstrip(_ENDS)) if word}
 
 
 def _split(heading: str) -> list[str]:
@@ -261,17 +283,21 @@ def _split(heading: str) -> list[str]:
 
 
 def _unknown_headings(text: str, sections: list[Section]) -> list[str]:
-    """Words in capitals with a colon at a line's start that opened no section of their own."""
+    """Words in capitals with a colon, or alone on a line that running text follows, that opened no section."""
     opened = {section.heading for section in sections}
     found: dict[str, None] = {}
-    for line in map(str.strip, text.splitlines()):
-        match = _PERHAPS.match(line)
-        if match is None or not match["colon"] or not match["heading"].isupper():
-            continue
-        whole = _collapsed(match[0])
-        known = _AT_START.match(line) is not None or _VIEW_TITLE.match(line) is not None
-        if whole not in opened and not known and _misspelt(match["heading"]) is None:
-            found[_collapsed(match["heading"])] = None
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    for line, following in zip(lines, (*lines[1:], ""), strict=False):
+        start = _PERHAPS.match(line)
+        known = _AT_START.match(line) or _VIEW_TITLE.match(line) or _BANNER.fullmatch(line)
+        known = known or start and _VIEWS.fullmatch(start["heading"])
+        alone = _FEWEST_LETTERS <= len(line.rstrip(_ENDS)) and following != following.upper()
+        if start and start["heading"].isupper() and not known and (start["colon"] or alone):
+            if _collapsed(start[0]) not in opened and _misspelt(start["heading"]) is None:
+                found[_collapsed(start["heading"])] = None
+        for match in _WITHIN.finditer(line):
+            if match["perhaps"] and _misspelt(match["perhaps"]) is None:
+                found[_collapsed(match["perhaps"])] = None
     return list(found)
 
 
