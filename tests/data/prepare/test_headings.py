@@ -62,12 +62,9 @@ def test_an_impression_beside_a_word_that_is_no_heading_is_one(heading: str, bef
     assert report.misspelt == ((heading, "impression"),) and report.unknown == ()
 
 
-@pytest.mark.parametrize(
-    "text", ["INDICATED by this. x", "STUDY limited. x", "FINDING OF NOTE\nx", "COMPRESSION Fracture. x"]
-)
+@pytest.mark.parametrize("text", ["INDICATED by this.", "COMPRESSION Fracture.", "Findings are.", "FINDNGS ARE CLEAR"])
 def test_capitals_in_running_text_open_nothing(text: str) -> None:
-    assert read_report(f"IMPRESSION: {NORMAL} {text}").impression is not None
-    assert read_report(f"FINDINGS: Clear.\nCOMPRESSION Fracture.").findings == "Clear. COMPRESSION Fracture."
+    assert read_report(f"IMPRESSION: {NORMAL}\n{text}").impression == f"{NORMAL} {text}"
 
 
 @pytest.mark.parametrize(
