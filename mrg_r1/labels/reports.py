@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
+import string
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +19,17 @@ from mrg_r1.files import atomically
 from mrg_r1.labels.observations import read_labels_csv
 
 # What stands where something was taken out: XXXX in IU X-Ray, ___ in MIMIC-CXR.
-_TAKEN_OUT = re.compile(r"X{3,}|_+")
+_TAKEN_OUT = re.compile(r"[Xx]{3,}|_+")
+_HEADINGS = re.compile(r"\b(?:findings?|impressions?|conclusions?|report)\s*:", re.IGNORECASE)
 # Letters to Unicode, and nothing to the eye.
 _BLANK_LETTERS = "\u115f\u1160\u3164\uffa0"
-# What programs write for a value that is not there; without blanks, in small letters.
-_NOT_A_NUMBER = frozenset("nan null nat 1.#ind 1.#qnan name? ref! value! div/0! num! undefined".split())
-_MISSING = _NOT_A_NUMBER | frozenset("none n/a n/an/a na n.a nil missing notavailable".split())
+# What programs write for a value that is not there; without blanks, in small letters: as it is, and between marks.
+_AS_IT_IS = frozenset(r"#name? #ref! #value! #div/0! #num! #null! #spill! #calc! \n".split())
+_NOT_A_NUMBER = frozenset("nan null nat 1.#ind 1.#qnan nan(ind undefined inf infinity pd.na".split())
+_MISSING = _NOT_A_NUMBER | frozenset(
+    "none n/a n/an/a na n.a nil missing notavailable nodata noreport unknown blank tbd".split()
+)
+_LONG = 60  # characters; what is longer and has a word is not one of these
 
 
 def visible(text: str) -> str:
@@ -41,26 +47,45 @@ def is_missing(text: str, *, words: bool = True) -> bool:
     Args:
         words: None, N/A and the like too, which are answers to some questions.
     """
-    seen = visible(text).casefold()
-    return not seen or seen.strip("<>#()[]\"'.+-") in (_MISSING if words else _NOT_A_NUMBER)
+    if len(text) > _LONG and re.search(r"[A-Za-z]{3}", text):
+        return False
+    seen = unicodedata.normalize("NFKC", visible(text)).casefold()
+    known = _MISSING if words else _NOT_A_NUMBER
+    if not seen or seen in _AS_IT_IS or seen.strip(string.punctuation) in known:
+        return True
+    several = [part for part in re.split(r"[\s,;|]+", text) if part.strip(string.punctuation)]  # joined from columns
+    return len(several) > 1 and all(is_missing(part, words=words) for part in several)
 
 
 def report_fault(text: str) -> str | None:
     """What keeps a text from being a report, or None: it has not one word, or is a missing value written out."""
-    told = _TAKEN_OUT.sub("", text)
-    if len(told) > 20 and re.search(r"[A-Za-z]{3}", told):  # nearly all: seen without a look at every letter
+    told = _HEADINGS.sub("", _TAKEN_OUT.sub("", text))
+    if len(told) > _LONG and re.search(r"[A-Za-z]{3}", told):  # nearly all: seen without a look at every letter
         return None
     left = visible(told)
     if not any(unicodedata.category(letter).startswith("L") for letter in left):
         return "empty" if not visible(text) else "without a word"
-    return "a missing value written out" if is_missing(text) else None
+    return "a missing value written out" if is_missing(told) else None
 
 
-def read_reports_csv(path: Path) -> dict[str, str]:
+def missing_written_out(text: str, *, words: bool = True) -> bool:
+    """Whether a text stands for a missing value, and is not empty.
+
+    Args:
+        words: as `is_missing`.
+    """
+    return bool(visible(text)) and is_missing(text, words=words)
+
+
+def read_reports_csv(path: Path, *, words: bool = True) -> dict[str, str]:
     """Read `id,report` (any other columns are passed over) into reports by id. A report may be empty.
 
+    Args:
+        words: refuse None, N/A and the like as reports, and not alone nan and null: False where a policy wrote them.
+
     Raises:
-        ValueError: a missing column, an empty or repeated id, or a row cut short; names file and line.
+        ValueError: a missing column, an empty or repeated id, a row cut short, an id or a report that is a missing
+            value written out; names file and line.
     """
     reports: dict[str, str] = {}
     with open(path, newline="", encoding="utf-8-sig") as file:
@@ -75,6 +100,8 @@ def read_reports_csv(path: Path) -> dict[str, str]:
             study_id = (row[id_column] or "").strip()
             if not study_id:
                 raise ValueError(f"{where}: empty id")
+            if is_missing(study_id):
+                raise ValueError(f"{where}, field `id`: {study_id!r} is a missing value written out; name the study")
             if study_id in reports:
                 raise ValueError(f"{where}: id {study_id!r} stands twice; keep one of the rows")
             if None in row.values():
@@ -82,6 +109,11 @@ def read_reports_csv(path: Path) -> dict[str, str]:
             if None in row:
                 raise ValueError(
                     f"{where}, id {study_id!r}: more fields than columns; a report with a comma stands in quotes"
+                )
+            if missing_written_out(row[report_column], words=words):
+                raise ValueError(
+                    f"{where}, id {study_id!r}, field `report`: {row[report_column]!r} is a missing value written out; "
+                    "write the report, leave the field empty where there is none, or take the row out"
                 )
             reports[study_id] = row[report_column]
     return reports

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values, read_labels_csv
-from mrg_r1.labels.reports import read_reports_csv
+from mrg_r1.labels.reports import missing_written_out, read_reports_csv
 
 Role = Literal["predicted", "reference"]
 SHOWN_IDS = 10
@@ -74,11 +74,11 @@ def read_side(path: Path, role: Role, *, split: str | None = None) -> Side:
         OSError: the file cannot be read.
     """
     endings: dict[str, Callable[[], Side]] = {
-        ".txt": lambda: Side(path, _numbered(_read_lines(path)), None, by_line=True),
+        ".txt": lambda: Side(path, _numbered(path, _read_lines(path), role), None, by_line=True),
         ".json": lambda: _side_of_records(path, _json_records(path, split), role, split),
         ".jsonl": lambda: _side_of_records(path, _jsonl_records(path), role, split),
     }
-    read = endings.get(path.suffix.lower(), lambda: _read_csv(path))
+    read = endings.get(path.suffix.lower(), lambda: _read_csv(path, role))
     with open(path, "rb") as file:
         if not file.read(4096).strip():
             raise ValueError(f"{path}: an empty file; give one report or one row of labels a study")
@@ -124,7 +124,7 @@ def _decoded(path: Path, read: Callable[[], Content]) -> Content:
         raise
 
 
-def _read_csv(path: Path) -> Side:
+def _read_csv(path: Path, role: Role) -> Side:
     limit = csv.field_size_limit(_FIELD_LIMIT)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -135,9 +135,9 @@ def _read_csv(path: Path) -> Side:
             _require_known(path, columns)
             return Side(path, None, read_labels_csv(path, numbered=True), by_line=not has_id)
         if len(columns) == 1 and not has_id:
-            return Side(path, _numbered(_read_column(path)), None, by_line=True)
+            return Side(path, _numbered(path, _read_column(path), role), None, by_line=True)
 
-        return Side(path, read_reports_csv(path), None)
+        return Side(path, read_reports_csv(path, words=role == "reference"), None)
     except csv.Error as error:
         raise ValueError(
             f"{path}: broken CSV ({error}); a quote is open, or stands undoubled inside a field"
@@ -182,8 +182,18 @@ def _read_lines(path: Path) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def _numbered(texts: Iterable[str]) -> dict[str, str]:
-    return {str(number): text for number, text in enumerate(texts, start=1)}
+def _numbered(path: Path, texts: Iterable[str], role: Role) -> dict[str, str]:
+    numbered = {str(number): text for number, text in enumerate(texts, start=1)}
+    for number, text in numbered.items():
+        _refuse_missing(f"{path}, row {number}", text, role)
+    return numbered
+
+
+def _refuse_missing(where: str, text: str, role: Role) -> None:
+    """A policy may write None; nan is what a program writes where there is nothing."""
+    if missing_written_out(text, words=role == "reference"):
+        remedy = "write the report, or nothing for none"
+        raise ValueError(f"{where}: the {role} report {text!r} is a missing value written out; {remedy}")
 
 
 def _json_records(path: Path, split: str | None) -> list[tuple[str, Any]]:
@@ -295,6 +305,8 @@ def _text(where: str, study: str, record: Mapping[str, Any], role: Role, *, labe
             f"{where}, id {study!r}, field `{field}`: {_shown(text)} is not a text; write the report, empty quotes "
             "for none"
         )
+    if not where.partition(", line")[0].endswith(_PREDICTIONS):  # what a policy wrote is taken as it wrote it
+        _refuse_missing(f"{where}, id {study!r}, field `{field}`", text, role)
     return text
 
 

@@ -16,6 +16,7 @@ from mrg_r1.data.prepare.tabular import RowError, read_records, study_of_row
 from mrg_r1.data.study import ManifestError, manifest_line, read_manifest
 from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.labels.reports import is_missing, read_labelled_reports, read_reports_csv, report_fault
+from mrg_r1.score.reading import read_side
 from mrg_r1.types import Study
 from tests.data.prepare.mimic_cxr.mimic_tree import ONE, TWO, TreeStudy, write_tree
 from tests.data.test_images import noise
@@ -24,9 +25,40 @@ EMPTY = [
     *("", "   ", "\n\t", "\xa0", "\u200b\u200b", "\ufeff", "\u2060\u200d", "\u00ad", "\u2028", "\x00", "\x1b"),
     *("\u3164", "\u2800", "\ue000", "\u202e\u202c"),
 ]
-WORDLESS = [".", "-", "--", "...", "?!", "•", "***", "12", "3.5", "___", "XXXX", "XXXX. ___", "\u200b.\u200b", "🙂"]
+WORDLESS = [
+    ".",
+    "-",
+    "--",
+    "...",
+    "?!",
+    "•",
+    "***",
+    "12",
+    "3.5",
+    "___",
+    "XXXX",
+    "xxxx",
+    "FINDINGS: IMPRESSION:",
+    "XXXX. ___",
+    "\u200b.\u200b",
+    "🙂",
+]
 MISSING = [
     *("nan", "NaN", "NAN", "None", "NONE", "none.", "N/A", "n/a", "NA", "n.a.", "null", "NULL", "<NA>", "#N/A", "NaT"),
+    *(
+        "nan nan",
+        "NaN\nNaN",
+        "None, none",
+        "nan|nan",
+        "\\N",
+        "(blank)",
+        "n/a,",
+        "*nan*",
+        "{nan}",
+        "-nan(ind)",
+        "No data.",
+    ),
+    *("#SPILL!", "\uff2e\uff21\uff2e", "unknown", "-inf", "FINDINGS: nan IMPRESSION: nan", "Findings: N/A"),
     *("-nan", "nil", "#NAME?", "#REF!", "1.#IND", " nan ", "\ufeffNaN", "n\u200ban", "'None'", "(null)", "n / a"),
 ]
 REPORTS = [
@@ -40,6 +72,13 @@ REPORTS = [
     "正常",
     "None seen.",
     "Ü",
+    "Normal.",
+    "NAD.",
+    "No change.",
+    "Unknown nodule.",
+    "Nan Goldin line.",
+    "Impression: Normal.",
+    "None. Clear.",
 ]
 PLAIN = {"id": "a", "images": "1.png", "report": "Clear.", "split": "train"}
 
@@ -96,6 +135,16 @@ def test_a_manifest_with_such_a_report_is_refused(tmp_path: Path, text: str) -> 
         read_manifest(tmp_path / "manifest.jsonl")
 
 
+@pytest.mark.parametrize("field", ["id", "patient_id", "indication", "comparison", "findings", "impression"])
+def test_a_manifest_with_a_missing_value_written_out_elsewhere_is_refused(tmp_path: Path, field: str) -> None:
+    line = json.loads(manifest_line(one(tmp_path), tmp_path))
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({**line, field: "nan"}) + "\n")
+    with pytest.raises(ManifestError, match=f"line 1.*`{field}`"):
+        read_manifest(tmp_path / "manifest.jsonl")
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({**line, "comparison": "None."}) + "\n")
+    assert read_manifest(tmp_path / "manifest.jsonl")[0].comparison == "None."
+
+
 def one(tmp_path: Path, **values: Any) -> Study:
     (record,) = read_records(table(tmp_path / "one.csv", [{**PLAIN, **values}], "csv"))
     return study_of_row(record, tmp_path, ("train",))
@@ -127,7 +176,7 @@ def test_kaggle_and_mimic_sections_without_a_word_are_not_learned(tmp_path: Path
     noise(8, 8).save(images / "1_IM-0001-1001.dcm.png")
     noise(8, 8).save(images / "2_IM-0001-1001.dcm.png")
     columns = ["uid", "findings", "impression", "indication", "comparison"]
-    rows = [dict(zip(columns, ["1", text, "Normal.", "", ""], strict=True))]
+    rows = [dict(zip(columns, ["1", text, "Normal.", "nan", "NaN"], strict=True))]
     rows.append(dict(zip(columns, ["2", "Clear.", "Normal.", "", ""], strict=True)))
     table(tmp_path / "indiana_reports.csv", rows, "csv")
     projections = [
@@ -139,6 +188,7 @@ def test_kaggle_and_mimic_sections_without_a_word_are_not_learned(tmp_path: Path
         convert_iu_xray(collection, images, tmp_path / report, report=report)  # type: ignore[arg-type]
         studies = read_manifest(tmp_path / report / "manifest.jsonl")
         assert [study.report for study in studies] == expected
+        assert all((study.indication, study.comparison) == (None, None) for study in studies)
 
     bad = TreeStudy(TWO.subject, TWO.study, report=f"FINDINGS: {text}\nIMPRESSION: Normal.")
     write_tree(tmp_path / "mimic", [ONE, bad])
@@ -152,3 +202,42 @@ def test_a_labeler_is_not_taught_such_a_report(tmp_path: Path, text: str) -> Non
     table(tmp_path / "labels.csv", [{"id": name, **dict.fromkeys(OBSERVATIONS, "")} for name in "ab"], "csv")
     with pytest.raises(ValueError, match="line 3.*'b'"):
         read_labelled_reports(tmp_path / "reports.csv", tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize("text", ["nan", "None", "N/A"])
+def test_a_csv_of_reports_with_a_missing_value_written_out_is_refused_with_its_row(tmp_path: Path, text: str) -> None:
+    rows = [{"id": "a", "report": "Clear."}, {"id": "b", "report": ""}, {"id": "c", "report": text}]
+    with pytest.raises(ValueError, match=r"line 4, id 'c', field `report`"):
+        read_reports_csv(table(tmp_path / "reports.csv", rows, "csv"))
+    with pytest.raises(ValueError, match=r"line 2, field `id`"):
+        read_reports_csv(table(tmp_path / "reports.csv", [{"id": text, "report": "Clear."}], "csv"))
+    assert read_reports_csv(table(tmp_path / "reports.csv", rows[:2], "csv")) == {"a": "Clear.", "b": ""}
+
+
+@pytest.mark.parametrize("name", ["p.csv", "column.csv", "p.txt", "p.json", "p.jsonl"])
+@pytest.mark.parametrize("role", ["predicted", "reference"])
+def test_a_score_of_a_missing_value_written_out_is_refused(tmp_path: Path, name: str, role: Any) -> None:
+    def side(text: str) -> Any:
+        rows = [{"id": "a", "report": "Clear."}, {"id": "b", "report": text}]
+        if name == "p.json":
+            (tmp_path / name).write_text(json.dumps(rows))
+        elif name in ("p.csv", "p.jsonl"):
+            table(tmp_path / name, rows, name.rpartition(".")[2])
+        else:
+            (tmp_path / name).write_text(f"Clear.\n{text}\n")
+        return read_side(tmp_path / name, role)
+
+    with pytest.raises(ValueError, match="missing value written out"):
+        side("nan")
+    if role == "reference":
+        with pytest.raises(ValueError, match="missing value written out"):
+            side("N/A")
+    else:
+        assert "None." in side("None.").texts.values()  # which a policy may write
+    assert "Normal." in side("Normal.").texts.values()
+
+
+def test_what_a_run_wrote_is_scored_as_it_is(tmp_path: Path) -> None:
+    row = {"id": "a", "prediction": "nan", "reference": "Clear."}
+    side = read_side(table(tmp_path / "test_predictions.jsonl", [row], "jsonl"), "predicted")
+    assert side.texts == {"a": "nan"}

@@ -17,6 +17,7 @@ from mrg_r1.data.prepare.iu_xray.study import (
 )
 from mrg_r1.data.prepare.rows import Row, read_csv
 from mrg_r1.data.study import ManifestError
+from mrg_r1.labels.reports import is_missing
 
 REPORTS_COLUMNS = ("uid", "findings", "impression", "indication", "comparison")
 PROJECTIONS_COLUMNS = ("uid", "filename", "projection")
@@ -51,7 +52,9 @@ def read_kaggle(reports: Path, projections: Path) -> IuCollection:
         if number in faults:
             refusals.append(IuRefusal(f"CXR{number}", row.where, faults[number]))
             continue
-        texts = {name: row.values[name] for name in REPORTS_COLUMNS[1:] if row.values[name].strip()}
+        texts = {
+            name: row.values[name] for name in REPORTS_COLUMNS[1:] if not is_missing(row.values[name], words=False)
+        }
         studies.append(
             IuStudy(id=f"CXR{number}", where=row.where, images=tuple(images.get(number, {}).values()), **texts)
         )

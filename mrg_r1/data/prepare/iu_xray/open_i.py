@@ -25,6 +25,7 @@ from mrg_r1.data.prepare.iu_xray.study import (
     without_repeats,
 )
 from mrg_r1.data.study import ManifestError
+from mrg_r1.labels.reports import is_missing
 
 MAX_XML = 1_000_000  # bytes of one report; the largest of the collection has 8,967
 MAX_ARCHIVE = 256 * 1024 * 1024  # bytes of the unpacked archive; the collection's has 40 million
@@ -109,7 +110,7 @@ def _study(data: bytes, where: str, number_of_file: str | None, headings: Headin
         id=f"CXR{number}",
         where=where,
         images=tuple(images),
-        **{section: text for section, text in texts.items() if text.strip()},
+        **{section: text for section, text in texts.items() if not is_missing(text, words=False)},
     )
 
 
