@@ -7,9 +7,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from mrg_r1.files import atomically, folder_filled, naming, save_tensors, write_
 from mrg_r1.labels.observations import write_labels_csv
 from mrg_r1.labels.reports import write_reports_csv
 from mrg_r1.phantom.contact_sheet import contact_sheet
+from mrg_r1.tracking.metrics_file import MetricsFile
 from tests.data.test_images import noise
 from tests.world import World
 
@@ -110,6 +113,23 @@ def test_label_onto_a_full_disk(
         )
     assert str(tmp_path / "l.csv") in said and os.strerror(errno.ENOSPC) in said
     assert [path.name for path in tmp_path.iterdir()] == ["reports.csv"]
+
+
+def test_what_is_printed_onto_a_full_disk_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        code = main(["recipes", "-o", str(tmp_path / "folder")])
+    assert code == 2 and capsys.readouterr().err == f"mrg-r1: standard output: {os.strerror(errno.ENOSPC)}\n"
+
+
+def test_what_a_run_logs_onto_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsFile(SimpleNamespace(directory=tmp_path, start_step=0))  # type: ignore[arg-type]
+    with full_disk(monkeypatch), pytest.raises(OSError) as error:
+        log.sync()
+    log.close()
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("fails_at", ["fsync", "write"])

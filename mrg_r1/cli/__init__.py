@@ -7,6 +7,7 @@ must not wait for torch.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -28,14 +29,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         code: int | None = parsed.run(parsed)
+        sys.stdout.flush()
     except OSError as error:
-        named = error.filename is not None and error.strerror is not None
-        print(f"mrg-r1: {f'{error.filename}: {error.strerror}' if named else error}", file=sys.stderr)
+        name = "standard output" if error.filename is None and _stdout_fails() else error.filename
+        named = name is not None and error.strerror is not None
+        print(f"mrg-r1: {f'{name}: {error.strerror}' if named else error}", file=sys.stderr)
         return 2
     except ValueError as error:
         print(f"mrg-r1: {error}", file=sys.stderr)
         return 2
     return code or 0
+
+
+def _stdout_fails() -> bool:
+    """Whether it is what was printed that cannot be written; it waits there still, and is let go."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,8 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
+from mrg_r1.files import naming
+
 _OURS = Path(__file__).resolve().parents[1]
 
 
@@ -76,7 +78,7 @@ class LibraryLog(logging.Handler):
         if self.path is not None and self.path.parent.is_dir():
             waiting, self._waiting = self._waiting, []
             if waiting:
-                with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                with naming(self.path), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write("".join(waiting))
 
     def _warned(

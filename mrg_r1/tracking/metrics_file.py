@@ -33,7 +33,8 @@ class MetricsFile:
 
     def sync(self) -> None:
         """A checkpoint that survives a crash of the machine must not survive its metrics."""
-        os.fsync(self._file.fileno())
+        with naming(Path(self._file.name)):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mrg_r1.data.prepare.other_collections import patient_field, patient_folder
 from mrg_r1.data.prepare.rows import csv_columns, read_csv
 from mrg_r1.data.study import KEYS, VIEWS, ManifestError, study_of_record
 from mrg_r1.labels.observations import OBSERVATIONS
@@ -102,12 +103,15 @@ def study_of_row(record: Record, folder: Path, splits: Sequence[str]) -> Study:
         report = None if report == "" else report  # a CSV's null
     if missing := [name for name in REQUIRED if name not in values]:
         raise RowError(f"no field {', '.join(f'`{name}`' for name in missing)}; a study needs {', '.join(REQUIRED)}")
+    images = _images(values["images"], values.get("view"))
+    if fault := _patient_elsewhere(values, images):
+        raise RowError(fault)
     whole = {
         **{name: values[name] for name in ("id", "split")},
         "report": report,
         "patient_id": values.get("patient_id") or values["id"],
         **{name: _null_if_missing(name, values.get(name)) for name in _TEXTS},
-        "images": _images(values["images"], values.get("view")),
+        "images": images,
         "labels": labels,
         "rendered": _rendered(values.get("rendered", False)),
     }
@@ -118,6 +122,19 @@ def study_of_row(record: Record, folder: Path, splits: Sequence[str]) -> Study:
     if study is None or faults:
         raise RowError("; ".join(f"field `{name}`: {fault}" for name, fault in faults))
     return study
+
+
+def _patient_elsewhere(values: dict[str, Any], images: Any) -> str | None:
+    """That a row without `patient_id`, which would be a patient of its own, names its patient in another place."""
+    if values.get("patient_id"):
+        return None
+    if field := patient_field(name for name, value in values.items() if value not in (None, "")):
+        return f"field `{field}`: {_shown(values[field])}, and no `patient_id`; call the field `patient_id`"
+    for image in images if isinstance(images, list) else []:
+        path = image.get("path") if isinstance(image, dict) else None
+        if isinstance(path, str) and (patient := patient_folder(path)):
+            return f"field `images`: {path!r} is of patient {patient}, and there is no `patient_id`; add that field"
+    return None
 
 
 def _null_if_missing(name: str, value: Any) -> Any:

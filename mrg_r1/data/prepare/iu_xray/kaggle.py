@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mrg_r1.data.prepare.iu_xray.study import (
+    OTHER_COLLECTION,
     IuCollection,
     IuImage,
     IuRefusal,
@@ -15,7 +16,8 @@ from mrg_r1.data.prepare.iu_xray.study import (
     study_number,
     without_repeats,
 )
-from mrg_r1.data.prepare.rows import Row, read_csv
+from mrg_r1.data.prepare.other_collections import field_of_another, names_another
+from mrg_r1.data.prepare.rows import Row, csv_columns, read_csv
 from mrg_r1.data.study import ManifestError
 from mrg_r1.labels.reports import is_missing
 
@@ -37,9 +39,13 @@ def read_kaggle(reports: Path, projections: Path) -> IuCollection:
         of whose images is named wrongly is refused, and so are images without a report.
 
     Raises:
-        ManifestError: a file as a whole: not UTF-8, broken quotes, a missing column.
+        ManifestError: a file as a whole: not UTF-8, broken quotes, a missing column, another collection in the same
+            layout.
         OSError: a file cannot be read.
     """
+    for path in (reports, projections):
+        if field := field_of_another(csv_columns(path)):
+            raise ManifestError([f"{path}, line 1: column `{field}`: Kaggle's layout, but {OTHER_COLLECTION}"])
     images, faults, refusals = _read_projections(projections)
     studies: list[IuStudy] = []
     named: set[str] = set()
@@ -122,6 +128,8 @@ def _image_fault(values: Mapping[str, str], number: str, images: Mapping[str, Iu
 
 def _number(row: Row) -> str | None:
     uid = row.values.get("uid", "").strip()
+    if names_another(uid):
+        raise ManifestError([f"{row.where}, column `uid`: {uid!r:.80}: Kaggle's layout, but {OTHER_COLLECTION}"])
     return study_number(uid) if uid.isascii() and uid.isdecimal() else None
 
 

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 from mrg_r1.data.prepare.headings import Headings, nearest
 from mrg_r1.data.prepare.iu_xray.study import (
+    OTHER_COLLECTION,
     IuCollection,
     IuImage,
     IuRefusal,
@@ -24,6 +25,7 @@ from mrg_r1.data.prepare.iu_xray.study import (
     study_number,
     without_repeats,
 )
+from mrg_r1.data.prepare.other_collections import names_another
 from mrg_r1.data.study import ManifestError
 from mrg_r1.labels.reports import is_missing
 
@@ -79,6 +81,8 @@ def _study(data: bytes, where: str, number_of_file: str | None, headings: Headin
     number = study_number(ids[0]) if len(ids) == 1 else None
     if number is None:
         raise ValueError(f"element <uId>: {ids}; a report has one, such as CXR1000")
+    if names_another(ids[0]):
+        raise ValueError(f"element <uId>: {ids[0]!r:.80}: Open-i's layout, but {OTHER_COLLECTION}")
     if number_of_file is not None and number != number_of_file:
         raise ValueError(
             f"element <uId>: {ids[0]!r}, but the file is named for {number_of_file}; two ids for one study, fetch "

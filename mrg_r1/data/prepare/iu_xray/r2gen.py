@@ -7,15 +7,9 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mrg_r1.data.prepare.iu_xray.study import IuCollection, IuImage, IuStudy
+from mrg_r1.data.prepare.iu_xray.study import OTHER_COLLECTION, IuCollection, IuImage, IuStudy
+from mrg_r1.data.prepare.other_collections import field_of_another, names_another
 from mrg_r1.data.study import SHOWN_PROBLEMS, ManifestError
-
-# Signs of other collections in the same layout. IU X-Ray has one report a patient, so an id is a patient's too.
-_OTHER_FIELDS = ("subject_id", "study_id", "patient_id")
-_DICOM_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", re.IGNORECASE)  # an image of MIMIC-CXR
-_LARGE_NUMBER = re.compile(r"[sp]?\d{8}")  # a study or a patient of MIMIC-CXR
-_MIMIC_PATH = re.compile(r"(^|/)p\d{2}/p\d{8}/s\d{8}(/|$)")
-_CHEXPERT_PATH = re.compile(r"(^|/)patient\d+/study\d+/")
 
 
 def read_r2gen(path: Path) -> IuCollection:
@@ -108,29 +102,22 @@ def _splits(path: Path) -> dict[str, list[Any]]:
     for split, records in content.items():
         for position, record in enumerate(records):
             if sign := _sign_of_another(record):
-                remedy = (
-                    "give MIMIC-CXR-JPG itself to `mrg-r1 prepare mimic-cxr`, or a table of your own to "
-                    "`mrg-r1 prepare manifest`"
-                )
-                what = "R2Gen's layout, but not of IU X-Ray (of MIMIC-CXR?): a patient would stand in several splits"
-                raise ManifestError([f"{path}, {split}[{position}]: {sign}: {what}; {remedy}"])
+                raise ManifestError([f"{path}, {split}[{position}]: {sign}: R2Gen's layout, but {OTHER_COLLECTION}"])
     return content
 
 
 def _sign_of_another(record: Any) -> str | None:
     """What tells a study, or an id, of another collection from one of IU X-Ray."""
     study_id = record.get("id") if isinstance(record, dict) else record
-    if isinstance(study_id, str) and (
-        _DICOM_ID.fullmatch(study_id.strip()) or _LARGE_NUMBER.fullmatch(study_id.strip())
-    ):
+    if isinstance(study_id, str | int) and names_another(str(study_id)):
         return f"id {study_id!r}"
     if not isinstance(record, dict):
         return None
-    if fields := [name for name in _OTHER_FIELDS if name in record]:
-        return f"field `{fields[0]}`"
+    if field := field_of_another(record):
+        return f"field `{field}`"
     paths = record.get("image_path")
     for item in paths if isinstance(paths, list) else [paths]:
-        if isinstance(item, str) and (_MIMIC_PATH.search(item) or _CHEXPERT_PATH.search(item)):
+        if isinstance(item, str) and names_another(item):
             return f"field `image_path`: {item!r:.80}"
     return None
 

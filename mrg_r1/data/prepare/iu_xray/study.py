@@ -15,6 +15,11 @@ from pathlib import Path
 
 from mrg_r1.data.prepare.headings import Headings
 
+# Of a file in a layout of this collection, which has one report a patient, so that an id is a patient's too.
+OTHER_COLLECTION = (
+    "not of IU X-Ray (of MIMIC-CXR?): a patient would stand in several splits; give MIMIC-CXR-JPG itself to "
+    "`mrg-r1 prepare mimic-cxr`, or a table of your own to `mrg-r1 prepare manifest`"
+)
 _IMAGE_SUFFIX = re.compile(r"(\.(dcm|dicom|png|jpe?g|tiff?|bmp|webp|gif|jp2))+$", re.IGNORECASE)
 # One study carries its number twice at Open-i, CXR1_1_IM-0001-3001, and once at Kaggle.
 _IMAGE_NAME = re.compile(r"(?:CXR)?(\d+)_(?:\1_)?(IM-.+)", re.IGNORECASE)
