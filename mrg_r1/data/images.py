@@ -191,12 +191,7 @@ def _meaning(path: Path, study_id: str, image: Image.Image) -> tuple[bool, float
         return False, no_data
     tags = image.tag_v2  # type: ignore[attr-defined]  # a TIFF's
     if _TIFF_NO_DATA in tags:
-        written = str(tags[_TIFF_NO_DATA]).strip("\0 ")
-        try:
-            no_data = float(written)
-        except ValueError:
-            what = f"GDAL_NODATA (tag {_TIFF_NO_DATA}) is {written[:20]!r}, which is no number"
-            raise _refusal(path, study_id, what, "correct or remove the tag") from None
+        no_data = _stated(path, study_id, tags[_TIFF_NO_DATA], "GDAL_NODATA", _TIFF_NO_DATA)
     pixels = np.asarray(image)
     if image.mode == "I" and not signed and pixels.min() < 0:
         what = f"pixels over {2**31 - 1:,} (BitsPerSample, tag {_TIFF_BITS}, is 32)"
@@ -205,11 +200,21 @@ def _meaning(path: Path, study_id: str, image: Image.Image) -> tuple[bool, float
     for tag, name in (_TIFF_LOWEST | _TIFF_HIGHEST).items():
         if not pixels.size or tag not in tags:
             continue
-        stated = tags[tag][0] if isinstance(tags[tag], tuple) else tags[tag]
+        stated = _stated(path, study_id, tags[tag], name, tag)
         if pixels.min() < stated if tag in _TIFF_LOWEST else pixels.max() > stated:
-            what = f"{name} (tag {tag}) is {stated}, and its pixels go from {pixels.min()} to {pixels.max()}"
+            what = f"{name} (tag {tag}) is {stated:g}, and its pixels go from {pixels.min()} to {pixels.max()}"
             raise _refusal(path, study_id, what, "correct the tag, or what fills the place around the image")
     return image.info[_ZERO_IS_WHITE] or tags.get(_TIFF_PHOTOMETRIC) == 0, no_data
+
+
+def _stated(path: Path, study_id: str, value: Any, name: str, tag: int) -> float:
+    """The number that a TIFF's tag states for its one channel, written as a number or as a text."""
+    written = str(value[0] if isinstance(value, tuple) and len(value) == 1 else value).strip("\0 ")
+    try:
+        return float(written)
+    except ValueError:
+        what = f"{name} (tag {tag}) is {written[:20]!r}, which is no number"
+        raise _refusal(path, study_id, what, "correct or remove the tag") from None
 
 
 def _to_rgb(image: Image.Image, zero_is_white: bool, no_data: float | None) -> Image.Image:

@@ -137,6 +137,7 @@ def test_pixels_beyond_the_ends_that_a_tiff_states_are_refused(tmp_path: Path) -
     array = np.concatenate([DEEP, np.full((1, 1), 65535, dtype=np.uint16)], axis=1)
     assert "MaxSampleValue" in refused(tiff(tmp_path, array, t281=4095))
     assert "MinSampleValue" in refused(tiff(tmp_path, DEEP, t280=500))
+    assert "MaxSampleValue" in refused(tiff(tmp_path, DEEP, t281="4095HU"))
     signed = np.array([[-2000, -100, 0, 100]], dtype=np.int16)
     assert "SMinSampleValue" in refused(stored(tmp_path, signed, t340=-100))
     assert "SMaxSampleValue" in refused(stored(tmp_path, signed, t341=50))
