@@ -18,7 +18,7 @@ from mrg_r1.console import progress
 from mrg_r1.data.images import image_problem
 from mrg_r1.files import atomically
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
-from mrg_r1.labels.reports import is_missing, missing_written_out, report_fault, visible
+from mrg_r1.labels.reports import report_fault, visible
 from mrg_r1.types import Study, StudyImage
 
 SHOWN_PROBLEMS = 10
@@ -227,13 +227,6 @@ def study_of_record(
             )
         elif key in _TEXT_KEYS and not visible(value):
             refuse(key, f"empty ({value!a}); give it a value")
-        elif key in ("id", "patient_id") and is_missing(value):
-            refuse(
-                key,
-                f"{value!a} is a missing value written out; write the {'study' if key == 'id' else 'patient'}'s own",
-            )
-        elif key in _OPTIONAL_TEXT_KEYS and missing_written_out(value, words=key == "prior"):
-            refuse(key, f"{value!a} is a missing value written out; write null")
         elif key in ("id", "prior") and value != value.strip():
             refuse(key, f"{value!r} begins or ends with white space; take it out, label CSVs are joined on the id")
         elif key in ("id", "patient_id", "split", "prior") and visible(value) != "".join(value.split()):

@@ -115,6 +115,10 @@ def study_of_row(record: Record, folder: Path, splits: Sequence[str]) -> Study:
         "labels": labels,
         "rendered": _rendered(values.get("rendered", False)),
     }
+    for name in ("id", "patient_id"):
+        if isinstance(whole[name], str) and whole[name].strip() and is_missing(whole[name]):
+            remedy = "write the study's own" if name == "id" else "write the patient's, or nothing where each has one"
+            raise RowError(f"field `{name}`: {whole[name]!a} is a missing value written out; {remedy}")
     study, faults = study_of_record(whole, folder)
     if study is not None and study.split not in splits:
         remedy = f"rename it, or allow it with --splits {','.join((*splits, study.split))}"
