@@ -138,7 +138,7 @@ $(LBL)/labeler/training.json: $(LBL_MANIFEST)
 	@$(MRG) labeler train $(LBL)/phantoms/reports.csv $(LBL)/phantoms/labels.csv -o $(LBL)/labeler --seed $(SEED) --passes 5
 
 $(LBL)/tiny-policy/config.json: $(LBL_MANIFEST)
-	@$(MRG) prepare tiny-policy -o $(LBL)/tiny-policy --manifest $(LBL_MANIFEST) --side 84 --seed $(SEED) \
+	@$(MRG) prepare tiny-policy -o $(LBL)/tiny-policy --manifest $(LBL_MANIFEST) --split sft --side 84 --seed $(SEED) \
 		--teach-tower $(LBL_MANIFEST) --teach-split train --teach-steps 200
 
 $(LBL)/sft%/summary.json: $(LBL)/labeler/training.json $(LBL)/tiny-policy/config.json
