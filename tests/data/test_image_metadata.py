@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin, TiffImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin, TiffTags
 
 from mrg_r1.data.images import ImageError, check_image, load_image
 from tests.data.test_images import noise, pixels, saved
@@ -25,6 +25,8 @@ def tiff(folder: Path, array: np.ndarray, compression: str | None = None, **tags
     directory = TiffImagePlugin.ImageFileDirectory_v2()
     for name, value in tags.items():
         if name != "t262":  # set below: Pillow would turn the pixels round
+            if isinstance(value, str):
+                directory.tagtype[int(name[1:])] = TiffTags.ASCII
             directory[int(name[1:])] = value
     path = folder / "image.tif"
     Image.fromarray(array).save(path, tiffinfo=directory, compression=compression)
