@@ -226,9 +226,9 @@ def test_every_metric_has_a_place_and_those_that_never_change_a_line(run):
     write_metrics(run, 60)
     placed = sections([read_curves(run)])
     by_title = {section["title"]: section for section in placed}
-    assert list(by_title) == ["Reward", "Clinical", "Policy", "Novel", "Time"]
-    assert [plot["names"] for plot in by_title["Reward"]["plots"]] == [["reward/total"]]
-    assert by_title["Reward"]["flat"] == [{"name": "reward/constant", "value": 0.3}]
+    assert list(by_title) == ["Rewards", "Validation", "Policy", "Novel", "Time and memory"]
+    assert [plot["names"] for plot in by_title["Rewards"]["plots"]] == [["reward/total"]]
+    assert by_title["Rewards"]["flat"] == [{"name": "reward/constant", "value": 0.3}]
     assert by_title["Novel"]["plots"] == [{"title": "novel/thing", "names": ["novel/thing"]}]
 
 
