@@ -139,6 +139,23 @@ def test_every_definition_stands_with_its_interval_and_baselines(run):
     assert "| normal | blank | itself |" in card and "**One seed** (0)" in card
 
 
+def test_who_else_has_read_the_reports_is_on_the_card(run):
+    result = evaluate(run)
+    second = {"labeler": {"name": "second", "fingerprint": "0ddba11"}, "agreement_on_references": 0.9}
+    held_out = second | {"definitions": result["definitions"], "disease_micro13": 0.5}
+    lexical = {"cleaning": "raw", "scores": {"bleu4": 0.125}}
+    truth = {"disease_micro13": {"precision": 0.25, "recall": 0.25, "f1": 0.25}}
+    more = {"held_out": held_out, "hacking_gap": 0.5, "lexical": lexical, "truth": truth, "rendered": 3}
+    (run.folder / "evaluation/test.json").write_text(json.dumps(result | more))
+    card = card_of(run)
+    assert "By the labeler `second`, `0ddba11`, which was never rewarded:" in card
+    assert card.count("| `chexbert_micro5` |") == 2 and "hacking gap +0.500" in card
+    assert "| scores bleu4 | – | 0.125 |" in card and "| `disease_micro13` | 0.250 | 0.250 | 0.250 |" in card
+    (run.folder / "evaluation/test.json").write_text(json.dumps({"n": 3, "definitions": {}}))
+    with pytest.raises(ValueError, match="test.json: no field `baselines`"):
+        card_of(run)
+
+
 def test_data_stand_by_hash_size_and_studies(run):
     evaluate(run)
     card = card_of(run)

@@ -181,6 +181,16 @@ def test_reports_that_repeat_themselves_are_seen_before_and_after(run, tmp_path)
     assert "reports in which a whole sentence stands twice, share1.000before 0.000" in text  # among the first numbers
 
 
+def test_the_page_says_where_the_references_labels_are_from(run, tmp_path):
+    study = make_study(tmp_path, "s", [(84, 84)])
+    rows = [prediction(study, "Clear.", labels(), labels())]
+    write_evaluated(run, "test", rows, [study])
+    assert "The references' labels" not in Page(write_page(run, [study])).text
+    labeler = {"name": "<b>mine</b>", "fingerprint": "c0ffee"}
+    write_evaluated(run, "test", rows, [study], reference_labels={"said": 0, "read": 1, "labeler": labeler})
+    assert "The references' labels: read by the labeler <b>mine</b> (c0ffee)" in Page(write_page(run, [study])).text
+
+
 def test_a_training_study_is_followed_over_its_steps_and_ranks(run, tmp_path):
     often, once = make_study(tmp_path, "often", [(84, 84)]), make_study(tmp_path, "once", [(84, 84)])
     for step in (0, 3, 7):
