@@ -29,7 +29,7 @@ class Layout:
     Attributes:
         ids: of the runs in wandb.
         groups: the plots by group, as docs/metrics.md heads them.
-        compared: metrics that runs are compared by, one number a run.
+        compared: names in the summaries of what runs are compared by, one number a run.
     """
 
     entity: str
@@ -74,7 +74,8 @@ def read_layout(runs: Sequence[Path], *, entity: str | None, project: str) -> La
         project=project,
         ids=ids,
         groups=plots(names, runs=len(runs)),
-        compared=[name for name in HIGHER_IS_BETTER if name in names],
+        # a metric that wandb keeps the highest value of is nested in a run's summary
+        compared=[f"{name}.max" for name in HIGHER_IS_BETTER if name in names],
     )
 
 

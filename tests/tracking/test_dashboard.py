@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -14,7 +15,9 @@ import pytest
 import wandb
 import yaml
 
+from mrg_r1.config.sections import TrackingSection
 from mrg_r1.tracking import dashboard
+from mrg_r1.tracking.log import RunLog
 from mrg_r1.tracking.page.curves import read_curves, sections
 from mrg_r1.tracking.panels import GROUPS, HIGHER_IS_BETTER, group_of, plots
 from tests.cli.command import refused
@@ -155,12 +158,28 @@ def test_a_report_compares_the_runs(stand, runs, capsys):
     grids = [block for block in report.blocks if block.kind == "PanelGrid"]
     assert all(grid.runsets[0].filters == workspace.runset_settings.filters for grid in grids)
     assert [panel.metrics for panel in grids[0].panels if panel.kind == "BarPlot"] == [
-        ["reward/total"],
-        ["validation/disease_micro13"],
+        ["reward/total.max"],
+        ["validation/disease_micro13.max"],
     ]
+    assert "summary:reward/total.max" in workspace.runset_settings.pinned_columns
     assert [panel.kind for panel in grids[0].panels][-1] == "RunComparer"
     headings = [block.text for block in report.blocks if block.kind == "H1"]
     assert headings[1:] == [section.name for section in workspace.sections]
+
+
+def test_runs_are_compared_by_what_wandb_keeps_of_them(tmp_path, runs):
+    """wandb's own summary, of a run offline."""
+    (tmp_path / "tracked").mkdir()
+    log = RunLog(tmp_path / "tracked", active=True, steps=2, options=TrackingSection(wandb="offline"), config={})
+    for step, value in enumerate((0.9, 0.1)):
+        log.log(step, {"reward/total": value})
+    kept = log._backends[1]._run.summary
+    deadline = time.monotonic() + 60
+    while "reward/total" not in kept.keys() and time.monotonic() < deadline:  # wandb's own process may be behind
+        time.sleep(0.1)
+    assert dict(kept["reward/total"]) == {"max": 0.9}
+    log.close()
+    assert "reward/total.max" in dashboard.read_layout(runs, entity="me", project="p").compared
 
 
 def test_layout_alone_is_sent(stand, runs, capsys):
