@@ -25,6 +25,7 @@ from typing import IO, Any, ClassVar, Literal
 
 import psutil
 
+from mrg_r1.cores import visible_device
 from mrg_r1.files import write_text_atomically
 from mrg_r1.reward.service.server import RANK_DIED
 
@@ -78,14 +79,6 @@ def socket_of(directory: Path, generation: int) -> str:
     unawares.
     """
     return str(directory / f"{generation}.sock")
-
-
-def visible_device(device: str) -> dict[str, str]:
-    """The environment in which `device` is the only GPU that CUDA sees; for `cpu` there is none."""
-    if device == "cpu":
-        return {"CUDA_VISIBLE_DEVICES": ""}
-    # numbers as nvidia-smi counts them: CUDA's own order puts the fastest first
-    return {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:"), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def _short_folder() -> tuple[Path, IO[bytes]]:
