@@ -19,6 +19,7 @@ _FREE = (
     "resume.",
     "reward.device",
     "reward.timeout",
+    "radeval.",
     "data.check_images",
     "data.workers",
 )
