@@ -108,10 +108,11 @@ class Recipe(Section):
                 f"rollout.reuse_prefill with policy.lora.targets {self.policy.lora.targets}: the prompts' states, kept "
                 "from the rollout, would have no gradient for merger and tower; set it to false"
             )
-        if self.evaluation.radeval and self.radeval.python is None:
+        asked = [*self.evaluation.radeval, *(name for name in self.reward.weights if name.startswith("radeval:"))]
+        if asked and self.radeval.python is None:
             raise ValueError(
-                f"evaluation.radeval {self.evaluation.radeval} without radeval.python: name the interpreter of an "
-                "environment that has RadEval (`make radeval` makes one)"
+                f"{', '.join(asked)} without radeval.python: name the interpreter of an environment that has RadEval "
+                "(`make radeval` makes one)"
             )
         return self
 

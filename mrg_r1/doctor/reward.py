@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from mrg_r1.config.recipe import Recipe
 from mrg_r1.cores import read_cores
 from mrg_r1.doctor.finding import Finding, examined
 from mrg_r1.metrics.radeval import RadEval
+from mrg_r1.reward.judge import TRIAL, Judge, is_url
+from mrg_r1.reward.outside import metrics_of
 
 _OF_LABELS = ("mccs", "ccs", "ce_f1")  # terms whose break-evens are other ones than additive's
 
@@ -46,7 +50,8 @@ def radeval_finding(recipe: Recipe) -> list[Finding]:
     """Whether RadEval's process can be started and its metrics loaded, where a recipe asks it anything: it is started
     here, answers a trial, and is ended.
     """
-    metrics = tuple(dict.fromkeys(recipe.evaluation.radeval if recipe.phases == "all" else []))
+    evaluated = recipe.evaluation.radeval if recipe.phases == "all" else []
+    metrics = tuple(dict.fromkeys([*metrics_of(list(recipe.reward.weights)), *evaluated]))
     if not metrics:
         return []
 
@@ -57,3 +62,14 @@ def radeval_finding(recipe: Recipe) -> list[Finding]:
         return f"{recipe.radeval.python}: {about['package']} {about['version']}, {', '.join(metrics)} loaded"
 
     return [examined("radeval", look)]
+
+
+def judge_findings(recipe: Recipe) -> list[Finding]:
+    """Whether each judge of the reward answers: it is asked about two invented reports."""
+    reward = recipe.reward
+
+    def look(url: str) -> str:
+        scores = Judge(url, reward.http.settings, reward.send_text_to).scores(TRIAL)
+        return f"{url}: answers; of two invented reports, the first right, {scores[0]:g} and {scores[1]:g}"
+
+    return [examined("judge", partial(look, url)) for url in reward.weights if is_url(url)]

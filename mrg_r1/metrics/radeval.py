@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,8 +75,8 @@ class RadEval:
     """A child that has loaded its metrics and answers.
 
     Args:
-        log: where its stderr goes, appended: what the package prints, and tracebacks. None: to a file that is gone with
-            it, whose end is said where the child dies.
+        log: where its stderr goes, what the package prints and tracebacks: a file that is appended to, or this
+            process's own. None: a file that is gone with it, whose end is said where the child dies.
 
     Attributes:
         about: the handshake: `package`, `version`, `python`, and by metric `outputs` and `weights_sha256`.
@@ -86,7 +86,7 @@ class RadEval:
             not in the hub's cache), or an interpreter that answers something else.
     """
 
-    def __init__(self, settings: RadEvalSettings, *, log: Path | None = None) -> None:
+    def __init__(self, settings: RadEvalSettings, *, log: Path | Literal["stderr"] | None = None) -> None:
         require_metrics(settings.metrics, settings.send_text_to)
         self.settings, self.log = settings, log
         python = shutil.which(settings.python)
@@ -98,12 +98,12 @@ class RadEval:
         environment = os.environ | visible_device(settings.device)
         environment |= {"OMP_NUM_THREADS": str(settings.threads), "TOKENIZERS_PARALLELISM": "false"}
         offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), "0" if settings.download else "1")
-        self._words: IO[bytes] = tempfile.TemporaryFile() if log is None else open(log, "ab")
+        self._words: IO[bytes] = tempfile.TemporaryFile() if not isinstance(log, Path) else open(log, "ab")
         self._process = subprocess.Popen(
             [python, str(CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._words,
+            stderr=None if log == "stderr" else self._words,
             env=environment | offline,
         )
         self._buffer = b""
