@@ -113,14 +113,14 @@ def start_service(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
             "format_style": reward.format,
             "mode": recipe.prompt.mode,
             "normalise": reward.normalise,
-            "outside": asdict(_outside(recipe, threads)),
+            "outside": asdict(outside_settings(recipe, threads=threads)),
         },
         threads=threads,
     )
     return Supervisor(settings, log=recipe.output_dir / f"reward_service_{ranks.rank}.log")
 
 
-def _outside(recipe: Recipe, threads: int) -> OutsideSettings:
+def outside_settings(recipe: Recipe, *, threads: int) -> OutsideSettings:
     """How others are asked that score terms; RadEval's processes share the labeler's cores."""
     radeval = recipe.radeval
     each = threads // radeval.workers if radeval.device == "cpu" else 1

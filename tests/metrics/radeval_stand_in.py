@@ -52,9 +52,9 @@ class RadEval:
         if self.calls > 1 and self.fault == ["fewer", self.name]:
             values.pop()
         if self.calls > 1 and self.fault == ["nan", self.name]:
-            values[1] = float("nan")
+            values[min(1, len(values) - 1)] = float("nan")
         if self.calls > 1 and self.fault == ["none", self.name]:
-            values[1] = None
+            values[min(1, len(values) - 1)] = None
         time.sleep(float(os.environ.get("RADEVAL_SECONDS", "0")) * len(refs))
         return {output: list(values) for output in OUTPUTS.get(self.name, [self.name])}
 
