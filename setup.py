@@ -94,6 +94,7 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard"],
+        "dashboard": ["wandb-workspaces>=0.4.13"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

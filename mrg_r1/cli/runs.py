@@ -1,4 +1,4 @@
-"""`mrg-r1 summary`, `mrg-r1 page` and `mrg-r1 export`: what a run left, to read, to look at and to use elsewhere."""
+"""`mrg-r1 summary` and `mrg-r1 page`: what a run left, to read and to look at."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mrg_r1.cli.arguments import add_output, described, positive
 
 
 def add_commands(commands: Any) -> None:
-    """`summary`, `page` and `export`."""
+    """`summary` and `page`."""
     summary = described(
         commands.add_parser,
         "summary",
@@ -84,36 +84,6 @@ def add_commands(commands: Any) -> None:
     )
     page.set_defaults(run=_page)
 
-    export = described(
-        commands.add_parser,
-        "export",
-        help="what a run has learned, for transformers or PEFT",
-        description="Write what a run has learned for use without this project: the whole checkpoint with every "
-        "adapter merged into its\n"
-        "weights, which plain transformers loads, or one adapter for the published checkpoint, which "
-        "plain PEFT loads. The run's\n"
-        "cold-start adapter, where it had one, is in both. An existing folder is never overwritten.",
-        examples="""
-        mrg-r1 export runs/mine --merged exported/checkpoint
-        mrg-r1 export runs/mine --adapter exported/adapter
-        mrg-r1 export runs/mine --merged exported/checkpoint --policy /models/HuatuoGPT-Vision-7B-Qwen2.5VL
-        """,
-    )
-    export.add_argument("folder", type=Path, metavar="RUN", help="output_dir of a GRPO run, or of an SFT run of LoRA")
-    export.add_argument(
-        "--merged", type=Path, metavar="DIR", help="folder to make: the whole checkpoint, in its own dtype"
-    )
-    export.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="folder to make: one PEFT adapter for the published checkpoint"
-    )
-    export.add_argument(
-        "--policy", type=Path, metavar="DIR", help="where the recipe's policy.path lies now, if it has moved"
-    )
-    export.add_argument(
-        "--cold-start", type=Path, metavar="DIR", help="where the recipe's policy.adapter lies now, if it has moved"
-    )
-    export.set_defaults(run=lambda arguments: _export(arguments, export))
-
 
 def _summary(arguments: argparse.Namespace) -> None:
     from mrg_r1.files import write_text_atomically
@@ -182,37 +152,3 @@ def _references(run: Path, manifest: Path) -> dict[str, list[int | None]]:
             kept = kept_reference_labels(manifest, labeler, run / "reference_labels")
             return {study_id: values_of_classes(classes) for study_id, classes in kept.items()}
     return {}
-
-
-def _export(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    outputs = [path for path in (arguments.merged, arguments.adapter) if path is not None]
-    if not outputs:
-        parser.error("nothing to write: give --merged DIR, --adapter DIR or both")
-    from mrg_r1.config.recipe import check_checkpoint_directory, load_run
-    from mrg_r1.policy.export.export import export
-
-    recipe_file = arguments.folder / "config.yaml"
-    recipe = load_run(arguments.folder).policy
-    if arguments.cold_start is not None and recipe.adapter is None:
-        raise ValueError(f"--cold-start {arguments.cold_start}: {recipe_file} names no policy.adapter; leave it out")
-    policy, cold_start = arguments.policy or recipe.path, arguments.cold_start or recipe.adapter
-    if not policy.is_dir():
-        raise ValueError(
-            f"{policy}: no such folder (policy.path of {recipe_file}); name the one where the checkpoint lies now "
-            "with --policy"
-        )
-    if cold_start is not None and not cold_start.is_dir():
-        raise ValueError(
-            f"{cold_start}: no such folder (policy.adapter of {recipe_file}); name the one where it lies now with "
-            "--cold-start"
-        )
-    check_checkpoint_directory(policy)
-    export(
-        arguments.folder,
-        policy=policy,
-        cold_start=cold_start,
-        merged=arguments.merged,
-        adapter=arguments.adapter,
-    )
-    for path in outputs:
-        print(f"{path}: written, {sum(file.stat().st_size for file in path.rglob('*')) / 1e6:,.1f} MB")

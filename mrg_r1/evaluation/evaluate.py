@@ -33,6 +33,7 @@ from mrg_r1.metrics.wording import wording
 from mrg_r1.policy.policy import Policy
 from mrg_r1.reward.compute import RewardContext, RewardError
 from mrg_r1.reward.held_out import HeldOutLabeler
+from mrg_r1.reward.references import label_sources
 from mrg_r1.reward.service.interface import RewardService, RewardsMissing
 from mrg_r1.types import Completions, Prompts, Rewards, Study
 
@@ -69,6 +70,7 @@ def evaluate(
     batch_size: int,
     seed: int,
     bootstrap_samples: int,
+    said_first: bool,
     train: NDArray[np.int64] | None = None,
     held_out: HeldOutLabeler | None = None,
     cleaning: lexical.Cleaning | None = None,
@@ -81,6 +83,7 @@ def evaluate(
     Args:
         context_of: study ids to how their reports are rewarded.
         labeler: name and fingerprint of what reads the reports.
+        said_first: whether the labels that a study says count before the labeler's reading of its reference.
         train: [M, 14] classes of training reports, for the baseline that gives each study a random one of them; None
             leaves it out.
         held_out: a second labeler, on rank 0 alone, which reads the same reports.
@@ -137,6 +140,9 @@ def evaluate(
         )
         result["labeler"] = dict(labeler)
         result["radeval"] = by_radeval
+        result["reference_labels"] = label_sources(studies, labeler, said_first=said_first)
+        if by_held_out is not None:  # which reads every reference that has words
+            result["held_out"]["reference_labels"] = label_sources(studies, by_held_out, said_first=False)
     return ranks.agree(result), predictions
 
 

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +54,7 @@ def reference_labels(
     said = {
         study.id: classes_of_values(study.said)
         for study in studies
-        if study.said is not None and (said_first or study.report is None)
+        if study.said is not None and _as_said(study, said_first=said_first)
     }
     missing = [
         (study.id, study.report)
@@ -71,6 +72,20 @@ def reference_labels(
     if missing:
         _save(path, known)
     return {study.id: said[study.id] if study.id in said else known[study.id] for study in studies}
+
+
+def label_sources(studies: Sequence[Study], labeler: Mapping[str, str], *, said_first: bool) -> dict[str, Any]:
+    """Where `reference_labels` takes the labels of these studies from: `{"said": 0, "read": 512, "labeler": {"name": …,
+    "fingerprint": …}}`, studies whose labels the manifest says, studies whose report a labeler has read, and that
+    labeler, None where it has read none.
+    """
+    said = sum(_as_said(study, said_first=said_first) for study in studies)
+    read = len(studies) - said
+    return {"said": said, "read": read, "labeler": dict(labeler) if read else None}
+
+
+def _as_said(study: Study, *, said_first: bool) -> bool:
+    return study.said is not None and (said_first or study.report is None)
 
 
 def kept_reference_labels(manifest: Path, labeler: Mapping[str, str], fallback: Path) -> dict[str, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -73,6 +74,8 @@ def evaluation_notes(result: dict[str, Any]) -> list[str]:
     }
     shown = [title for name, title in titles.items() if result["baselines"][name] is not None]
     notes = [f"right, the F1 of other reports: {', '.join(shown)}"] if shown else []
+    sources = reference_sources(result)
+    notes += [f"references' labels: {sources}"] if sources is not None else []
     if result.get("truth"):
         notes.append("truth = what the phantoms were drawn from, in place of the labeler's reading of the references")
     if result["constant"]:
@@ -87,6 +90,20 @@ def evaluation_notes(result: dict[str, Any]) -> list[str]:
             f"rewarded, minus by the held-out labeler {held_out['labeler']['name']}{agreed}"
         )
     return notes
+
+
+def reference_sources(result: Mapping[str, Any]) -> str | None:
+    """Where the references' labels are from, in words; None in a file that is older than this."""
+    found = result.get("reference_labels")
+    if found is None:
+        return None
+    labeler = found["labeler"]
+    by = None if labeler is None else f"the labeler {labeler['name']} ({labeler['fingerprint']})"
+    if by is None:
+        return f"what the manifest says (labels.said), of all {found['said']:,} studies"
+    if not found["said"]:
+        return f"read by {by}, of all {found['read']:,} studies"
+    return f"what the manifest says (labels.said) of {found['said']:,} studies, read by {by} of {found['read']:,}"
 
 
 def lexical_table(result: dict[str, Any]) -> Table | None:

@@ -15,6 +15,8 @@ from mrg_r1.console import wide_console
 from mrg_r1.metrics.renamed import todays_names
 from mrg_r1.metrics.seeds import t_interval
 from mrg_r1.tracking.control import control_name
+from mrg_r1.tracking.evaluation_tables import reference_sources
+from mrg_r1.tracking.page.reading import read_json
 from mrg_r1.tracking.terminal import where_time_went
 
 _LEGEND = {  # part of a key -> what it means, said where such a row is shown
@@ -75,6 +77,9 @@ def print_report(runs: Sequence[Path], *, control: Path | None = None, arms: Seq
         console.print(ran, markup=False, highlight=False)
         if summary["note"]:
             console.print(summary["note"], markup=False, highlight=False)
+        sources = reference_sources(read_json(run / "evaluation" / "test.json") or {})
+        if sources is not None:
+            console.print(f"references' labels: {sources}", markup=False, highlight=False)
         if page.is_file():
             console.print(f"its reports beside the radiographs: {page}", markup=False, highlight=False)
         console.print()

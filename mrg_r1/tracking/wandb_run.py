@@ -15,14 +15,13 @@ from typing import Any, Literal
 from mrg_r1.files import write_text_atomically
 from mrg_r1.tracking.backend import Metrics, Tracked
 from mrg_r1.tracking.metrics_file import last_logged
+from mrg_r1.tracking.panels import HIGHER_IS_BETTER
 from mrg_r1.tracking.sharing import Shared, what_is_shared
 from mrg_r1.types import LABELS_ONLY
 
 # What a tracker raises must not end a run, and wandb raises plain Exceptions of private classes where its process has
 # died.
 _ANYTHING = Exception
-# their summary is the best
-_UP = ("reward/total", "validation/mean_reward", "validation/disease_micro13", "validation/disease_macro13")
 
 
 def check_wandb(mode: Literal["off", "offline", "online"]) -> None:
@@ -87,7 +86,7 @@ class WandbRun:
             )
             self._run.define_metric("step", hidden=True)
             self._run.define_metric("*", step_metric="step")
-            for name in _UP:
+            for name in HIGHER_IS_BETTER:
                 self._run.define_metric(name, step_metric="step", summary="max")
         except _ANYTHING as error:
             self._give_up(error)

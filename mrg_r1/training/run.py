@@ -97,6 +97,7 @@ class Run:
             bootstrap_samples=samples or self.recipe.evaluation.bootstrap_samples,
             train=self.rewards.classes("train") if samples is None and self.studies["train"] else None,
             labeler=self.rewards.labeler,
+            said_first=self.recipe.reward.references == "said",
             held_out=self.held_out,
             cleaning=None if samples is not None or cleaning == "off" else cleaning,
             start_radeval=self._start_radeval if samples is None and self.recipe.evaluation.radeval else None,

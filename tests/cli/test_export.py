@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.lora import save_adapter
@@ -46,6 +48,22 @@ def test_export_writes_a_checkpoint_and_an_adapter(
     )
     assert "out/merged" in refused(capsys, "export", trained, "--merged", tmp_path / "out/merged")
     load_policy(tmp_path / "out/merged", dtype=torch.float32)
+
+
+def test_the_card_beside_the_weights_is_ours_and_not_the_bases(
+    capsys: pytest.CaptureFixture[str], trained: Path, tiny_policy_directory: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_policy_directory, tmp_path / "base")
+    (base / "README.md").write_text("what the base can do")
+    merged, adapter = tmp_path / "out/merged", tmp_path / "out/adapter"
+    assert run(capsys, "export", trained, "--merged", merged, "--adapter", adapter, "--policy", base)[0] == 0
+    for folder, relation in ((merged, "finetune"), (adapter, "adapter")):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.base_model_relation == relation and "what the base can do" not in card.text
+        assert "Cold start, merged before training: rank 4" in card.text and str(tmp_path) not in card.text
+    (adapter / "README.md").write_text("my own words")
+    assert "out/adapter" in refused(capsys, "export", trained, "--adapter", adapter, "--policy", base)
+    assert (adapter / "README.md").read_text() == "my own words"
 
 
 def test_export_finds_what_has_moved_where_it_is_told(

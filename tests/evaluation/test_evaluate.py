@@ -119,6 +119,7 @@ def test_every_definition_stands_with_interval_and_baselines(world, tmp_path, in
         result["baselines"]["blank"]["disease_micro13"]["f1"] == 0 and result["baselines"]["random_train"] is not None
     )
     assert result["labeler"]["name"] == "labeler" and len(result["labeler"]["fingerprint"]) == 16
+    assert result["reference_labels"] == {"said": 0, "read": 8, "labeler": result["labeler"]}
     assert [row["id"] for row in predictions] == [study.id for study in run.studies["test"]]
     assert set(short_summary(result)) == set(SUMMARY_KEYS)
     assert evaluation_table(result).row_count == len(DEFINITIONS)

@@ -138,6 +138,8 @@ def test_agreement_is_the_share_of_equal_classes_of_the_references(world, tmp_pa
         run.held_out.references[study.id] = other
     result, _ = run.evaluate(run.studies["test"], title="")
     assert result["held_out"]["agreement_on_references"] == pytest.approx(1 - 3 / (8 * 14))
+    own = {"said": 0, "read": 8, "labeler": result["held_out"]["labeler"]}
+    assert result["held_out"]["reference_labels"] == own != result["reference_labels"]
 
 
 def test_only_the_report_is_read_and_a_malformed_one_is_blank(world, tmp_path, two_readers, monkeypatch):

@@ -82,7 +82,7 @@ def test_names_and_shapes_that_differ_are_refused_by_all(
         checks._policy(recipe)  # of doctor, and of a launch before it loads anything
     written(whole, tmp_path / "run/adapter", lora())
     with pytest.raises(ValueError, match=message):
-        export(tmp_path / "run", policy=checkpoint, cold_start=None, merged=tmp_path / "merged", adapter=None)
+        export(tmp_path / "run", policy=checkpoint, cold_start=None, merged=tmp_path / "merged", adapter=None, card=str)
 
 
 @pytest.mark.parametrize("change", FINE.values(), ids=FINE.keys())

@@ -94,7 +94,7 @@ def test_what_a_merge_would_pass_over_is_refused_by_all(
         with pytest.raises(ValueError, match=message):
             use(load_policy(checkpoint, dtype=torch.float32), adapter)
     with pytest.raises(ValueError, match=message):
-        export(tmp_path / "run", policy=checkpoint, cold_start=None, merged=tmp_path / "merged", adapter=None)
+        export(tmp_path / "run", policy=checkpoint, cold_start=None, merged=tmp_path / "merged", adapter=None, card=str)
     recipe = load_recipe(world.recipe(tmp_path / "run"), [f"policy.path={checkpoint}", f"policy.adapter={adapter}"])
     with pytest.raises(RecipeError, match=f"policy.adapter .*{message}"):
         checks._policy(recipe)  # of doctor, and of a launch before it loads anything

@@ -8,7 +8,13 @@ import pytest
 from rich.console import Console
 
 from mrg_r1.metrics.clinical import DEFINITIONS
-from mrg_r1.tracking.evaluation_tables import evaluation_table, other_readers_table, print_evaluation
+from mrg_r1.tracking.evaluation_tables import (
+    evaluation_notes,
+    evaluation_table,
+    other_readers_table,
+    print_evaluation,
+    reference_sources,
+)
 
 SCORE = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "f1_ci": [0.4, 0.6]}
 
@@ -54,3 +60,16 @@ def test_other_readers_have_a_table_of_their_own_only_where_there_are_any():
     for held_out in (False, True):
         table = other_readers_table(result(truth=not held_out, held_out=held_out))
         assert all(cell for column in table.columns for cell in column.cells)
+
+
+def test_where_the_references_labels_are_from_is_said():
+    labeler = {"name": "chexbert", "fingerprint": "c0ffee"}
+    read = {"said": 0, "read": 3, "labeler": labeler}
+    assert "references' labels: read by the labeler chexbert (c0ffee), of all 3 studies" in evaluation_notes(
+        result() | {"reference_labels": read}
+    )
+    both = reference_sources({"reference_labels": {"said": 1, "read": 2, "labeler": labeler}})
+    assert both == "what the manifest says (labels.said) of 1 studies, read by the labeler chexbert (c0ffee) of 2"
+    said = reference_sources({"reference_labels": {"said": 3, "read": 0, "labeler": None}})
+    assert said == "what the manifest says (labels.said), of all 3 studies"
+    assert reference_sources({}) is None

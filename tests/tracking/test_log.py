@@ -245,6 +245,18 @@ def test_report_names_the_control(tmp_path, capsys):
     assert "control: rejection fine-tuning, test split" in " ".join(capsys.readouterr().out.split())
 
 
+def test_report_says_where_the_references_labels_are_from(tmp_path, capsys):
+    (tmp_path / "summary.json").write_text(json.dumps(summary(0.5, 0.6)))
+    print_report([tmp_path])
+    assert "references' labels" not in capsys.readouterr().out, "an older evaluation does not say"
+    (tmp_path / "evaluation").mkdir()
+    known = {"reference_labels": {"said": 3, "read": 0, "labeler": None}}
+    (tmp_path / "evaluation/test.json").write_text(json.dumps(known))
+    print_report([tmp_path])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "references' labels: what the manifest says (labels.said), of all 3 studies" in text
+
+
 def test_rows_in_which_nobody_has_a_number_are_left_out(tmp_path, capsys):
     for name in ("run", "other"):
         (tmp_path / name).mkdir()

@@ -181,6 +181,16 @@ def test_reports_that_repeat_themselves_are_seen_before_and_after(run, tmp_path)
     assert "reports in which a whole sentence stands twice, share1.000before 0.000" in text  # among the first numbers
 
 
+def test_the_page_says_where_the_references_labels_are_from(run, tmp_path):
+    study = make_study(tmp_path, "s", [(84, 84)])
+    rows = [prediction(study, "Clear.", labels(), labels())]
+    write_evaluated(run, "test", rows, [study])
+    assert "The references' labels" not in Page(write_page(run, [study])).text
+    labeler = {"name": "<b>mine</b>", "fingerprint": "c0ffee"}
+    write_evaluated(run, "test", rows, [study], reference_labels={"said": 0, "read": 1, "labeler": labeler})
+    assert "The references' labels: read by the labeler <b>mine</b> (c0ffee)" in Page(write_page(run, [study])).text
+
+
 def test_a_training_study_is_followed_over_its_steps_and_ranks(run, tmp_path):
     often, once = make_study(tmp_path, "often", [(84, 84)]), make_study(tmp_path, "once", [(84, 84)])
     for step in (0, 3, 7):
@@ -226,9 +236,9 @@ def test_every_metric_has_a_place_and_those_that_never_change_a_line(run):
     write_metrics(run, 60)
     placed = sections([read_curves(run)])
     by_title = {section["title"]: section for section in placed}
-    assert list(by_title) == ["Reward", "Clinical", "Policy", "Novel", "Time"]
-    assert [plot["names"] for plot in by_title["Reward"]["plots"]] == [["reward/total"]]
-    assert by_title["Reward"]["flat"] == [{"name": "reward/constant", "value": 0.3}]
+    assert list(by_title) == ["Rewards", "Validation", "Policy", "Novel", "Time and memory"]
+    assert [plot["names"] for plot in by_title["Rewards"]["plots"]] == [["reward/total"]]
+    assert by_title["Rewards"]["flat"] == [{"name": "reward/constant", "value": 0.3}]
     assert by_title["Novel"]["plots"] == [{"title": "novel/thing", "names": ["novel/thing"]}]
 
 

@@ -97,6 +97,9 @@ def test_what_the_manifest_says_of_reports_counts_where_the_recipe_asks_for_it(w
     path.write_text("".join(json.dumps(line | {"labels": {"said": fracture, "drawn": None}}) + "\n" for line in lines))
     asked = opened(world, tmp_path, manifest, "reward.references=said").rewards.classes("train")
     assert (asked == classes_of_values(fracture)).all() and asked.shape == (16, 14)
+    run = opened(world, tmp_path, manifest, "reward.references=said")
+    result, _ = run.evaluate(run.studies["test"], title="")
+    assert result["reference_labels"] == {"said": 8, "read": 0, "labeler": None}, "the evaluation says so"
     assert not (opened(world, tmp_path, manifest).rewards.classes("train") == classes_of_values(fracture)).all()
 
 

@@ -32,6 +32,7 @@ from mrg_r1.policy.completeness import stored_tensors
 from mrg_r1.policy.family import family_of, shape_of
 
 _WEIGHTS, _CONFIG, _RECORD = "adapter_model.safetensors", "adapter_config.json", "mrg_r1_export.json"
+_CARD = "README.md"  # ours: the source's own is not copied (checkpoint_files), it tells of other weights
 
 
 def export(
@@ -41,6 +42,7 @@ def export(
     cold_start: Path | None,
     merged: Path | None,
     adapter: Path | None,
+    card: Callable[[Mapping[str, Any]], str],
 ) -> None:
     """Write what `run` has learned as a whole checkpoint, as an adapter, or as both. Each output is there whole or not
     at all.
@@ -51,6 +53,7 @@ def export(
         cold_start: the adapter that it merged before training, if any.
         merged: folder to make: the checkpoint with every adapter added to its weights, rounded once to its own dtype.
         adapter: folder to make: one adapter for the checkpoint as it was published.
+        card: the content of mrg_r1_export.json, whose `kind` is `merged` or `adapter`, to the README.md beside it.
 
     Raises:
         FileExistsError: an output, or its temporary folder, is there already.
@@ -77,11 +80,11 @@ def export(
     if adapter is not None:
         with _new_folder(adapter) as folder:
             _write_adapter(folder, adapters, policy)
-            _write_json(folder / _RECORD, {"kind": "adapter", **record})
+            _describe(folder, {"kind": "adapter", **record}, card)
     if merged is not None:
         with _new_folder(merged) as folder:
             write_checkpoint(policy, layout, folder, change=_merging(adapters, module_name))
-            _write_json(folder / _RECORD, {"kind": "merged", **record})
+            _describe(folder, {"kind": "merged", **record}, card)
 
 
 def _require_adapter(run: Path) -> None:
@@ -196,6 +199,11 @@ def _record(
         "versions": {"mrg-r1": __version__}
         | {name: metadata.version(name) for name in ("torch", "safetensors", "transformers", "peft")},
     }
+
+
+def _describe(folder: Path, record: Mapping[str, Any], card: Callable[[Mapping[str, Any]], str]) -> None:
+    _write_json(folder / _RECORD, record)
+    (folder / _CARD).write_text(card(record), encoding="utf-8", errors="backslashreplace")
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -16,6 +16,7 @@ from mrg_r1.console import progress
 from mrg_r1.files import write_text_atomically
 from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.tracking.control import CONTROLS
+from mrg_r1.tracking.evaluation_tables import reference_sources
 from mrg_r1.tracking.page import clinical
 from mrg_r1.tracking.page.cards import Pictures, prediction_cards, within
 from mrg_r1.tracking.page.curves import Curves, read_curves, sections
@@ -95,6 +96,7 @@ def write_page(
             bars=clinical.observation_rows(before, after),
             silent=clinical.silent_observations(before, after),
             evaluation=after or before,
+            reference_sources=reference_sources(after or before or {}),
             sections=data["sections"],
             buckets=[curve for curve in curves if curve.bucket > 1],
             banner=_banner(shown["cards"], {study.id: study for study in studies}),

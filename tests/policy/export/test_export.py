@@ -57,7 +57,9 @@ def cold_start(checkpoint, tmp_path, **settings):
 
 
 def export_run(run, policy, *, cold=None, merged=None, adapter=None):
-    export.export(run, policy=policy, cold_start=cold, merged=merged, adapter=adapter)
+    export.export(
+        run, policy=policy, cold_start=cold, merged=merged, adapter=adapter, card=lambda record: record["kind"]
+    )
 
 
 @torch.no_grad()
@@ -400,7 +402,8 @@ def test_pickles_and_code_beside_the_weights_stay_behind(run, tiny_policy_direct
         (source / name).write_text("x")
     export_run(run, source, merged=tmp_path / "out")
     there = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"LICENSE", "merges.txt"} <= there and not {"pytorch_model.bin", "modeling.py", "README.md"} & there
+    assert {"LICENSE", "merges.txt"} <= there and not {"pytorch_model.bin", "modeling.py"} & there
+    assert (tmp_path / "out/README.md").read_text() == "merged", "our card, not the source's"
 
 
 def test_quantised_weights_are_refused(run, tiny_policy_directory, tmp_path):
