@@ -23,6 +23,7 @@ import queue
 import sys
 import threading
 import traceback
+import types
 from typing import Any
 
 PACKAGE = "radeval"
@@ -63,7 +64,7 @@ def weights_sha256(root: Any) -> str | None:
     tensors, seen, stack = {}, set(), [("", root)]
     while stack:
         path, one = stack.pop()
-        if id(one) in seen or isinstance(one, (str, bytes, int, float, type(None), type)):
+        if id(one) in seen or isinstance(one, (str, bytes, int, float, type(None), type, types.ModuleType)):
             continue
         seen.add(id(one))
         if isinstance(one, torch.nn.Module):
