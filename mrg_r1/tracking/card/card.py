@@ -148,7 +148,7 @@ def _what(facts: CardFacts, kind: Kind, record: Mapping[str, Any]) -> list[str]:
     if summary.get("training_seconds"):
         minutes = summary["training_seconds"] / 60
         lines.append(
-            f"- {minutes:,.1f} minutes in training steps, {ranks} ranks, device "
+            f"- {minutes:,.1f} minutes in training steps, {ranks} rank{'s' if ranks != 1 else ''}, device "
             f"{code(facts.environment.get('device', 'not known'))}."
         )
     versions = ", ".join(f"{text(name)} {text(version)}" for name, version in record["versions"].items())
