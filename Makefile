@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: help setup demo demo-control demo-rft demo-random demo-seeds start starts tables-phantom full-start \
 	labels-phantom iu-phantom iu-phantom-sft iu-phantom-rft iu-phantom-both \
-	bench bench-gpu wheelhouse soak browser test test-slow test-gpu lint clean
+	bench bench-gpu wheelhouse radeval soak browser test test-slow test-gpu lint clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -335,6 +335,24 @@ wheelhouse: $(READY)  ## fill WHEELHOUSE with what bench-gpu needs on a machine 
 		find $(WHEELHOUSE)/unpacked -name '*.jar' -delete; \
 		$(BIN)/wheel pack -d $(WHEELHOUSE) $(WHEELHOUSE)/unpacked/*; rm -rf $(WHEELHOUSE)/unpacked; fi
 	du -sh $(WHEELHOUSE)
+
+# ---- radeval: RadGraph, RaTEScore, BERTScore, RadCliQ in an environment of their own (docs/scores.md). No weights come with
+# ---- it; nothing here asks a hub for them.
+
+RADEVAL_VENV := .venv-radeval
+RADEVAL_PYTHON ?= python3.11
+
+radeval: $(RADEVAL_VENV)/.ready  ## an environment of RadEval's metrics, for `mrg-r1 score --with radeval --python .venv-radeval/bin/python`
+
+# A torchvision of another build than torch takes transformers' models with it, and no metric needs one.
+$(RADEVAL_VENV)/.ready: radeval-constraints.txt
+	test -x $(RADEVAL_VENV)/bin/python || $(RADEVAL_PYTHON) -m venv $(RADEVAL_VENV)
+	$(RADEVAL_VENV)/bin/python -c 'import sys; sys.exit(None if sys.version_info[:2] == (3, 11) else "make radeval RADEVAL_PYTHON=python3.11")'
+	$(RADEVAL_VENV)/bin/pip install --quiet -c radeval-constraints.txt torch
+	$(RADEVAL_VENV)/bin/pip install --quiet -c radeval-constraints.txt radeval
+	$(RADEVAL_VENV)/bin/python -c 'import torchvision' 2> /dev/null || $(RADEVAL_VENV)/bin/pip uninstall --quiet --yes torchvision
+	$(RADEVAL_VENV)/bin/python -c 'from importlib.metadata import version; print("radeval", version("radeval"))'
+	touch $@
 
 # ---- tests
 

@@ -1,4 +1,5 @@
-"""How many threads a process may run: by the cores it may use and the processor time its cgroup is allowed.
+"""How many threads a process may run, by the cores it may use and the processor time its cgroup is allowed; and which
+GPU a child of it sees.
 
 A machine's count of cores says little in a container or a batch job: the affinity mask and the cgroup's limit do. Ranks
 that each take every core slow one another down, and ranks of one thread leave cores idle.
@@ -111,6 +112,26 @@ def demo_ranks(cores: Cores) -> int:
 def labeler_threads(cores: Cores, *, ranks: int, each: int) -> int:
     """Threads of a labeler on the CPU: the cores that `ranks` of `each` threads leave, at most 16."""
     return max(1, min(16, cores.usable - ranks * each))
+
+
+def visible_device(device: str) -> dict[str, str]:
+    """The environment in which `device` is the only GPU that CUDA sees; for `cpu` there is none."""
+    if device == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    # numbers as nvidia-smi counts them: CUDA's own order puts the fastest first
+    return {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:"), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def physical_device(device: str, environment: Mapping[str, str] = os.environ) -> str:
+    """The device that torch calls `device` here, as `visible_device` and nvidia-smi call it."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if device == "cpu" or not visible:
+        return "cuda:0" if device == "cuda" else device
+    seen = visible.split(",")
+    number = int(device.partition(":")[2] or 0)
+    if number >= len(seen):
+        raise ValueError(f"device {device}: CUDA_VISIBLE_DEVICES={visible} shows {len(seen)}")
+    return f"cuda:{seen[number].strip()}" if seen[number].strip().isdigit() else seen[number].strip()
 
 
 def asked_for(environment: Mapping[str, str] = os.environ) -> int | None:

@@ -27,6 +27,7 @@ def score_inline(monkeypatch: pytest.MonkeyPatch) -> None:
             format_style=reward.format,
             mode=recipe.prompt.mode,
             normalise=reward.normalise,
+            outside=rewarding.outside_settings(recipe, threads=1),
         )
         known = {"name": labeler.name, "fingerprint": labeler.fingerprint}
         return rewarding.prepare(recipe, ranks, InProcessRewards(stage), known, None, studies)

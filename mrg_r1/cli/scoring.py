@@ -20,6 +20,7 @@ from mrg_r1.cli.arguments import (
 )
 
 if TYPE_CHECKING:
+    from mrg_r1.metrics.radeval import RadEval
     from mrg_r1.types import Study
 
 _SHOWN_IDS = 10
@@ -48,6 +49,7 @@ def add_commands(commands: Any) -> None:
         mrg-r1 score RUN/evaluation/test_predictions.jsonl -o ours.json
         mrg-r1 score predictions.json annotation.json --split test --labeler chexbert.pth --cleaning r2gen-iu
         mrg-r1 score res.txt gts.txt --labeler chexbert.pth
+        mrg-r1 score predicted.csv reference.csv --labeler chexbert.pth --with radeval --python .venv-radeval/bin/python
         mrg-r1 score --compare theirs.json ours.json
         """,
     )
@@ -76,6 +78,7 @@ def add_commands(commands: Any) -> None:
     score.add_argument(
         "--seed", type=seed, default=0, metavar="N", help="of the bootstrap and the random reports (default: 0)"
     )
+    _add_radeval(score)
     score.add_argument(
         "--compare",
         type=Path,
@@ -86,6 +89,32 @@ def add_commands(commands: Any) -> None:
     score.add_argument("-o", "--json", type=Path, metavar="CARD.json", help="write the score card, or the comparison")
     score.set_defaults(run=_score)
     _add_reward_card(commands)
+
+
+def _add_radeval(score: argparse.ArgumentParser) -> None:
+    from mrg_r1.metrics.radeval_names import DEFAULT
+
+    others = score.add_argument_group("metrics of RadEval, in an environment of its own (docs/scores.md)")
+    others.add_argument(
+        "--with",
+        dest="radeval",
+        type=_radeval_metrics,
+        metavar="radeval[:NAME,NAME]",
+        help=f"take its metrics in; without names {', '.join(DEFAULT)}. They run on --device",
+    )
+    others.add_argument(
+        "--python", metavar="PATH", help="the interpreter of an environment that has RadEval (`make radeval` makes one)"
+    )
+    others.add_argument(
+        "--download", action="store_true", help="let it fetch weights that are not in the hub's cache yet"
+    )
+    others.add_argument(
+        "--send-text-to",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="let this metric send the reports to its API, which is refused otherwise",
+    )
 
 
 def _add_reward_card(commands: Any) -> None:
@@ -172,6 +201,8 @@ def _score(arguments: argparse.Namespace) -> None:
             write_comparison(arguments.json, comparison)
     elif arguments.predicted is None:
         raise ValueError("nothing to score; name PREDICTED and REFERENCE, or --compare CARD CARD")
+    elif (arguments.radeval is None) != (arguments.python is None):
+        raise ValueError("--with radeval and --python PATH go together: the metrics, and the interpreter that has them")
     else:
         card = score_files(
             arguments.predicted,
@@ -183,12 +214,45 @@ def _score(arguments: argparse.Namespace) -> None:
             cleaning=arguments.cleaning,
             samples=arguments.samples,
             seed=arguments.seed,
+            radeval=None if arguments.radeval is None else _start_radeval(arguments),
         )
         print_card(card)
         if arguments.json is not None:
             write_card(arguments.json, card)
     if arguments.json is not None:
         print(f"{arguments.json}: written")
+    if arguments.compare is None and (left_out := (card["radeval"] or {}).get("left_out")):
+        raise ValueError("\n".join(["metrics that were asked for are not in the card:", *left_out.values()]))
+
+
+def _start_radeval(arguments: argparse.Namespace) -> RadEval:
+    from mrg_r1.cores import physical_device, read_cores
+    from mrg_r1.metrics.radeval import RadEval, RadEvalSettings
+    from mrg_r1.metrics.radeval_names import require_metrics
+
+    require_metrics(arguments.radeval, arguments.send_text_to, how="; `--send-text-to NAME` allows it")
+    settings = RadEvalSettings(
+        python=arguments.python,
+        metrics=arguments.radeval,
+        device=physical_device(arguments.device),
+        threads=read_cores().usable,
+        download=arguments.download,
+        send_text_to=tuple(arguments.send_text_to),
+    )
+    return RadEval(settings)
+
+
+def _radeval_metrics(text: str) -> tuple[str, ...]:
+    """`radeval`, or `radeval:NAME,NAME`."""
+    from mrg_r1.metrics.radeval_names import DEFAULT, METRICS
+
+    package, separator, names = text.partition(":")
+    metrics = tuple(dict.fromkeys(name.strip() for name in names.split(","))) if separator else DEFAULT
+    if package != "radeval" or not set(metrics) <= METRICS.keys():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not radeval or radeval:NAME,NAME; names are {', '.join(METRICS)}"
+        )
+    return metrics
 
 
 def _reward_card(arguments: argparse.Namespace) -> None:

@@ -33,6 +33,7 @@ from mrg_r1.config.sections import (
     OptimizerSection,
     PolicySection,
     PromptSection,
+    RadEvalSection,
     ResumeSection,
     RolloutSection,
     Section,
@@ -83,6 +84,7 @@ class Recipe(Section):
     sft: SftSection = Field(default_factory=SftSection)
     engine: EngineSection = Field(default_factory=EngineSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    radeval: RadEvalSection = Field(default_factory=RadEvalSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     resume: ResumeSection = Field(default_factory=ResumeSection)
@@ -105,6 +107,12 @@ class Recipe(Section):
             raise ValueError(
                 f"rollout.reuse_prefill with policy.lora.targets {self.policy.lora.targets}: the prompts' states, kept "
                 "from the rollout, would have no gradient for merger and tower; set it to false"
+            )
+        asked = [*self.evaluation.radeval, *(name for name in self.reward.weights if name.startswith("radeval:"))]
+        if asked and self.radeval.python is None:
+            raise ValueError(
+                f"{', '.join(asked)} without radeval.python: name the interpreter of an environment that has RadEval "
+                "(`make radeval` makes one)"
             )
         return self
 

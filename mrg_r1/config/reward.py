@@ -9,7 +9,21 @@ from pydantic import Field, field_validator, model_validator
 
 from mrg_r1.config.sections import DEVICE, Section
 from mrg_r1.reward.additive import require_threshold
+from mrg_r1.reward.judge import HttpSettings, is_url, require_url
 from mrg_r1.reward.terms import BUILT_IN, require_known, require_signs
+
+
+class HttpSection(Section):
+    batch_size: int = Field(16, ge=1, description="Reports of one request to a judge. ours")
+    parallel: int = Field(4, ge=1, description="Requests to a judge at a time. ours")
+    timeout: float = Field(60, gt=0, description="Seconds in which a request must be answered whole. ours")
+    retries: int = Field(
+        3, ge=0, description="Times that a request is sent again that was not answered, or not with numbers. ours"
+    )
+
+    @property
+    def settings(self) -> HttpSettings:
+        return HttpSettings(self.batch_size, self.parallel, self.timeout, self.retries)
 
 
 class RewardSection(Section):
@@ -39,9 +53,16 @@ class RewardSection(Section):
     )
     weights: dict[str, float] = Field(
         {"mccs": 0.75, "format": 0.25},
-        description="Weights of the terms of the reward, as {mccs: 0.75, format: 0.25}; module:function is one of yours"
+        description="Weights of the terms of the reward, as {mccs: 0.75, format: 0.25}; module:function is yours, "
+        "radeval:METRIC one of RadEval's, http://HOST:PORT/PATH a judge's"
         + "".join(f"\n        {name}: {term.description}" for name, term in BUILT_IN.items())
         + ". paper",
+    )
+    http: HttpSection = Field(default_factory=HttpSection, description="How judges are asked. ours")
+    send_text_to: list[str] = Field(
+        [],
+        description="Hosts other than this machine that judges may stand on, and so be sent reports and references: "
+        "patient data. yours",
     )
     margin: float = Field(
         0.5,
@@ -76,6 +97,20 @@ class RewardSection(Section):
         require_known(weights)
         require_signs(weights)
         return weights
+
+    @model_validator(mode="after")
+    def _judges(self) -> RewardSection:
+        urls = [name for name in self.weights if is_url(name)]
+        for url in urls:
+            require_url(url, self.send_text_to)
+        longest = self.http.settings.longest
+        if urls and longest >= self.timeout:
+            raise ValueError(
+                f"reward.http: a request that is sent {self.http.retries + 1} times can take {longest:.0f} s, and "
+                f"reward.timeout {self.timeout:.0f} s would end the reward service before it is given up; raise that, "
+                "or lower reward.http.timeout or reward.http.retries"
+            )
+        return self
 
     @field_validator("threshold", mode="before")
     @classmethod

@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mrg_r1.metrics.clinical import DEFINITIONS
+from mrg_r1.metrics.radeval import RadEvalSettings
+from mrg_r1.metrics.radeval_names import require_metrics
 
 THINK_INSTRUCTION = (
     "Write the findings of this chest X-ray. First reason inside <think></think>, then give the report inside "
@@ -277,6 +279,11 @@ class EvaluationSection(Section):
         description="Cleaning of texts before closing evaluations score BLEU, ROUGE-L, CIDEr and, where Java runs, "
         "METEOR (docs/scores.md); off: none of them. ours",
     )
+    radeval: list[str] = Field(
+        [],
+        description="Metrics of RadEval that closing evaluations score too, in a process of radeval.python "
+        "(docs/scores.md), as [radgraph, ratescore, bertscore, radcliq]. ours",
+    )
     bootstrap_samples: int = Field(1000, ge=100, description="Bootstrap samples of the 95 % intervals. ours")
     select: str = Field(
         "disease_micro13",
@@ -286,12 +293,38 @@ class EvaluationSection(Section):
 
     _bare_off = field_validator("lexical", mode="before")(_off_is_a_word)
 
+    @field_validator("radeval")
+    @classmethod
+    def _kept_here(cls, radeval: list[str]) -> list[str]:
+        require_metrics(radeval, how=" in a recipe; score the run's predictions with `mrg-r1 score --send-text-to`")
+        return list(dict.fromkeys(radeval))
+
     @field_validator("select")
     @classmethod
     def _one_that_is_scored(cls, select: str) -> str:
         if select not in (*DEFINITIONS, "mean_reward"):
             raise ValueError(f"{select!r} is no score of a validation; there are {', '.join(DEFINITIONS)}, mean_reward")
         return select
+
+
+class RadEvalSection(Section):
+    python: str | None = Field(
+        None, description="Interpreter of an environment that has RadEval (`make radeval` makes one). yours"
+    )
+    device: str = Field(
+        "cpu",
+        pattern=DEVICE,
+        description="Physical device of its models, as reward.device: cpu, cuda:7 or a UUID. ours",
+    )
+    workers: int = Field(
+        1, ge=1, description="Processes of it that share the reports to be rewarded, each with models of its own. ours"
+    )
+    download: bool = Field(False, description="Let it fetch weights that are not in the hub's cache yet. ours")
+
+    def settings(self, metrics: tuple[str, ...], *, threads: int) -> RadEvalSettings:
+        """How a child for these metrics is started."""
+        assert self.python is not None  # the recipe has been checked
+        return RadEvalSettings(self.python, metrics, self.device, max(1, threads), self.download)
 
 
 class TrackingSection(Section):

@@ -19,7 +19,7 @@ from mrg_r1.doctor.inputs import check_disk, check_output, check_stage, most_ima
 from mrg_r1.doctor.labeler import check_labeler, device_of_labeler
 from mrg_r1.doctor.machine import Device, cuda_devices, package_findings
 from mrg_r1.doctor.memory import Task
-from mrg_r1.doctor.reward import reward_findings
+from mrg_r1.doctor.reward import judge_findings, radeval_finding, reward_findings
 from mrg_r1.engine.config import read_config
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.policy.adapter_files import read_adapter, require_fit
@@ -103,6 +103,8 @@ def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
         findings += [
             examined("labeler", lambda: check_labeler(reward.labeler, reward.tokenizer)),
             device_of_labeler(recipe, place.gpus),
+            *radeval_finding(recipe),
+            *judge_findings(recipe),
         ]
     if findings[0].state == "ok" and _can_be_run(recipe.engine.deepspeed):
         findings += memory_findings(recipe, task=task, place=place, images=images)

@@ -1,9 +1,15 @@
-"""Whether a recipe undoes what its reward was chosen for (docs/rewards.md)."""
+"""Whether a recipe undoes what its reward was chosen for (docs/rewards.md), and whether who is asked for it answers."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from mrg_r1.config.recipe import Recipe
-from mrg_r1.doctor.finding import Finding
+from mrg_r1.cores import read_cores
+from mrg_r1.doctor.finding import Finding, examined
+from mrg_r1.metrics.radeval import RadEval
+from mrg_r1.reward.judge import TRIAL, Judge, is_url
+from mrg_r1.reward.outside import metrics_of
 
 _OF_LABELS = ("mccs", "ccs", "ce_f1")  # terms whose break-evens are other ones than additive's
 
@@ -38,3 +44,32 @@ def reward_findings(recipe: Recipe) -> list[Finding]:
             )
     words = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
     return findings or [Finding("reward", "ok", f"{words}; grpo.advantage_scale {recipe.grpo.advantage_scale}")]
+
+
+def radeval_finding(recipe: Recipe) -> list[Finding]:
+    """Whether RadEval's process can be started and its metrics loaded, where a recipe asks it anything: it is started
+    here, answers a trial, and is ended.
+    """
+    evaluated = recipe.evaluation.radeval if recipe.phases == "all" else []
+    metrics = tuple(dict.fromkeys([*metrics_of(list(recipe.reward.weights)), *evaluated]))
+    if not metrics:
+        return []
+
+    def look() -> str:
+        child = RadEval(recipe.radeval.settings(metrics, threads=read_cores().usable))
+        child.close()
+        about = child.about
+        return f"{recipe.radeval.python}: {about['package']} {about['version']}, {', '.join(metrics)} loaded"
+
+    return [examined("radeval", look)]
+
+
+def judge_findings(recipe: Recipe) -> list[Finding]:
+    """Whether each judge of the reward answers: it is asked about two invented reports."""
+    reward = recipe.reward
+
+    def look(url: str) -> str:
+        scores = Judge(url, reward.http.settings, reward.send_text_to).scores(TRIAL)
+        return f"{url}: answers; of two invented reports, the first right, {scores[0]:g} and {scores[1]:g}"
+
+    return [examined("judge", partial(look, url)) for url in reward.weights if is_url(url)]

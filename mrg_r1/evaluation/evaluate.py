@@ -8,6 +8,7 @@ a phantom was drawn from.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +28,7 @@ from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import bootstrap_intervals
 from mrg_r1.metrics.clinical import clinical_scores, per_observation, support, truth_scores
 from mrg_r1.metrics.identity import ids_hash, labels_hash
+from mrg_r1.metrics.radeval import RadEval, RadEvalError, described_scores
 from mrg_r1.metrics.wording import wording
 from mrg_r1.policy.policy import Policy
 from mrg_r1.reward.compute import RewardContext, RewardError
@@ -72,6 +74,7 @@ def evaluate(
     train: NDArray[np.int64] | None = None,
     held_out: HeldOutLabeler | None = None,
     cleaning: lexical.Cleaning | None = None,
+    start_radeval: Callable[[], RadEval] | None = None,
     title: str = "evaluating",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Greedy reports of `studies`, spread over the ranks, and what they are worth. All ranks call it and all get the
@@ -85,6 +88,7 @@ def evaluate(
             leaves it out.
         held_out: a second labeler, on rank 0 alone, which reads the same reports.
         cleaning: of the texts before lexical metrics; None leaves these out.
+        start_radeval: starts RadEval's process, on rank 0; None leaves its metrics out.
 
     Returns:
         The result (the content of evaluation/SPLIT.json) and one prediction a study, in the order of `studies`.
@@ -120,6 +124,9 @@ def evaluate(
         title=title,
     )
     by_held_out = _add_held_out_labels(predictions, held_out, ranks)
+    by_radeval = None
+    if start_radeval is not None:
+        by_radeval = _add_radeval(predictions, start_radeval, ranks, samples=bootstrap_samples, seed=seed)
     result: dict[str, Any] | None = None
     if ranks.is_main:
         result = summarise(
@@ -132,6 +139,7 @@ def evaluate(
             cleaning=cleaning,
         )
         result["labeler"] = dict(labeler)
+        result["radeval"] = by_radeval
         result["reference_labels"] = label_sources(studies, labeler, said_first=said_first)
         if by_held_out is not None:  # which reads every reference that has words
             result["held_out"]["reference_labels"] = label_sources(studies, by_held_out, said_first=False)
@@ -198,6 +206,45 @@ def _add_held_out_labels(
         row["held_out_labels"] = None if answer is None else values_of_classes(answer[1][number])
         row["held_out_reference_labels"] = None if answer is None else values_of_classes(answer[2][number])
     return None if answer is None else answer[0]
+
+
+def _add_radeval(
+    predictions: list[dict[str, Any]], start: Callable[[], RadEval], ranks: Ranks, *, samples: int, seed: int
+) -> dict[str, Any] | None:
+    """Put RadEval's values into every row, on every rank, and return what they are; null in rows whose reference has
+    no words, None where none has any. A metric that fails costs the evaluation nothing but itself.
+    """
+
+    def ask() -> tuple[dict[str, Any] | None, dict[str, dict[str, float]]]:
+        worded = sorted((row for row in predictions if row["reference"] is not None), key=lambda row: str(row["id"]))
+        if not worded:
+            return None, {}
+        ranks.beat("RadEval starts")
+        try:
+            described, values = described_scores(
+                start(),
+                {row["id"]: row["report"] or "" for row in worded},
+                {row["id"]: row["reference"] for row in worded},
+                samples=samples,
+                seed=seed,
+                beat=lambda: ranks.beat("RadEval scores"),
+                shown=lambda names: progress(names, "RadEval's metrics"),
+            )
+        except RadEvalError as error:  # it could not even be started
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+            return {"scores": {}, "left_out": {"radeval": error.text}}, {}
+        for reason in described["left_out"].values():
+            print(f"warning: RadEval: {reason}", file=sys.stderr, flush=True)
+        ids = [row["id"] for row in worded]
+        return described, {
+            study: {output: float(column[number]) for output, column in values.items()}
+            for number, study in enumerate(ids)
+        }
+
+    described, by_study = ranks.from_main(ask)
+    for row in predictions:
+        row["radeval"] = by_study.get(row["id"])
+    return described
 
 
 def summarise(

@@ -32,7 +32,7 @@ _EXACT_IN_FLOAT32 = 2**24  # sums of whole numbers up to this are
 
 @dataclass(frozen=True)
 class Difference:
-    """The F1 of two systems under one definition, on the same studies."""
+    """The F1 of two systems under one definition, or the means of a metric, on the same studies."""
 
     first: float
     second: float
@@ -105,10 +105,60 @@ def paired_differences(
     differences = {}
     for name, (of_first, of_second) in _resampled_f1([first, second], reference, samples, seed, shown).items():
         drawn = of_second - of_first  # [S]
-        tail = 1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
         a, b = (system[name].f1 for system in scores)
-        differences[name] = Difference(a, b, b - a, _interval(drawn), min(1.0, 2 * tail / (samples + 1)))
+        differences[name] = Difference(a, b, b - a, _interval(drawn), _p(drawn))
     return differences
+
+
+def mean_intervals(values: NDArray[np.float64], *, samples: int = SAMPLES, seed: int = 0) -> list[tuple[float, float]]:
+    """95 % intervals of means over studies, of metrics that give each study a number.
+
+    Args:
+        values: [M, N] of M metrics and N studies.
+        samples, seed: as for `bootstrap_intervals`, which draws the same studies.
+
+    Raises:
+        ValueError: fewer than 1 sample.
+    """
+    return [_interval(drawn) for drawn in _resampled_means(values, samples, seed)]
+
+
+def paired_mean_differences(
+    first: NDArray[np.float64], second: NDArray[np.float64], *, samples: int = SAMPLES, seed: int = 0
+) -> list[Difference]:
+    """`paired_differences` of means over studies: how much more the second system has than the first.
+
+    Args:
+        first, second: [M, N] of M metrics and the same N studies.
+        samples, seed: as for `paired_differences`, which draws the same studies.
+
+    Raises:
+        ValueError: fewer than 1 sample.
+    """
+    found = []
+    for a, b, drawn in zip(first, second, _resampled_means(second - first, samples, seed), strict=True):
+        means = float(a.mean()), float(b.mean())
+        found.append(Difference(*means, means[1] - means[0], _interval(drawn), _p(drawn)))
+    return found
+
+
+def _resampled_means(values: NDArray[np.float64], samples: int, seed: int) -> NDArray[np.float64]:
+    """[M, samples] means of [M, N] values."""
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; at least 1 is needed")
+    studies = values.shape[1]
+    generator = np.random.default_rng(seed)
+    means = np.empty((len(values), samples))
+    for sample in range(samples):
+        copies = np.bincount(generator.integers(studies, size=studies), minlength=studies)
+        means[:, sample] = values @ copies / studies
+    return means
+
+
+def _p(drawn: NDArray[np.float64]) -> float:
+    """Of differences over resamples; `paired_differences` has the formula."""
+    tail = 1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+    return min(1.0, 2 * tail / (len(drawn) + 1))
 
 
 def _resampled_f1(

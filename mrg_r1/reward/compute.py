@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from mrg_r1.labels.sentences import sentences
 from mrg_r1.metrics.wording import contradictions
 from mrg_r1.report_format import Mode, Style, format_score, parse
 from mrg_r1.reward import terms
+from mrg_r1.reward.outside import OutsideSettings, is_outside, open_terms
 from mrg_r1.reward.reading import Labeler, LabelError, Reader, problem_of
 from mrg_r1.types import Rewards
 
@@ -67,17 +68,21 @@ class RewardFunction:
 
     Args:
         labeler: reads the 14 classes out of texts.
-        weights: term -> weight. Names from `terms.BUILT_IN` or `module:function` (`terms.load_callable`). A term
-            of weight 0 is computed and logged but does not count.
+        weights: term -> weight. Names from `terms.BUILT_IN`, `module:function` (`terms.load_callable`), or of others
+            (`outside`). A term of weight 0 is computed and logged but does not count.
         margin: m of `mccs`, 0 <= m < 1.
         format_style: of the `format` term, `binary` or `graded`.
         mode: what the prompt asks for, `think` or `plain`.
         normalise: `total`, the weighted sum is normalised in its group; `per_term`, each term is, then they are summed.
             `total` of `score` is the weighted sum either way; the trainer reads this when it makes the advantages.
+        outside: how others are asked that score terms, as OutsideSettings or what JSON has made of them.
+
+    Attributes:
+        workers: RadEval's processes; None without a term of theirs.
 
     Raises:
-        ValueError: no terms, an unknown term, a weight that is not finite, weights that are all 0, or another argument
-            out of its range.
+        ValueError: others that cannot be asked, no terms, an unknown term, a weight that is not finite, weights that
+            are all 0, or another argument out of its range.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class RewardFunction:
         format_style: Style = "binary",
         mode: Mode = "think",
         normalise: Normalise = "total",
+        outside: OutsideSettings | Mapping[str, Any] = OutsideSettings(),  # noqa: B008 (frozen)
     ) -> None:
         for name, value, allowed in (
             ("format_style", format_style, ("binary", "graded")),
@@ -112,7 +118,11 @@ class RewardFunction:
         self.format_style: Style = format_style
         self.mode: Mode = mode
         self.normalise: Normalise = normalise
-        self._custom = {name: terms.load_callable(name) for name in weights if ":" in name}
+        own = [name for name in weights if ":" in name and not is_outside(name)]
+        self._custom: dict[str, terms.CustomTerm] = {name: terms.load_callable(name) for name in own}
+        settings = outside if isinstance(outside, OutsideSettings) else OutsideSettings.of(outside)
+        others, self.workers = open_terms(list(weights), settings)
+        self._custom |= others
 
     def score(
         self,

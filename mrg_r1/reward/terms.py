@@ -18,6 +18,7 @@ from sacrebleu.metrics.bleu import BLEU
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, signed_vector
 from mrg_r1.metrics.wording import repetition
 from mrg_r1.reward.additive import additive
+from mrg_r1.reward.outside import is_outside, require_outside
 
 Floats = NDArray[np.float32]
 CONTRADICTION = "contradiction"  # the term for which each sentence is read by itself
@@ -300,20 +301,23 @@ BUILT_IN: Mapping[str, Term] = {
 
 
 def require_known(names: Iterable[str]) -> None:
-    """Refuse a name that is neither built in nor `module:function`.
+    """Refuse a name that is neither built in, nor another's (`outside`), nor `module:function`.
 
     Raises:
         ValueError: names it and those that are allowed.
     """
     for name in names:
-        if name not in BUILT_IN and ":" not in name:
+        if is_outside(name):
+            require_outside(name)
+        elif name not in BUILT_IN and ":" not in name:
             raise ValueError(
-                f"reward term {name!r} is unknown; allowed are {', '.join(BUILT_IN)} and 'module:function'"
+                f"reward term {name!r} is unknown; allowed are {', '.join(BUILT_IN)}, 'module:function', "
+                "'radeval:METRIC' and 'http://HOST:PORT/PATH'"
             )
 
 
 def needing_words(names: Iterable[str]) -> list[str]:
-    """Those of the terms that read the reference's words, and all of the user's own, which are handed them."""
+    """Those of the terms that read the reference's words, and all that are not built in, which are handed them."""
     return [name for name in names if name not in BUILT_IN or BUILT_IN[name].needs_words]
 
 

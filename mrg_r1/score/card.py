@@ -22,6 +22,7 @@ from mrg_r1.metrics.baselines import baselines
 from mrg_r1.metrics.bootstrap import LEVEL, SAMPLES, bootstrap_intervals
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, per_observation, support
 from mrg_r1.metrics.identity import digits, ids_hash, labels_hash
+from mrg_r1.metrics.radeval import RadEval, described_scores
 from mrg_r1.metrics.wording import WORDING_ARE, read_contradictions, wording
 from mrg_r1.score.reading import Side, read_side, require_same_studies
 
@@ -40,6 +41,7 @@ def score_files(
     cleaning: str = "raw",
     samples: int = SAMPLES,
     seed: int = 0,
+    radeval: RadEval | None = None,
 ) -> dict[str, Any]:
     """Score one file against another, study by study.
 
@@ -52,6 +54,7 @@ def score_files(
         labels_by: who read the labels that are given as labels, where no file says it.
         cleaning: of the texts before the lexical metrics, of `metrics.lexical.CLEANINGS`.
         samples, seed: of the bootstrap; the seed also draws the random training reports.
+        radeval: a child process whose metrics are taken in too; it is closed.
 
     Returns:
         The card, as docs/scores.md describes it. It depends on the studies and what is said of them alone: neither on
@@ -76,6 +79,7 @@ def score_files(
     said, true = (_classes(side, ids) for side in (of_predicted, of_reference))
     train_ids = [] if of_train is None else sorted(of_train.ids)
     of_training = None if of_train is None else _classes(of_train, train_ids)
+    of_texts, values = _texts(of_predicted, of_reference, ids, cleaning, radeval, samples, seed)
     known = [
         side.labeler
         for side in (of_predicted, of_reference)
@@ -99,13 +103,13 @@ def score_files(
             "method": "percentile, studies drawn with replacement",
         },
         **_clinical(said, true, of_training, samples, seed),
-        **_lexical(of_predicted, of_reference, ids, cleaning),
+        **of_texts,
         "wording": {
             "predicted": _wording(of_predicted, labeler),
             "reference": _wording(of_reference, labeler),
             "are": WORDING_ARE,
         },
-        "predictions": {"ids": ids, "predicted": digits(said), "reference": digits(true)},
+        "predictions": {"ids": ids, "predicted": digits(said), "reference": digits(true), **values},
     }
 
 
@@ -198,21 +202,44 @@ def _wording(side: Side, labeler: LoadLabeler | None) -> dict[str, float | None]
     return asdict(wording(reports, counts))
 
 
-def _lexical(predicted: Side, reference: Side, ids: Sequence[str], cleaning: str) -> dict[str, Any]:
-    if predicted.texts is None or reference.texts is None:
-        without = predicted if predicted.texts is None else reference
-        which = "predicted" if without is predicted else "reference"
-        return {
-            "lexical": None,
-            "lexical_reason": f"the {which} file has labels and no reports; give reports on both sides",
-        }
+def _texts(
+    predicted: Side,
+    reference: Side,
+    ids: Sequence[str],
+    cleaning: str,
+    radeval: RadEval | None,
+    samples: int,
+    seed: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is scored of words, lexical and RadEval's, and what the latter said of each study, for `predictions`."""
     named = next((name for name in lexical.CLEANINGS if name == cleaning), None)
     if named is None:
         raise ValueError(f"cleaning {cleaning!r}; there are {', '.join(lexical.CLEANINGS)}")
-    true = {study: text for study in ids if (text := reference.texts[study]) is not None}
+    reason, true = None, {}
+    if predicted.texts is None or reference.texts is None:
+        which = "predicted" if predicted.texts is None else "reference"
+        reason = f"the {which} file has labels and no reports; give reports on both sides"
+    else:
+        true = {study: text for study in ids if (text := reference.texts[study]) is not None}
+        reason = None if true else "no reference has a report, only labels"
+    if reason is not None:
+        if radeval is not None:
+            radeval.close()
+            raise ValueError(f"--with radeval: {reason}")
+        return {"lexical": None, "lexical_reason": reason, "radeval": None}, {}
+    assert predicted.texts is not None
     said = {study: predicted.texts[study] or "" for study in true}
-    if not true:
-        return {"lexical": None, "lexical_reason": "no reference has a report, only labels"}
     scores = lexical.described_scores(said, true, named, shown=lambda names: progress(names, "lexical metrics"))
     counted = {} if len(true) == len(ids) else {"studies": len(true)}
-    return {"lexical": scores | counted, "lexical_reason": None}
+    found = {"lexical": scores | counted, "lexical_reason": None, "radeval": None}
+    if radeval is None:
+        return found, {}
+    found["radeval"], values = described_scores(
+        radeval, said, true, samples=samples, seed=seed, shown=lambda names: progress(names, "RadEval's metrics")
+    )
+    row = {study: number for number, study in enumerate(true)}
+    by_study = {
+        output: [None if study not in row else float(column[row[study]]) for study in ids]
+        for output, column in values.items()
+    }
+    return found, {"radeval": by_study}

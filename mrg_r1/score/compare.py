@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from mrg_r1 import __version__
 from mrg_r1.console import progress
 from mrg_r1.files import write_text_atomically
-from mrg_r1.metrics.bootstrap import LEVEL, SAMPLES, paired_differences
+from mrg_r1.metrics.bootstrap import LEVEL, SAMPLES, Difference, paired_differences, paired_mean_differences
 from mrg_r1.metrics.clinical import check_classes
 from mrg_r1.metrics.identity import classes_of_digits, ids_hash, labels_hash
 from mrg_r1.score.card import FORMAT, definitions_are
@@ -47,6 +47,23 @@ class _Lexical(BaseModel):
     references_sha256: str
 
 
+class _Metric(BaseModel):
+    variant: str
+    weights_sha256: str | None
+
+
+class _Mean(BaseModel):
+    mean: float
+
+
+class _RadEval(BaseModel):
+    package: str
+    metrics: dict[str, _Metric]
+    scores: dict[str, _Mean]
+    metric_of: dict[str, str]
+    references_sha256: str
+
+
 class _Wording(BaseModel):
     predicted: dict[str, float | None] | None
 
@@ -55,6 +72,7 @@ class _Predictions(BaseModel):
     ids: list[str]
     predicted: str
     reference: str
+    radeval: dict[str, list[float | None]] = {}
 
 
 class Card(BaseModel):
@@ -68,6 +86,7 @@ class Card(BaseModel):
     reference: _Side
     definitions_are: dict[str, Any]
     lexical: _Lexical | None
+    radeval: _RadEval | None = None  # younger than 0.1.0, and only where it was asked for
     wording: _Wording = _Wording(predicted=None)  # a card of 0.1.0 has none
     predictions: _Predictions
 
@@ -135,7 +154,20 @@ def read_card(path: Path) -> Read:
             raise ValueError(
                 f"{path}, field `predictions.{name}`: its hash is {held}, not {stated}; it was changed: score again"
             )
+    _check_radeval(path, card)
     return Read(path, card, arrays["predicted"], arrays["reference"])
+
+
+def _check_radeval(path: Path, card: Card) -> None:
+    """That the values a study are those whose means the card states."""
+    for name, score in () if card.radeval is None else card.radeval.scores.items():
+        values = [value for value in card.predictions.radeval.get(name, []) if value is not None]
+        held = float(np.mean(values)) if values and len(card.predictions.radeval[name]) == card.n else None
+        if held is None or not np.isclose(held, score.mean, rtol=1e-9, atol=1e-12):
+            raise ValueError(
+                f"{path}, field `predictions.radeval.{name}`: a mean of {held} in the card, which says {score.mean}; "
+                "it was changed: score again"
+            )
 
 
 def why_not(first: Read, second: Read) -> list[str]:
@@ -166,6 +198,15 @@ def why_not(first: Read, second: Read) -> list[str]:
         if a.lexical.cleaning == b.lexical.cleaning:
             hashes = f"hash {a.lexical.references_sha256}", f"hash {b.lexical.references_sha256}"
             same("reference reports", *hashes, "score both against the same reference file")
+    if a.radeval is not None and b.radeval is not None:
+        remedy = "score both in one environment (`make radeval` keeps exact versions)"
+        same("package of RadEval's metrics", a.radeval.package, b.radeval.package, remedy)
+        for name in sorted(a.radeval.metrics.keys() & b.radeval.metrics.keys()):
+            one, two = a.radeval.metrics[name], b.radeval.metrics[name]
+            same(f"weights of RadEval's {name}", f"hash {one.weights_sha256}", f"hash {two.weights_sha256}", remedy)
+            same(f"variant of RadEval's {name}", one.variant, two.variant, "score both with one mrg-r1")
+        hashes = f"hash {a.radeval.references_sha256}", f"hash {b.radeval.references_sha256}"
+        same("references of RadEval's metrics", *hashes, "score both against the same reference file")
     return reasons
 
 
@@ -175,8 +216,8 @@ def compare_cards(first: Path, second: Path, *, samples: int = SAMPLES, seed: in
 
     Returns:
         `n`, `studies`, `bootstrap`, `definitions.NAME.{first, second, difference, ci, excludes_zero, p}`,
-        `definitions_are`, `lexical.NAME.{first, second, difference}` with `cleaning`, and `wording` likewise, each null
-        where a card has none.
+        `definitions_are`, `radeval.scores` as `definitions`, `lexical.NAME.{first, second, difference}` with
+        `cleaning`, and `wording` likewise, each null where a card has none.
 
     Raises:
         ValueError: a file that is no card, or cards that cannot be compared, with every reason.
@@ -215,19 +256,10 @@ def compare_cards(first: Path, second: Path, *, samples: int = SAMPLES, seed: in
             "p": "two-sided, min(1, 2 min(1 + #{d <= 0}, 1 + #{d >= 0}) / (samples + 1)), without a correction "
             "for ten definitions",
         },
-        "definitions": {
-            name: {
-                "first": found.first,
-                "second": found.second,
-                "difference": found.difference,
-                "ci": list(found.ci),
-                "excludes_zero": found.excludes_zero,
-                "p": found.p,
-            }
-            for name, found in differences.items()
-        },
+        "definitions": {name: _difference(found) for name, found in differences.items()},
         "definitions_are": definitions_are(),
         "lexical": _lexical(a.lexical, b.lexical),
+        "radeval": _radeval(of_first, of_second, order, samples, seed),
         "wording": _wording(a.wording.predicted, b.wording.predicted),
     }
 
@@ -236,6 +268,38 @@ def write_comparison(path: Path, comparison: Mapping[str, Any]) -> None:
     """The result of `compare_cards` as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, json.dumps(comparison, indent=2) + "\n")
+
+
+def _difference(found: Difference) -> dict[str, Any]:
+    return {
+        "first": found.first,
+        "second": found.second,
+        "difference": found.difference,
+        "ci": list(found.ci),
+        "excludes_zero": found.excludes_zero,
+        "p": found.p,
+    }
+
+
+def _radeval(first: Read, second: Read, order: NDArray[np.int64], samples: int, seed: int) -> dict[str, Any] | None:
+    """The differences of what both cards have, over the studies whose references have words; `order` is of the
+    second's studies.
+    """
+    a, b = first.card.radeval, second.card.radeval
+    both = [] if a is None or b is None else [name for name in a.scores if name in b.scores]
+    if a is None or not both:
+        return None
+    of_first, of_second = (
+        np.array([read.card.predictions.radeval[name] for name in both], dtype=np.float64) for read in (first, second)
+    )
+    of_second = of_second[:, order]
+    worded = ~np.isnan(of_first[0])
+    found = paired_mean_differences(of_first[:, worded], of_second[:, worded], samples=samples, seed=seed)
+    return {
+        "package": a.package,
+        "metrics": {name: a.metrics[name].model_dump() for name in dict.fromkeys(a.metric_of[name] for name in both)},
+        "scores": {name: _difference(one) for name, one in zip(both, found, strict=True)},
+    }
 
 
 def _lexical(first: _Lexical | None, second: _Lexical | None) -> dict[str, Any] | None:

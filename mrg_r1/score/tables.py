@@ -56,8 +56,29 @@ def print_card(card: Mapping[str, Any]) -> None:
         _print_lines(console, lines)
     else:
         _print_lines(console, [f"lexical metrics are missing: {card['lexical_reason']}"])
+    _print_radeval(console, card)
     _print_wording(console, card["wording"])
     _print_lines(console, _origin(card))
+
+
+def _print_radeval(console: Console, card: Mapping[str, Any]) -> None:
+    found = card.get("radeval")
+    if found is None:
+        return
+    table = _table("metric")
+    for column in ("mean", "95 % of mean", "weights"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, score in found["scores"].items():
+        weights = found["metrics"][found["metric_of"][name]]["weights_sha256"]
+        low, high = score["ci"]
+        table.add_row(
+            name, f"{score['mean']:.4f}", f"{low:.4f}-{high:.4f}", "-" if weights is None else weights[:_HASH]
+        )
+    _print_table(console, f"{found['package']}, Python {found['python']}, {found['studies']:,} studies", table)
+    lines = [f"{name}: {metric['variant']}" for name, metric in found["metrics"].items()]
+    if found["package"] != found["variants_of"]:
+        lines.append(f"warning: said of {found['variants_of']}, and this is {found['package']}")
+    _print_lines(console, [*lines, *found["left_out"].values()])
 
 
 def _print_wording(console: Console, wording: Mapping[str, Any]) -> None:
@@ -78,19 +99,7 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     """The result of `compare_cards`: every definition's difference with its interval."""
     console = wide_console()
     cards = comparison["cards"]
-    table = _table("definition")
-    for column in ("first", "second", "difference", "95 % of difference", "excludes 0", "p"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for name, found in comparison["definitions"].items():
-        table.add_row(
-            name,
-            f"{found['first']:.3f}",
-            f"{found['second']:.3f}",
-            f"{found['difference']:+.3f}",
-            "{:+.3f} to {:+.3f}".format(*found["ci"]),
-            "yes" if found["excludes_zero"] else "no",
-            f"{found['p']:.3f}",
-        )
+    table = _differences(comparison["definitions"], digits=3)
     _print_table(console, f"F1 by definition, {comparison['n']:,} studies, paired; difference: second - first", table)
     if comparison["lexical"] is not None:
         lexical = comparison["lexical"]
@@ -102,6 +111,9 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
         _print_table(
             console, f"Lexical metrics, cleaning {lexical['cleaning']}, {lexical['package']}; without intervals", table
         )
+    if comparison["radeval"] is not None:
+        table = _differences(comparison["radeval"]["scores"], digits=4)
+        _print_table(console, f"{comparison['radeval']['package']}, mean over reports, paired", table)
     if comparison["wording"] is not None:
         table = _table("wording", "first", "second", "difference")
         for name, found in comparison["wording"].items():
@@ -117,6 +129,25 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
         f"{_labeler(comparison['reference']['labeler'])}",
     ]
     _print_lines(console, lines)
+
+
+def _differences(found: Mapping[str, Any], *, digits: int) -> Table:
+    """Two systems by definition or metric, and their difference with its interval."""
+    table = _table("definition")
+    for column in ("first", "second", "difference", "95 % of difference", "excludes 0", "p"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, one in found.items():
+        low, high = one["ci"]
+        table.add_row(
+            name,
+            f"{one['first']:.{digits}f}",
+            f"{one['second']:.{digits}f}",
+            f"{one['difference']:+.{digits}f}",
+            f"{low:+.{digits}f} to {high:+.{digits}f}",
+            "yes" if one["excludes_zero"] else "no",
+            f"{one['p']:.3f}",
+        )
+    return table
 
 
 def _observations(card: Mapping[str, Any]) -> Table:

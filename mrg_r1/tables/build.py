@@ -18,15 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
-from mrg_r1.metrics.bootstrap import Difference, paired_differences
+from mrg_r1.metrics.bootstrap import Difference, paired_differences, paired_mean_differences
 from mrg_r1.metrics.clinical import DEFINITIONS, clinical_scores, known_truth, per_observation
 from mrg_r1.metrics.lexical import NAMES, SCORERS, lexical_scores
+from mrg_r1.metrics.radeval_names import METRICS
 from mrg_r1.metrics.seeds import t_interval
 from mrg_r1.tables.plan import Plan, RowRun, TableError, protocol_changed
 
 Classes = NDArray[np.int64]
 SAMPLES = 1000  # of a bootstrap interval
 _CLINICAL = ("truth", "labeler", "held_out")
+_OUTPUTS = [output for metric in METRICS.values() for output in metric.outputs]
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,18 @@ def check_columns(columns: Sequence[str]) -> None:
 
     A column is KIND:NAME. `truth`, `labeler` and `held_out`: F1 of a definition, or of one observation (class 1 as
     positive), against the drawn truth, the rewarded labeler's reading or the held-out labeler's. `lexical`: of the raw
-    texts. `evaluation`: a number of the evaluation file. `step`: a metric's mean over all training steps.
+    texts. `radeval`: the mean of what a metric of RadEval's gave each report. `evaluation`: a number of the evaluation
+    file. `step`: a metric's mean over all training steps.
     """
     for column in columns:
         kind, _, name = column.partition(":")
-        if kind not in (*_CLINICAL, "lexical", "evaluation", "step") or not name:
+        if kind not in (*_CLINICAL, "lexical", "radeval", "evaluation", "step") or not name:
             raise TableError(
-                f"column {column!r}: write KIND:NAME with truth, labeler, held_out, lexical, evaluation or step "
-                "for KIND"
+                f"column {column!r}: write KIND:NAME with truth, labeler, held_out, lexical, radeval, evaluation or "
+                "step for KIND"
             )
+        if kind == "radeval" and name not in _OUTPUTS:
+            raise TableError(f"column {column!r}: RadEval gives no such value; there are {', '.join(_OUTPUTS)}")
         if kind in _CLINICAL and name not in (*DEFINITIONS, *OBSERVATIONS):
             raise TableError(
                 f"column {column!r}: no definition and no observation; there are "
@@ -138,6 +143,8 @@ def build_table(plan: Plan) -> BuiltTable:
                     off_protocol.append(f"{row.name}, seed {seed} ({reason})")
             else:
                 missing.append(f"{row.name}, seed {seed}")
+    for column in spec.columns:
+        _require_one_metric(column, read)
     values = {
         (row.name, column): {seed: _value(column, read[row.name, seed]) for seed in seeds if (row.name, seed) in read}
         for row in spec.rows
@@ -159,6 +166,10 @@ def build_table(plan: Plan) -> BuiltTable:
             }
             kinds = {column.partition(":")[0] for column in spec.columns if compared[column] and _is_definition(column)}
             pooled = {kind: _pooled(kind, spec.reference, row.name, done, read) for kind in sorted(kinds)}
+            of_radeval = [one for one in spec.columns if compared[one] and one.startswith("radeval:")]
+            pooled["radeval"] = {
+                one.partition(":")[2]: _pooled_means(one, spec.reference, row.name, done, read) for one in of_radeval
+            }
             for column, shared in compared.items():
                 if shared:
                     gains[column] = _gain(
@@ -244,12 +255,65 @@ def _value(column: str, read: _Read) -> float | None:
         if name not in result.scores:
             raise TableError(f"column {column!r}: {'; '.join(result.left_out.values())}")
         return result.scores[name]
+    if kind == "radeval":
+        return float(_radeval(column, read).mean())
     if kind == "evaluation":
         if not isinstance(read.evaluation.get(name), int | float):
             raise TableError(f"column {column!r}: no number {name!r} in the evaluation")
         return float(read.evaluation[name])
     logged = [step[name] for step in read.steps if step.get(name) is not None]
     return statistics.fmean(logged) if logged else None
+
+
+def _radeval(column: str, read: _Read) -> NDArray[np.float64]:
+    """[N] what a metric of RadEval's gave each report whose reference has words."""
+    name = column.partition(":")[2]
+    rows = [row["radeval"] for row in read.predictions if row.get("radeval") is not None]
+    if not rows or any(name not in row for row in rows):
+        raise TableError(
+            f"column {column!r}: a run's predictions have no {name}; evaluate it again with radeval.python and "
+            "evaluation.radeval (launch/evaluate.py RUN/config.yaml), or set them for all rows"
+        )
+    return np.array([row[name] for row in rows], dtype=np.float64)
+
+
+def _require_one_metric(column: str, read: Mapping[tuple[str, int], _Read]) -> None:
+    """
+    Raises:
+        TableError: rows that another version of a metric of RadEval's, or other weights, have scored.
+    """
+    kind, _, name = column.partition(":")
+    if kind != "radeval":
+        return
+    first: tuple[str, Any] | None = None
+    for (row, seed), one in read.items():
+        _radeval(column, one)  # it is there
+        found = one.evaluation["radeval"]
+        metric = (found["package"], found["metrics"][found["metric_of"][name]])
+        if first is not None and first[1] != metric:
+            raise TableError(
+                f"column {column!r}: {first[0]} was scored by {first[1]}, {row}, seed {seed} by {metric}; evaluate "
+                "them again in one environment"
+            )
+        first = first or (f"{row}, seed {seed}", metric)
+
+
+def _pooled_means(
+    column: str, reference: str, row: str, seeds: Sequence[int], read: Mapping[tuple[str, int], _Read]
+) -> Difference:
+    """The row against the reference row over all seeds' studies together."""
+    shared = [seed for seed in seeds if (reference, seed) in read]
+    first, second = (
+        np.concatenate([_radeval(column, read[name, seed]) for seed in shared]) for name in (reference, row)
+    )
+    if any(_ids(read[reference, seed]) != _ids(read[row, seed]) for seed in shared):
+        raise TableError(f"{row!r} and {reference!r}: other studies; they cannot be compared")
+    return paired_mean_differences(first[None], second[None], samples=SAMPLES)[0]
+
+
+def _ids(read: _Read) -> list[Any]:
+    """The studies whose references have words."""
+    return [row.get("id") for row in read.predictions if row.get("radeval") is not None]
 
 
 _WHY_NOT = {
@@ -284,7 +348,7 @@ def _gain(
     """Of the seeds that both rows have."""
     differences = [float(values[seed] or 0.0) - float(reference[seed] or 0.0) for seed in shared]
     kind, _, name = column.partition(":")
-    if not _is_definition(column):
+    if not _is_definition(column) and kind != "radeval":
         return Gain(statistics.fmean(differences), t_interval(differences), None, None)
     of_studies = pooled[kind][name]
     return Gain(statistics.fmean(differences), t_interval(differences), of_studies.difference, of_studies.ci)

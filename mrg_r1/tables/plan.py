@@ -26,8 +26,14 @@ SCRIPTS: dict[Task, str] = {"grpo": "launch/train.py", "sft": "launch/sft.py"}
 PROTOCOL_FILE = "protocol.json"
 _RUN_OF = re.compile(r"\{run:([^{}]+)\}")
 # What changes nothing of what a run learns or of the reports that it leaves; lexical metrics are computed by the table
-# itself
-_BESIDE: Any = {"output_dir": True, "tracking": True, "resume": True, "evaluation": {"lexical"}}
+# itself, RadEval's by launch/evaluate.py where a finished run lacks them
+_BESIDE: Any = {
+    "output_dir": True,
+    "tracking": True,
+    "resume": True,
+    "evaluation": {"lexical", "radeval"},
+    "radeval": True,
+}
 _NAME = re.compile(r"\{([a-z_]+)\}")
 
 

@@ -45,7 +45,12 @@ def column_title(column: str) -> str:
     kind, _, name = column.partition(":")
     if kind in _AGAINST:
         return f"{name} F1, {_AGAINST[kind]}"
-    return _WORDS.get(column, {"lexical": f"{name} (raw texts)", "step": f"{name}, mean over training"}.get(kind, name))
+    return _WORDS.get(
+        column,
+        {"lexical": f"{name} (raw texts)", "radeval": f"{name} (RadEval)", "step": f"{name}, mean over training"}.get(
+            kind, name
+        ),
+    )
 
 
 def table_as_markdown(table: BuiltTable) -> str:

@@ -33,6 +33,9 @@ def print_evaluation(console: Console, result: dict[str, Any], title: str) -> No
     words = lexical_table(result)
     if words is not None:
         console.print(words)
+    others = radeval_table(result)
+    if others is not None:
+        console.print(others)
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
@@ -119,6 +122,21 @@ def lexical_table(result: dict[str, Any]) -> Table | None:
     if found["empty_predictions"]:
         lines.append(f"{found['empty_predictions']} reports are empty or malformed; they count")
     table.caption = "\n".join(lines)
+    return table
+
+
+def radeval_table(result: dict[str, Any]) -> Table | None:
+    """RadEval's metrics with their intervals, and those that were asked for and failed; None where none was asked."""
+    found = result.get("radeval")
+    if found is None:
+        return None
+    table = _table("RadEval", "mean", "95 % of mean")
+    table.title = f"{found['package']}, {found['studies']} studies" if found["scores"] else "RadEval"
+    for name, score in found["scores"].items():
+        low, high = score["ci"]
+        table.add_row(name, f"{score['mean']:.4f}", f"{low:.4f}-{high:.4f}")
+    variants = [f"{name}: {metric['variant']}" for name, metric in found.get("metrics", {}).items()]
+    table.caption = "\n".join([*variants, *found["left_out"].values()])
     return table
 
 

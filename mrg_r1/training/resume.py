@@ -19,6 +19,9 @@ _FREE = (
     "resume.",
     "reward.device",
     "reward.timeout",
+    "reward.http.",
+    "reward.send_text_to",
+    "radeval.",
     "data.check_images",
     "data.workers",
 )

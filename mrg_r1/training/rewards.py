@@ -6,10 +6,12 @@ has been loaded meanwhile. `wait` and `on_all_ranks` see to it that no rank goes
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +19,15 @@ from numpy.typing import NDArray
 
 from mrg_r1.config.recipe import Recipe, RecipeError, held_out_is_rewarded
 from mrg_r1.cores import labeler_threads, read_cores
+from mrg_r1.engine.checkpoint import recorded_recipe
 from mrg_r1.engine.ranks import Ranks
+from mrg_r1.files import write_text_atomically
 from mrg_r1.grpo.loss import Metrics
 from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.reward.card.card import MARGINS, best_real_constants
 from mrg_r1.reward.compute import NotFiniteError, RewardContext, RewardError
 from mrg_r1.reward.held_out import HeldOutLabeler
+from mrg_r1.reward.outside import OutsideSettings
 from mrg_r1.reward.references import reference_labels
 from mrg_r1.reward.service.client import ServiceRewards
 from mrg_r1.reward.service.interface import Health, RewardService, RewardsMissing, RewardsNotFinite, Ticket
@@ -96,7 +101,7 @@ def start_service(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
     """Start this node's service, on its first rank; None on the others."""
     if not ranks.leads_node:
         return None
-    reward = recipe.reward
+    reward, threads = recipe.reward, _labeler_threads(ranks)
     settings = ServiceSettings(
         labeler=str(reward.labeler),
         tokenizer=reward.tokenizer,
@@ -108,10 +113,23 @@ def start_service(recipe: Recipe, ranks: Ranks) -> Supervisor | None:
             "format_style": reward.format,
             "mode": recipe.prompt.mode,
             "normalise": reward.normalise,
+            "outside": asdict(outside_settings(recipe, threads=threads)),
         },
-        threads=_labeler_threads(ranks),
+        threads=threads,
     )
     return Supervisor(settings, log=recipe.output_dir / f"reward_service_{ranks.rank}.log")
+
+
+def outside_settings(recipe: Recipe, *, threads: int) -> OutsideSettings:
+    """How others are asked that score terms; RadEval's processes share the labeler's cores."""
+    radeval = recipe.radeval
+    each = threads // radeval.workers if radeval.device == "cpu" else 1
+    return OutsideSettings(
+        radeval=None if radeval.python is None else radeval.settings((), threads=each),
+        workers=radeval.workers,
+        http=recipe.reward.http.settings,
+        send_text_to=tuple(recipe.reward.send_text_to),
+    )
 
 
 def _labeler_threads(ranks: Ranks) -> int:
@@ -148,7 +166,35 @@ def open_rewards(
         raise RecipeError("\n".join(dict.fromkeys(problems)))
     _, directory, keeper = everyone[ranks.node.first]
     service = ServiceRewards(directory, keeper=keeper, timeout=recipe.reward.timeout)
+    keep_radeval(recipe, ranks, service.radeval)
     return prepare(recipe, ranks, service, service.labeler, supervisor, studies)
+
+
+def keep_radeval(recipe: Recipe, ranks: Ranks, radeval: Mapping[str, Any] | None) -> None:
+    """Refuse rewards of another RadEval than the other nodes', or than this run began with, which RUN/radeval.json
+    says. Every rank calls this.
+
+    Raises:
+        RecipeError: both, with version and weights; all ranks raise it.
+    """
+    everyone = ranks.gather(radeval)
+    if others := [one for one in everyone if one != everyone[0]]:
+        raise RecipeError(f"radeval.python {recipe.radeval.python}: the nodes have {everyone[0]} and {others[0]}")
+
+    def keep() -> None:
+        kept = recipe.output_dir / "radeval.json"
+        resumed = recorded_recipe(recipe.output_dir / "checkpoints") is not None
+        if kept.is_file() and resumed and not recipe.resume.allow_changes:
+            began = json.loads(kept.read_text(encoding="utf-8"))
+            if began != radeval:
+                raise RecipeError(
+                    f"radeval.python {recipe.radeval.python}: this run began with {began} ({kept}), and it is "
+                    f"{radeval} by now: another reward; take the old environment, or resume.allow_changes=true"
+                )
+        if radeval is not None:
+            write_text_atomically(kept, json.dumps(radeval, indent=1) + "\n")
+
+    ranks.from_main(keep, RecipeError)
 
 
 def prepare(

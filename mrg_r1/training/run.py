@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mrg_r1.config.recipe import Recipe
+from mrg_r1.cores import read_cores
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.doctor.inputs import studies_to_learn
 from mrg_r1.engine.partition import RankPartition
@@ -17,6 +18,7 @@ from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
 from mrg_r1.evaluation.evaluate import evaluate, write_evaluation
 from mrg_r1.files import write_text_atomically
+from mrg_r1.metrics.radeval import RadEval
 from mrg_r1.metrics.renamed import todays_names
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import merge_adapter
@@ -98,10 +100,16 @@ class Run:
             said_first=self.recipe.reward.references == "said",
             held_out=self.held_out,
             cleaning=None if samples is not None or cleaning == "off" else cleaning,
+            start_radeval=self._start_radeval if samples is None and self.recipe.evaluation.radeval else None,
             title=title,
         )
         self.policy.train(was_training)
         return answer
+
+    def _start_radeval(self) -> RadEval:
+        """RadEval's process; it has the cores, or a card, to itself: everybody waits for it."""
+        settings = self.recipe.radeval.settings(tuple(self.recipe.evaluation.radeval), threads=read_cores().usable)
+        return RadEval(settings, log=self.directory / "radeval.log")
 
     def evaluate_test(self, name: str, *, title: str) -> dict[str, Any]:
         """Evaluate the test split into RUN/evaluation/NAME.json, or read what an interrupted run left there."""

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from mrg_r1 import cli
-from mrg_r1.config.recipe import load_recipe
-from mrg_r1.doctor.reward import reward_findings
+from mrg_r1.config.recipe import RecipeError, load_recipe
+from mrg_r1.doctor.reward import judge_findings, radeval_finding, reward_findings
 from mrg_r1.training.run import open_run
 from tests.conftest import OneRank
+from tests.metrics.radeval_stand_in import install
+from tests.reward.judge_server import judging
 from tests.world import World
 
 ADDITIVE = ("reward.weights={additive: 3.0, length: 0.25}", "reward.threshold=0.3")
@@ -54,3 +56,40 @@ def test_the_doctor_and_a_launch_say_it(
     assert "warning: reward: additive (reward.threshold 0.3)" in capsys.readouterr().err
     open_run(load_recipe(Path(recipe), [*ADDITIVE, f"output_dir={tmp_path / 'sft'}"]), OneRank(), task="sft")
     assert "additive" not in capsys.readouterr().err  # SFT has no advantages
+
+
+def test_whoever_is_asked_for_rewards_must_answer_first(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = world.recipe(tmp_path / "run")
+    python = install(tmp_path / "env", monkeypatch)
+    with judging() as server:
+        weights = f"reward.weights={{mccs: 0.5, 'radeval:radgraph': 0.25, '{server.url}': 0.25}}"
+        recipe = load_recipe(path, [weights, f"radeval.python={python}", "reward.http.retries=0"])
+        (judge,) = judge_findings(recipe)
+        assert judge.state == "ok" and "of two invented reports, the first right, 0.7 and 0.4" in judge.text
+        (radeval,) = radeval_finding(recipe)
+        assert radeval.state == "ok" and "radeval 2.2.1, radgraph loaded" in radeval.text
+        server.faults = ["prose"]
+        (judge,) = judge_findings(recipe)
+        assert judge.state == "failure" and "that is not JSON" in judge.text
+    install(tmp_path / "env", monkeypatch, fault="weights:radgraph")
+    assert "not found in the local cache" in radeval_finding(recipe)[0].text
+    assert not judge_findings(load_recipe(path)) and not radeval_finding(load_recipe(path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reward.weights={'radeval:radgraph': 1.0}"], "radeval:radgraph without radeval.python"),
+        (["reward.weights={'radeval:radcliq': 1.0}"], "depends on the references that come with it"),
+        (["reward.weights={'http://h.example/': 1.0}"], r"reward.send_text_to=\[h.example\]"),
+        (
+            ["reward.weights={'http://127.0.0.1/': 1.0}", "reward.timeout=100"],
+            "sent 4 times can take 244 s, and reward.timeout 100 s would end the reward service",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_ask_is_refused(world: World, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(world.recipe(tmp_path / "run"), overrides)

@@ -203,3 +203,40 @@ def test_a_protocol_that_changed_after_runs_were_started_is_said(table, tmp_path
         "Eight & more, seed 1 (not known)",
     ]
     assert "PLAN.md, was changed after these runs were started" in table_as_markdown(built)
+
+
+def _add_radeval(run, values, package="radeval 2.2.1") -> None:
+    folder = run.folder / "evaluation"
+    rows = [json.loads(line) for line in (folder / "test_predictions.jsonl").read_text().splitlines()]
+    for row, value in zip(rows, values, strict=True):
+        row["radeval"] = None if value is None else {"ratescore": value}
+    (folder / "test_predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described = {
+        "package": package,
+        "metrics": {"ratescore": {"variant": "v", "weights_sha256": "f"}},
+        "metric_of": {"ratescore": "ratescore"},
+    }
+    (folder / "test.json").write_text(json.dumps({"distinct_share": 0.1, "radeval": described}))
+
+
+def test_a_column_of_radevals_is_the_mean_over_reports_and_of_one_package(table, tmp_path):
+    file = table(columns=["radeval:ratescore"], rows=[{"name": "Four"}, {"name": "Eight", "set": {"grpo.beta": 0.5}}])
+    plan = plan_table(file, rows_folder=tmp_path / "rows")
+    for seed in (0, 1):
+        for row, hits, value in (("Four", 4, 0.25), ("Eight", 8, 0.5)):
+            _finish(plan.runs[row, seed], hits)
+            _add_radeval(plan.runs[row, seed], [value] * 9 + [None])
+    built = build_table(plan)
+    rows = {row.name: row for row in built.rows}
+    assert rows["Four"].cells["radeval:ratescore"].mean == 0.25
+    gain = rows["Eight"].gains["radeval:ratescore"]
+    assert (gain.mean, gain.studies_difference, gain.studies_interval) == (0.25, 0.25, (0.25, 0.25))
+    assert "ratescore (RadEval)" in table_as_markdown(built)
+    _add_radeval(plan.runs["Eight", 1], [0.5] * 10, package="radeval 2.3.0")
+    with pytest.raises(TableError, match="Four, seed 0 was scored by .*2.2.1.*Eight, seed 1 by .*2.3.0"):
+        build_table(plan)
+    leave_evaluation(plan.runs["Four", 0].folder, "test", 4)
+    with pytest.raises(TableError, match="predictions have no ratescore; evaluate it again with radeval.python"):
+        build_table(plan)
+    with pytest.raises(TableError, match="RadEval gives no such value; there are radgraph_partial"):
+        build_table(plan_table(table(columns=["radeval:spice"]), rows_folder=tmp_path / "rows"))

@@ -16,6 +16,7 @@ from dataclasses import replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,11 @@ class ServiceRewards:
         """Name and fingerprint."""
         assert self._state.labeler is not None  # it was ready when we connected
         return dict(self._state.labeler)
+
+    @property
+    def radeval(self) -> dict[str, Any] | None:
+        """What RadEval's processes are, where terms are theirs."""
+        return None if self._state.radeval is None else dict(self._state.radeval)
 
     def submit(
         self,
@@ -226,7 +232,12 @@ class ServiceRewards:
                 except (OSError, EOFError, AuthenticationError):
                     pass  # it died before we came; its successor will be announced
                 else:
-                    self._state = state
+                    before, self._state = self._state, state
+                    if before.generation and state.radeval != before.radeval:
+                        raise RewardServiceError(
+                            f"RadEval was {before.radeval} and is {state.radeval} since the {self.name} was started "
+                            "again: another reward than the run began with"
+                        )
                     return connection
             time.sleep(0.05)
 

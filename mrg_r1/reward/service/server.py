@@ -219,7 +219,9 @@ def main() -> None:
         traceback.print_exc()
         print(json.dumps({"error": str(error)}), file=said, flush=True)
         sys.exit(2)
-    print(json.dumps({"ready": {"name": labeler.name, "fingerprint": labeler.fingerprint}}), file=said, flush=True)
+    ready = {"name": labeler.name, "fingerprint": labeler.fingerprint}
+    radeval = None if function.workers is None else function.workers.about
+    print(json.dumps({"ready": ready, "radeval": radeval}), file=said, flush=True)
     Server(function, listener).serve()
 
 

@@ -25,6 +25,7 @@ from typing import IO, Any, ClassVar, Literal
 
 import psutil
 
+from mrg_r1.cores import visible_device
 from mrg_r1.files import write_text_atomically
 from mrg_r1.reward.service.server import RANK_DIED
 
@@ -67,6 +68,7 @@ class ServiceState:
     pid: int
     cause: str | None = None
     labeler: Mapping[str, str] | None = None  # name and fingerprint, once it is loaded
+    radeval: Mapping[str, Any] | None = None  # what RadEval's processes are, where terms are theirs
 
     @staticmethod
     def read(directory: Path) -> ServiceState:
@@ -78,14 +80,6 @@ def socket_of(directory: Path, generation: int) -> str:
     unawares.
     """
     return str(directory / f"{generation}.sock")
-
-
-def visible_device(device: str) -> dict[str, str]:
-    """The environment in which `device` is the only GPU that CUDA sees; for `cpu` there is none."""
-    if device == "cpu":
-        return {"CUDA_VISIBLE_DEVICES": ""}
-    # numbers as nvidia-smi counts them: CUDA's own order puts the fastest first
-    return {"CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:"), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
 def _short_folder() -> tuple[Path, IO[bytes]]:
@@ -120,9 +114,19 @@ def _short_folder() -> tuple[Path, IO[bytes]]:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """Processor seconds of a process of ours, which may have ended but has not been reaped."""
-    times = psutil.Process(pid).cpu_times()
-    return float(times.user + times.system)
+    """Processor seconds of a process of ours, which may have ended but has not been reaped, and of its children, as
+    RadEval's processes are.
+    """
+    process = psutil.Process(pid)
+    times = process.cpu_times()
+    seconds = float(times.user + times.system + times.children_user + times.children_system)
+    for child in process.children():
+        try:
+            of_child = child.cpu_times()
+        except psutil.NoSuchProcess:  # it ended just now
+            continue
+        seconds += float(of_child.user + of_child.system)
+    return seconds
 
 
 class Supervisor:
@@ -224,7 +228,7 @@ class Supervisor:
             late.cancel()
             said = json.loads(line) if line else {}
             if "ready" in said:
-                self._write("ready", process.pid, labeler=said["ready"])
+                self._write("ready", process.pid, labeler=said["ready"], radeval=said["radeval"])
             # what it has taken can be read until it is reaped, which is done here and nowhere else
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             with self._lock:
