@@ -23,7 +23,7 @@ from mrg_r1.doctor.reward import reward_findings
 from mrg_r1.engine.config import read_config
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.policy.adapter_files import read_adapter, require_fit
-from mrg_r1.policy.completeness import stored_tensors
+from mrg_r1.policy.completeness import empty_model, is_tied, stored_tensors
 from mrg_r1.policy.family import family_of, lora_pattern, shape_of
 from mrg_r1.tracking.tensorboard_run import check_tensorboard
 from mrg_r1.types import Study
@@ -156,13 +156,14 @@ def _policy(recipe: Recipe) -> str:
     shape = shape_of(path)
     lora_pattern(family_of(path), recipe.policy.lora.targets)
     try:
-        stored = stored_tensors(path)
+        model = empty_model(path)
+        stored = stored_tensors(path, model)
     except ValueError as error:
         raise RecipeError(f"policy.path {error}") from error
     if recipe.policy.adapter is not None:
         check_adapter(recipe.policy.adapter)
         try:
-            require_fit(read_adapter(recipe.policy.adapter, tied=shape.tied), stored, path)
+            require_fit(read_adapter(recipe.policy.adapter, tied=is_tied(model)), stored, path, model)
         except ValueError as error:
             raise RecipeError(f"policy.adapter {error}") from error
     elements = sum(math.prod(tensor.shape) for tensor in stored.values())

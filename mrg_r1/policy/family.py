@@ -59,13 +59,14 @@ class Family:
     """
 
     # The checkpoint directory.
-    load_model: Callable[[Path, torch.dtype], nn.Module]
-    # Parameters on the meta device, buffers computed on the given one: what partitioned loading fills, part by part.
+    # Parameters on the meta device, buffers computed on the given one: what loading fills, part by part.
     empty_model: Callable[[Path, torch.dtype, torch.device], nn.Module]
     # Modules that together hold every parameter; one is whole in memory at a time while loading.
     parts: Callable[[Any], list[nn.Module]]
     # The name in the module tree of a tensor as files store it: published ones may keep the names of an older tree.
     module_name: Callable[[str], str]
+    # How names of tensors begin in the family's published checkpoints, which other programs load; more may be read here.
+    published: tuple[str, ...]
     # By `policy.lora.targets`, a pattern for PEFT: linear layers by full name. `language`, the decoder's, is there
     # always; `language+merger` and `all`, which has the tower's too, where the family's tower reads LoRA.
     lora_targets: Mapping[str, str]

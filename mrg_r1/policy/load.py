@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from mrg_r1.files import folder_filled
 from mrg_r1.policy.completeness import stored_tensors
-from mrg_r1.policy.family import family_of
-from mrg_r1.policy.partition import Partition, load_parts
+from mrg_r1.policy.family import Family, family_of
+from mrg_r1.policy.partition import Partition
 from mrg_r1.policy.policy import Policy
 from mrg_r1.policy.weights import PolicyWeights
 from mrg_r1.types import PromptLayout
@@ -35,13 +36,38 @@ def load_policy(
             known.
     """
     family, tokenizer = family_of(path), load_tokenizer(path)
-    if partition is not None:
-        parts = load_parts(path, family, dtype=dtype, partition=partition)
-        return Policy(parts, tokenizer=tokenizer, temperature=temperature, partition=partition).eval()
-    stored_tensors(path)  # refuses what transformers would fill with random numbers or pass over
-    model = family.load_model(path, dtype)
-    model.requires_grad_(False)
-    return Policy(model, tokenizer=tokenizer, temperature=temperature).eval()
+    model = _load_model(path, family, dtype=dtype, partition=partition)
+    return Policy(model, tokenizer=tokenizer, temperature=temperature, partition=partition).eval()
+
+
+def _load_model(path: Path, family: Family, *, dtype: torch.dtype, partition: Partition | None) -> nn.Module:
+    """A checkpoint directory as a module, read tensor by tensor; under a partition each part is cut once it is read, so
+    that no more than one (a decoder layer, the embeddings) is whole in memory at any time.
+
+    Raises:
+        ValueError: the checkpoint's tensors are not those of its model.
+    """
+    device = torch.device("cpu") if partition is None else partition.device
+    model = family.empty_model(path, dtype, device)
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not left, f"buffers without values: {left}"
+    stored = stored_tensors(path, model)
+    # a tied parameter once, by its first name
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    read: dict[nn.Parameter, nn.Parameter] = {}
+    for part in family.parts(model):
+        for module in part.modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if parameter not in read:
+                    tensor = stored[names[parameter]].read().to(device=device, dtype=dtype)
+                    read[parameter] = nn.Parameter(tensor, requires_grad=False)
+                setattr(module, key, read[parameter])
+        if partition is not None:
+            partition.place(part)
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(f"{path}: parameters that belong to no part of the family's: {missing[:3]}")
+    return model
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

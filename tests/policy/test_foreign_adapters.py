@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.doctor import checks
@@ -15,9 +15,9 @@ from mrg_r1.policy.lora import load_adapter, merge_adapter
 from mrg_r1.policy.qwen_vl.checkpoint import LORA_TARGETS
 
 
-def written(checkpoint, folder, config):
-    """An adapter as PEFT saves it, far from its start."""
-    model = get_peft_model(Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint), config)
+def written(checkpoint, folder, config, *, source=None):
+    """An adapter as PEFT saves it, far from its start; made on `source` where transformers cannot load `checkpoint`."""
+    model = get_peft_model(AutoModelForImageTextToText.from_pretrained(source or checkpoint), config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

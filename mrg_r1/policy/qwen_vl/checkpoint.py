@@ -30,14 +30,6 @@ def lora_targets(*, merger: str, tower: str) -> dict[str, str]:
     }
 
 
-def load_model(kind: type[PreTrainedModel], path: Path, dtype: torch.dtype) -> nn.Module:
-    """A directory as a module of class `kind`."""
-    model: nn.Module = kind.from_pretrained(
-        path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
-    )
-    return model
-
-
 def empty_model(kind: type[PreTrainedModel], path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The module without weights; its rotary frequencies, computed and never stored, on `device`."""
     config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -55,12 +47,23 @@ def empty_model(kind: type[PreTrainedModel], path: Path, dtype: torch.dtype, dev
     return module
 
 
+# How files name the parts: transformers 5's tree; before 4.52; as LLaVA's and Gemma's do; the base model saved alone.
+_LAYOUTS = {
+    "model.visual.": "model.visual.",
+    "model.language_model.": "model.language_model.",
+    "visual.": "model.visual.",
+    "model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.language_model.",
+    "language_model.": "model.language_model.",
+}
+
+
 def module_name(key: str) -> str:
-    """The name of a stored tensor in the module tree: published checkpoints keep the names of an older tree."""
-    if key.startswith("visual."):
-        return f"model.{key}"
-    if key.startswith("model.") and not key.startswith(("model.visual.", "model.language_model.")):
-        return key.replace("model.", "model.language_model.", 1)
+    """The name of a stored tensor in the module tree: published checkpoints keep the names of other trees."""
+    for prefix, place in _LAYOUTS.items():
+        if key.startswith(prefix):
+            return place + key.removeprefix(prefix)
     return key
 
 
