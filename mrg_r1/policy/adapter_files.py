@@ -10,10 +10,12 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -25,6 +27,7 @@ from mrg_r1.policy.checkpoint_files import StoredTensor
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of an adapter's matrices
 _MERGEABLE = ("F32", "BF16", "F16")  # anything else is a quantised weight
 # Settings of PEFT under which an adapter is more, or other, than W + scale * B A. Empty or false everywhere else.
 _OTHER_THAN_LORA = (
@@ -34,6 +37,7 @@ _OTHER_THAN_LORA = (
     "kasa_config",
     "layer_replication",
     "lora_bias",
+    "megatron_config",
     "modules_to_save",
     "monteclora_config",
     "target_parameters",
@@ -93,9 +97,11 @@ def read_adapter(directory: Path, *, tied: bool) -> Adapter:
                 f"{directory}: no {name} there; give an adapter folder as a run leaves it (a pickle is not loaded)"
             )
     try:
-        config: dict[str, Any] = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
+        config: Any = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{directory / _CONFIG}: not JSON ({error})") from error
+        raise ValueError(f"{directory / _CONFIG}: not JSON ({error}); fetch the adapter again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{directory / _CONFIG}: {json.dumps(config)[:40]} is no object of settings; fetch it again")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{directory / _CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA is merged")
     _check_numbers(config, directory / _CONFIG)
@@ -140,6 +146,11 @@ def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
         if not isinstance(pattern, dict):
             raise ValueError(f"{file}: {name} is {pattern!r}; PEFT writes an object of modules and numbers")
         stated |= {f"{name}.{module}": value for module, value in pattern.items()}
+        for module in pattern:
+            try:
+                re.compile(module)
+            except re.error as error:
+                raise ValueError(f"{file}: {name} names {module!r}, which is no pattern ({error})") from error
     for name, value in stated.items():
         whole = name in ("r", "rank_pattern") or name.startswith("rank_pattern.")
         number = isinstance(value, int) if whole else isinstance(value, (int, float))
@@ -158,6 +169,11 @@ def _pair(tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) 
         if len(pair) < 2:
             raise ValueError(f"{file}: {module} has only lora_{'A' if 'A' in pair else 'B'}; its other half is missing")
         for half in "AB":
+            if pair[half].dtype not in _DTYPES:
+                raise ValueError(
+                    f"{file}: lora_{half} of {module} is stored as {pair[half].dtype}; LoRA is read from "
+                    f"{', '.join(map(str, _DTYPES))} only"
+                )
             if not pair[half].isfinite().all():
                 raise ValueError(f"{file}: lora_{half} of {module} is not finite; the adapter is damaged")
         rank = pair["A"].shape[0]
@@ -208,11 +224,18 @@ def require_fit(adapter: Adapter, stored: Mapping[str, StoredTensor], policy: Pa
                 f"{weight.file}: {weight.name} is stored as {weight.dtype}; LoRA is added to "
                 f"{', '.join(_MERGEABLE)} only"
             )
-    try:
+    with naming_config(adapter):
         inject_adapter_in_model(LoraConfig.from_pretrained(adapter.directory), model, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, re.error) as error:
-        raise ValueError(f"{adapter.directory / _CONFIG}: PEFT cannot put it on {policy}: {error}") from error
     require_placed(adapter, model)
+
+
+@contextmanager
+def naming_config(adapter: Adapter) -> Iterator[None]:
+    """What PEFT refuses inside, it refuses of the adapter's configuration, without saying which file that is."""
+    try:
+        yield
+    except (ValueError, TypeError, re.error) as error:
+        raise ValueError(f"{adapter.directory / _CONFIG}: PEFT cannot put it on this policy: {error}") from error
 
 
 def require_placed(adapter: Adapter, model: nn.Module) -> None:
@@ -237,6 +260,12 @@ def require_placed(adapter: Adapter, model: nn.Module) -> None:
         )
     for name, low in adapter.modules.items():
         layer = placed[name]
+        wanted, found = [layer.out_features, layer.in_features], [low.b.shape[0], low.a.shape[1]]
+        if wanted != found:
+            raise ValueError(
+                f"{adapter.directory / _WEIGHTS}: LoRA of {name} is for a weight {found}, this policy's is {wanted}; "
+                "was the adapter trained on another one?"
+            )
         (rank,), (scale,) = layer.r.values(), layer.scaling.values()
         if rank != low.a.shape[0]:
             raise ValueError(
