@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from mrg_r1.files import folder_filled
 from mrg_r1.policy.completeness import stored_tensors
-from mrg_r1.policy.family import Family, family_of
+from mrg_r1.policy.endings import write_generation
+from mrg_r1.policy.family import Family, family_of, load_config, reading
 from mrg_r1.policy.partition import Partition
 from mrg_r1.policy.policy import Policy
 from mrg_r1.policy.weights import PolicyWeights
 from mrg_r1.types import PromptLayout
+
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json")  # of a checkpoint, one of the two
 
 
 def load_policy(
@@ -74,17 +77,31 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with its chat template wherever the checkpoint keeps it.
 
     Raises:
-        ValueError: no chat template in the directory.
+        ValueError: no tokenizer, or no chat template in the directory.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    if tokenizer.chat_template is None:  # older checkpoints keep it with the processor
-        file = path / "chat_template.json"
-        if not file.is_file():
-            raise ValueError(
-                f"{path}: no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
-            )
-        tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    load_config(path)  # the tokenizer's class is looked up there, and what is wrong with it would be laid to the words
+    with reading(f"{path}: tokenizer.json and tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    file = path / "chat_template.json"
+    # The processor's; the one in tokenizer_config.json, beside it, may be of a model that reads no images.
+    if file.is_file() and not (path / "chat_template.jinja").is_file():
+        tokenizer.chat_template = _read_template(file)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{path}: no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
+        )
     return tokenizer
+
+
+def _read_template(file: Path) -> str | dict[str, str]:
+    """The template of a chat_template.json, or its templates by name."""
+    with reading(file):
+        template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+        if isinstance(template, list):
+            template = {one["name"]: one["template"] for one in template}
+        if not isinstance(template, (str, dict)):
+            raise ValueError(f"chat_template is {template!r}, no template")
+    return template
 
 
 def load_prompt_layout(path: Path, tokenizer: PreTrainedTokenizerBase) -> PromptLayout:
@@ -93,7 +110,7 @@ def load_prompt_layout(path: Path, tokenizer: PreTrainedTokenizerBase) -> Prompt
     Raises:
         ValueError: the tokenizer's image token is not the config's.
     """
-    return family_of(path).prompt_layout(AutoConfig.from_pretrained(path, local_files_only=True), tokenizer)
+    return family_of(path).prompt_layout(load_config(path), tokenizer)
 
 
 def load_image_processor(path: Path, *, min_pixels: int, max_pixels: int) -> Any:
@@ -105,7 +122,16 @@ def save_policy(policy: PolicyWeights, directory: Path, *, source: Path) -> None
     """Write the policy as a checkpoint directory of the layout that `load_policy` reads; tokenizer and processor come
     from `source`.
     """
+    model = policy.base
     with folder_filled(directory) as fresh:
-        policy.base.save_pretrained(fresh, safe_serialization=True)
+        # its own is written below: transformers refuses to write some that it has read
+        stated, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            model.save_pretrained(fresh, safe_serialization=True)
+        finally:
+            model.generation_config = stated
+        write_generation(source, fresh, policy.eos_ids, pad=policy.pad_id)
         policy.tokenizer.save_pretrained(fresh)
-        shutil.copy(source / "preprocessor_config.json", fresh)
+        for name in _PROCESSOR:
+            if (source / name).is_file():
+                shutil.copy(source / name, fresh)

@@ -29,7 +29,9 @@ from mrg_r1.policy.checkpoint_files import (
     write_checkpoint,
 )
 from mrg_r1.policy.completeness import empty_model, is_tied, stored_tensors
+from mrg_r1.policy.endings import eos_ids, read_generation, write_generation
 from mrg_r1.policy.family import Family, family_of
+from mrg_r1.policy.load import load_tokenizer
 
 _WEIGHTS, _CONFIG, _RECORD = "adapter_model.safetensors", "adapter_config.json", "mrg_r1_export.json"
 
@@ -74,6 +76,7 @@ def export(
         ([(merged, checkpoint_bytes(policy, layout))] if merged else [])
         + ([(adapter, _adapter_bytes(adapters))] if adapter else [])
     )
+    ends, pad = _endings(policy, model) if merged else ([], 0)
     record = _record(run, policy, cold_start, adapters, family.lora_targets)
     if adapter is not None:
         with _new_folder(adapter) as folder:
@@ -84,6 +87,7 @@ def export(
             write_checkpoint(
                 policy, layout, folder, change=_merging(adapters, module_name), rename=_published(family)
             )
+            write_generation(policy, folder, ends, pad=pad)
             _write_json(folder / _RECORD, {"kind": "merged", **record})
 
 
@@ -116,6 +120,13 @@ def _merging(adapters: Sequence[Adapter], module_name: Callable[[str], str]) -> 
         return merged
 
     return change
+
+
+def _endings(policy: Path, model: Any) -> tuple[list[int], int]:
+    """The ids at which the run's reports ended, and the pad id."""
+    tokenizer, rows = load_tokenizer(policy), model.lm_head.out_features
+    ends = eos_ids(read_generation(policy), model.config, tokenizer, rows=rows)
+    return ends, ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _published(family: Family) -> Callable[[str], str]:
