@@ -88,8 +88,8 @@ def stored_tensors(path: Path, model: nn.Module) -> dict[str, StoredTensor]:
         if name in stored and not torch.equal(stored[name].read(), stored[first[weight]].read()):
             raise ValueError(
                 f"{stored[name].file}: {stored[name].name} differs from {stored[first[weight]].name}, with which "
-                "config.json ties it (tie_word_embeddings); one of the two files is of another checkpoint, or config.json "
-                "is to say tie_word_embeddings: false, at its top and in text_config"
+                "config.json ties it (tie_word_embeddings); one of the two files is of another checkpoint, or "
+                "config.json is to say tie_word_embeddings: false, at its top and in text_config"
             )
     return stored
 

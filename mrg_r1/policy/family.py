@@ -67,7 +67,7 @@ class Family:
     parts: Callable[[Any], list[nn.Module]]
     # The name in the module tree of a tensor as files store it: published ones may keep the names of an older tree.
     module_name: Callable[[str], str]
-    # How names of tensors begin in the family's published checkpoints, which other programs load; more may be read here.
+    # How names of tensors begin in the family's published checkpoints, which other programs load; more are read here.
     published: tuple[str, ...]
     # By `policy.lora.targets`, a pattern for PEFT: linear layers by full name. `language`, the decoder's, is there
     # always; `language+merger` and `all`, which has the tower's too, where the family's tower reads LoRA.

@@ -84,4 +84,3 @@ class PartitionedLanguageModel(LanguageModel):
 
     def _run(self, recompute: bool, layer: Any, *arguments: Any) -> Any:
         return super()._run(True, layer, *arguments)
-

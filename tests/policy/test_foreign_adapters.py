@@ -53,7 +53,10 @@ EMBEDDING = r".*embed_tokens|.*language_model.*\.q_proj"
         ("tied", lora(rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.up_proj": 3, "k_proj": 16})),
         ("tied", lora(r".*visual.*\.qkv")),
         ("untied", lora(HEAD)),
-        ("tied", lora(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={r"^model.language_model.layers.0.mlp": 3})),
+        (
+            "tied",
+            lora(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={r"^model.language_model.layers.0.mlp": 3}),
+        ),
         ("tied", lora(init_lora_weights="orthogonal", lora_alpha=8.5)),
         ("tied", lora(init_lora_weights="eva", eva_config=EvaConfig(), lora_dropout=0.2)),
         ("tied", lora(["q_proj", "v_proj"], layers_to_transform=[1], layers_pattern="layers", task_type=None)),

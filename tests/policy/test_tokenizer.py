@@ -34,7 +34,9 @@ PLACES = {
     "several in tokenizer_config.json": lambda f, template: change(
         f / "tokenizer_config.json", chat_template=named(template)
     ),
-    "several in chat_template.json": lambda f, template: change(f / "chat_template.json", chat_template=named(template)),
+    "several in chat_template.json": lambda f, template: change(
+        f / "chat_template.json", chat_template=named(template)
+    ),
     "the processor's, beside a text model's": lambda f, template: (
         change(f / "chat_template.json", chat_template=template),
         change(f / "tokenizer_config.json", chat_template=OF_WORDS),

@@ -84,9 +84,7 @@ def export(
             _write_json(folder / _RECORD, {"kind": "adapter", **record})
     if merged is not None:
         with _new_folder(merged) as folder:
-            write_checkpoint(
-                policy, layout, folder, change=_merging(adapters, module_name), rename=_published(family)
-            )
+            write_checkpoint(policy, layout, folder, change=_merging(adapters, module_name), rename=_published(family))
             write_generation(policy, folder, ends, pad=pad)
             _write_json(folder / _RECORD, {"kind": "merged", **record})
 
@@ -130,7 +128,9 @@ def _endings(policy: Path, model: Any) -> tuple[list[int], int]:
 
 
 def _published(family: Family) -> Callable[[str], str]:
-    """Names that other programs load: as they are stored, and those that are read here alone as transformers has them."""
+    """Names that other programs load: as they are stored, or where they are read here alone as transformers has
+    them.
+    """
 
     def rename(name: str) -> str:
         return name if name.startswith(family.published) else family.module_name(name)

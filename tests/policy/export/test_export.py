@@ -349,7 +349,8 @@ def test_a_damaged_adapter_leaves_no_checkpoint(run, tiny_policy_directory, tmp_
     change_tensors(run / "adapter", lambda t: t | {f"{GATE}.lora_A.weight": torch.full((4, 64), torch.nan)})
     with pytest.raises(ValueError, match=r"lora_A of .*layers.1.mlp.gate_proj is not finite"):
         export_run(run, tiny_policy_directory, merged=tmp_path / "out/merged")
-    large = {f"{GATE}.lora_{half}.weight": torch.full(size, 3e38) for half, size in {"A": (4, 64), "B": (192, 4)}.items()}
+    sizes = {"A": (4, 64), "B": (192, 4)}
+    large = {f"{GATE}.lora_{half}.weight": torch.full(size, 3e38) for half, size in sizes.items()}
     change_tensors(run / "adapter", lambda t: t | large)
     with pytest.raises(ValueError, match="model.layers.1.mlp.gate_proj.weight"):
         export_run(run, tiny_policy_directory, merged=tmp_path / "out/merged")
