@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: help setup demo demo-control demo-rft demo-random demo-seeds start starts tables-phantom full-start \
-	iu-phantom iu-phantom-sft iu-phantom-rft iu-phantom-both \
+	labels-phantom iu-phantom iu-phantom-sft iu-phantom-rft iu-phantom-both \
 	bench bench-gpu wheelhouse soak browser test test-slow test-gpu lint clean
 
 PYTHON ?= python3
@@ -115,6 +115,39 @@ $(DEMO)/control/summary.json: $(DEMO)/summary.json
 	$(SAY) 'Control: from the same start, further SFT for as many processor seconds as GRPO and its labeler took'
 	$(call launch,$(DEMO)/control,sft.py launch/recipes/demo_control.yaml output_dir=$(DEMO)/control \
 		policy.path=$(DEMO)/sft/policy $(DEMO_KEYS) control_of=$(DEMO))
+
+# ---- labels without reports: few reports to imitate, many films with labels alone. SFT on the reports, at four lengths, and
+# ---- GRPO on the films from one of them.
+
+LBL := runs/labels$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+LBL_MANIFEST := $(LBL)/phantoms/manifest.jsonl
+LBL_KEYS = seed=$(SEED) data.manifest=$(LBL_MANIFEST) reward.labeler=$(LBL)/labeler
+LBL_START := 300
+LBL_LENGTHS := 150 300 600 1200
+
+labels-phantom: $(LBL)/summary.json $(foreach steps,$(LBL_LENGTHS),$(LBL)/sft$(steps)/summary.json)  ## GRPO on films with labels alone after SFT on 300 reports, and every SFT of those reports
+	$(SAY) 'From SFT of $(LBL_START) steps, what GRPO on labels changed, beside every SFT:'
+	@for steps in $(LBL_LENGTHS); do echo "SFT of $$steps steps:"; $(MRG) summary $(LBL) --control $(LBL)/sft$$steps; done
+
+$(LBL_MANIFEST): | $(READY)
+	@mkdir -p $(LBL)
+	@$(MRG) prepare phantom -o $(LBL)/phantoms --preset five --splits sft=300,train=4992,val=256,test=512 \
+		--without-reports train --side 84 --seed $(SEED) $(HABITS)
+
+$(LBL)/labeler/training.json: $(LBL_MANIFEST)
+	@$(MRG) labeler train $(LBL)/phantoms/reports.csv $(LBL)/phantoms/labels.csv -o $(LBL)/labeler --seed $(SEED) --passes 5
+
+$(LBL)/tiny-policy/config.json: $(LBL_MANIFEST)
+	@$(MRG) prepare tiny-policy -o $(LBL)/tiny-policy --manifest $(LBL_MANIFEST) --split sft --side 84 --seed $(SEED) \
+		--teach-tower $(LBL_MANIFEST) --teach-split train --teach-steps 200
+
+$(LBL)/sft%/summary.json: $(LBL)/labeler/training.json $(LBL)/tiny-policy/config.json
+	$(call launch,$(LBL)/sft$*,sft.py launch/recipes/demo_sft.yaml output_dir=$(LBL)/sft$* policy.path=$(LBL)/tiny-policy \
+		steps=$* optimizer.warmup_steps=15 evaluation.every=150 evaluation.test=true $(LBL_KEYS))
+
+$(LBL)/summary.json: $(LBL)/sft$(LBL_START)/summary.json
+	$(call launch,$(LBL),train.py launch/recipes/demo.yaml output_dir=$(LBL) policy.path=$(LBL)/sft$(LBL_START)/policy \
+		steps=156 evaluation.every=39 checkpoint.every=39 $(LBL_KEYS))
 
 # ---- tables: rows are recipes over seeds; finished rows are kept, an interrupted table goes on. On phantoms two rows at a
 # ---- time, one rank each. On reports:

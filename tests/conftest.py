@@ -46,12 +46,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two workers (`-n 2 --dist loadgroup`) one has all tests that start ranks: they share a pool, and two cores are
-    not enough for four ranks. Any other file stays together for its fixtures.
+    """Of two workers (`-n 2 --dist loadgroup`) one has all tests of ranks, which share a pool, and one all that launch
+    jobs as a person does: the two longest lists, so that neither worker waits for the other at the end. Any other file
+    stays together for its fixtures.
     """
     for item in items:
-        ranks = item.get_closest_marker("ranks") is not None or item.path.parent.name == "launches"
-        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else item.path.stem))
+        launches = item.path.parent.name == "launches"
+        ranks = item.get_closest_marker("ranks") is not None
+        item.add_marker(pytest.mark.xdist_group("launches" if launches else "ranks" if ranks else item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -118,11 +118,9 @@ class Recipe(Section):
                     "control sft without a time: give the finished run that it is compared with as control_of=RUN, or "
                     "sft.max_cpu_seconds"
                 )
-            if self.optimizer.schedule != "constant" or self.sft.stop_at is not None:
+            if self.sft.stop_at is not None:
                 raise ValueError(
-                    f"control sft with optimizer.schedule {self.optimizer.schedule} and sft.stop_at "
-                    f"{self.sft.stop_at}: time ends it, after a number of steps that nobody knows and without "
-                    "validations; set constant and null"
+                    f"control sft with sft.stop_at {self.sft.stop_at}: time ends it, without validations; set null"
                 )
         if self.control == "rft" and self.grpo.correction != "none":
             raise ValueError(

@@ -187,7 +187,9 @@ class OptimizerSection(Section):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas. ours")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up. ours")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="After warm-up, to a tenth of the peak at the last step. ours"
+        "constant",
+        description="After warm-up, to a tenth of the peak at the last step, or at the end of the time that "
+        "sft.max_seconds or sft.max_cpu_seconds gives. ours",
     )
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient norm is clipped to this. ours")
 

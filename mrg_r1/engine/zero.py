@@ -158,19 +158,28 @@ class Engine:
         """Global gradient norm of the last update, before clipping."""
         return float(self._engine.get_global_grad_norm())
 
-    def set_learning_rate(self, step: int) -> float:
-        """Learning rate of an outer step, by warm-up and schedule; it is set and returned."""
+    def set_learning_rate(self, step: int, *, spent: float = 0.0) -> float:
+        """Learning rate of an outer step, by warm-up and schedule; it is set and returned.
+
+        Args:
+            spent: of a run that a time ends, the share that is spent; the schedule follows whichever is further.
+        """
         rate = scheduled_rate(
-            self.learning_rate, step, warmup=self.warmup_steps, total=self.total_steps, schedule=self.schedule
+            self.learning_rate,
+            step,
+            warmup=self.warmup_steps,
+            total=self.total_steps,
+            schedule=self.schedule,
+            spent=spent,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
 
 
-def scheduled_rate(peak: float, step: int, *, warmup: int, total: int, schedule: Schedule) -> float:
-    """Linear warm-up over `warmup` steps, then constant, or down to a tenth of the peak at the
-    last step, `total - 1`.
+def scheduled_rate(peak: float, step: int, *, warmup: int, total: int, schedule: Schedule, spent: float = 0.0) -> float:
+    """Linear warm-up over `warmup` steps, then constant, or down to a tenth of the peak at the last step, `total - 1`,
+    or when all of a time is `spent`, a share.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -178,6 +187,6 @@ def scheduled_rate(peak: float, step: int, *, warmup: int, total: int, schedule:
         return peak
     span = total - 1 - warmup
     # a single step after a warm-up, which has had the peak, is the last
-    progress = min(1.0, (step - warmup) / span) if span > 0 else float(warmup > 0)
+    progress = min(1.0, max((step - warmup) / span, spent)) if span > 0 else float(warmup > 0)
     share = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (0.1 + 0.9 * share)

@@ -25,7 +25,7 @@ from mrg_r1.files import write_text_atomically
 from mrg_r1.tracking.backend import Backend, Tracked, TrackingOptions
 from mrg_r1.tracking.backends import open_backends
 from mrg_r1.tracking.sharing import Sample, shared_of, without_paths
-from mrg_r1.tracking.terminal import StepLine, where_time_went
+from mrg_r1.tracking.terminal import Budget, StepLine, where_time_went
 
 _OUTSIDE_TRAINING = ("start", "validation", "checkpoint", "evaluation")
 
@@ -63,11 +63,18 @@ class RunLog:
                 clock.entering = self._terminal.entering
             self._backends = open_backends(Tracked(directory, options, without_paths(config), start_step, self.say))
 
-    def log(self, step: int, metrics: dict[str, float | int | None], samples: Sequence[Sample] = ()) -> None:
+    def log(
+        self,
+        step: int,
+        metrics: dict[str, float | int | None],
+        samples: Sequence[Sample] = (),
+        budget: Budget | None = None,
+    ) -> None:
         """Tell one step's metrics; the step is the one just taken, counted from 0.
 
         Args:
             samples: of the step's validation; they leave only where the recipe shares them.
+            budget: of a run which a time ends.
         """
         if not self.active:
             return
@@ -76,7 +83,7 @@ class RunLog:
         shared = shared_of(seen, text=self._options.share_text, images=self._options.share_images)
         for backend in self._backends:
             backend.log(step, metrics, shared)
-        self._terminal.step(step, metrics)
+        self._terminal.step(step, metrics, budget)
 
     def sync(self) -> None:
         """Bring the steps logged so far to the disk."""

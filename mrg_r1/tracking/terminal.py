@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from rich.control import Control
@@ -27,6 +28,28 @@ _LINE = (  # what is shown of a step, as far as the line reaches: title, metric,
 _VALIDATION = ("disease_micro13", "mean_reward", "held_out_disease_micro13", "hacking_gap")
 
 
+@dataclass(frozen=True)
+class Budget:
+    """The time that ends a run, before its steps do.
+
+    Attributes:
+        limited_by: the key and its value, in words.
+        spent: of it, in its unit.
+        limit: in its unit.
+        unit: "seconds" or "processor seconds".
+    """
+
+    limited_by: str
+    spent: float
+    limit: float
+    unit: str
+
+    @property
+    def share(self) -> float:
+        """What is spent of it, at most 1."""
+        return min(1.0, self.spent / self.limit)
+
+
 class StepLine:
     """A line a step on a terminal, rewritten in place; a line that stays at validations.
 
@@ -40,20 +63,20 @@ class StepLine:
         self._began, self._first = time.monotonic(), -1
         self._last_validation = ""
         self._rates: list[float] = []
+        self._tenths = 0  # of the budget, at the step before
 
     @property
     def tokens_per_second(self) -> float | None:
         """The median over the steps shown; None where they had none."""
         return statistics.median(self._rates) if self._rates else None
 
-    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Show the step just taken, counted from 0."""
+    def step(self, step: int, metrics: Mapping[str, Any], budget: Budget | None = None) -> None:
+        """Show the step just taken, counted from 0; of a run that a time ends, how much of it is spent."""
         self._first = step if self._first < 0 else self._first
         if metrics.get("time/tokens_per_second") is not None:
             self._rates.append(metrics["time/tokens_per_second"])
-        last = step + 1 == self.steps
-        tenth = (step + 1) % max(self.steps // _PLAIN_LINES, 1) == 0
-        line = self._line(step, metrics)
+        last, tenth = self._place(step, budget)
+        line = self._line(step, metrics, budget, last=last)
         if self._live and not last:
             self.clear()
             # whatever comes next begins at the left, on this line
@@ -65,26 +88,42 @@ class StepLine:
         if validated["disease_micro13"] is not None:
             self._last_validation = f"val micro13 {_short(validated['disease_micro13'])}"
             shown = [f"{name} {_short(value)}" for name, value in validated.items() if value is not None]
-            self.say(f"{self._counted(step)}  validation: {'  '.join(shown)}{_how_sure(metrics)}")
+            self.say(f"{self._counted(step, budget)}  validation: {'  '.join(shown)}{_how_sure(metrics)}")
 
-    def _line(self, step: int, metrics: Mapping[str, Any]) -> str:
+    def _place(self, step: int, budget: Budget | None) -> tuple[bool, bool]:
+        """Whether the step is the run's last, and whether it ends a tenth of it, by steps or by time."""
+        last = step + 1 == self.steps
+        if budget is None:
+            return last, (step + 1) % max(self.steps // _PLAIN_LINES, 1) == 0
+        tenths, self._tenths = self._tenths, int(budget.share * _PLAIN_LINES)
+        return last or budget.share >= 1, self._tenths > tenths
+
+    def _line(self, step: int, metrics: Mapping[str, Any], budget: Budget | None, *, last: bool) -> str:
         """The step in one line of the console's width; what does not fit is left to metrics.jsonl."""
-        done = step - self._first + 1
-        left = int((time.monotonic() - self._began) / done * (self.steps - step - 1))
-        begins, ends = self._counted(step), f"  {left // 60}:{left % 60:02d} left"
+        begins, ends = self._counted(step, budget), f"  {self._left(step, budget)} left"
         parts = [
             f"  {title} {_short(metrics[name]):>{columns}}"
             for title, name, columns in _LINE
             if metrics.get(name) is not None
         ]
-        if self._live and self._last_validation and step + 1 < self.steps:
+        if self._live and self._last_validation and not last:
             parts.insert(2, f"  {self._last_validation}")
         for part in parts:
             if len(begins) + len(part) + len(ends) < self.console.width:
                 begins += part
         return begins + ends
 
-    def _counted(self, step: int) -> str:
+    def _left(self, step: int, budget: Budget | None) -> str:
+        """Minutes and seconds until the end, by the steps' pace or of the budget, whichever is nearer."""
+        done = step - self._first + 1
+        left = (time.monotonic() - self._began) / done * (self.steps - step - 1)
+        if budget is not None:
+            left = min(left, max(budget.limit - budget.spent, 0.0))
+        return f"{int(left) // 60}:{int(left) % 60:02d}"
+
+    def _counted(self, step: int, budget: Budget | None = None) -> str:
+        if budget is not None:
+            return f"step {step + 1:5}  {budget.share:4.0%} of {budget.limit:,.0f} {budget.unit}"
         return f"step {step + 1:{len(str(self.steps))}}/{self.steps}"
 
     def say(self, text: str) -> None:

@@ -24,6 +24,7 @@ from mrg_r1.policy.logprobs import micro_batches
 from mrg_r1.policy.lora import add_lora, save_adapter
 from mrg_r1.report_format import has_tag, target_text
 from mrg_r1.tracking.log import Clock
+from mrg_r1.tracking.terminal import Budget
 from mrg_r1.training.preflight import is_finished
 from mrg_r1.training.run import Run
 from mrg_r1.training.state import start_training
@@ -162,11 +163,12 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
         log.say(f"{left_out} of {len(run.studies['train'])} training studies have no report: SFT leaves them out")
     stopped: str | None = state.record.get("stopped")
     state.own = lambda: {"stopped": stopped}
+    budget = _budget(recipe, ranks, clock)
     with state.stepping():
         for step in range(state.start, recipe.steps):
             if stopped is not None:
                 break
-            rate = engine.set_learning_rate(step)
+            rate = engine.set_learning_rate(step, spent=0.0 if budget is None else budget.share)
             parts = sft_step(step, run=run, engine=engine, loader=state.loader, clock=clock)
             metrics: dict[str, Any] = {
                 **ranks.reduce_metrics(parts),
@@ -178,8 +180,10 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
                     result, _ = run.validate()
                 metrics |= {f"validation/{key}": result[key] for key in _VALIDATED if result[key] is not None}
                 stopped = _taught_enough(recipe, result)
-            stopped = _out_of_time(recipe, ranks, clock) or stopped
-            state.log_step(step, metrics)
+            budget = _budget(recipe, ranks, clock)
+            if budget is not None and budget.share >= 1:
+                stopped = f"{budget.limited_by} reached"
+            state.log_step(step, metrics, budget)
             state.best = {"step": step + 1, "score": None}  # the last policy is the one that is kept
             state.end_step(step, last=stopped is not None or step + 1 == recipe.steps)
 
@@ -204,11 +208,17 @@ def _taught_enough(recipe: Recipe, result: dict[str, Any]) -> str | None:
     return f"validation disease_micro13 {reached:.3f} reached sft.stop_at {stop_at}"
 
 
-def _out_of_time(recipe: Recipe, ranks: Ranks, clock: Clock) -> str | None:
-    """Why the time that was spent ends the run, or None. Every rank calls this; rank 0's clock decides."""
-    sft, stopped = recipe.sft, None
-    if sft.max_seconds is not None and ranks.agree(clock.training_seconds >= sft.max_seconds):
-        stopped = f"sft.max_seconds {sft.max_seconds} reached"
-    if sft.max_cpu_seconds is not None and ranks.agree(clock.training_cpu_seconds >= sft.max_cpu_seconds):
-        stopped = f"sft.max_cpu_seconds {sft.max_cpu_seconds} reached"
-    return stopped
+def _budget(recipe: Recipe, ranks: Ranks, clock: Clock) -> Budget | None:
+    """The time that ends the run, of two the one of which more is spent, or None. Every rank calls this; rank 0's clock
+    decides.
+    """
+    sft = recipe.sft
+    limits = [
+        Budget(f"sft.{name} {limit}", spent, limit, kind)
+        for name, limit, spent, kind in (
+            ("max_seconds", sft.max_seconds, clock.training_seconds, "seconds"),
+            ("max_cpu_seconds", sft.max_cpu_seconds, clock.training_cpu_seconds, "processor seconds"),
+        )
+        if limit is not None
+    ]
+    return ranks.agree(max(limits, key=lambda budget: budget.share)) if limits else None

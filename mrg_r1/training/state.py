@@ -23,6 +23,7 @@ from mrg_r1.reward.service.interface import RewardsMissing
 from mrg_r1.tracking.evaluation_tables import print_evaluation
 from mrg_r1.tracking.log import Clock, RunLog
 from mrg_r1.tracking.page import write_page
+from mrg_r1.tracking.terminal import Budget
 from mrg_r1.training.controls import control_words
 from mrg_r1.training.preflight import Task
 from mrg_r1.training.resume import what_rounds_otherwise
@@ -86,14 +87,17 @@ class RunState:
         self.signals.deferring = False
         self.loader.close()
 
-    def log_step(self, step: int, metrics: dict[str, Any]) -> None:
+    def log_step(self, step: int, metrics: dict[str, Any], budget: Budget | None = None) -> None:
         """Write the metrics of the step just taken, and count it where it left updates out.
 
         Before its checkpoint: what a killed run wrote too much is cut off at resuming, what it had not written would be
         lost.
+
+        Args:
+            budget: of a run which a time ends.
         """
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.get("policy/skipped_updates") else 0
-        self.log.log(step, metrics | self.clock.end_step(), self.run.take_validated())
+        self.log.log(step, metrics | self.clock.end_step(), self.run.take_validated(), budget)
 
     def end_step(self, step: int, *, last: bool, due: bool = False) -> None:
         """Write a checkpoint where it is time for one, and stop where the run is asked to or cannot go on.

@@ -20,3 +20,15 @@ def test_without_a_schedule_the_peak_stays():
 
 def test_a_single_step_has_the_peak():
     assert scheduled_rate(1.0, 0, warmup=0, total=1, schedule="cosine") == 1.0
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_where_a_time_ends_the_run_the_rate_falls_with_what_is_spent_of_it(schedule):
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    by_time = [
+        scheduled_rate(1.0, step, warmup=0, total=1_000_000, schedule=schedule, spent=share)
+        for step, share in enumerate(shares)
+    ]
+    by_steps = [scheduled_rate(1.0, step, warmup=0, total=5, schedule=schedule) for step in range(5)]
+    assert by_time == pytest.approx(by_steps)
+    assert scheduled_rate(1.0, 4, warmup=0, total=5, schedule=schedule, spent=0.2) == pytest.approx(0.1)  # steps end it

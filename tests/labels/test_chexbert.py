@@ -272,10 +272,11 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_a_long_text_has_the_ids_of_the_whole_and_costs_little(name: str, labeler: Labeler) -> None:
+    began = time.process_time()
     whole = tiny_tokenizer().encode(" ".join(LONG[name].split()), add_special_tokens=False).ids
-    began = time.perf_counter()
+    between = time.process_time()
     (row,) = labeler.encode([LONG[name]])
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - between < 3 * (between - began)  # beside the whole, whatever else the machine does
     assert row == [CLS, *whole[:510], SEP]
 
 

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from mrg_r1.tracking.terminal import StepLine, where_time_went, wide_console
+from mrg_r1.tracking.terminal import Budget, StepLine, where_time_went, wide_console
 
 ERASE = "\x1b[2K"
 
@@ -53,6 +53,24 @@ def test_a_validation_says_how_sure_its_score_is_and_its_distance_to_the_best(sc
     line.step(119, {"validation/disease_micro13": 0.8, "validation/mean_reward": 0.65} | sure)
     first, second = (text for text in log.getvalue().splitlines() if "validation" in text)
     assert first.endswith("mean_reward 0.650  ±0.014") and second.endswith("±0.014, over the best -0.007 ±0.008")
+
+
+def test_a_run_that_a_time_ends_tells_how_much_of_it_is_spent_and_a_tenth_is_one_of_the_time(screen_of):
+    log = screen_of(io.StringIO())
+    line = StepLine(active=True, steps=1_000_000)
+    for step, spent in enumerate([3.0, 6.0, 29.0, 31.0, 100.0, 299.0, 301.0]):
+        line.step(step, {"loss": 2.0}, Budget("sft.max_cpu_seconds 300", spent, 300.0, "processor seconds"))
+    shown = log.getvalue().splitlines()
+    assert [text.split("%")[0].split()[1:] for text in shown] == [
+        ["1", "1"],
+        ["4", "10"],
+        ["5", "33"],
+        ["6", "100"],
+        ["7", "100"],
+    ]
+    assert all("of 300 processor seconds" in text for text in shown)
+    assert shown[2].endswith(" left") and int(shown[2].split()[-2].split(":")[0]) <= 3  # 200 seconds, or by the pace
+    assert shown[-1].endswith("0:00 left")
 
 
 ALL = {

@@ -46,6 +46,14 @@ def add_command(kinds: Any) -> None:
         help="studies a split (default: train=4000,val=256,test=512)",
     )
     phantom.add_argument(
+        "--without-reports",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="NAME,...",
+        help="splits whose studies get labels and no report, as CheXpert and NIH have them: GRPO learns from them, SFT "
+        "leaves them out (default: none)",
+    )
+    phantom.add_argument(
         "--side", type=positive, default=112, metavar="PIXELS", help="width and height of the images (default: 112)"
     )
     phantom.add_argument(
@@ -177,6 +185,7 @@ def _prepare_phantom(arguments: argparse.Namespace) -> None:
         faint=arguments.faint,
         habits=habits,
         sentences=_sentences(arguments),
+        without_reports=arguments.without_reports,
     )
     studies = ", ".join(f"{name} {count:,}" for name, count in arguments.splits.items())
     print(f"{manifest}: {studies} studies\n{arguments.output / 'contact_sheet.png'}: every finding, to look at")

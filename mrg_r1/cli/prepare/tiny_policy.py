@@ -37,7 +37,10 @@ def add_command(kinds: Any) -> None:
         type=Path,
         required=True,
         metavar="M.jsonl",
-        help="the tokenizer is learned from its train reports",
+        help="the tokenizer is learned from its reports",
+    )
+    policy.add_argument(
+        "--split", default="train", metavar="NAME", help="whose reports the tokenizer is learned from (default: train)"
     )
     policy.add_argument(
         "--side", type=positive, default=112, metavar="PIXELS", help="larger images are reduced to this (default: 112)"
@@ -77,11 +80,12 @@ def _prepare_tiny_policy(arguments: argparse.Namespace) -> None:
     from mrg_r1.labels.observations import OBSERVATIONS
     from mrg_r1.policy.family import find_family
 
-    studies = read_manifest(arguments.manifest, split="train")
+    studies = read_manifest(arguments.manifest, split=arguments.split)
     reports = [study.report for study in studies if study.report is not None]
     if not reports:
         raise ValueError(
-            f"{arguments.manifest}: no train study has a report, and the tokenizer is learned from reports; give some"
+            f"{arguments.manifest}: no {arguments.split} study has a report, and the tokenizer is learned from "
+            "reports; give some, or name another split with --split"
         )
     words = [
         THINK_INSTRUCTION,

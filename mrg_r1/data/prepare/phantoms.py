@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ def write_phantoms(
     faint: float = 0.0,
     habits: Habits = USUAL,
     sentences: Sentences | None = None,
+    without_reports: Collection[str] = (),
 ) -> Path:
     """Write a phantom dataset; an interrupted one is taken up where it stopped.
 
@@ -59,12 +60,14 @@ def write_phantoms(
         habits: of "five": how the radiologists write. The texts for a labeler are written as usual, with every frame.
         sentences: of "balanced": the studies' reports are put together from these; a finding without a sentence is
             passed over. The texts for a labeler stay the grammar's.
+        without_reports: splits whose studies get what their reports say as `labels.said`, and no report.
 
     Returns:
         The manifest's path. It is written last: where it stands with all its images, nothing is done again.
 
     Raises:
-        ValueError: an unknown preset, a bad split, or a folder made with other settings.
+        ValueError: an unknown preset, a bad split, one to go without reports that is none, or a folder made with other
+            settings.
         OSError: the folder cannot be written or has no room.
     """
     if preset not in PRESETS:
@@ -81,6 +84,9 @@ def write_phantoms(
         raise ValueError(
             f"sentences with preset {preset!r}; reports are put together from real ones for preset balanced"
         )
+    unknown = sorted(set(without_reports) - set(splits))
+    if unknown:
+        raise ValueError(f"without reports: no split {unknown[0]!r}; the splits are {', '.join(splits)}")
     split_of = _numbered(preset, splits)
     images = 2 * len(split_of) if preset == "full" else len(split_of)
     settings = {
@@ -99,6 +105,8 @@ def write_phantoms(
         settings["habits"] = asdict(habits)
     if sentences is not None:
         settings["sentences"] = hashlib.sha256(repr(sentences).encode()).hexdigest()[:16]
+    if without_reports:
+        settings["without_reports"] = sorted(without_reports)
     claim_folder(output, settings, images=images, seed=seed, side=side)
 
     manifest = output / "manifest.jsonl"
@@ -132,7 +140,11 @@ def write_phantoms(
     _write_texts(output, "", taught)
     _write_texts(output, "heldout_", held_out)
     (contact_sheet if preset == "five" else full_contact_sheet)(output / "contact_sheet.png", seed=seed)
-    write_manifest(manifest, [_study(phantom, split_of[phantom.index], paths[phantom.index]) for phantom in phantoms])
+    studies = (_study(phantom, split_of[phantom.index], paths[phantom.index]) for phantom in phantoms)
+    write_manifest(
+        manifest,
+        [replace(study, report=None, findings=None) if study.split in without_reports else study for study in studies],
+    )
     return manifest
 
 

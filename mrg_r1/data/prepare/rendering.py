@@ -85,7 +85,10 @@ def claim_settings(output: Path, settings: Mapping[str, Any], *, room: int = 0) 
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error}); remove the folder or choose another output") from error
-        keys = [key for key in settings if found.get(key) is not None and found[key] != settings[key]]
+        settled = {key: value for key, value in found.items() if value is not None}
+        unsettled = found.keys() - settled.keys()
+        # a setting that is not there is at its default, in the folder as in what is asked for
+        keys = [key for key in {**settled, **settings} if key not in unsettled and found.get(key) != settings.get(key)]
         if keys:
             differing = "; ".join(f"`{key}` was {found.get(key)!r}, asked for {settings.get(key)!r}" for key in keys)
             raise ValueError(

@@ -61,6 +61,22 @@ def test_every_split_has_its_studies_and_no_two_share_one(studies: list[Study]) 
         assert len(set(values)) == len(studies)
 
 
+def test_splits_may_have_labels_and_no_reports(dataset: Path, studies: list[Study], tmp_path: Path) -> None:
+    manifest = write(tmp_path / "labels", without_reports=["train"])
+    for with_reports, study in zip(studies, read_manifest(manifest), strict=True):
+        assert (study.said, study.drawn) == (with_reports.said, with_reports.drawn)
+        assert study.report == (None if study.split == "train" else with_reports.report)
+    assert tree(tmp_path / "labels" / "images") == tree(dataset / "images")
+    assert tree(tmp_path / "labels")["reports.csv"] == tree(dataset)["reports.csv"]
+    with pytest.raises(ValueError, match="without reports: no split 'trian'; the splits are train, val, test"):
+        write(tmp_path / "typo", without_reports=["trian"])
+    with pytest.raises(ValueError, match="settings"):
+        write(tmp_path / "labels")
+    for changes in ({"faint": 0.5}, {"without_reports": ["val"]}):  # a folder at the default, asked for otherwise
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            write(dataset, **changes)
+
+
 def test_the_image_shows_the_drawn_truth(dataset: Path, studies: list[Study]) -> None:
     check_images(studies)
     for index, study in enumerate(studies):
