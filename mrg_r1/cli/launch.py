@@ -59,7 +59,7 @@ def run_on_ranks(
     )
     # launchers add it, older ones with an underscore
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # a launcher's option may stand between recipe and values
     recipe, problem = None, None
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)

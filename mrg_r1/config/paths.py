@@ -67,11 +67,12 @@ def check_checkpoint_directory(path: Path) -> None:
     if not config.is_file():
         raise RecipeError(f"policy.path {path}: no config.json there; give the directory of a checkpoint")
     try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except json.JSONDecodeError as error:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:  # also where it is not UTF-8
         raise RecipeError(
             f"policy.path {path}: config.json is not JSON ({error}); fetch the checkpoint again"
         ) from error
+    model_type = content.get("model_type") if isinstance(content, dict) else content
     families = sorted(folder.parent.name for folder in _FAMILIES.glob("*/__init__.py"))
     if model_type not in families:
         raise RecipeError(

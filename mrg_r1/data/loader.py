@@ -37,9 +37,13 @@ class PromptWords:
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """What a tokenizer reads as one of its special tokens wherever it is spelled out in a text."""
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*added, *tokenizer.all_special_tokens})
+    """What a tokenizer reads as one of its special tokens wherever it is spelled out in a text, and what its chat
+    template writes around a user's words, whether it is marked as special or not.
+    """
+    content = [{"type": "image"}, {"type": "text", "text": ""}]
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.special or str(token) in turn]
+    return sorted({*map(str, added), *tokenizer.all_special_tokens})
 
 
 class PromptBuilder:

@@ -20,10 +20,11 @@ from mrg_r1.doctor.labeler import check_labeler, device_of_labeler
 from mrg_r1.doctor.machine import Device, cuda_devices, package_findings
 from mrg_r1.doctor.memory import Task
 from mrg_r1.doctor.reward import judge_findings, radeval_finding, reward_findings
+from mrg_r1.doctor.tokenizer import tokenizer_finding
 from mrg_r1.engine.config import read_config
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.policy.adapter_files import read_adapter, require_fit
-from mrg_r1.policy.completeness import stored_tensors
+from mrg_r1.policy.completeness import empty_model, is_tied, stored_tensors
 from mrg_r1.policy.family import family_of, lora_pattern, shape_of
 from mrg_r1.tracking.tensorboard_run import check_tensorboard
 from mrg_r1.types import Study
@@ -95,7 +96,7 @@ def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
     Args:
         images: of the study that has most.
     """
-    findings = [examined("policy", lambda: _policy(recipe)), examined("tokenizer", lambda: _tokenizer(recipe))]
+    findings = [examined("policy", lambda: _policy(recipe)), tokenizer_finding(recipe)]
     if task == "grpo":
         findings += reward_findings(recipe)
     if recipe.phases != "update":
@@ -155,37 +156,22 @@ def _first_images(splits: dict[str, list[Study]]) -> str:
 def _policy(recipe: Recipe) -> str:
     path = recipe.policy.path
     check_checkpoint_directory(path)
-    shape = shape_of(path)
     lora_pattern(family_of(path), recipe.policy.lora.targets)
     try:
-        stored = stored_tensors(path)
+        model = empty_model(path)
+        stored = stored_tensors(path, model)
+        shape_of(path)
     except ValueError as error:
         raise RecipeError(f"policy.path {error}") from error
     if recipe.policy.adapter is not None:
         check_adapter(recipe.policy.adapter)
         try:
-            require_fit(read_adapter(recipe.policy.adapter, tied=shape.tied), stored, path)
+            require_fit(read_adapter(recipe.policy.adapter, tied=is_tied(model)), stored, path, model)
         except ValueError as error:
             raise RecipeError(f"policy.adapter {error}") from error
     elements = sum(math.prod(tensor.shape) for tensor in stored.values())
     files = {tensor.file for tensor in stored.values()}
     return f"{path}: {elements / 1e9:.3f} billion parameters in {len(files)} file(s), whole"
-
-
-def _tokenizer(recipe: Recipe) -> str:
-    from mrg_r1.policy.load import load_image_processor, load_prompt_layout, load_tokenizer
-
-    path = recipe.policy.path
-    try:
-        words = load_tokenizer(path)
-        load_prompt_layout(path, words)
-        load_image_processor(path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
-    except (ValueError, OSError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise RecipeError(
-            f"policy.path {path}: no tokenizer and image processor that can be loaded ({first}); fetch it again"
-        ) from error
-    return f"{len(words)} entries, chat template and image processor there"
 
 
 def wandb_finding(recipe: Recipe) -> Finding:

@@ -12,14 +12,14 @@ from typing import Any
 _THRESHOLD = "stage3_param_persistence_threshold"
 # What DeepSpeed can do with partitioned weights besides, and nobody has tried with a policy that brings its weights
 # together itself.
-_UNTRIED = (
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-    "mics_shard_size",
-    "zenflow",
-)
+_UNTRIED = {  # and what it holds where it is off
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zero_quantized_gradients": False,
+    "mics_shard_size": -1,
+    "zenflow": None,
+}
 # What each key holds; others are DeepSpeed's to check. Within an object a key stands for itself wherever it is.
 _OBJECTS = ("zero_optimization", "bf16", "fp16", "offload_param", "offload_optimizer", "optimizer", "scheduler")
 _POSITIVE = (
@@ -63,8 +63,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: optimizer and scheduler come from the recipe (optimizer.*); remove them here")
     if config.get("fp16", {}).get("enabled", False):
         raise ValueError(f"{path}: fp16.enabled is true; policy.dtype is bfloat16 or float32, remove it here")
-    for key in _UNTRIED:
-        if key in zero:
+    for key, off in _UNTRIED.items():
+        if key in zero and (zero[key] != off or isinstance(zero[key], bool) != isinstance(off, bool)):
             raise ValueError(f"{path}: zero_optimization.{key} is not supported; remove it")
     for key in ("offload_param", "offload_optimizer"):
         device = zero.get(key, {}).get("device", "none")

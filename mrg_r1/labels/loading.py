@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -163,7 +164,7 @@ def _read_config(path: Path) -> BertConfig:
         raise FileNotFoundError(
             f"{path}: no such file; a labeler directory has {CONFIG}, {WEIGHTS} and tokenizer files"
         )
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_settings(path)
     if stored.get("architectures") != ["CheXbert"]:
         raise ValueError(
             f"{path}: architectures is {stored.get('architectures')}, not ['CheXbert']; this directory holds "
@@ -173,7 +174,33 @@ def _read_config(path: Path) -> BertConfig:
         raise ValueError(
             f"{path}: observations are {stored.get('observations')}; expected, in this order, {list(OBSERVATIONS)}"
         )
-    return BertConfig.from_dict(stored)
+    return bert_config(stored, path)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What stands in a config.json.
+
+    Raises:
+        ValueError: not JSON, or no object.
+    """
+    try:
+        stored: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); train or copy the model again") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path}: {json.dumps(stored)[:40]} is no object of settings; train or copy the model again")
+    return stored
+
+
+def bert_config(stored: Mapping[str, Any], path: Path) -> BertConfig:
+    """
+    Raises:
+        ValueError: a value of the wrong kind, named.
+    """
+    try:
+        return BertConfig.from_dict(dict(stored))
+    except (StrictDataclassError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}; train or copy the model again") from error
 
 
 def _read_published(path: Path) -> Mapping[Any, Any]:

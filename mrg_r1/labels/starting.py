@@ -7,7 +7,6 @@ everything else is the checkpoint's, key by key.
 
 from __future__ import annotations
 
-import json
 import math
 import string
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from transformers import BertConfig
 
 from mrg_r1.labels.chexbert import MAX_TOKENS, CheXbert
 from mrg_r1.labels.labeler import Labeler
-from mrg_r1.labels.loading import load_strictly, read_pickled, read_safetensors
+from mrg_r1.labels.loading import bert_config, load_strictly, read_pickled, read_safetensors, read_settings
 from mrg_r1.labels.tokenizer import SPECIAL_TOKENS, bert_tokenizer, read_tokenizer
 
 # What a checkpoint may hold beside BERT's encoder: its pooler and pre-training heads, which CheXbert lacks, and an old
@@ -82,8 +81,12 @@ def read_start(start: Path, tokenizer: str | None = None) -> tuple[CheXbert, Tok
     if not start.is_dir() or stored.get("architectures") == ["CheXbert"]:
         labeler = Labeler.load(start, tokenizer=tokenizer)
         return labeler.model, labeler.tokenizer
-    weights = {_plain(name): tensor for name, tensor in _read_weights(start).items()}
-    model = CheXbert(BertConfig.from_dict(stored))
+    weights: dict[str, Tensor] = {}
+    for name, tensor in _read_weights(start).items():
+        if _plain(name) in weights:
+            raise ValueError(f"{start}: {_plain(name)} stands twice, also as {name}; save the model again")
+        weights[_plain(name)] = tensor
+    model = CheXbert(bert_config(stored, start / "config.json"))
     state = {f"bert.{name}": tensor for name, tensor in weights.items() if not name.startswith(_DROPPED)}
     load_strictly(
         model,
@@ -98,7 +101,7 @@ def _read_bert_config(path: Path) -> dict[str, object]:
         raise FileNotFoundError(
             f"{path}: no such file; a BERT directory has config.json, model.safetensors and tokenizer files"
         )
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_settings(path)
     if stored.get("model_type") != "bert":
         raise ValueError(
             f"{path}: model_type is {stored.get('model_type')!r}, not 'bert'; a labeler starts from a BERT only"

@@ -63,10 +63,16 @@ def _first_part(text: str, length: int) -> str:
 def read_tokenizer(source: str) -> Tokenizer:
     """A tokenizer from a directory (tokenizer.json, or vocab.txt read as BERT's uncased one) or from the hub."""
     folder = Path(source)
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if (folder / "vocab.txt").is_file():
-        return bert_tokenizer(models.WordPiece.from_file(str(folder / "vocab.txt"), unk_token="[UNK]"))
+    for name in ("tokenizer.json", "vocab.txt"):
+        file = str(folder / name)
+        if not Path(file).is_file():
+            continue
+        try:
+            if name == "tokenizer.json":
+                return Tokenizer.from_file(file)
+            return bert_tokenizer(models.WordPiece.from_file(file, unk_token="[UNK]"))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(f"{file}: no tokenizer ({error}); copy the model's again") from error
     if folder.exists():
         raise FileNotFoundError(
             f"{folder}: neither tokenizer.json nor vocab.txt in it; give the directory of the model's tokenizer"

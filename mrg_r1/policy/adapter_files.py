@@ -9,21 +9,25 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mrg_r1.files import sha256_of
 from mrg_r1.policy.checkpoint_files import StoredTensor
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of an adapter's matrices
 _MERGEABLE = ("F32", "BF16", "F16")  # anything else is a quantised weight
 # Settings of PEFT under which an adapter is more, or other, than W + scale * B A. Empty or false everywhere else.
 _OTHER_THAN_LORA = (
@@ -33,6 +37,7 @@ _OTHER_THAN_LORA = (
     "kasa_config",
     "layer_replication",
     "lora_bias",
+    "megatron_config",
     "modules_to_save",
     "monteclora_config",
     "target_parameters",
@@ -92,14 +97,14 @@ def read_adapter(directory: Path, *, tied: bool) -> Adapter:
                 f"{directory}: no {name} there; give an adapter folder as a run leaves it (a pickle is not loaded)"
             )
     try:
-        config: dict[str, Any] = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
+        config: Any = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{directory / _CONFIG}: not JSON ({error})") from error
+        raise ValueError(f"{directory / _CONFIG}: not JSON ({error}); fetch the adapter again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{directory / _CONFIG}: {json.dumps(config)[:40]} is no object of settings; fetch it again")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{directory / _CONFIG}: peft_type is {config.get('peft_type')!r}; only LORA is merged")
-    absent = [name for name in ("r", "lora_alpha") if name not in config]
-    if absent:
-        raise ValueError(f"{directory / _CONFIG}: no {' and no '.join(absent)} in it; PEFT writes both")
+    _check_numbers(config, directory / _CONFIG)
     unknown = [name for name in _OTHER_THAN_LORA if config.get(name)]
     unknown += ["bias"] if config.get("bias", "none") != "none" else []
     unknown += ["init_lora_weights"] if config.get("init_lora_weights", True) not in _PLAIN_STARTS else []
@@ -126,6 +131,33 @@ def read_adapter(directory: Path, *, tied: bool) -> Adapter:
     return Adapter(directory, config, modules)
 
 
+def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
+    """Ranks and alphas, which the scale of every product comes from.
+
+    Raises:
+        ValueError: one is absent or no number above 0; names it.
+    """
+    absent = [name for name in ("r", "lora_alpha") if name not in config]
+    if absent:
+        raise ValueError(f"{file}: no {' and no '.join(absent)} in it; PEFT writes both")
+    stated = {"r": config["r"], "lora_alpha": config["lora_alpha"]}
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name) or {}
+        if not isinstance(pattern, dict):
+            raise ValueError(f"{file}: {name} is {pattern!r}; PEFT writes an object of modules and numbers")
+        stated |= {f"{name}.{module}": value for module, value in pattern.items()}
+        for module in pattern:
+            try:
+                re.compile(module)
+            except re.error as error:
+                raise ValueError(f"{file}: {name} names {module!r}, which is no pattern ({error})") from error
+    for name, value in stated.items():
+        whole = name in ("r", "rank_pattern") or name.startswith("rank_pattern.")
+        number = isinstance(value, int) if whole else isinstance(value, (int, float))
+        if not number or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ValueError(f"{file}: {name} is {value!r}; PEFT writes a {'whole ' if whole else ''}number above 0")
+
+
 def _pair(tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) -> Iterator[tuple[str, Low]]:
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -136,6 +168,14 @@ def _pair(tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) 
     for module, pair in halves.items():
         if len(pair) < 2:
             raise ValueError(f"{file}: {module} has only lora_{'A' if 'A' in pair else 'B'}; its other half is missing")
+        for half in "AB":
+            if pair[half].dtype not in _DTYPES:
+                raise ValueError(
+                    f"{file}: lora_{half} of {module} is stored as {pair[half].dtype}; LoRA is read from "
+                    f"{', '.join(map(str, _DTYPES))} only"
+                )
+            if not pair[half].isfinite().all():
+                raise ValueError(f"{file}: lora_{half} of {module} is not finite; the adapter is damaged")
         rank = pair["A"].shape[0]
         if pair["B"].shape[1] != rank:
             raise ValueError(
@@ -154,9 +194,17 @@ def _alpha(module: str, config: Mapping[str, Any]) -> float:
     )
 
 
-def require_fit(adapter: Adapter, stored: Mapping[str, StoredTensor], policy: Path) -> None:
+def require_fit(adapter: Adapter, stored: Mapping[str, StoredTensor], policy: Path, model: nn.Module) -> None:
     """Every matrix of the adapter has a weight of its shape in the checkpoint, under the name by which the trainer's
-    PEFT finds it.
+    PEFT finds it, and its configuration puts LoRA on just these modules.
+
+    Args:
+        stored: of the checkpoint, by its names in the module tree.
+        model: of the checkpoint, without weights; PEFT's layers are left on it.
+
+    Raises:
+        ValueError: a matrix without a weight, or not of its shape, or as `require_placed`; names the file and the
+            module.
     """
     for module, low in adapter.modules.items():
         weight = stored.get(f"{module}.weight")
@@ -176,3 +224,56 @@ def require_fit(adapter: Adapter, stored: Mapping[str, StoredTensor], policy: Pa
                 f"{weight.file}: {weight.name} is stored as {weight.dtype}; LoRA is added to "
                 f"{', '.join(_MERGEABLE)} only"
             )
+    with naming_config(adapter):
+        inject_adapter_in_model(LoraConfig.from_pretrained(adapter.directory), model, low_cpu_mem_usage=True)
+    require_placed(adapter, model)
+
+
+@contextmanager
+def naming_config(adapter: Adapter) -> Iterator[None]:
+    """What PEFT refuses inside, it refuses of the adapter's configuration, without saying which file that is."""
+    try:
+        yield
+    except (ValueError, TypeError, re.error) as error:
+        raise ValueError(f"{adapter.directory / _CONFIG}: PEFT cannot put it on this policy: {error}") from error
+
+
+def require_placed(adapter: Adapter, model: nn.Module) -> None:
+    """The LoRA that PEFT has put on a model by the adapter's configuration is that of its matrices: the same modules,
+    ranks and scales.
+
+    Raises:
+        ValueError: they differ; names file, module and both values.
+    """
+    placed = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    bare = sorted(set(placed) - set(adapter.modules))
+    if bare:
+        raise ValueError(
+            f"{adapter.directory / _WEIGHTS}: LoRA of {bare[0]}{_more(bare)} is missing, on which {_CONFIG} "
+            "puts one (target_modules); the two files are of different adapters"
+        )
+    strange = sorted(set(adapter.modules) - set(placed))
+    if strange:
+        raise ValueError(
+            f"{adapter.directory / _WEIGHTS}: LoRA of {strange[0]}{_more(strange)}, on which {_CONFIG} puts none "
+            "(target_modules, layers_to_transform, exclude_modules); the two files are of different adapters"
+        )
+    for name, low in adapter.modules.items():
+        layer = placed[name]
+        wanted, found = [layer.out_features, layer.in_features], [low.b.shape[0], low.a.shape[1]]
+        if wanted != found:
+            raise ValueError(
+                f"{adapter.directory / _WEIGHTS}: LoRA of {name} is for a weight {found}, this policy's is {wanted}; "
+                "was the adapter trained on another one?"
+            )
+        (rank,), (scale,) = layer.r.values(), layer.scaling.values()
+        if rank != low.a.shape[0]:
+            raise ValueError(
+                f"{adapter.directory / _CONFIG}: r, or rank_pattern, gives {name} rank {rank}, in {_WEIGHTS} it has "
+                f"{low.a.shape[0]}; the two files are of different adapters"
+            )
+        assert math.isclose(scale, low.scale, rel_tol=1e-9), f"{name}: PEFT scales by {scale}, {low.scale} was read"
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from mrg_r1.console import progress
 
 SHARD_BYTES = 5 * 10**9  # a single file larger than this is written in parts; a checkpoint in parts keeps its own
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PART = re.compile(r"model-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _COPY_BYTES = 64 * 1024**2
 # What stands beside the weights: configs, tokenizer, processor, chat templates, licences. Python files and pickles stay
 # behind, and so does the README, which describes other weights.
@@ -53,26 +55,26 @@ Placed = tuple[str, StoredTensor]  # the file that a tensor is written to
 
 
 def read_layout(directory: Path) -> dict[str, list[StoredTensor]]:
-    """The tensors of each weight file, in the order in which they lie there: model.safetensors, or the files that the
-    index names.
+    """The tensors of each weight file, in the order in which they lie there: model.safetensors, the files that the
+    index names, or without an index the parts that number themselves (model-00001-of-00004.safetensors).
 
     Raises:
-        ValueError: no safetensors weights (a pickle is not loaded), a file that the index names is missing, damaged or
-            short of a tensor.
+        ValueError: no safetensors weights (a pickle is not loaded); a whole file and an index of others; a part that is
+            missing, damaged or short of a tensor.
     """
-    if (directory / _WEIGHTS).is_file():
-        return {_WEIGHTS: _read_header(directory / _WEIGHTS)}
     index = directory / _INDEX
-    if not index.is_file():
-        raise ValueError(
-            f"{directory}: neither {_WEIGHTS} nor {_INDEX} there; weights in another format (*.bin is a pickle) "
-            "are not loaded"
-        )
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{index}: no index of weights ({error}); fetch the checkpoint again") from error
-    layout = {name: _read_header(directory / name) for name in sorted(set(weight_map.values()))}
+    weight_map = _read_index(index) if index.is_file() else {}
+    names = sorted(set(weight_map.values()))
+    if (directory / _WEIGHTS).is_file():
+        if names not in ([], [_WEIGHTS]):
+            raise ValueError(
+                f"{directory}: {_WEIGHTS} is there, and {_INDEX}, which names {names[0]}: two sets of weights; remove "
+                "the one that is not meant"
+            )
+        names = [_WEIGHTS]
+    elif not index.is_file():
+        names = _numbered_parts(directory)
+    layout = {name: _read_header(directory / name) for name in names}
     held = {(tensor.name, name) for name, tensors in layout.items() for tensor in tensors}
     lost = sorted(set(weight_map.items()) - held)
     if lost:
@@ -82,6 +84,39 @@ def read_layout(directory: Path) -> dict[str, list[StoredTensor]]:
     return layout
 
 
+def _read_index(file: Path) -> dict[str, str]:
+    """Tensor name -> file name."""
+    try:
+        index: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}); fetch the checkpoint again") from error
+    weight_map: Any = index.get("weight_map") if isinstance(index, dict) else None
+    names = weight_map.values() if isinstance(weight_map, dict) and weight_map else [None]
+    if not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise ValueError(
+            f"{file}: weight_map is {json.dumps(weight_map)[:60]}, no map of tensors to files of this folder; fetch "
+            "the checkpoint again"
+        )
+    return dict(weight_map)
+
+
+def _numbered_parts(directory: Path) -> list[str]:
+    """The parts of a checkpoint whose index was left behind."""
+    found = {path.name: match for path in directory.iterdir() if (match := _PART.fullmatch(path.name))}
+    if not found:
+        raise ValueError(
+            f"{directory}: neither {_WEIGHTS} nor {_INDEX} there; weights in another format (*.bin is a pickle) "
+            "are not loaded"
+        )
+    count = next(iter(found.values()))["count"]
+    wanted = {f"model-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)}
+    if set(found) != wanted:
+        odd = min(wanted ^ set(found))
+        what = "is missing" if odd in wanted else f"is not one of {int(count)} parts"
+        raise ValueError(f"{directory}: no {_INDEX}, and {odd} {what}; fetch the checkpoint again")
+    return sorted(found)
+
+
 def _read_header(path: Path) -> list[StoredTensor]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file, the checkpoint is incomplete; fetch it again")
@@ -89,6 +124,10 @@ def _read_header(path: Path) -> list[StoredTensor]:
         with safe_open(path, framework="pt"):
             pass  # sizes and offsets are checked here, also against the file's length
     except SafetensorError as error:
+        with open(path, "rb") as file:
+            pointer = file.read(40).startswith(b"version https://git-lfs")
+        if pointer:
+            raise ValueError(f"{path}: only Git LFS's pointer to the file; git lfs pull fetches it") from error
         raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -119,12 +158,14 @@ def write_checkpoint(
     output: Path,
     *,
     change: Callable[[StoredTensor], Tensor | None],
+    rename: Callable[[str], str],
 ) -> None:
     """Write the checkpoint of `source` into the empty folder `output`.
 
     Args:
         layout: `read_layout(source)`.
         change: the tensor to write in place of a stored one, of its dtype and shape, or None: its bytes are copied.
+        rename: the name to write a tensor under, given its stored one.
     """
     for path in files_beside(source):
         (output / path).parent.mkdir(exist_ok=True)
@@ -133,7 +174,7 @@ def write_checkpoint(
     placed = [(name, tensor) for name, tensors in plan.items() for tensor in tensors]
     for name, group in groupby(progress(placed, "writing the weights"), key=itemgetter(0)):
         with open(output / name, "wb") as file:
-            file.write(_header(plan[name]))
+            file.write(_header(plan[name], rename))
             for _, tensor in group:
                 changed = change(tensor)
                 if changed is None:
@@ -145,7 +186,7 @@ def write_checkpoint(
     if len(plan) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.size for _, tensor in placed)},
-            "weight_map": {tensor.name: name for name, tensor in sorted(placed, key=lambda item: item[1].name)},
+            "weight_map": dict(sorted((rename(tensor.name), name) for name, tensor in placed)),
         }
         (output / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -164,14 +205,14 @@ def _in_parts(layout: Mapping[str, Sequence[StoredTensor]]) -> Mapping[str, Sequ
     return {f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, start=1)}
 
 
-def _header(tensors: Sequence[StoredTensor]) -> bytes:
+def _header(tensors: Sequence[StoredTensor], rename: Callable[[str], str]) -> bytes:
     """What a safetensors file begins with: the header's length, then the header, padded so that the data starts at a
     multiple of 8.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for tensor in tensors:
-        entries[tensor.name] = {
+        entries[rename(tensor.name)] = {
             "dtype": tensor.dtype,
             "shape": tensor.shape,
             "data_offsets": [begin, begin + tensor.size],

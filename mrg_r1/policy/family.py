@@ -9,14 +9,15 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from mrg_r1.policy.layers import DecoderLayer, Norm
 from mrg_r1.policy.shape import PolicyShape
@@ -59,13 +60,14 @@ class Family:
     """
 
     # The checkpoint directory.
-    load_model: Callable[[Path, torch.dtype], nn.Module]
-    # Parameters on the meta device, buffers computed on the given one: what partitioned loading fills, part by part.
+    # Parameters on the meta device, buffers computed on the given one: what loading fills, part by part.
     empty_model: Callable[[Path, torch.dtype, torch.device], nn.Module]
     # Modules that together hold every parameter; one is whole in memory at a time while loading.
     parts: Callable[[Any], list[nn.Module]]
     # The name in the module tree of a tensor as files store it: published ones may keep the names of an older tree.
     module_name: Callable[[str], str]
+    # How names of tensors begin in the family's published checkpoints, which other programs load; more are read here.
+    published: tuple[str, ...]
     # By `policy.lora.targets`, a pattern for PEFT: linear layers by full name. `language`, the decoder's, is there
     # always; `language+merger` and `all`, which has the tower's too, where the family's tower reads LoRA.
     lora_targets: Mapping[str, str]
@@ -146,11 +148,35 @@ def read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     if not file.is_file():
         raise ValueError(f"{directory}: no config.json there; give the directory of a checkpoint")
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not JSON ({error}); fetch the checkpoint again") from error
+    with reading(file):
+        config: Any = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: {json.dumps(config)[:40]} is no object of settings; fetch the checkpoint again")
     return config
+
+
+def load_config(directory: Path) -> Any:
+    """The config.json of a checkpoint directory as transformers reads it.
+
+    Raises:
+        ValueError: a value of the wrong kind, named.
+    """
+    with reading(directory / "config.json"):
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+
+
+@contextmanager
+def reading(file: Path | str) -> Iterator[None]:
+    """What transformers raises inside, of whatever kind, is a fault of this file, or of this folder's.
+
+    Raises:
+        ValueError: names it.
+    """
+    try:
+        yield
+    except Exception as error:  # tokenizers raises Exception itself, others whatever an odd value leads to
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{file}: cannot be read ({what}); mend it, or fetch the checkpoint again") from error
 
 
 def family_of(directory: Path) -> Family:
@@ -159,8 +185,9 @@ def family_of(directory: Path) -> Family:
     Raises:
         ValueError: no config.json, or a model type without a family; names the directory.
     """
+    config = read_config(directory)
     try:
-        return find_family(read_config(directory).get("model_type"))
+        return find_family(config.get("model_type"))
     except ValueError as error:
         raise ValueError(f"{directory}: config.json says {error}") from error
 
@@ -174,5 +201,5 @@ def shape_of(directory: Path) -> PolicyShape:
     family = family_of(directory)
     try:
         return family.shape(read_config(directory))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"policy.path {directory}: {error}") from error

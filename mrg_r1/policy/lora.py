@@ -15,7 +15,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from mrg_r1.files import folder_filled
-from mrg_r1.policy.adapter_files import read_adapter
+from mrg_r1.policy.adapter_files import naming_config, read_adapter, require_placed
+from mrg_r1.policy.completeness import is_tied
 from mrg_r1.policy.family import lora_pattern
 from mrg_r1.policy.weights import PolicyWeights
 
@@ -70,9 +71,11 @@ def load_adapter(policy: PolicyWeights, adapter: Path) -> None:
         ValueError: the file's parameters are not those of its LoRA on this policy, or it is more than LoRA on linear
             layers, or on a weight that head and embedding share.
     """
-    read_adapter(adapter, tied=policy.base.lm_head.weight is policy.language_model.embed_tokens.weight)
-    with torch.random.fork_rng(devices=[]):  # first weights that are about to be replaced
+    read = read_adapter(adapter, tied=is_tied(policy.base))
+    # its first weights are about to be replaced
+    with naming_config(read), torch.random.fork_rng(devices=[]):
         policy.model = get_peft_model(policy.model, LoraConfig.from_pretrained(adapter), autocast_adapter_dtype=False)
+    require_placed(read, policy.base)
     restore_adapter(policy, adapter)
     policy.model.requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""A policy of whose weights each rank holds a part: loading it, and running its decoder a layer at a time.
+"""A policy of whose weights each rank holds a part: running its decoder a layer at a time.
 
 Who cuts the weights and brings them together is the engine's business; here stands what a policy asks of it
 (`Partition`), and where in a pass it asks. All passes of the ranks must be alike: bringing weights together is
@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from mrg_r1.policy.completeness import stored_tensors
 from mrg_r1.policy.family import Family, Gathered
 from mrg_r1.policy.language import LanguageModel
 from mrg_r1.policy.layers import DecoderLayer
@@ -86,32 +84,3 @@ class PartitionedLanguageModel(LanguageModel):
 
     def _run(self, recompute: bool, layer: Any, *arguments: Any) -> Any:
         return super()._run(True, layer, *arguments)
-
-
-def load_parts(path: Path, family: Family, *, dtype: torch.dtype, partition: Partition) -> nn.Module:
-    """A checkpoint directory as a module of which this rank holds a part: read tensor by tensor, cut module by module.
-
-    No more than one module (a decoder layer, the embeddings) is whole in memory at any time. Every rank calls this.
-
-    Raises:
-        ValueError: the checkpoint's tensors are not those of its model.
-    """
-    model = family.empty_model(path, dtype, partition.device)
-    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    assert not left, f"buffers without values: {left}"
-    # a tied parameter once, by its first name
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    stored = stored_tensors(path)
-    read: dict[nn.Parameter, nn.Parameter] = {}
-    for part in family.parts(model):
-        for module in part.modules():
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                if parameter not in read:
-                    tensor = stored[names[parameter]].read().to(device=partition.device, dtype=dtype)
-                    read[parameter] = nn.Parameter(tensor, requires_grad=False)
-                setattr(module, key, read[parameter])
-        partition.place(part)
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise ValueError(f"{path}: parameters that belong to no part of the family's: {missing[:3]}")
-    return model.eval()

@@ -6,12 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from mrg_r1.policy.endings import end_of_turn, eos_ids
 from mrg_r1.policy.family import find_family
 from mrg_r1.policy.language import LanguageModel
 from mrg_r1.policy.partition import Partition, PartitionedLanguageModel
@@ -27,7 +27,7 @@ class PolicyWeights(nn.Module):
         partition: who holds the weights in parts; None: every weight is whole on every rank.
 
     Raises:
-        ValueError: the module's model type has no family, or no EOS is known.
+        ValueError: the module's model type has no family, no EOS is known, or the tokenizer is another model's.
     """
 
     def __init__(
@@ -48,12 +48,15 @@ class PolicyWeights(nn.Module):
         self.family = find_family(config.model_type)
         self.layout = self.family.prompt_layout(config, tokenizer)
         self.image_token_id = self.layout.image_token_id
-        self.eos_ids = eos_ids(self.base, tokenizer)
+        rows = self.base.lm_head.out_features
+        if len(tokenizer) > rows:
+            raise ValueError(too_many_tokens(len(tokenizer), rows))
+        self.eos_ids = eos_ids(self.base.generation_config, config, tokenizer, rows=rows)
         # what a completion that is to be learned ends with
         turn = end_of_turn(tokenizer)
         self.end_id: int = next(one for one in (turn, tokenizer.eos_token_id, self.eos_ids[0]) if one is not None)
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
-        banned = torch.zeros(self.base.lm_head.out_features, dtype=torch.bool)
+        banned = torch.zeros(rows, dtype=torch.bool)
         banned[sorted(self.family.banned_ids(config, tokenizer))] = True
         banned[len(tokenizer) :] = True  # rows of the head that no token owns (checkpoints pad the vocabulary)
         # what decoding leaves out of the text, so that no reward could see it; an EOS is how a report ends
@@ -137,36 +140,9 @@ class PolicyWeights(nn.Module):
         self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def eos_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a completion: a checkpoint may name several, one of which is also the pad id, and may leave
-    out the one that its own chat template ends a turn with (docs/traps.md #8).
-
-    Raises:
-        ValueError: neither the generation config, the tokenizer nor the config names one.
-    """
-    found: set[int] = set()
-    for source in (model.generation_config.eos_token_id, tokenizer.eos_token_id, model.config.text_config.eos_token_id):
-        if source is not None:
-            found.update([source] if isinstance(source, int) else source)
-    if not found:
-        raise ValueError(
-            "the checkpoint names no eos_token_id (generation_config.json, tokenizer_config.json or config.json)"
-        )
-    turn = end_of_turn(tokenizer)
-    return sorted(found if turn is None else {*found, turn})
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The added token that the chat template writes right after what an assistant said; None where it writes none, or
-    takes no assistant's turn.
-    """
-    said = "All clear"
-    turns = [("user", "What?"), ("assistant", said)]
-    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except TemplateError:
-        return None
-    before, _, after = text.rpartition(said)
-    ids = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"] if before else []
-    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
+def too_many_tokens(tokens: int, rows: int) -> str:
+    """What is wrong where a tokenizer has more tokens than the head has rows."""
+    return (
+        f"the tokenizer has {tokens} tokens and the model's head {rows} rows: it is another model's, or tokens were "
+        "added without resizing the model; fetch the checkpoint's own tokenizer"
+    )

@@ -12,8 +12,11 @@ from mrg_r1.cores import Cores
 from mrg_r1.engine.ranks import Node, Ranks
 
 
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["before the recipe", "after it", "at the end"])
 @pytest.mark.parametrize("arguments", [["--local-rank=0"], ["--local_rank=1"], ["--local-rank", "3"], []])
-def test_both_spellings_of_the_local_rank_are_taken(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+def test_both_spellings_of_the_local_rank_are_taken_anywhere(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], place: int
+) -> None:
     class ReadError(Exception):
         pass
 
@@ -21,9 +24,10 @@ def test_both_spellings_of_the_local_rank_are_taken(monkeypatch: pytest.MonkeyPa
         assert str(path) == "recipe.yaml" and overrides == ["steps=3"]
         raise ReadError
 
+    given = ["recipe.yaml", "steps=3"]
     monkeypatch.setattr(launch, "load_recipe", read)
     monkeypatch.setattr(launch.LibraryLog, "take_over", lambda log: None)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "recipe.yaml", "steps=3"])
+    monkeypatch.setattr(sys, "argv", ["train.py", *given[:place], *arguments, *given[place:]])
     with pytest.raises(ReadError):
         launch.run_on_ranks(lambda recipe, ranks: None, "")
 

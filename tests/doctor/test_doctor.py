@@ -126,6 +126,22 @@ def another_shape(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
     return ["linear_heads.3.weight", "(9, "]
 
 
+def damaged(part: str, content: str) -> Callable[[Path, pytest.MonkeyPatch], list[object]]:
+    """A file of the labeler or the policy with other content."""
+
+    def damage(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
+        (folder / part).write_text(content)
+        return [Path(part).name]
+
+    return damage
+
+
+def odd_labeler_config(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
+    path = folder / "labeler/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": "2"}))
+    return ["labeler/config.json", "num_hidden_layers"]
+
+
 def no_labeler_tokenizer(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
     (folder / "labeler/tokenizer.json").unlink()
     return ["tokenizer.json", "vocab.txt"]
@@ -185,6 +201,9 @@ def names(*said: object) -> Callable[[Path, pytest.MonkeyPatch], list[object]]:
         ("labeler", other_tensors, []),
         ("labeler", another_shape, []),
         ("labeler", no_labeler_tokenizer, []),
+        ("labeler", damaged("labeler/tokenizer.json", '{"a": 1}'), []),
+        ("labeler", damaged("labeler/config.json", "[]"), []),
+        ("labeler", odd_labeler_config, []),
         ("labeler's device", names("reward.device=cpu"), ["reward.device=cuda:7"]),
         ("images", truncated_image, []),
         ("data", names("data.test_split 'tset'", "['test', 'train', 'val']"), ["data.test_split=tset"]),
@@ -192,6 +211,7 @@ def names(*said: object) -> Callable[[Path, pytest.MonkeyPatch], list[object]]:
         ("policy", missing_shard, []),
         ("policy", missing_layer, []),
         ("tokenizer", no_policy_tokenizer, []),
+        ("tokenizer", damaged("policy/tokenizer.json", '{"a": 1}'), []),
         ("recipe", names("3 ranks", "3 or 6"), ["--world-size", "3"]),
         ("disk", full_disk, []),
         ("memory of the host", little_memory, []),

@@ -33,6 +33,9 @@ def test_shipped_configurations_can_be_run(path):
         ({"stage": 4}, {}, "stage is 4; stages 1, 2 and 3"),
         ({"stage": 2}, {"optimizer": {}}, "optimizer and scheduler come from the recipe"),
         ({"stage": 3, "zero_hpz_partition_size": 8}, {}, "zero_hpz_partition_size is not supported"),
+        ({"stage": 3, "zero_hpz_partition_size": True}, {}, "zero_hpz_partition_size is not supported"),
+        ({"stage": 3, "zero_quantized_weights": "false"}, {}, "zero_quantized_weights is not supported"),
+        ({"stage": 3, "mics_shard_size": 2}, {}, "mics_shard_size is not supported"),
         ({"stage": 3, "offload_param": {"device": "nvme"}}, {}, "offload_param.device is 'nvme'; cpu is supported"),
         ({"stage": 2, "offload_param": {"device": "cpu"}}, {}, "offload_param with stage 2"),
         ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}, "zero_force_ds_cpu_optimizer: false"),
@@ -41,6 +44,11 @@ def test_shipped_configurations_can_be_run(path):
 def test_what_cannot_be_run_is_refused(tmp_path, zero, more, message):
     with pytest.raises(ValueError, match=message):
         read_config(write(tmp_path, zero, **more))
+
+
+def test_what_is_not_supported_may_be_written_as_off(tmp_path):
+    off = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "mics_shard_size": -1, "zenflow": None}
+    assert read_config(write(tmp_path, {"stage": 3, **off}))["zero_optimization"] == {"stage": 3, **off}
 
 
 @pytest.mark.parametrize(("written", "taken"), [(50_000_000, 648), (100, 100), ("auto", None), (None, None)])

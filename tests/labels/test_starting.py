@@ -88,6 +88,10 @@ def test_weights_in_half_precision_are_trained_in_float32(tmp_path: Path, bert: 
             lambda state: {**state, "embeddings.LayerNorm.bias": torch.ones(3)},
             r"LayerNorm\.bias has shape \(3,\), expected \(64,\)",
         ),
+        (
+            lambda state: {**state, "embeddings.LayerNorm.gamma": state["embeddings.LayerNorm.weight"] + 1},
+            r"embeddings\.LayerNorm\.weight stands twice",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(

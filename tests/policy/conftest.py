@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +14,7 @@ def untied(tiny_policy_directory, tmp_path_factory):
     """The tiny policy with a head of its own."""
     folder = tmp_path_factory.mktemp("untied") / "policy"
     shutil.copytree(tiny_policy_directory, folder)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() * 1.5)
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     model.save_pretrained(folder)

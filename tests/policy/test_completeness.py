@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.doctor import checks
 from mrg_r1.policy.export.export import export
+from mrg_r1.policy.family import family_of
 from mrg_r1.policy.load import load_policy
+from tests.conftest import each_family
 from tests.policy.test_foreign_adapters import lora, written
 from tests.policy.test_partition import Drawer
 
@@ -46,6 +50,16 @@ REFUSED = {
         "tied",
         lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] * 2},
         r"lm_head\.weight differs",
+    ),
+    "a quantised weight": (
+        "tied",
+        lambda t: t | {"model.norm.weight": t["model.norm.weight"].to(torch.int8)},
+        r"norm\.weight is stored as I8, a quantised weight",
+    ),
+    "one tensor by two names": (
+        "tied",
+        lambda t: t | {"model.language_model.norm.weight": t["model.norm.weight"] + 1},
+        r"norm\.weight of model\.safetensors are the same",
     ),
 }
 FINE = {
@@ -91,3 +105,147 @@ def test_what_old_files_carry_besides_is_fine(tiny_policy_directory, tmp_path, c
     checkpoint = changed(tiny_policy_directory, tmp_path / "policy", change)
     policy = load_policy(checkpoint, dtype=torch.float32, partition=partition)
     assert policy.base.lm_head.weight is policy.language_model.embed_tokens.weight
+
+
+# What tensors are called, given their names in transformers 5's module tree.
+LAYOUTS = {
+    "the tree": {},
+    "before 4.52": {"model.language_model.": "model.", "model.visual.": "visual."},
+    "language anew": {"model.visual.": "visual."},
+    "vision anew": {"model.language_model.": "model."},
+    "LLaVA's": {
+        "model.language_model.": "language_model.model.",
+        "model.visual.": "visual.",
+        "lm_head.": "language_model.lm_head.",
+    },
+    "the base model's": {"model.language_model.": "language_model.", "model.visual.": "visual."},
+}
+
+
+def renamed(tensors, layout):
+    def name(tensor):
+        prefix = next((prefix for prefix in layout if tensor.startswith(prefix)), "")
+        return layout.get(prefix, "") + tensor.removeprefix(prefix)
+
+    return {name(tensor): value for tensor, value in tensors.items()}
+
+
+def head_of_its_own(source, folder):
+    """The checkpoint with a head that is not the embedding, and its tensors by the names in the module tree."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    stored = load_file(folder / "model.safetensors")
+    tensors = {family_of(folder).module_name(name): tensor for name, tensor in stored.items()}
+    generator = torch.Generator().manual_seed(5)
+    embedding = tensors["model.language_model.embed_tokens.weight"]
+    return tensors | {"lm_head.weight": torch.randn(embedding.shape, generator=generator)}
+
+
+def in_parts(folder, tensors, *, index, kept=(1, 2, 3)):
+    """The weights in three files, with the index that names them or without; some left out."""
+    names, weight_map = list(tensors), {}
+    (folder / "model.safetensors").unlink()
+    for number in (1, 2, 3):
+        file = f"model-{number:05d}-of-00003.safetensors"
+        part = names[number - 1 :: 3]
+        weight_map |= dict.fromkeys(part, file)
+        if number in kept:
+            save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+    if index:  # some writers leave `metadata` out
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@each_family
+@pytest.mark.parametrize("files", ["one", "parts", "parts without an index"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_every_tensor_is_the_files_own_in_every_layout(tiny_policy_directory, tmp_path, layout, files):
+    """transformers places the old names of Qwen2.5-VL and not those of Qwen3-VL, whose model it then fills itself."""
+    folder = tmp_path / "policy"
+    tensors = head_of_its_own(tiny_policy_directory, folder)
+    save_file(renamed(tensors, layout), folder / "model.safetensors", metadata={"format": "pt"})
+    if files != "one":
+        in_parts(folder, renamed(tensors, layout), index=files == "parts")
+    for partition in (None, Drawer()):
+        found = load_policy(folder, dtype=torch.float32, partition=partition)
+        if partition is None:
+            state = found.base.state_dict()
+            assert state.keys() == tensors.keys() and all(torch.equal(state[name], tensors[name]) for name in tensors)
+
+
+@each_family
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_plain_transformers_loads_the_export_of_every_layout(tiny_policy_directory, tmp_path, layout):
+    folder = tmp_path / "policy"
+    tensors = head_of_its_own(tiny_policy_directory, folder)
+    save_file(renamed(tensors, layout), folder / "model.safetensors", metadata={"format": "pt"})
+    written(folder, tmp_path / "run/adapter", lora(), source=tiny_policy_directory)
+    export(
+        tmp_path / "run",
+        policy=folder,
+        cold_start=None,
+        merged=tmp_path / "merged",
+        adapter=None,
+        card=lambda record: "",
+    )
+    state = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").state_dict()
+    same = [name for name in tensors if torch.equal(state[name], tensors[name])]
+    changed = [name for name in tensors if name not in same]
+    assert state.keys() == tensors.keys() and all("language_model.layers" in name for name in changed)
+    assert all(name in same or (state[name] - tensors[name]).abs().max() < 1 for name in tensors)
+
+
+def stale_whole_file(folder, tensors):
+    in_parts(folder, tensors, index=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def twice_in_parts(folder, tensors):
+    in_parts(folder, tensors, index=True)
+    part = folder / "model-00002-of-00003.safetensors"
+    save_file(load_file(part) | {"lm_head.weight": tensors["lm_head.weight"] + 1}, part, metadata={"format": "pt"})
+
+
+def odd_index(content):
+    def write(folder, tensors):
+        in_parts(folder, tensors, index=False)
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return write
+
+
+PARTS = {
+    "a part is missing": (lambda f, t: in_parts(f, t, index=True, kept=(1, 3)), "model-00002-of-00003.*no such file"),
+    "a part is missing, no index": (
+        lambda f, t: in_parts(f, t, index=False, kept=(1, 3)),
+        "no model.safetensors.index.json, and model-00002-of-00003.safetensors is missing",
+    ),
+    "a whole file besides": (stale_whole_file, "names model-00001-of-00003.safetensors: two sets of weights"),
+    "a tensor in two parts": (twice_in_parts, "lm_head.weight of model-0000.* are the same tensor"),
+    "no map": (odd_index("[]"), "index.json: weight_map is null"),
+    "an empty map": (odd_index('{"weight_map": {}}'), "index.json: weight_map is {}"),
+    "no names": (odd_index('{"weight_map": {"lm_head.weight": 3}}'), "index.json: weight_map is"),
+    "another folder": (odd_index('{"weight_map": {"a": "../b.safetensors"}}'), "index.json: weight_map is"),
+    "not JSON": (odd_index("{"), "index.json: not JSON"),
+    "only a pointer": (
+        lambda f, t: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "model.safetensors: only Git LFS's pointer",
+    ),
+    "an adapter besides": (
+        lambda f, t: (f / "adapter_config.json").write_text("{}"),
+        "adapter_config.json beside the weights",
+    ),
+}
+
+
+@pytest.mark.parametrize(("write", "message"), PARTS.values(), ids=PARTS.keys())
+def test_files_that_do_not_make_one_checkpoint_are_refused(tiny_policy_directory, tmp_path, world, write, message):
+    folder = tmp_path / "policy"
+    tensors = head_of_its_own(tiny_policy_directory, folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write(folder, tensors)
+    with pytest.raises(ValueError, match=message):
+        load_policy(folder, dtype=torch.float32)
+    recipe = load_recipe(world.recipe(tmp_path / "run"), [f"policy.path={folder}"])
+    with pytest.raises(RecipeError, match=f"policy.path .*{message}"):
+        checks._policy(recipe)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +14,9 @@ from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.loader import PromptError
 from mrg_r1.data.study import read_manifest, write_manifest
 from mrg_r1.engine.zero import Engine
+from mrg_r1.policy.load import load_policy
 from mrg_r1.training.sft import check_reports, target_ids, train
+from mrg_r1.types import Study
 from tests.conftest import OneRank
 
 
@@ -51,6 +55,27 @@ def test_a_target_ends_as_the_template_ends_a_turn(policy):
 def test_an_instruction_with_a_special_token_is_refused_by_field(policy, build):
     with pytest.raises(PromptError, match=r"prompt.instruction.*<\|im_end\|>"):
         build(policy, instruction="Write.<|im_end|>")
+
+
+def test_what_the_template_writes_is_refused_however_it_is_marked(tiny_policy_directory, tmp_path, build):
+    """Some tokenizers have their template's tokens among the added ones without calling them special."""
+    folder = tmp_path / "policy"
+    shutil.copytree(tiny_policy_directory, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for name in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+        config.pop(name, None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    policy = load_policy(folder, dtype=torch.float32)
+    for word in ("<|im_start|>", "<|im_end|>", "<|image_pad|>"):
+        with pytest.raises(RecipeError, match="s-1"):
+            check_reports(run_of(policy, f"The heart{word} is enlarged.", "plain"))
+        study = Study("s-2", "p", (), report="x", split="train", indication=f"Cough. {word}")
+        with pytest.raises(PromptError, match=r"s-2: its indication"):
+            build(policy, context=("indication",)).check_context(study)
 
 
 @pytest.mark.parametrize("loss", [float("inf"), float("nan"), 2.0])

@@ -28,8 +28,10 @@ from mrg_r1.policy.checkpoint_files import (
     read_layout,
     write_checkpoint,
 )
-from mrg_r1.policy.completeness import stored_tensors
-from mrg_r1.policy.family import family_of, shape_of
+from mrg_r1.policy.completeness import empty_model, is_tied, stored_tensors
+from mrg_r1.policy.endings import eos_ids, read_generation, write_generation
+from mrg_r1.policy.family import Family, family_of
+from mrg_r1.policy.load import load_tokenizer
 
 _WEIGHTS, _CONFIG, _RECORD = "adapter_model.safetensors", "adapter_config.json", "mrg_r1_export.json"
 _CARD = "README.md"  # ours: the source's own is not copied (checkpoint_files), it tells of other weights
@@ -67,15 +69,17 @@ def export(
     if len(outputs) == 2 and outputs[0].resolve() == outputs[1].resolve():
         raise ValueError(f"{outputs[0]}: the merged checkpoint and the adapter cannot be the same folder")
     _require_adapter(run)
-    tied, family = shape_of(policy).tied, family_of(policy)
+    family, model = family_of(policy), empty_model(policy)
+    tied = is_tied(model)
     adapters = [read_adapter(path, tied=tied) for path in (cold_start, run / "adapter") if path is not None]
-    layout, module_name, stored = read_layout(policy), family.module_name, stored_tensors(policy)
+    layout, module_name, stored = read_layout(policy), family.module_name, stored_tensors(policy, model)
     for one in adapters:
-        require_fit(one, stored, policy)
+        require_fit(one, stored, policy, empty_model(policy))
     _require_space(
         ([(merged, checkpoint_bytes(policy, layout))] if merged else [])
         + ([(adapter, _adapter_bytes(adapters))] if adapter else [])
     )
+    ends, pad = _endings(policy, model) if merged else ([], 0)
     record = _record(run, policy, cold_start, adapters, family.lora_targets)
     if adapter is not None:
         with _new_folder(adapter) as folder:
@@ -83,7 +87,8 @@ def export(
             _describe(folder, {"kind": "adapter", **record}, card)
     if merged is not None:
         with _new_folder(merged) as folder:
-            write_checkpoint(policy, layout, folder, change=_merging(adapters, module_name))
+            write_checkpoint(policy, layout, folder, change=_merging(adapters, module_name), rename=_published(family))
+            write_generation(policy, folder, ends, pad=pad)
             _describe(folder, {"kind": "merged", **record}, card)
 
 
@@ -116,6 +121,24 @@ def _merging(adapters: Sequence[Adapter], module_name: Callable[[str], str]) -> 
         return merged
 
     return change
+
+
+def _endings(policy: Path, model: Any) -> tuple[list[int], int]:
+    """The ids at which the run's reports ended, and the pad id."""
+    tokenizer, rows = load_tokenizer(policy), model.lm_head.out_features
+    ends = eos_ids(read_generation(policy), model.config, tokenizer, rows=rows)
+    return ends, ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _published(family: Family) -> Callable[[str], str]:
+    """Names that other programs load: as they are stored, or where they are read here alone as transformers has
+    them.
+    """
+
+    def rename(name: str) -> str:
+        return name if name.startswith(family.published) else family.module_name(name)
+
+    return rename
 
 
 def _write_adapter(folder: Path, adapters: Sequence[Adapter], policy: Path) -> None:

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from mrg_r1.policy.endings import read_generation
+from mrg_r1.policy.family import load_config, reading
 
 # A bare list of names would also hit the vision tower, whose layers share some of them.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -30,37 +33,42 @@ def lora_targets(*, merger: str, tower: str) -> dict[str, str]:
     }
 
 
-def load_model(kind: type[PreTrainedModel], path: Path, dtype: torch.dtype) -> nn.Module:
-    """A directory as a module of class `kind`."""
-    model: nn.Module = kind.from_pretrained(
-        path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True
-    )
-    return model
-
-
 def empty_model(kind: type[PreTrainedModel], path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The module without weights; its rotary frequencies, computed and never stored, on `device`."""
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    with torch.device("meta"):
-        model: Any = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
-    model.tie_weights()
-    for parent in (model.model.visual, model.model.language_model):
-        for name, child in list(parent.named_children()):
-            if any(buffer.is_meta for buffer in child.buffers()) and not list(child.parameters()):
-                fresh = type(child)(child.config) if hasattr(child, "config") else type(child)(2 * len(child.inv_freq))
-                setattr(parent, name, fresh.to(device))
-    if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    config = load_config(path)
+    with reading(path / "config.json"):  # numbers that contradict one another
+        with torch.device("meta"):
+            model: Any = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model.tie_weights()
+        for parent in (model.model.visual, model.model.language_model):
+            for name, child in list(parent.named_children()):
+                if any(buffer.is_meta for buffer in child.buffers()) and not list(child.parameters()):
+                    fresh = (
+                        type(child)(child.config) if hasattr(child, "config") else type(child)(2 * len(child.inv_freq))
+                    )
+                    setattr(parent, name, fresh.to(device))
+    model.generation_config = read_generation(path) or model.generation_config
     module: nn.Module = model
     return module
 
 
+# How files name the parts: transformers 5's tree; before 4.52; as LLaVA's and Gemma's do; the base model saved alone.
+_LAYOUTS = {
+    "model.visual.": "model.visual.",
+    "model.language_model.": "model.language_model.",
+    "visual.": "model.visual.",
+    "model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.language_model.",
+    "language_model.": "model.language_model.",
+}
+
+
 def module_name(key: str) -> str:
-    """The name of a stored tensor in the module tree: published checkpoints keep the names of an older tree."""
-    if key.startswith("visual."):
-        return f"model.{key}"
-    if key.startswith("model.") and not key.startswith(("model.visual.", "model.language_model.")):
-        return key.replace("model.", "model.language_model.", 1)
+    """The name of a stored tensor in the module tree: published checkpoints keep the names of other trees."""
+    for prefix, place in _LAYOUTS.items():
+        if key.startswith(prefix):
+            return place + key.removeprefix(prefix)
     return key
 
 
@@ -75,6 +83,7 @@ def banned_ids(config: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def image_processor(path: Path, min_pixels: int, max_pixels: int) -> Qwen2VLImageProcessorPil:
     """The PIL one, which needs no torchvision and gives the same pixels on every machine."""
-    return Qwen2VLImageProcessorPil.from_pretrained(
-        path, min_pixels=min_pixels, max_pixels=max_pixels, local_files_only=True
-    )
+    with reading(path / "preprocessor_config.json"):
+        return Qwen2VLImageProcessorPil.from_pretrained(
+            path, min_pixels=min_pixels, max_pixels=max_pixels, local_files_only=True
+        )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -39,11 +40,12 @@ class ImageTokens:
         """
         Raises:
             ValueError: the tokenizer's image token is not the config's (transformers makes an empty tokenizer where its
-                files are missing).
+                files are missing), or its chat template has no place for an image.
         """
         found = tokenizer.convert_tokens_to_ids(_PLACEHOLDER)
         if found != config.image_token_id:
             raise ValueError(f"the tokenizer's {_PLACEHOLDER} is {found}, config.json says {config.image_token_id}")
+        _require_place_of_image(tokenizer)
         return cls(_PLACEHOLDER, config.image_token_id, config.vision_config.spatial_merge_size)
 
     def image_inputs(self, processed: Mapping[str, Tensor]) -> ImageInputs:
@@ -100,6 +102,24 @@ class ImageTokens:
         if next(grids, None) is not None:
             raise ValueError(f"the batch has {len(images)} images, but fewer runs of image tokens")
         return positions, next_position
+
+
+def _require_place_of_image(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that leaves out a user's image or words: that of the text model below, say."""
+    words = "What is seen?"
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"the chat template cannot write a user's image and words ({error}); take the vision model's template"
+        ) from error
+    if text.count(_PLACEHOLDER) != 1 or words not in text:
+        raise ValueError(
+            f"the chat template writes {text.count(_PLACEHOLDER)} {_PLACEHOLDER} for a user's image, and "
+            f"{'its' if words in text else 'not its'} words: it is of another model; take the vision model's template "
+            "(chat_template.jinja, chat_template.json)"
+        )
 
 
 def places_of_patches(grid: Sequence[int], merge: int) -> Tensor:

@@ -349,6 +349,11 @@ def test_tensors_that_do_not_fit_are_named(run, tiny_policy_directory, tmp_path,
 
 def test_a_damaged_adapter_leaves_no_checkpoint(run, tiny_policy_directory, tmp_path):
     change_tensors(run / "adapter", lambda t: t | {f"{GATE}.lora_A.weight": torch.full((4, 64), torch.nan)})
+    with pytest.raises(ValueError, match=r"lora_A of .*layers.1.mlp.gate_proj is not finite"):
+        export_run(run, tiny_policy_directory, merged=tmp_path / "out/merged")
+    sizes = {"A": (4, 64), "B": (192, 4)}
+    large = {f"{GATE}.lora_{half}.weight": torch.full(size, 3e38) for half, size in sizes.items()}
+    change_tensors(run / "adapter", lambda t: t | large)
     with pytest.raises(ValueError, match="model.layers.1.mlp.gate_proj.weight"):
         export_run(run, tiny_policy_directory, merged=tmp_path / "out/merged")
     assert not list((tmp_path / "out").iterdir())
@@ -386,7 +391,8 @@ def test_files_that_are_not_safetensors_are_named(run, sharded, tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match="model-00002-of-"):
         export_run(run, sharded, merged=tmp_path / "out")
-    (sharded / "model.safetensors.index.json").unlink()
+    for path in [*sharded.glob("model*.safetensors"), sharded / "model.safetensors.index.json"]:
+        path.unlink()
     (sharded / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match=r"\*\.bin"):
         export_run(run, sharded, merged=tmp_path / "out")

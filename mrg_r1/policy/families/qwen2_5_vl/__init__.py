@@ -7,10 +7,10 @@ from mrg_r1.policy.qwen_vl.decoder import read_norm
 from mrg_r1.policy.qwen_vl.positions import ImageTokens
 
 FAMILY = Family(
-    load_model=checkpoint.load_model,
     empty_model=checkpoint.empty_model,
     parts=checkpoint.parts,
     module_name=module_name,
+    published=("model.", "visual.", "lm_head."),
     lora_targets=lora_targets(
         merger=r"merger\.mlp\.(0|2)", tower=r"(attn\.(qkv|proj)|mlp\.(gate_proj|up_proj|down_proj))"
     ),

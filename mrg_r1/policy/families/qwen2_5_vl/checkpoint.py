@@ -12,10 +12,6 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from mrg_r1.policy.qwen_vl import checkpoint
 
 
-def load_model(path: Path, dtype: torch.dtype) -> nn.Module:
-    return checkpoint.load_model(Qwen2_5_VLForConditionalGeneration, path, dtype)
-
-
 def empty_model(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     return checkpoint.empty_model(Qwen2_5_VLForConditionalGeneration, path, dtype, device)
 

@@ -7,10 +7,10 @@ from mrg_r1.policy.qwen_vl.decoder import read_norm
 from mrg_r1.policy.qwen_vl.positions import ImageTokens
 
 FAMILY = Family(
-    load_model=checkpoint.load_model,
     empty_model=checkpoint.empty_model,
     parts=checkpoint.parts,
     module_name=module_name,
+    published=("model.language_model.", "model.visual.", "lm_head."),
     lora_targets=lora_targets(
         merger=r"(merger|deepstack_merger_list\.\d+)\.(linear_fc1|linear_fc2)",
         tower=r"(attn\.(qkv|proj)|mlp\.(linear_fc1|linear_fc2))",
