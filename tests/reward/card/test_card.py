@@ -157,6 +157,16 @@ def test_every_reference_earns_what_the_reward_gives_it_over_all_13_observations
             assert earned.zeros[row, m] == pytest.approx((rewards <= 1e-6).mean())
 
 
+def test_few_references_and_many_are_searched_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = np.random.default_rng(0).choice(4, p=[0.7, 0.1, 0.15, 0.05], size=(200, 14))
+    classes[:, 13] = 0
+    chosen = []
+    for few in (0, len(classes)):
+        monkeypatch.setattr("mrg_r1.reward.card.card._FEW_VECTORS", few)
+        chosen.append(best_real_constants(classes, ["text"] * len(classes), [0.0, 0.3, 0.8], of_ccs=0.3, of_ce_f1=0.5))
+    assert chosen[0] == chosen[1]
+
+
 def test_the_time_does_not_grow_with_the_pairs_of_studies() -> None:
     rng = np.random.default_rng(0)
     classes = rng.choice(4, p=[0.6, 0.15, 0.2, 0.05], size=(40_000, 14))
