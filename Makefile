@@ -121,7 +121,9 @@ $(DEMO)/control/summary.json: $(DEMO)/summary.json
 
 LBL := runs/labels$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 LBL_MANIFEST := $(LBL)/phantoms/manifest.jsonl
-LBL_KEYS = seed=$(SEED) data.manifest=$(LBL_MANIFEST) reward.labeler=$(LBL)/labeler
+# all with the reward of demo.yaml, so that the mean rewards compare
+LBL_WEIGHTS := {ce_f1: 0.6, format: 0.1, repetition: 0.3, mccs: 0.0}
+LBL_KEYS = seed=$(SEED) data.manifest=$(LBL_MANIFEST) reward.labeler=$(LBL)/labeler 'reward.weights=$(LBL_WEIGHTS)'
 LBL_START := 300
 LBL_LENGTHS := 150 300 600 1200
 

@@ -91,7 +91,7 @@ def scored(evaluator: Any, predicted: list[str], references: list[str]) -> dict[
     answer = evaluator(refs=references, hyps=predicted)
     values = {}
     for name, column in answer.items():
-        column = column.tolist() if hasattr(column, "tolist") else column
+        column = column.tolist() if hasattr(column, "tolist") else column  # NumPy's or torch's; neither is imported
         if not isinstance(column, (list, tuple)):
             raise TypeError(f"{name} is a {type(column).__name__} and not one number a report")
         values[str(name)] = [None if value is None else float(value) for value in column]
@@ -109,7 +109,7 @@ def load(names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             evaluators[name] = radeval.RadEval(metrics=[name], per_sample=True, show_progress=False)
             outputs = scored(evaluators[name], **TRIAL)
             metrics[name] = {"outputs": list(outputs), "weights_sha256": weights_sha256(evaluators[name])}
-        except Exception as error:
+        except Exception as error:  # whatever a package raises: the other side hears which metric it was
             raise RuntimeError(f"metric {name}: {type(error).__name__}: {error}") from error
     version = importlib.metadata.version(PACKAGE)
     return evaluators, {
@@ -148,7 +148,7 @@ def main() -> None:
         traceback.print_exc()
         say({"error": str(error), "missing": error.name})
         sys.exit(2)
-    except Exception as error:
+    except Exception as error:  # the other side has no traceback but this one
         traceback.print_exc()
         say({"error": str(error) if isinstance(error, RuntimeError) else type(error).__name__ + ": " + str(error)})
         sys.exit(2)
@@ -160,7 +160,7 @@ def main() -> None:
         try:
             values = scored(evaluators[request["metric"]], request["predicted"], request["references"])
             say({"id": request["id"], "values": values})
-        except Exception as error:
+        except Exception as error:  # of one metric: it is named, and the next request is answered all the same
             traceback.print_exc()
             say({"id": request["id"], "error": f"{type(error).__name__}: {error}"})
 

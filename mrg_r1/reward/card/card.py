@@ -33,7 +33,7 @@ SUGGESTION = (
     "groups is then told from the other half"
 )
 _STATES = ("blank", "positive", "negative", "uncertain")  # by class
-_FEW_VECTORS = 3000  # distinct references, of which all pairs take less time (0.3 s) than all 3^13 reports (2 s)
+_FEW_VECTORS = 3000  # distinct references, of which all pairs take less time (0.4 s) than all 3^13 reports (3 s)
 # arXiv 2512.16145's weights; a constant report always keeps the format
 _MCCS_WEIGHT, _FORMAT_WEIGHT = 0.75, 0.25
 
