@@ -51,4 +51,5 @@ def main(data: Path, grammar: Path, out: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), int(sys.argv[4]))
+    data_folder, grammar_folder, output, chosen_seed = sys.argv[1:]
+    main(Path(data_folder), Path(grammar_folder), Path(output), int(chosen_seed))
