@@ -1,5 +1,5 @@
 # Every target sets up what it needs and then runs. `make demo` and `make test` work on a fresh machine.
-# SEED=1 make demo runs another seed into runs/demo-seed1.
+# SEED=1 make demo runs another seed into runs/demo-seed1, FAMILY=qwen3_vl make demo another model family into runs/demo-qwen3_vl.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -16,7 +16,9 @@ SEED ?= 0
 KILLS ?= 30
 # as there are cores: 2 on two, 4 on eight; asked for when .venv is there
 RANKS ?= $(shell $(BIN)/python -c 'from mrg_r1.cores import demo_ranks, read_cores; print(demo_ranks(read_cores()))')
-DEMO := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+# the demo's tiny policy is of this model family (mrg_r1/policy/families)
+FAMILY ?= qwen2_5_vl
+DEMO := runs/demo$(if $(filter-out qwen2_5_vl,$(FAMILY)),-$(FAMILY))$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 IU ?= ../shared/data/iu_xray
 
 # Ranks share out the cores that this process may use (mrg_r1/cores.py); your own OMP_NUM_THREADS comes first. No hub is asked
@@ -78,7 +80,7 @@ demo-rft demo-random: demo-%: $(DEMO)/summary.json
 SEEDS ?= 0 1 2
 demo-seeds:  ## the demo and its control over three seeds (SEEDS="0 1 2"), and the mean gain
 	@for seed in $(SEEDS); do $(MAKE) --no-print-directory demo-control SEED=$$seed; done
-	@$(MRG) summary $(foreach seed,$(SEEDS),runs/demo$(if $(filter-out 0,$(seed)),-seed$(seed)))
+	@$(MRG) summary $(foreach seed,$(SEEDS),$(patsubst %-seed$(SEED),%,$(DEMO))$(if $(filter-out 0,$(seed)),-seed$(seed)))
 
 # Radiologists who word the normal alike and pass over two findings of five: who imitates them learns to be silent.
 HABITS := --faint 0.3 --writers 4 --negatives-stated 0.9 --passed-over 0.4 --normal-alike 0.9
@@ -97,7 +99,7 @@ $(DEMO)/labeler/training.json: $(PHANTOMS)
 
 $(DEMO)/tiny-policy/config.json: $(PHANTOMS)
 	$(SAY) '3/5 Policy: a tiny vision-language model, whose vision tower is taught to see before it can write'
-	@$(MRG) prepare tiny-policy -o $(DEMO)/tiny-policy --manifest $(PHANTOMS) --side 84 --seed $(SEED) \
+	@$(MRG) prepare tiny-policy -o $(DEMO)/tiny-policy --family $(FAMILY) --manifest $(PHANTOMS) --side 84 --seed $(SEED) \
 		--teach-tower $(PHANTOMS) --teach-split sft --teach-steps 200
 
 DEMO_KEYS = seed=$(SEED) data.manifest=$(PHANTOMS) reward.labeler=$(DEMO)/labeler
