@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,7 +66,7 @@ _NO_CARD = "not linked with support for cuda"
 _ONE_DTYPE = {
     *("mm", "mm_out", "addmm", "addmm_", "bmm", "bmm_out", "baddbmm", "baddbmm_", "linear", "dot", "linalg_vecdot"),
     *("index_copy", "index_copy_", "scatter_add", "scatter_add_", "scatter", "scatter_", "index_add", "index_add_"),
-    *("masked_scatter", "masked_scatter_", "index_put", "index_put_", "_fused_rms_norm", "convolution"),
+    *("masked_scatter", "masked_scatter_", "index_put", "index_put_", "convolution"),
 }
 
 
@@ -135,9 +135,9 @@ class FakeCuda:
     def note(self, what: str) -> None:
         """The host waits, here: the innermost frame of the package."""
         frame = sys._getframe(1)
-        while frame is not None and not (inside := Path(frame.f_code.co_filename).is_relative_to(PACKAGE)):
+        while frame is not None and not _is_of_package(frame):
             frame = frame.f_back
-        if frame is None or not inside:
+        if frame is None:
             return
         file = Path(frame.f_code.co_filename).relative_to(PACKAGE)
         key = f"{file}:{frame.f_code.co_qualname}".replace(".<locals>", ""), what
@@ -215,7 +215,7 @@ class _Bindings(TorchFunctionMode):
                 self.cuda.note(f".{func.__name__.strip('_')}()")
             with no_dispatch():
                 return func(self.numbers.values(tensor))
-        if func == _REQUIRES_GRAD and isinstance(args[0], FakeTensor):
+        if func == _REQUIRES_GRAD and _is_of_package(sys._getframe(1)):
             return getattr(args[0], "trained", torch.is_grad_enabled() and args[0].is_floating_point())
         if func is Tensor.to and (target := _cuda_of(args[1:], kwargs)) is not None:
             dtype = next((one for one in (*args[1:], *kwargs.values()) if isinstance(one, torch.dtype)), None)
@@ -230,7 +230,9 @@ class _Bindings(TorchFunctionMode):
         if func is Tensor.cuda:
             raise AssertionError("Tensor.cuda() in the package: a rank's device is not always the first")
         if func is torch.nn.functional.rms_norm:  # what CUDA makes of it
-            return _aten._fused_rms_norm(*args, *(kwargs[name] for name in ("weight", "eps")))[0]
+            x, weight = args[0], kwargs["weight"]
+            assert weight is None or x.dtype == weight.dtype, f"rms_norm of {x.dtype} and {weight.dtype}"
+            return _aten._fused_rms_norm(*args, weight, kwargs["eps"])[0]
         try:
             return func(*args, **kwargs)
         except RuntimeError as error:  # before anything was done
@@ -376,6 +378,10 @@ def _refuse(func: Any, args: Any, tensors: list[Tensor]) -> None:
         assert {one.dtype for one in heads} in ({torch.bfloat16}, {torch.float16}), f"{name}: {heads}"
         assert {one.dtype for one in (q_starts, k_starts)} == {torch.int32}, f"{name}: where sequences start"
         assert all(one.stride(-1) == 1 and one.shape[-1] % 8 == 0 for one in heads), f"{name}: heads"
+
+
+def _is_of_package(frame: FrameType) -> bool:
+    return Path(frame.f_code.co_filename).is_relative_to(PACKAGE) and frame.f_code.co_filename != __file__
 
 
 def _is_whole(tensor: Tensor) -> bool:
