@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .PHONY: help setup demo demo-control demo-rft demo-random demo-seeds start starts tables-phantom full-start \
-	labels-phantom iu-phantom iu-phantom-sft iu-phantom-rft iu-phantom-both \
+	labels-phantom iu-phantom iu-phantom-sft iu-phantom-rft iu-phantom-both iu-labels \
 	bench bench-gpu wheelhouse radeval soak browser test test-slow test-gpu lint clean
 
 PYTHON ?= python3
@@ -227,6 +227,30 @@ $(IUP)/control/summary.json: $(IUP)/summary.json
 	$(SAY) 'SFT on the real reports, from the same start, for as many processor seconds as GRPO and its labeler took'
 	$(call launch,$(IUP)/control,sft.py launch/recipes/iu_phantom_control.yaml output_dir=$(IUP)/control \
 		control_of=$(IUP) $(IU_KEYS))
+
+# Few real reports and many films with labels alone: SFT of the 300 reports at three lengths, the same with as much of the
+# grammar beside them at two, and GRPO on the other films' labels from the first of these.
+FEW := $(IUP)/few
+FEW_SFT = sft.py launch/recipes/iu_phantom_pretrained_sft.yaml policy.path=$(IUB)/pretrained/policy seed=$(SEED) \
+	data.train_split=sft optimizer.learning_rate=1.0e-3 optimizer.warmup_steps=5 evaluation.test=true \
+	evaluation.batch_size=128 evaluation.lexical=off evaluation.held_out_labeler=$(IUB)/held_out \
+	'reward.weights={ce_f1: 0.45, mccs: 0.25, repetition: 0.2, format: 0.1}' checkpoint.every=1000
+
+iu-labels: $(FEW)/summary.json $(foreach arm,sft30 sft100 sft300 mixed450,$(FEW)/$(arm)/summary.json)  ## GRPO on IU films with labels alone after SFT on 300 of the reports, and SFT of those at several lengths
+	@for arm in sft30 sft100 sft300 mixed150 mixed450; do echo "SFT, $$arm:"; $(MRG) summary $(FEW) --control $(FEW)/$$arm; done
+
+$(FEW)/manifest.jsonl: $(IUP)/data/manifest.jsonl $(IUB)/balanced/manifest.jsonl
+	@$(BIN)/python docs/experiments/few_reports.py $(IUP)/data $(IUB)/balanced $(FEW) $(SEED)
+
+$(FEW)/sft%/summary.json: $(FEW)/manifest.jsonl $(IUB)/pretrained/summary.json
+	$(call launch,$(FEW)/sft$*,$(FEW_SFT) steps=$* output_dir=$(FEW)/sft$* data.manifest=$(FEW)/manifest.jsonl)
+
+$(FEW)/mixed%/summary.json: $(FEW)/manifest.jsonl $(IUB)/pretrained/summary.json
+	$(call launch,$(FEW)/mixed$*,$(FEW_SFT) steps=$* output_dir=$(FEW)/mixed$* data.manifest=$(FEW)/mixed.jsonl)
+
+$(FEW)/summary.json: $(FEW)/mixed150/summary.json
+	$(call launch,$(FEW),train.py launch/recipes/iu_phantom.yaml output_dir=$(FEW) steps=165 evaluation.every=41 \
+		seed=$(SEED) data.manifest=$(FEW)/manifest.jsonl policy.path=$(FEW)/mixed150/policy)
 
 # First for its report CSVs: the test reports have no labels yet, so their studies are refused here.
 $(IUB)/texts/reports.csv: | $(READY)

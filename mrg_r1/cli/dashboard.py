@@ -20,7 +20,7 @@ def add_commands(commands: Any) -> None:
         "every metric of the runs,\n"
         "and of the project's runs only these. With --report also a report that compares them. It needs the package "
         "wandb-workspaces\n"
-        "(pip install 'mrg-r1[dashboard]'), a login (`wandb login`) and the network; the runs must be in wandb "
+        "(pip install 'wandb-workspaces>=0.4.13'), a login (`wandb login`) and the network; the runs must be in wandb "
         "(tracking.wandb=online,\n"
         "or `wandb sync`). Layout alone is sent: wandb ids of the runs, names of metrics, titles; no texts, no "
         "images, no numbers.",

@@ -48,7 +48,7 @@ def check_workspaces() -> None:
     if find_spec("wandb_workspaces") is None:
         raise ValueError(
             "a dashboard is made by the package wandb-workspaces, which is optional and not installed here: "
-            "pip install 'mrg-r1[dashboard]'"
+            "pip install 'wandb-workspaces>=0.4.13'"
         )
 
 

@@ -31,7 +31,7 @@ def check_tensorboard(directory: Path | Literal["off"]) -> None:
     if find_spec("tensorboard") is None:
         raise ValueError(
             f"tracking.tensorboard {directory}: the package tensorboard, which is optional, is not installed here; "
-            "pip install 'mrg-r1[tensorboard]', or tracking.tensorboard=off"
+            "pip install tensorboard, or tracking.tensorboard=off"
         )
     if Path(directory).exists() and not Path(directory).is_dir():
         raise ValueError(f"tracking.tensorboard {directory}: a file; give a directory, or off")

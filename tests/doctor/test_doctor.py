@@ -286,7 +286,7 @@ def test_tensorboard_that_is_asked_for_and_missing_is_a_failure(
 ) -> None:
     board = f"tracking.tensorboard={tmp_path / 'board'}"
     monkeypatch.setattr(tensorboard_run, "find_spec", lambda name: None)
-    assert "mrg-r1[tensorboard]" in failure(world, tmp_path, capsys, "tensorboard", board)
+    assert "pip install tensorboard" in failure(world, tmp_path, capsys, "tensorboard", board)
     monkeypatch.setattr(tensorboard_run, "find_spec", lambda name: "there")
     assert examine(world, tmp_path / "run", capsys, board)[1]["tensorboard"]["state"] == "ok"
     assert "tensorboard" not in examine(world, tmp_path / "run", capsys)[1]

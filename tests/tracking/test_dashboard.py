@@ -201,7 +201,7 @@ def test_what_keeps_a_dashboard_from_being_made_is_named(stand, runs, capsys, mo
     (runs[0] / "metrics.jsonl").unlink()
     assert "smith_john: no metrics.jsonl" in refused(capsys, *make)
     monkeypatch.setattr(dashboard, "find_spec", lambda name: None)
-    assert "pip install 'mrg-r1[dashboard]'" in refused(capsys, *make)
+    assert "pip install 'wandb-workspaces>=0.4.13'" in refused(capsys, *make)
     assert stand.saved == []
 
 

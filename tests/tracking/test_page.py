@@ -232,6 +232,14 @@ def test_a_radiograph_that_cannot_be_read_costs_a_line_and_not_the_page(run, tmp
     assert "1 radiographs that could not be read" in Page(write_page(run, [study])).text
 
 
+def test_small_radiographs_are_all_on_the_page_whatever_their_number(run, tmp_path):
+    studies = [make_study(tmp_path, f"study-{number}", [(84, 84)]) for number in range(230)]
+    write_evaluated(run, "test", [prediction(study, "Clear.", labels(), labels()) for study in studies], studies)
+    page = Page(write_page(run, studies))
+    assert all(page.json["pictures"][card["images"][0]] for card in page.cards("Test studies").values())
+    assert "the radiographs of" not in page.text
+
+
 def test_every_metric_has_a_place_and_those_that_never_change_a_line(run):
     write_metrics(run, 60)
     placed = sections([read_curves(run)])

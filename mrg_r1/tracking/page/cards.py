@@ -24,19 +24,17 @@ _PREDICTION = ("id", "text", "report", "reference", "total", "terms", "labels", 
 
 @dataclass
 class Pictures:
-    """The page's radiographs, each once, until `budget` bytes or `studies` studies are spent."""
+    """The page's radiographs, each once, until `budget` bytes are spent."""
 
     budget: int
-    studies: int
     data: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)  # files
     _index: dict[Path, int] = field(default_factory=dict)
 
     def add(self, study: Study) -> list[int]:
         """The places of a study's radiographs in `data`; none where there is no room left."""
-        if self.studies <= 0 or self.budget <= 0:
+        if self.budget <= 0:
             return []
-        self.studies -= 1
         places = []
         for image in study.images:
             if image.path not in self._index:

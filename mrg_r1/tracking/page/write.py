@@ -26,8 +26,7 @@ from mrg_r1.tracking.page.sampled import Sampled, read_sampled
 from mrg_r1.types import Study
 
 _BYTES = 14_000_000  # of the whole page
-_WITH_IMAGES = 200  # studies
-_TRAINING_WITH_IMAGES = 50  # of those, where there are as many evaluated ones
+_IMAGES_FIRST = 150, 50  # evaluated and training studies whose radiographs come first
 _SCRIPTS = (
     "vendor/uPlot.iife.min.js",
     "templates/page.js",
@@ -233,11 +232,11 @@ def _studies(
             own["at"] = [versions[name] for name, _ in files[:1] if name in versions] + own["at"]
             own["at"] += [versions[name] for name, _ in files[1:] if name in versions]
     training = within(sampled.cards.values(), room // 5)
-    pictures = Pictures(budget=room // 3, studies=_WITH_IMAGES)
+    pictures = Pictures(budget=room // 3)
     candidates = list(evaluated.values())
-    first = candidates[: max(_WITH_IMAGES - _TRAINING_WITH_IMAGES, _WITH_IMAGES - len(training))]
-    wanted = [own for own in (*first, *training, *candidates[len(first) :]) if own["id"] in studies][:_WITH_IMAGES]
-    for own in progress(wanted, "page: radiographs"):
+    at, of = _IMAGES_FIRST
+    wanted = [*candidates[:at], *training[:of], *candidates[at:], *training[of:]]
+    for own in progress([own for own in wanted if own["id"] in studies], "page: radiographs"):
         own["images"] = pictures.add(studies[own["id"]])
     test = within(candidates, room - size_of(training) - size_of(pictures.data))
     sets = [
