@@ -95,6 +95,8 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard"],
         "dashboard": ["wandb-workspaces>=0.4.13"],
+        # of source: compiles for the CUDA of the torch that is installed, so with --no-build-isolation
+        "flash-attn": ["flash-attn>=2.7,<3"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

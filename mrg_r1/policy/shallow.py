@@ -1,144 +1,140 @@
-"""A checkpoint of few layers with random weights, at the widths, vocabulary and prompts of a real one: what a rehearsal
-loads.
-
-The real directory gives config.json, tokenizer and processor; its weights are not read and need not be there.
+"""A checkpoint of few layers and random weights, otherwise as wide as a published one, of which it needs config,
+tokenizer and processor and no weights: what a rehearsal runs (`mrg-r1 rehearse`).
 """
 
 from __future__ import annotations
 
-import copy
 import json
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from mrg_r1.console import progress
 from mrg_r1.policy.checkpoint_files import files_beside
-from mrg_r1.policy.family import Family, family_of, read_config, shape_of
+from mrg_r1.policy.family import family_of, read_config
 
-_SHARD = 2 * 10**9  # bytes that are held and written together
-# Random numbers are dear where there are billions: each weight is these over and over. Their number divides no width,
-# so that no two rows near each other are alike.
-_DRAWN = 1_000_003
-_STD = 0.02
-_VISION_DEPTHS = ("depth", "num_hidden_layers")
+_LAYER = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
+_STD = 0.02  # of the matrices, as models of this kind are begun with
 
 
 @dataclass(frozen=True)
 class Depth:
-    """Layers of the decoder and of the vision tower."""
+    """Layers of the decoder, and of the vision tower."""
 
-    language: int
-    vision: int
-
-
-def depth_of(path: Path) -> Depth:
-    """The layers that a checkpoint directory's config.json states.
-
-    Raises:
-        ValueError: as `shape_of`.
-    """
-    shape = shape_of(path)
-    return Depth(shape.layers, shape.vision.depth)
+    decoder: int
+    tower: int
 
 
-def write_shallow(
-    source: Path,
-    output: Path,
-    depth: Depth,
-    *,
-    narrowest: int,
-    dtype: torch.dtype,
-    seed: int,
-    room: Callable[[int], None] = lambda size: None,
-) -> None:
-    """Write a checkpoint of `source`'s model with so many layers into the empty folder `output`.
-
-    Args:
-        narrowest: decoder layers of the shallowest checkpoint that this one is compared with: it says how many feature
-            maps of the tower are added after the decoder's first layers, which must be fewer than those.
-        dtype: of the weights.
-        room: is told how many bytes they take before any is written, and raises where that is too much.
+def whole_depth(config: Mapping[str, Any]) -> Depth:
+    """What a config.json says.
 
     Raises:
-        ValueError: a config.json whose layers cannot be made fewer, or as `family_of`.
+        ValueError: it does not.
     """
-    family = family_of(source)
-    for path in files_beside(source):
-        (output / path).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / path, output / path)
-    config = cut_config(read_config(source), depth, narrowest=narrowest)
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if depth_of(output) != depth:
-        raise ValueError(f"{source}: its config.json does not state its layers where a rehearsal can make them fewer")
-    room(shape_of(output).parameters * dtype.itemsize)
-    _write_weights(family, output, dtype=dtype, seed=seed)
+    text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+    depth = vision.get("depth", vision.get("num_hidden_layers"))
+    if depth is None or "num_hidden_layers" not in text:
+        raise ValueError("config.json names no number of layers of the decoder or of the vision tower")
+    return Depth(text["num_hidden_layers"], depth)
 
 
-def cut_config(config: Mapping[str, Any], depth: Depth, *, narrowest: int) -> dict[str, Any]:
-    """A config.json of the same model with fewer layers. Lists that name each layer's kind, or layers by their number,
-    are cut so that every kind that is there stays there.
+def two_depths(config: Mapping[str, Any]) -> tuple[Depth, Depth]:
+    """The least depth whose layers are mixed as in the whole model, and the next such one, each at most the whole.
+
+    Layers are of kinds: a tower's of whole and of windowed attention (Qwen2.5-VL), those after which features are added
+    (DeepStack), and then at least one more, a decoder's of a window and without (Gemma 3).
+    """
+    text, vision, whole = config.get("text_config") or config, config["vision_config"], whole_depth(config)
+    stacked = len(vision.get("deepstack_visual_indexes") or [])
+    kinds = text.get("layer_types") or []
+    other = next((place + 1 for place, kind in enumerate(kinds) if kind != kinds[0]), 1)
+    mixed = max(other, text.get("sliding_window_pattern") or 1)
+    first = max(mixed, stacked + 1)
+    tower = max(whole.tower // len(vision.get("fullatt_block_indexes") or range(whole.tower)), stacked)
+    return (
+        Depth(min(first, whole.decoder), min(tower, whole.tower)),
+        Depth(min(first + mixed, whole.decoder), min(2 * tower, whole.tower)),
+    )
+
+
+def shallow_config(config: Mapping[str, Any], depth: Depth) -> dict[str, Any]:
+    """A config.json of so many layers; what names layers by number keeps those that are left, and as many features of
+    DeepStack as there were.
+    """
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    for text in (changed, changed.get("text_config") or {}):
+        if "num_hidden_layers" in text:
+            text["num_hidden_layers"] = depth.decoder
+        if text.get("layer_types"):
+            text["layer_types"] = text["layer_types"][: depth.decoder]
+    vision = changed["vision_config"]
+    vision["depth" if "depth" in vision else "num_hidden_layers"] = depth.tower
+    if vision.get("fullatt_block_indexes"):
+        vision["fullatt_block_indexes"] = [place for place in vision["fullatt_block_indexes"] if place < depth.tower]
+    stacked = len(vision.get("deepstack_visual_indexes") or [])
+    if stacked:
+        vision["deepstack_visual_indexes"] = [(n + 1) * depth.tower // stacked - 1 for n in range(stacked)]
+    return changed
+
+
+def write_shallow(source: Path, folders: Mapping[Depth, Path], *, dtype: torch.dtype, seed: int = 0) -> None:
+    """Write a random checkpoint of each depth into a folder that is not there yet. Layers that they share lie on the
+    disk once, in the deepest one's folder.
 
     Args:
-        narrowest: as `write_shallow`.
+        source: a checkpoint directory; its weights are not looked at, and need not be there.
+
+    Raises:
+        ValueError: no config.json, or one without a family.
     """
-    cut = copy.deepcopy(dict(config))
-    text, vision = cut.get("text_config") or cut, cut["vision_config"]
-    text["num_hidden_layers"] = depth.language
-    kinds = text.get("layer_types")
-    if kinds:
-        text["layer_types"] = _some_of_each(kinds, depth.language)
-    before = 1
-    for name in _VISION_DEPTHS:
-        if name in vision:
-            before, vision[name] = vision[name], depth.vision
-    if "fullatt_block_indexes" in vision:  # the other blocks see a window
-        share = len(vision["fullatt_block_indexes"]) / before
-        vision["fullatt_block_indexes"] = _spread(max(1, round(share * depth.vision)), depth.vision)
-    if "deepstack_visual_indexes" in vision:  # one map is added after each of the decoder's first layers
-        maps = min(len(vision["deepstack_visual_indexes"]), narrowest - 1, depth.vision)
-        vision["deepstack_visual_indexes"] = _spread(maps, depth.vision)
-    return cut
+    config, family = read_config(source), family_of(source)
+    deepest = max(folders, key=lambda depth: (depth.decoder, depth.tower))
+    for depth in sorted(folders, key=lambda depth: depth != deepest):  # the deepest one first
+        folder = folders[depth]
+        folder.mkdir(parents=True)
+        for path in files_beside(source):
+            (folder / path).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / path, folder / path)
+        (folder / "config.json").write_text(json.dumps(shallow_config(config, depth), indent=2), encoding="utf-8")
+        model = family.empty_model(folder, dtype, torch.device("cpu"))
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        files = _files(shapes)
+        if depth == deepest:
+            generator = torch.Generator().manual_seed(seed)
+            for file, names in progress(list(files.items()), "random weights"):
+                tensors = {name: _random(name, shapes[name], dtype, generator) for name in names}
+                save_file(tensors, folder / file, metadata={"format": "pt"})
+        else:
+            for file in files:
+                (folder / file).symlink_to((folders[deepest] / file).resolve())
+        weight_map = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def _some_of_each(kinds: Sequence[str], count: int) -> list[str]:
-    """The first `count`, the last of them of the kind that would be missing."""
-    kept = list(kinds[:count])
-    missing = [kind for kind in dict.fromkeys(kinds) if kind not in kept]
-    return kept[: count - 1] + missing[:1] if missing and count > 1 else kept
+def _files(names: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Which tensors lie in which file: a layer's together, all others in one."""
+    files: dict[str, list[str]] = {}
+    for name, file in _placed(names):
+        files.setdefault(file, []).append(name)
+    return files
 
 
-def _spread(count: int, depth: int) -> list[int]:
-    """`count` numbers of `depth` blocks, the last one among them."""
-    return [(number + 1) * depth // count - 1 for number in range(count)]
+def _placed(names: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        found = _LAYER.search(name)
+        part = "decoder" if "language_model" in name else "tower"
+        yield name, f"model-{part}-{found[1]}.safetensors" if found else "model-rest.safetensors"
 
 
-def _write_weights(family: Family, output: Path, *, dtype: torch.dtype, seed: int) -> None:
-    """Random matrices, norms of 1, biases of 0, under the names of the module tree."""
-    model = family.empty_model(output, dtype, torch.device("cpu"))
-    drawn = (torch.randn(_DRAWN, generator=torch.Generator().manual_seed(seed)) * _STD).to(dtype)
-    parts: list[list[tuple[str, nn.Parameter]]] = [[]]
-    held = 0
-    for name, parameter in model.named_parameters():  # a tied one once
-        size = parameter.numel() * drawn.element_size()
-        if parts[-1] and held + size > _SHARD:
-            parts.append([])
-            held = 0
-        parts[-1].append((name, parameter))
-        held += size
-    for number, part in enumerate(parts, start=1):
-        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors"
-        tensors = {key: _value(key, parameter, drawn) for key, parameter in part}
-        save_file(tensors, output / name, metadata={"format": "pt"})
-
-
-def _value(name: str, parameter: nn.Parameter, drawn: Tensor) -> Tensor:
-    if parameter.ndim == 1:
-        return torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0, dtype=drawn.dtype)
-    repeats = -(-parameter.numel() // len(drawn))
-    return drawn.repeat(repeats)[: parameter.numel()].view(parameter.shape).clone()
+def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if len(shape) == 1:
+        return torch.zeros(shape, dtype=dtype) if name.endswith("bias") else torch.ones(shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype).normal_(std=_STD, generator=generator)

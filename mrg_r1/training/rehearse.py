@@ -1,366 +1,261 @@
-"""One whole step of a recipe before there are weights or a card for it (`mrg-r1 rehearse`): at the checkpoint's widths,
-vocabulary and prompts, with random weights and few layers, by the code that trains.
+"""One whole step of a recipe before its checkpoint is there: at the checkpoint's widths, vocabulary and prompts, with
+random weights and few layers (`mrg-r1 rehearse`).
 
-The step is taken at two depths, each in a process of its own. What a layer takes is their difference, and so all layers
-are foretold without a supposition about how dear a layer is beside the head.
+The step is a run of its own, started as `launch/train.py` starts it, so that nothing here is a second trainer. It is
+taken at two depths; what all layers take follows from both.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
-import tempfile
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from json import loads
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from mrg_r1.config.paths import check_deepspeed, check_manifest
-from mrg_r1.config.recipe import Recipe, RecipeError, check_numbers, dump_recipe
-from mrg_r1.data.study import read_manifest, write_manifest
-from mrg_r1.doctor.inputs import most_images
-from mrg_r1.doctor.labeler import check_labeler, labeler_bytes, shared_device
-from mrg_r1.doctor.memory import Prediction, Workload, predict, workload_of
-from mrg_r1.policy.family import family_of, lora_pattern, shape_of
-from mrg_r1.policy.load import load_image_processor, load_tokenizer
-from mrg_r1.policy.shallow import Depth, depth_of, write_shallow
-from mrg_r1.policy.shape import PolicyShape
+from mrg_r1.config.recipe import Recipe, RecipeError
+from mrg_r1.doctor.inputs import read_splits
+from mrg_r1.doctor.memory import predict, workload_of
+from mrg_r1.policy.family import family_of, read_config, shape_of
+from mrg_r1.policy.shallow import Depth, two_depths, whole_depth, write_shallow
 from mrg_r1.training.preflight import DTYPES
-from mrg_r1.training.rehearsed_step import DOING, RESULT
-from mrg_r1.types import Study
 
-CPU_TOKENS = 64  # new tokens of a rehearsal on a CPU, unless asked for others
-PHASES = (
-    "start", "load", "vision", "rollout", "reward_exposed", "reference", "old", "advantages", "update", "checkpoint",
-    "export",
-)  # fmt: skip
-_IN_STEP = PHASES[1:-2]
-_BY_PARAMETERS = ("start", "checkpoint", "export")  # what is read and written
-_BY_LAYERS = ("rollout", "reference", "old", "update")
-_COMPLETIONS = ("reference", "old", "update")  # they read whole sequences
-_COPIES = 2  # of a shallow checkpoint on the disk: it, and its export
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What one rehearsal is: `None` takes the rehearsal's own choice.
-
-    Attributes:
-        layers, vision_layers: of the first of the two steps; the second has twice as many.
-        studies: of a step; None: as few as the recipe's minibatches let be, which is one as a rule.
-        new_tokens: of a completion; None: the recipe's, on a CPU at most `CPU_TOKENS`.
-        world_size: ranks of the run that is foretold.
-    """
-
-    layers: int = 2
-    vision_layers: int = 2
-    studies: int | None = None
-    new_tokens: int | None = None
-    world_size: int = 1
+CPU_NEW_TOKENS = 32  # of a report, where no GPU writes it
+_TRAIN = (
+    "import sys; sys.argv[0] = 'rehearsal'; from mrg_r1.cli.launch import run_on_ranks; "
+    "from mrg_r1.training.grpo import train; run_on_ranks(train, None, labeler_beside=True)"
+)
+_EXPORT = "import sys; from mrg_r1.cli import main; sys.exit(main(sys.argv[1:]))"
+_BY_DECODER = ("rollout", "reference", "old", "update")
+_PHASES = ("load", "vision", *_BY_DECODER, "advantages")  # the wait for rewards is no matter of layers
+_SHARE_OF_DISK = 0.9  # of what is free
 
 
 def rehearse(
-    recipe: Recipe, sizes: Sizes, *, command: Sequence[str], say: Callable[[str], None] = lambda doing: None
+    recipe: Recipe, asked: Sequence[str], *, studies: int, new_tokens: int | None, world_size: int, folder: Path
 ) -> dict[str, Any]:
-    """Take one step of the recipe at two depths.
+    """Take one step of the recipe at two depths, with checkpoint and export, on one rank of this machine.
 
     Args:
-        command: a program that runs `rehearsed_step` on the recipe whose path it is given.
-        say: is told what is being done, again and again.
+        recipe: what `asked` says.
+        asked: the recipe's file and overrides, as on a command line.
+        studies: of the step.
+        new_tokens: of a report at most; None: the recipe's on a GPU, `CPU_NEW_TOKENS` on a CPU. Random weights end a
+            report as good as never, so that all have this length.
+        world_size: ranks that the whole step is to be reckoned for.
+        folder: an empty folder; what is written there is the caller's to remove.
 
     Returns:
-        `depths`, `phases` (seconds at each depth, with all layers, and of the recipe's whole step), `memory` (bytes by
-        phase: measured at the second depth, by the formula there, and by the formula for all of the recipe), and what
-        was `changed` of the recipe.
+        `depths` with seconds by phase, `whole` with what all layers and studies of a rank should take, `memory` by
+        formula and measured, and what was rehearsed.
 
     Raises:
-        RecipeError, ManifestError, ValueError, OSError: bad input, or a step that failed, named.
+        RecipeError, ManifestError, ValueError: bad input, named; a step or an export that failed.
     """
-    say("checking the recipe")
-    _check(recipe, sizes)
-    whole = depth_of(recipe.policy.path)
-    first = Depth(min(sizes.layers, whole.language), min(sizes.vision_layers, whole.vision))
-    second = Depth(min(2 * first.language, whole.language), min(2 * first.vision, whole.vision))
-    with tempfile.TemporaryDirectory(prefix="mrg-r1-rehearse-") as name:
-        folder = Path(name)
-        prepared, changed = _prepared(recipe, sizes, folder)
-        steps = [
-            _step(prepared, depth, narrowest=first.language, folder=folder / f"{depth.language}_layers",
-                  command=command, say=say)
-            for depth in dict.fromkeys((first, second))
-        ]  # fmt: skip
-    studies = read_manifest(recipe.data.manifest, split=recipe.data.train_split)
-    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = shape_of(recipe.policy.path)
-    meant = _workload(recipe, shape, world_size=sizes.world_size, images=most_images(studies), device=_foretold(recipe))
-    done = steps[-1]
-    taken = _workload(prepared, done.shape, world_size=1, images=done.images, device=device)
-    return {
-        "policy": str(recipe.policy.path),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "dtype": recipe.policy.dtype,
-        "whole": {**asdict(whole), "parameters": shape.parameters},
-        "depths": [{**asdict(step.depth), "parameters": step.shape.parameters} for step in steps],
-        "studies": prepared.grpo.studies_per_step,
-        "group_size": recipe.grpo.group_size,
-        "new_tokens": [step.result["new_tokens"] for step in steps],
-        "prompt_tokens": taken.prompt_tokens,
-        "loss": [step.result["loss"] for step in steps],
-        "grad_norm": [step.result["grad_norm"] for step in steps],
-        "recipe": {
-            "studies": meant.studies,
-            "new_tokens": meant.new_tokens,
-            "world_size": sizes.world_size,
-            "device": meant.device,
-        },
-        "phases": _phases(steps, shape, taken=taken, meant=meant),
-        "memory": _memory(steps[-1], predict(done.shape, taken), predict(shape, meant)),
-        "changed": changed,
-    }
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A step that was taken."""
-
-    depth: Depth
-    shape: PolicyShape
-    images: int  # of the study that has most
-    result: dict[str, Any]  # `rehearsed_step`'s
-
-
-def _check(recipe: Recipe, sizes: Sizes) -> None:
-    """Everything that can be said before a weight is written.
-
-    Raises:
-        RecipeError, ValueError: named.
-    """
-    if recipe.control == "sft":
-        raise RecipeError("control sft: a rehearsal is of a GRPO step; set control=null")
-    check_numbers(recipe, world_size=sizes.world_size, task="grpo")
-    check_manifest(recipe.data.manifest)
-    check_deepspeed(recipe.engine.deepspeed)
-    path = recipe.policy.path
-    try:
-        lora_pattern(family_of(path), recipe.policy.lora.targets)
-        load_tokenizer(path)
-        load_image_processor(path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
-    except ValueError as error:
-        raise RecipeError(
-            f"policy.path: {error} (a rehearsal needs config.json, tokenizer and processor, no weights)"
-        ) from error
-    try:
-        check_labeler(recipe.reward.labeler, recipe.reward.tokenizer)
-    except ValueError as error:
-        raise RecipeError(f"{error} (a rehearsal scores reports by the recipe's own labeler)") from error
-
-
-def _prepared(recipe: Recipe, sizes: Sizes, folder: Path) -> tuple[Recipe, list[str]]:
-    """The recipe of one step of few studies without what surrounds it, and what was changed, in words."""
-    count = sizes.studies or recipe.grpo.minibatches
     on_gpu = torch.cuda.is_available()
-    tokens = recipe.rollout.max_new_tokens
-    tokens = sizes.new_tokens or (tokens if on_gpu else min(tokens, CPU_TOKENS))
-    chosen = _studies(recipe, count)
-    write_manifest(folder / "manifest.jsonl", chosen)
-    labeler = recipe.reward.device
-    if labeler.startswith("cuda") and not on_gpu:
-        labeler = "cpu"
-    elif labeler.startswith("cuda:") and int(labeler.removeprefix("cuda:")) >= torch.cuda.device_count():
-        labeler = "cuda:0"
-    values = recipe.model_dump(mode="json")
-    values |= {"steps": 1, "phases": "all", "control": None, "experience": None, "control_of": None}
-    values["data"] |= {"manifest": str(folder / "manifest.jsonl"), "check_images": True}
-    values["policy"] |= {"adapter": None}
-    values["rollout"] |= {"max_new_tokens": tokens}
-    values["grpo"] |= {"studies_per_step": count}
-    values["reward"] |= {"device": labeler}
-    values["evaluation"] |= {
-        "test": False, "every": 0, "before": False, "held_out_labeler": None, "held_out_tokenizer": None,
-        "radeval": [],
-    }  # fmt: skip
-    values["tracking"] |= {"wandb": "off", "tensorboard": "off"}
-    changed = [f"{count} of the recipe's {recipe.grpo.studies_per_step} studies a step, those with the most images"]
-    if tokens != recipe.rollout.max_new_tokens:
-        changed.append(f"{tokens} of {recipe.rollout.max_new_tokens} new tokens")
-    if recipe.policy.adapter is not None:
-        changed.append(f"without policy.adapter {recipe.policy.adapter}, which is of all layers")
-    if labeler != recipe.reward.device:
-        changed.append(f"the labeler on {labeler}, not on {recipe.reward.device}")
-    return Recipe.model_validate(values), changed
-
-
-def _studies(recipe: Recipe, count: int) -> list[Study]:
-    """The training studies with the most images, and behind them what they name as their prior.
-
-    Raises:
-        RecipeError: there are fewer.
-    """
-    everything = {study.id: study for study in read_manifest(recipe.data.manifest)}
-    train = [study for study in everything.values() if study.split == recipe.data.train_split]
-    if len(train) < count:
+    source = recipe.policy.path
+    family_of(source)
+    try:
+        first, second = two_depths(read_config(source))
+        whole = whole_depth(read_config(source))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"policy.path {source}: {error}") from error
+    splits, _ = read_splits(recipe)
+    if not splits["val"]:
         raise RecipeError(
-            f"data.train_split {recipe.data.train_split!r}: {recipe.data.manifest} has {len(train)} studies of that "
-            f"split, and the step is to have {count}"
+            f"data.val_split {recipe.data.val_split!r}: {recipe.data.manifest} has no study of that split, and a step "
+            "ends with the validation of one; name another as data.val_split=NAME"
         )
-    chosen = sorted(train, key=lambda study: -len(study.images))[:count]
-    priors = {study.prior for study in chosen} - {study.id for study in chosen} - {None}
-    aside = [
-        replace(everything[prior], split=f"not {recipe.data.train_split}", prior=None) for prior in priors if prior
-    ]
-    return [*chosen, *aside]
-
-
-def _step(
-    recipe: Recipe, depth: Depth, *, narrowest: int, folder: Path, command: Sequence[str], say: Callable[[str], None]
-) -> _Step:
-    """Write a checkpoint of so many layers, and take the step in a process of its own."""
-    what = f"{depth.language} layers, {depth.vision} of the tower"
-    checkpoint = folder / "checkpoint"
-    checkpoint.mkdir(parents=True)
-    say(f"{what}: writing random weights")
-    dtype = DTYPES[recipe.policy.dtype]
-    write_shallow(
-        recipe.policy.path, checkpoint, depth, narrowest=narrowest, dtype=dtype, seed=recipe.seed,
-        room=lambda size: _require_room(folder, size),
-    )  # fmt: skip
-    changed = recipe.model_copy(
+    tokens = min(recipe.rollout.max_new_tokens, new_tokens or (10**9 if on_gpu else CPU_NEW_TOKENS))
+    # bfloat16 has no instructions of its own on most CPUs, and is many times slower than float32 there
+    dtype = recipe.policy.dtype if on_gpu else "float32"
+    depths = list(dict.fromkeys((first, second)))
+    checkpoints = {depth: folder / f"policy-{depth.decoder}-{depth.tower}" for depth in depths}
+    _require_space(recipe, depths[-1], whole, dtype, folder)
+    write_shallow(source, checkpoints, dtype=DTYPES[dtype])
+    taken = []
+    for depth in depths:
+        run = folder / f"run-{depth.decoder}-{depth.tower}"
+        changed = _overrides(recipe, checkpoints[depth], run, studies=studies, tokens=tokens, dtype=dtype)
+        print(f"one step with {depth.decoder} layers of the decoder and {depth.tower} of the tower:", file=sys.stderr)
+        _require_done(_child(_TRAIN, [*asked, *changed]), "the step", depth)
+        taken.append({"decoder": depth.decoder, "tower": depth.tower, **_taken(run)})
+        if depth == depths[-1]:
+            began = time.perf_counter()
+            _require_done(_child(_EXPORT, ["export", str(run), "--merged", str(folder / "merged")]), "export", depth)
+            taken[-1]["export_seconds"] = time.perf_counter() - began
+        shutil.rmtree(run / "checkpoints")
+    images = max(len(study.images) for study in splits["train"])
+    small = recipe.model_copy(
         update={
-            "output_dir": folder / "run",
-            "policy": recipe.policy.model_copy(update={"path": checkpoint}),
+            "grpo": recipe.grpo.model_copy(update={"studies_per_step": studies}),
+            "rollout": recipe.rollout.model_copy(update={"max_new_tokens": tokens}),
+            "policy": recipe.policy.model_copy(update={"dtype": dtype}),
+            "evaluation": recipe.evaluation.model_copy(update={"every": 0, "test": False}),
         }
     )
-    (folder / "recipe.yaml").write_text(dump_recipe(changed), encoding="utf-8")
-    with open(folder / "output", "w+", encoding="utf-8") as output:
-        process = subprocess.Popen([*command, str(folder / "recipe.yaml")], stdout=output, stderr=output)
-        try:
-            while process.poll() is None:
-                say(f"{what}: {_doing(folder)}")
-                time.sleep(0.2)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-        output.seek(0)
-        said = output.read()
-    if process.returncode or not (folder / RESULT).is_file():
-        raise ValueError(_why(process.returncode, said, what=what, doing=_doing(folder)))
-    shape, studies = shape_of(checkpoint), read_manifest(recipe.data.manifest, split=recipe.data.train_split)
-    result = loads((folder / RESULT).read_text(encoding="utf-8"))
-    shutil.rmtree(folder)  # the next one needs its room
-    return _Step(depth, shape, most_images(studies), result)
-
-
-def _doing(folder: Path) -> str:
-    """The phase that the process is in."""
-    file = folder / DOING
-    return (file.read_text(encoding="utf-8") if file.is_file() else "") or "start"
-
-
-def _why(code: int, said: str, *, what: str, doing: str) -> str:
-    """What a failed step says: its own message, or that it was killed."""
-    if code < 0:
-        return (
-            f"the step at {what} was killed (signal {-code}) in the phase {doing}: too little memory, as a rule; less "
-            "is needed with --layers 1, --studies 1, fewer --new-tokens or a smaller grpo.group_size"
-        )
-    lines = said.strip().splitlines()
-    place = next((number for number, line in enumerate(lines) if line.startswith("error")), max(0, len(lines) - 30))
-    return f"the step at {what} failed in the phase {doing} (exit code {code}):\n" + "\n".join(lines[place:])
-
-
-def _require_room(folder: Path, size: int) -> None:
-    """
-    Raises:
-        ValueError: the disk cannot hold a checkpoint of so many bytes and its export.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < _COPIES * size:
-        raise ValueError(
-            f"{folder.parent}: {free / 1e9:.1f} GB free, and the rehearsal's checkpoint and its export take "
-            f"{_COPIES * size / 1e9:.1f} GB; fewer --layers, or set TMPDIR to a folder on a larger disk "
-            f"(now {os.environ.get('TMPDIR', 'not set')})"
-        )
-
-
-def _foretold(recipe: Recipe) -> Literal["cuda", "cpu"]:
-    """What the recipe is meant for: where its labeler is on a card, its policy is too."""
-    return "cuda" if torch.cuda.is_available() or recipe.reward.device.startswith("cuda") else "cpu"
-
-
-def _workload(
-    recipe: Recipe, shape: PolicyShape, *, world_size: int, images: int, device: Literal["cuda", "cpu"]
-) -> Workload:
-    beside = labeler_bytes(recipe) if device == "cuda" and shared_device(recipe) == 0 else 0
-    return workload_of(
-        recipe, shape, task="grpo", world_size=world_size, device=device, images=images, labeler_bytes=beside
+    whole_shape, small_shape = shape_of(source), shape_of(checkpoints[depths[-1]])
+    planned = workload_of(recipe, whole_shape, task="grpo", world_size=world_size, device="cuda", images=images)
+    rehearsed = workload_of(
+        small, small_shape, task="grpo", world_size=1, device="cuda" if on_gpu else "cpu", images=images
     )
-
-
-def _phases(
-    steps: Sequence[_Step], shape: PolicyShape, *, taken: Workload, meant: Workload
-) -> dict[str, dict[str, Any]]:
-    """Seconds of each phase: at the depths, with all layers, and of the whole step of the recipe."""
-    found = {}
-    for name in PHASES:
-        seconds = [step.result["seconds"].get(name, 0.0) for step in steps]
-        if not any(seconds):
-            continue
-        sizes = [_size(name, step.shape) for step in steps]
-        whole = at_size(sizes, seconds, _size(name, shape))
-        found[name] = {
-            "seconds": seconds,
-            "all_layers": whole,
-            "recipe": whole * _more(name, taken, meant, tokens=steps[-1].result["new_tokens"]),
-            "in_step": name in _IN_STEP,
-        }
-    return found
-
-
-def _size(name: str, shape: PolicyShape) -> int:
-    """What a phase's time grows with, beside what it takes anyway."""
-    if name == "vision":
-        return shape.vision.depth
-    if name in _BY_PARAMETERS:
-        return shape.parameters
-    return shape.layers if name in _BY_LAYERS else 1
-
-
-def at_size(sizes: Sequence[float], seconds: Sequence[float], size: float) -> float:
-    """The line through one or two points, at `size`; a slope that is none but noise is 0."""
-    if len(sizes) < 2 or sizes[0] == sizes[-1]:
-        return max(seconds)
-    slope = max(0.0, (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0]))
-    return seconds[-1] + slope * (size - sizes[-1])
-
-
-def _more(name: str, taken: Workload, meant: Workload, *, tokens: float) -> float:
-    """How many times as much a phase of the recipe's step has to do."""
-    if name in _BY_PARAMETERS:
-        return 1.0
-    studies = meant.studies / taken.studies
-    if name == "rollout":
-        return studies * meant.new_tokens / tokens
-    if name in _COMPLETIONS:
-        before = taken.prompt_tokens + taken.group_size * tokens
-        return studies * (meant.prompt_tokens + meant.group_size * meant.new_tokens) / before
-    return studies
-
-
-def _memory(step: _Step, here: Prediction, whole: Prediction) -> dict[str, dict[str, int | None]]:
-    """Bytes of a phase."""
-    measured: Mapping[str, int] = step.result["peak_bytes"]
+    prediction = predict(whole_shape, planned)
     return {
-        name: {
-            "measured": measured.get(name),
-            "formula": sum(here.phases[name].values()),
-            "recipe": sum(whole.phases[name].values()),
-        }
-        for name in here.phases
-        if name in whole.phases and name != "evaluation"
+        "policy": str(source),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "dtype": dtype,
+        "recipe_dtype": recipe.policy.dtype,
+        "studies": studies,
+        "group_size": recipe.grpo.group_size,
+        "new_tokens": tokens,
+        "recipe_new_tokens": recipe.rollout.max_new_tokens,
+        "prompt_tokens": planned.prompt_tokens,
+        "world_size": world_size,
+        "rank_studies": planned.studies,
+        "steps": recipe.steps,
+        "depths": taken,
+        "whole": {
+            "decoder": whole.decoder,
+            "tower": whole.tower,
+            "start_seconds": _at(whole, taken, "start", by="decoder"),
+            "checkpoint_seconds": _at(whole, taken, "checkpoint", by="decoder"),
+            "seconds": _whole_step(
+                whole,
+                taken,
+                studies=planned.studies / studies,
+                length=recipe.rollout.max_new_tokens / tokens,
+                tokens=_tokens(planned.prompt_tokens, recipe, recipe.rollout.max_new_tokens)
+                / _tokens(planned.prompt_tokens, recipe, tokens),
+            ),
+        },
+        "memory": {
+            "measured_gib": taken[-1]["memory_gib"],
+            "formula_gib": predict(small_shape, rehearsed).peak / 2**30,
+            "whole_gpu_gib": prediction.peak / 2**30,
+            "whole_gpu_phase": prediction.peak_phase,
+        },
     }
+
+
+def _tokens(prompt: int, recipe: Recipe, new_tokens: int) -> int:
+    """Of a study in a scoring pass: the prompt once, and its group."""
+    return prompt + recipe.grpo.group_size * new_tokens
+
+
+def _require_space(recipe: Recipe, deepest: Depth, whole: Depth, dtype: str, folder: Path) -> None:
+    """The checkpoint and its export, and a checkpoint of LoRA, of which each is small beside them.
+
+    Raises:
+        ValueError: `folder` lies on a disk that is too full.
+    """
+    shape = shape_of(recipe.policy.path)
+    left_out = (whole.decoder - deepest.decoder) * (shape.layer_matrices + shape.layer_vectors)
+    left_out += int(shape.vision.parameters * (1 - deepest.tower / whole.tower))
+    needed = 2 * (shape.parameters - left_out) * DTYPES[dtype].itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > _SHARE_OF_DISK * free:
+        raise ValueError(
+            f"{folder}: a rehearsal writes {needed / 1e9:.1f} GB there and {free / 1e9:.1f} GB are free; "
+            "name another place as --folder"
+        )
+
+
+def _overrides(recipe: Recipe, policy: Path, run: Path, *, studies: int, tokens: int, dtype: str) -> list[str]:
+    """What makes the recipe one step of few layers."""
+    changed = {
+        "output_dir": run,
+        "steps": _steps(),
+        "control": "null",
+        "control_of": "null",
+        "phases": "all",
+        "experience": "null",
+        "policy.path": policy,
+        "policy.adapter": "null",  # of a policy of more layers
+        "policy.dtype": dtype,
+        "rollout.max_new_tokens": tokens,
+        "grpo.studies_per_step": studies,
+        "optimizer.warmup_steps": 0,
+        "evaluation.every": 0,
+        "evaluation.before": "false",
+        "evaluation.test": "false",
+        "evaluation.max_studies": 1,
+        "evaluation.batch_size": 1,
+        "evaluation.held_out_labeler": "null",
+        "tracking.wandb": '"off"',
+        "tracking.tensorboard": '"off"',
+        "checkpoint.every": 1,
+    }
+    if not torch.cuda.is_available():
+        changed["reward.device"] = "cpu"
+    return [f"{key}={value}" for key, value in changed.items()]
+
+
+def _steps() -> int:
+    """On a GPU the first step loads kernels and captures graphs, and the second is the one that is timed."""
+    return 2 if torch.cuda.is_available() else 1
+
+
+def _child(code: str, arguments: Sequence[str]) -> int:
+    """Run it in a process of its own, whose words go to this terminal; returns its exit code."""
+    numbered = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in numbered}
+    env |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not torch.cuda.is_available():
+        env["DS_ACCELERATOR"] = "cpu"
+    said_to = 2  # stderr: what is asked for is the table
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=env, stdout=said_to, check=False).returncode
+
+
+def _require_done(code: int, what: str, depth: Depth) -> None:
+    if code:
+        raise ValueError(
+            f"rehearsal with {depth.decoder} layers of the decoder: {what} ended with exit code {code}; what it said "
+            "stands above"
+        )
+
+
+def _taken(run: Path) -> dict[str, Any]:
+    """Of a run's last step: seconds by phase, the wait for rewards, and the process's peak."""
+    row = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    totals = json.loads((run / "summary.json").read_text(encoding="utf-8"))["seconds"]
+    return {
+        "seconds": {name: row[f"time/{name}"] for name in _PHASES if f"time/{name}" in row},
+        "start": totals["start"],
+        "checkpoint": totals["checkpoint"] / _steps(),
+        "reward_exposed": row["time/reward_exposed"],
+        "memory_gib": row["time/memory_gib_max"],
+    }
+
+
+def _at(whole: Depth, taken: Sequence[dict[str, Any]], name: str, *, by: str) -> float:
+    """Seconds of all layers: a straight line through both depths, of which none is below what was measured."""
+    values = [float(one["seconds"].get(name, 0.0) if name in _PHASES else one[name]) for one in taken]
+    layers = [one[by] for one in taken]
+    if len(taken) == 1 or layers[0] == layers[1]:
+        return values[-1]
+    a_layer = (values[1] - values[0]) / (layers[1] - layers[0])
+    return values[1] + max(0.0, a_layer) * (getattr(whole, by) - layers[1])
+
+
+def _whole_step(
+    whole: Depth, taken: Sequence[dict[str, Any]], *, studies: float, length: float, tokens: float
+) -> dict[str, float]:
+    """Seconds by phase of a rank's step with all layers, studies and tokens.
+
+    Args:
+        studies, length, tokens: the whole step's over the rehearsed one's: studies of a rank, tokens of a report, and
+            of a study in a scoring pass.
+    """
+    seconds = {}
+    for name in taken[-1]["seconds"]:
+        by = {"vision": "tower", **dict.fromkeys(_BY_DECODER, "decoder")}.get(name)
+        found = taken[-1]["seconds"][name] if by is None else _at(whole, taken, name, by=by)
+        longer = length if name == "rollout" else tokens if name in _BY_DECODER else 1.0
+        seconds[name] = found * studies * longer
+    return seconds
