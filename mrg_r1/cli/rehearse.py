@@ -83,6 +83,8 @@ def _rehearse(arguments: argparse.Namespace) -> None:
         )
     console = wide_console()
     console.print(_table(result))
+    if result["depths"][-1]["memory_gib_by_phase"]:
+        console.print(_memory(result))
     for line in _words(result):
         console.print(line, markup=False, highlight=False)
     if arguments.json is not None:
@@ -109,6 +111,25 @@ def _table(result: dict[str, Any]) -> Table:
     reckoned = {"reward_exposed": "", **{name: f"{whole[f'{name}_seconds']:.1f}" for name in ("start", "checkpoint")}}
     for name, seconds in reckoned.items():
         table.add_row(name, *(f"{one[name]:.2f}" for one in result["depths"]), seconds)
+    return table
+
+
+def _memory(result: dict[str, Any]) -> Table:
+    """The most of each phase, beside the formula's."""
+    from rich import box
+    from rich.table import Table
+
+    depths, memory, whole = result["depths"], result["memory"], result["whole"]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("GiB at most")
+    for one in depths:
+        table.add_column(f"{one['decoder']} + {one['tower']} layers", justify="right")
+    table.add_column("by formula", justify="right")
+    table.add_column(f"all {whole['decoder']} + {whole['tower']} on a GPU, by formula", justify="right")
+    for name in depths[-1]["memory_gib_by_phase"]:
+        reckoned = (memory[key].get(name) for key in ("formula_gib_by_phase", "whole_gpu_gib_by_phase"))
+        values = [*(one["memory_gib_by_phase"].get(name) for one in depths), *reckoned]
+        table.add_row(name, *("" if value is None else f"{value:.2f}" for value in values))
     return table
 
 

@@ -14,27 +14,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mrg_r1.config.recipe import Recipe, RecipeError
+from mrg_r1.data.study import read_manifest, write_manifest
 from mrg_r1.doctor.inputs import read_splits
-from mrg_r1.doctor.memory import predict, workload_of
-from mrg_r1.policy.family import family_of, read_config, shape_of
+from mrg_r1.doctor.labeler import check_labeler
+from mrg_r1.doctor.memory import Prediction, predict, workload_of
+from mrg_r1.policy.family import family_of, lora_pattern, read_config, shape_of
+from mrg_r1.policy.load import load_image_processor, load_tokenizer
 from mrg_r1.policy.shallow import Depth, two_depths, whole_depth, write_shallow
+from mrg_r1.training.phase_peaks import PEAKS
 from mrg_r1.training.preflight import DTYPES
 
 CPU_NEW_TOKENS = 32  # of a report, where no GPU writes it
 _TRAIN = (
     "import sys; sys.argv[0] = 'rehearsal'; from mrg_r1.cli.launch import run_on_ranks; "
-    "from mrg_r1.training.grpo import train; run_on_ranks(train, None, labeler_beside=True)"
+    "from mrg_r1.training.phase_peaks import train_with_peaks; "
+    "run_on_ranks(train_with_peaks, None, labeler_beside=True)"
 )
 _EXPORT = "import sys; from mrg_r1.cli import main; sys.exit(main(sys.argv[1:]))"
 _BY_DECODER = ("rollout", "reference", "old", "update")
 _PHASES = ("load", "vision", *_BY_DECODER, "advantages")  # the wait for rewards is no matter of layers
 _SHARE_OF_DISK = 0.9  # of what is free
+_STUDIES = 64  # of the training split: its labeler reads all references before the first step
 
 
 def rehearse(
@@ -60,7 +67,7 @@ def rehearse(
     """
     on_gpu = torch.cuda.is_available()
     source = recipe.policy.path
-    family_of(source)
+    _require_readable(recipe)
     try:
         first, second = two_depths(read_config(source))
         whole = whole_depth(read_config(source))
@@ -72,6 +79,9 @@ def rehearse(
             f"data.val_split {recipe.data.val_split!r}: {recipe.data.manifest} has no study of that split, and a step "
             "ends with the validation of one; name another as data.val_split=NAME"
         )
+    check_labeler(recipe.reward.labeler, recipe.reward.tokenizer)
+    manifest = folder / "manifest.jsonl"
+    _write_manifest(recipe, manifest, train=max(_STUDIES, studies))
     tokens = min(recipe.rollout.max_new_tokens, new_tokens or (10**9 if on_gpu else CPU_NEW_TOKENS))
     # bfloat16 has no instructions of its own on most CPUs, and is many times slower than float32 there
     dtype = recipe.policy.dtype if on_gpu else "float32"
@@ -83,6 +93,7 @@ def rehearse(
     for depth in depths:
         run = folder / f"run-{depth.decoder}-{depth.tower}"
         changed = _overrides(recipe, checkpoints[depth], run, studies=studies, tokens=tokens, dtype=dtype)
+        changed.append(f"data.manifest={manifest}")
         print(f"one step with {depth.decoder} layers of the decoder and {depth.tower} of the tower:", file=sys.stderr)
         _require_done(_child(_TRAIN, [*asked, *changed]), "the step", depth)
         taken.append({"decoder": depth.decoder, "tower": depth.tower, **_taken(run)})
@@ -137,10 +148,53 @@ def rehearse(
         "memory": {
             "measured_gib": taken[-1]["memory_gib"],
             "formula_gib": predict(small_shape, rehearsed).peak / 2**30,
+            "formula_gib_by_phase": _gib(predict(small_shape, rehearsed)),
             "whole_gpu_gib": prediction.peak / 2**30,
+            "whole_gpu_gib_by_phase": _gib(prediction),
             "whole_gpu_phase": prediction.peak_phase,
         },
     }
+
+
+def _require_readable(recipe: Recipe) -> None:
+    """Everything of policy.path that is not weights.
+
+    Raises:
+        ValueError: what a rehearsal needs and cannot read.
+    """
+    source = recipe.policy.path
+    try:
+        lora_pattern(family_of(source), recipe.policy.lora.targets)
+        load_tokenizer(source)
+        load_image_processor(source, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
+    except ValueError as error:
+        raise ValueError(f"policy.path {error} (no weights are needed, but tokenizer and processor)") from error
+
+
+def _write_manifest(recipe: Recipe, file: Path, *, train: int) -> None:
+    """The training studies with the longest prompts, as far as images and priors make them long, and one to validate:
+    a real labeler on a CPU takes minutes for the references of thousands.
+    """
+    everything = {study.id: study for study in read_manifest(recipe.data.manifest)}
+    with_prior = "prior_report" in recipe.data.context
+    longest = sorted(
+        (study for study in everything.values() if study.split == recipe.data.train_split),
+        key=lambda study: (with_prior and study.prior is not None, len(study.images)),
+        reverse=True,
+    )[:train]
+    validated = next(study for study in everything.values() if study.split == recipe.data.val_split)
+    chosen = {study.id: study for study in (*longest, validated)}
+    for study in [*chosen.values()]:
+        prior = study.prior
+        while prior is not None and prior not in chosen:
+            # of no split that is learned from: it is there to be quoted
+            chosen[prior] = replace(everything[prior], split="prior of a rehearsed study")
+            prior = everything[prior].prior
+    write_manifest(file, chosen.values())
+
+
+def _gib(prediction: Prediction) -> dict[str, float]:
+    return {name: sum(parts.values()) / 2**30 for name, parts in prediction.phases.items()}
 
 
 def _tokens(prompt: int, recipe: Recipe, new_tokens: int) -> int:
@@ -224,12 +278,15 @@ def _taken(run: Path) -> dict[str, Any]:
     """Of a run's last step: seconds by phase, the wait for rewards, and the process's peak."""
     row = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     totals = json.loads((run / "summary.json").read_text(encoding="utf-8"))["seconds"]
+    peaks = json.loads((run / PEAKS).read_text(encoding="utf-8"))
     return {
         "seconds": {name: row[f"time/{name}"] for name in _PHASES if f"time/{name}" in row},
         "start": totals["start"],
         "checkpoint": totals["checkpoint"] / _steps(),
         "reward_exposed": row["time/reward_exposed"],
-        "memory_gib": row["time/memory_gib_max"],
+        # where phases are counted, the metric is of the last one alone
+        "memory_gib": max(peaks.values()) / 2**30 if peaks else row["time/memory_gib_max"],
+        "memory_gib_by_phase": {name: peak / 2**30 for name, peak in peaks.items()},
     }
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import mrg_r1.training.rehearse as rehearsing
+from mrg_r1.config.recipe import Recipe
+from mrg_r1.data.study import read_manifest, write_manifest
 from mrg_r1.policy.family import read_config
 from mrg_r1.policy.shallow import Depth
-from mrg_r1.training.rehearse import _at, _whole_step
+from mrg_r1.training.rehearse import _at, _whole_step, _write_manifest
+from mrg_r1.types import Study
 from tests.cli.command import refused, run
-from tests.conftest import FAMILIES, each_family
+from tests.conftest import FAMILIES, each_family, make_study
 
 
 def taken(decoder: int, tower: int, **seconds: float) -> dict:
@@ -81,11 +85,50 @@ def test_a_step_that_fails_is_named_and_leaves_nothing(recipe, tmp_path, capsys,
         (["data.val_split=none"], "data.val_split 'none'"),
         (["data.manifest=missing.jsonl"], "missing.jsonl"),
         (["grpo.group_sise=4"], "group_size"),
+        (["reward.labeler=nowhere"], "reward.labeler"),
+        (["policy.lora.targets=tower"], "policy.lora.targets"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(recipe, tmp_path, capsys, monkeypatch, change, message):
     monkeypatch.setattr(rehearsing, "write_shallow", lambda *arguments, **options: pytest.fail("written"))
     assert message in refused(capsys, "rehearse", *recipe, *change, "--folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"), [("tokenizer.json", "tokenizer"), ("preprocessor_config.json", "preprocessor_config.json")]
+)
+def test_a_folder_without_tokenizer_or_processor_is_named(recipe, tmp_path, capsys, monkeypatch, file, message):
+    monkeypatch.setattr(rehearsing, "write_shallow", lambda *arguments, **options: pytest.fail("written"))
+    (tmp_path / "published" / file).unlink()
+    said = refused(capsys, "rehearse", *recipe, "--folder", tmp_path)
+    assert message in said and "no weights are needed" in said
+
+
+def test_the_longest_prompts_are_rehearsed_with_what_they_quote(tmp_path):
+    def study(name: str, images: int, split: str = "train", prior: str | None = None) -> Study:
+        shown = tuple(make_study(tmp_path, name, [(8, 8)] * images).images)
+        return replace(make_study(tmp_path, name, [(8, 8)]), images=shown, split=split, prior=prior, patient_id="p")
+
+    first, old = study("first", 1, split="test"), study("old", 1, prior="first")
+    two, quoting = study("two", 3), study("quoting", 2, prior="old")
+    write_manifest(tmp_path / "all.jsonl", [first, old, study("one", 1), two, quoting, study("v", 1, split="val")])
+    given = Recipe.model_validate(
+        {
+            "output_dir": tmp_path / "run",
+            "steps": 1,
+            "data": {"manifest": tmp_path / "all.jsonl", "train_split": "train", "val_split": "val"},
+            "policy": {"path": tmp_path},
+            "reward": {"labeler": tmp_path},
+        }
+    )
+    few = tmp_path / "few.jsonl"
+    _write_manifest(given, few, train=1)
+    assert [one.id for one in read_manifest(few)] == ["two", "v"]
+    data = given.data.model_copy(update={"context": ["prior_report"]})
+    _write_manifest(given.model_copy(update={"data": data}), few, train=1)
+    found = {one.id: one.split for one in read_manifest(few)}
+    assert found.keys() == {"quoting", "v", "old", "first"}  # the whole chain of priors
+    assert [name for name, split in found.items() if split in ("train", "val", "test")] == ["quoting", "v"]
 
 
 def test_a_full_disk_is_refused_before_it_is_filled(recipe, tmp_path, capsys, monkeypatch):
@@ -117,7 +160,9 @@ def test_a_whole_step_is_taken_at_two_depths_and_exported(
     assert depths[-1][0] == FAMILIES[family] == result["whole"]["decoder"] and depths[0] != depths[1]
     for one in result["depths"]:
         assert {"load", "vision", "rollout", "reference", "update"} <= one["seconds"].keys() and one["memory_gib"] > 0
+        assert {"start", "rollout", "update"} <= one["memory_gib_by_phase"].keys()
     assert result["dtype"] == ("bfloat16" if torch.cuda.is_available() else "float32")
+    assert result["memory"]["formula_gib_by_phase"].keys() >= {"vision", "rollout", "update"} and "GiB at most" in said
     assert result["rank_studies"] == 2 and result["new_tokens"] == 4
     assert result["whole"]["seconds"]["update"] > result["depths"][-1]["seconds"]["update"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("mrg-r1")) == []
