@@ -12,7 +12,7 @@ from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.policy.lora import reference
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
-from tests.conftest import each_family, with_lora
+from tests.conftest import each_family, inputs_of_modules, with_lora
 
 
 def rolled_out(policy, prompts, *, group_size=3, length=12, step=0, seed=0):
@@ -33,14 +33,7 @@ def plain_forward_logp(policy, prompts, completions, *, banned, temperature):
         prompt = one.input_ids[0][one.attention_mask[0].bool()]
         for g in range(completions.token_ids.shape[1]):
             ids = torch.cat([prompt, completions.token_ids[b, g][completions.mask[b, g]]])
-            kinds = (ids == policy.image_token_id).int()[None]
-            logits = model(
-                input_ids=ids[None],
-                attention_mask=torch.ones_like(ids)[None],
-                mm_token_type_ids=kinds,
-                pixel_values=one.images.tensors["pixel_values"],
-                image_grid_thw=one.images.tensors["image_grid_thw"],
-            ).logits[0, len(prompt) - 1 : -1]
+            logits = model(**inputs_of_modules(policy, one.images, ids[None])).logits[0, len(prompt) - 1 : -1]
             logits[:, banned] = -torch.inf
             picked = (logits / temperature).log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
             rows[b, g, : len(picked)] = picked
