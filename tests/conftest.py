@@ -71,6 +71,9 @@ __all__ = ["OneRank"]  # from where tests take it
 FAMILIES = {"qwen2_5_vl": 2, "qwen3_vl": 3, "gemma3": 3}
 _FIRST = next(iter(FAMILIES))
 each_family = pytest.mark.parametrize("tiny_policy_directory", FAMILIES, indirect=True)
+# those whose towers read LoRA, and whose positions have three axes
+QWEN = [family for family in FAMILIES if family.startswith("qwen")]
+each_qwen = pytest.mark.parametrize("tiny_policy_directory", QWEN, indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +82,7 @@ def tiny_policies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
     @cache
     def make(family: str) -> Path:
-        directory = tmp_path_factory.mktemp("tiny-policy")
+        directory = tmp_path_factory.mktemp("tiny-policy") / family
         find_family(family).create_tiny(
             directory, TEXTS * 20, vocabulary=400, image_side=112, hidden=64, layers=FAMILIES[family], seed=0
         )
@@ -125,10 +128,12 @@ def with_lora(policy: Policy, *, targets: str = "language") -> Policy:
     return policy
 
 
-def inputs_of_modules(policy: Policy, images: ImageInputs, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What transformers' own forward takes of one study without padding: `ids` [1, L], its prompt's first."""
+def inputs_of_modules(image: int, images: ImageInputs, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What transformers' own forward takes of one study without padding: `ids` [1, L], its prompt's first; `image` is
+    the id of an image's tokens.
+    """
     kinds = "mm_token_type_ids" if "image_grid_thw" in images.tensors else "token_type_ids"
-    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), kinds: (ids == policy.image_token_id).int()}
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), kinds: (ids == image).int()}
     return {**given, **images.tensors}
 
 

@@ -158,7 +158,7 @@ def generate_greedily(policy, prompts, length):
         kept = one.attention_mask[0].bool()
         ids = one.input_ids[:, kept]
         out = policy.base.generate(
-            **inputs_of_modules(policy, one.images, ids),
+            **inputs_of_modules(policy.image_token_id, one.images, ids),
             do_sample=False,
             repetition_penalty=1.0,
             suppress_tokens=banned,

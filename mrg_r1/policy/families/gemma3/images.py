@@ -86,7 +86,8 @@ class ImageTokens:
         if tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token):
             raise ValueError(
                 f"the chat template does not begin with the tokenizer's bos_token ({tokenizer.bos_token!r}), without "
-                "which this family's models write nonsense; take the published template (chat_template.jinja, chat_template.json)"
+                "which this family's models write nonsense; take the published template (chat_template.jinja, "
+                "chat_template.json)"
             )
         return cls(
             placeholder, config.boi_token_id, config.image_token_id, config.eoi_token_id, config.mm_tokens_per_image
