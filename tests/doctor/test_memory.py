@@ -111,7 +111,9 @@ def total(work: Workload, phase: str) -> int:
     return sum(predict(shape_of_config(SEVEN_B), work).phases[phase].values())
 
 
-@pytest.mark.parametrize(("config", "total_size"), [(SEVEN_B, 16_584_333_312), (EIGHT_B, 17_534_247_392)])
+@pytest.mark.parametrize(
+    ("config", "total_size"), [(SEVEN_B, 16_584_333_312), (EIGHT_B, 17_534_247_392), (FOUR_B, 8_600_158_944)]
+)
 def test_a_published_checkpoint_has_the_bytes_of_its_index(config: dict[str, Any], total_size: int) -> None:
     assert 2 * shape_of_config(config).parameters == total_size  # of its model.safetensors.index.json
 
