@@ -38,7 +38,7 @@ class BuildWithRecipes(build_py):
 
 setup(
     name="mrg-r1",
-    version="0.1.0",  # and in mrg_r1/__init__.py
+    version="0.2.0.dev0",  # and in mrg_r1/__init__.py
     description="GRPO for chest X-ray report generation with a clinical reward: raw PyTorch on DeepSpeed",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -95,6 +95,8 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard"],
         "dashboard": ["wandb-workspaces>=0.4.13"],
+        # of source: compiles for the CUDA of the torch that is installed, so with --no-build-isolation
+        "flash-attn": ["flash-attn>=2.7,<3"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -18,6 +18,11 @@ from torch import Tensor
 LABELS_ONLY = "(labels only)"  # shown in place of a reference's text where a study has none
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on `device`; from the host it is sent without waiting for what the device has still to do."""
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+
+
 @dataclass(frozen=True)
 class StudyImage:
     """One radiograph of a study."""
@@ -74,8 +79,12 @@ class ImageInputs:
         )
 
     def to(self, device: torch.device | str) -> ImageInputs:
-        """The same images with their tensors on `device`."""
-        return ImageInputs({name: tensor.to(device) for name, tensor in self.tensors.items()}, self.rows)
+        """The same images with their pixels on `device`; whole numbers say how those lie, and are read on the host."""
+        moved = {
+            name: to_device(tensor, device) if tensor.is_floating_point() else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return ImageInputs(moved, self.rows)
 
     @staticmethod
     def join(parts: Sequence[ImageInputs]) -> ImageInputs:
@@ -137,6 +146,14 @@ class Prompts:
     images_per_study: list[int]  # B, sums to I
     # B, how often the step had the study before, on all ranks; None: never
     occurrences: list[int] | None = None
+    known_lengths: list[int] | None = None  # what `lengths` has read, or was handed
+
+    @property
+    def lengths(self) -> list[int]:
+        """B, tokens of each prompt. The device is asked for them at most once, and not at all after `to`."""
+        if self.known_lengths is None:
+            self.known_lengths = self.attention_mask.sum(dim=1).tolist()
+        return self.known_lengths
 
     def __len__(self) -> int:
         return len(self.study_ids)
@@ -146,7 +163,7 @@ class Prompts:
         prompts).
         """
         starts = [sum(self.images_per_study[:b]) for b in range(len(self))]
-        index = torch.tensor(list(rows), dtype=torch.long, device=self.input_ids.device)
+        index = to_device(torch.tensor(list(rows), dtype=torch.long), self.input_ids.device)
         return Prompts(
             study_ids=[self.study_ids[b] for b in rows],
             references=[self.references[b] for b in rows],
@@ -157,6 +174,7 @@ class Prompts:
             images=self.images.select([starts[b] + i for b in rows for i in range(self.images_per_study[b])]),
             images_per_study=[self.images_per_study[b] for b in rows],
             occurrences=None if self.occurrences is None else [self.occurrences[b] for b in rows],
+            known_lengths=None if self.known_lengths is None else [self.known_lengths[b] for b in rows],
         )
 
     def to(self, device: torch.device | str) -> Prompts:
@@ -164,13 +182,14 @@ class Prompts:
         return Prompts(
             study_ids=self.study_ids,
             references=self.references,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            positions=self.positions.to(device),
-            next_position=self.next_position.to(device),
+            input_ids=to_device(self.input_ids, device),
+            attention_mask=to_device(self.attention_mask, device),
+            positions=to_device(self.positions, device),
+            next_position=to_device(self.next_position, device),
             images=self.images.to(device),
             images_per_study=self.images_per_study,
             occurrences=self.occurrences,
+            known_lengths=self.lengths,
         )
 
 

@@ -233,14 +233,16 @@ def _policy(arguments: argparse.Namespace, recipe: Recipe, device: str) -> Polic
     import torch
     from transformers.utils import logging
 
+    from mrg_r1.policy import flash_attention
     from mrg_r1.policy.load import load_policy
     from mrg_r1.policy.lora import load_adapter, merge_adapter
 
     logging.disable_progress_bar()
+    on_gpu = torch.device(device).type == "cuda"  # a report can be asked for where the run's kernels are not
+    dtype = getattr(torch, recipe.policy.dtype)
+    flash_attention.choose(recipe.policy.attention if on_gpu else "torch", device=torch.device(device), dtype=dtype)
     temperature = arguments.temperature or recipe.rollout.temperature
-    policy = load_policy(recipe.policy.path, dtype=getattr(torch, recipe.policy.dtype), temperature=temperature).to(
-        device
-    )
+    policy = load_policy(recipe.policy.path, dtype=dtype, temperature=temperature).to(device)
     if recipe.policy.adapter is not None:
         merge_adapter(policy, recipe.policy.adapter)
     if (arguments.folder / "adapter" / "adapter_config.json").is_file():

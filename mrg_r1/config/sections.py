@@ -96,12 +96,25 @@ class PolicySection(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Precision of the weights in the forward pass. ours"
     )
+    attention: Literal["auto", "torch", "flash_attn"] = Field(
+        "auto",
+        description="Kernels of attention on a GPU: torch's own, which auto takes, or the package flash-attn's. ours",
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory. ours"
     )
     lora: LoraSection = Field(
         default_factory=LoraSection, description="LoRA on all linear layers that its targets name. paper (LoRA)"
     )
+
+    @model_validator(mode="after")
+    def _kernels_of_its_dtype(self) -> PolicySection:
+        if self.attention == "flash_attn" and self.dtype == "float32":
+            raise ValueError(
+                "attention flash_attn with dtype float32: it has kernels for bfloat16 alone; set policy.dtype=bfloat16 "
+                "or policy.attention=torch"
+            )
+        return self
 
 
 class RolloutSection(Section):

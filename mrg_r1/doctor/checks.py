@@ -17,7 +17,7 @@ from mrg_r1.doctor.finding import Finding, examined
 from mrg_r1.doctor.fitting import Place, memory_findings
 from mrg_r1.doctor.inputs import check_disk, check_output, check_stage, most_images, read_splits, studies_to_learn
 from mrg_r1.doctor.labeler import check_labeler, device_of_labeler
-from mrg_r1.doctor.machine import Device, cuda_devices, package_findings
+from mrg_r1.doctor.machine import Device, chosen_attention, cuda_devices, package_findings
 from mrg_r1.doctor.memory import Task
 from mrg_r1.doctor.reward import judge_findings, radeval_finding, reward_findings
 from mrg_r1.doctor.tokenizer import tokenizer_finding
@@ -97,6 +97,9 @@ def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
         images: of the study that has most.
     """
     findings = [examined("policy", lambda: _policy(recipe)), tokenizer_finding(recipe)]
+    asked = recipe.policy
+    if asked.attention == "flash_attn":
+        findings.append(examined("flash-attn", lambda: chosen_attention(asked.attention, asked.dtype, place.devices)))
     if task == "grpo":
         findings += reward_findings(recipe)
     if recipe.phases != "update":

@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from mrg_r1.cores import Cores, asked_for, demo_ranks, read_cores, share_cores
 from mrg_r1.doctor.finding import Finding
 from mrg_r1.metrics.lexical import why_no_meteor
+from mrg_r1.policy import flash_attention
 from mrg_r1.policy.attention import has_cpu_kernels
 
 _SHOWN = ("torch", "deepspeed", "transformers", "peft")
@@ -119,10 +120,10 @@ def core_finding(cores: Cores, environment: Mapping[str, str] = os.environ) -> F
 
 
 def kernel_finding(devices: list[Device]) -> Finding:
-    """What attention runs on: torch's own kernels, no package of another name."""
+    """What attention runs on where a recipe does not ask for the flash-attn package: torch's own kernels."""
     if not devices:
         if has_cpu_kernels():
-            return Finding("attention", "ok", "torch's flash kernels for CPUs; the flash-attn package is not used")
+            return Finding("attention", "ok", "torch's flash kernels for CPUs")
         text = "this torch has no flash kernels for CPUs: whole score matrices are held"
         return Finding("attention", "warning", text, "install the torch of constraints.txt")
     old = [device for device in devices if device.capability < _FLASH_CAPABILITY]
@@ -145,7 +146,31 @@ def kernel_finding(devices: list[Device]) -> Finding:
             "this torch was built without flash attention",
             "install a torch build of pytorch.org",
         )
-    return Finding("attention", "ok", "torch's varlen flash kernels, in bfloat16; the flash-attn package is not used")
+    return Finding("attention", "ok", f"torch's varlen flash kernels, in bfloat16; {_installed_flash_attn()}")
+
+
+def _installed_flash_attn() -> str:
+    """What of the package is installed; whether it can be used is looked at where a recipe asks for it."""
+    found = []
+    for name in ("flash-attn", "flash-attn-3"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    if not found:
+        return "the flash-attn package is not installed, nor needed"
+    return f"{' and '.join(found)} installed, which policy.attention=flash_attn takes"
+
+
+def chosen_attention(attention: str, dtype: str, devices: list[Device]) -> str:
+    """Of a recipe that asks for the flash-attn package: which version it gets.
+
+    Raises:
+        ValueError: it cannot be used here.
+    """
+    device = torch.device("cuda", devices[0].index) if devices else torch.device("cpu")
+    found = flash_attention.find(device=device, dtype=getattr(torch, dtype))
+    return f"flash-attn {found.version}, as policy.attention {attention} asks; it has not been measured yet"
 
 
 def java_finding() -> Finding:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrg_r1.policy import flash_attention
 from mrg_r1.policy.rectangles import RectangleAttention, Rectangles
+from mrg_r1.types import to_device
 
 # Private names of torch, so they may go: `_plain` takes their place (on the CPU it costs memory, not exactness).
 _CPU_FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -44,7 +46,7 @@ class SeqLens:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """[sequences + 1] int32, what the CUDA kernels want."""
-        return torch.tensor(self.starts, dtype=torch.int32, device=self.device)
+        return to_device(torch.tensor(self.starts, dtype=torch.int32), self.device)
 
     @cached_property
     def longest(self) -> int:
@@ -77,6 +79,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_lens: SeqLens, k_lens: SeqLens, *,
         allowed to have queries.
     """
     if q.is_cuda and q.dtype in _CUDA_TYPES:
+        package = flash_attention.in_use()
+        if package is not None:
+            starts, most = (q_lens.cu_seqlens, k_lens.cu_seqlens), (q_lens.longest, k_lens.longest)
+            return package.forward(q, k, v, *starts, *most, causal)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, q_lens.cu_seqlens, k_lens.cu_seqlens, q_lens.longest, k_lens.longest, 0.0, causal, False
         )
@@ -110,6 +116,10 @@ def attend_backward(
     share of the gradient (FlashAttention, arXiv 2205.14135, appendix B.2).
     """
     if q.is_cuda and q.dtype in _CUDA_TYPES:
+        package = flash_attention.in_use()
+        if package is not None:
+            starts, most = (q_lens.cu_seqlens, k_lens.cu_seqlens), (q_lens.longest, k_lens.longest)
+            return package.backward(grad, q, k, v, out, lse, *starts, *most, causal)
         rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # there is no dropout to replay
         unused = torch.empty(0, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(

@@ -29,12 +29,12 @@ def encode_images(policy: PolicyWeights, prompts: Prompts, *, again: VisionFeatu
     kept = None if again is None or again.before_merger is None else sum(again.before_merger, [])
     seen, features = _see_and_merge(policy, prompts.images, kept)
     per_study, before_merger, start = [], [], 0
+    counts = (prompts.input_ids == policy.image_token_id).sum(dim=1).tolist()  # image tokens of each study
     for study, count in enumerate(prompts.images_per_study):
         joined = torch.cat(features[start : start + count])
-        tokens = int((prompts.input_ids[study] == policy.image_token_id).sum())
-        if tokens != len(joined):
+        if counts[study] != len(joined):
             raise ValueError(
-                f"study {prompts.study_ids[study]}: {tokens} image tokens in the prompt, {len(joined)} features "
+                f"study {prompts.study_ids[study]}: {counts[study]} image tokens in the prompt, {len(joined)} features "
                 f"from its {count} image(s)"
             )
         per_study.append(joined)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mrg_r1.policy.language import PromptCache
 from mrg_r1.policy.packing import pack_completions, pack_prompts, plan_micro_batches
 from mrg_r1.policy.weights import PolicyWeights
-from mrg_r1.types import Completions, Prompts, VisionFeatures
+from mrg_r1.types import Completions, Prompts, VisionFeatures, to_device
 
 CHUNK_ELEMENTS = 2**26  # logits held at a time, 256 MiB in float32: 441 tokens of a vocabulary of 152,064
 
@@ -46,7 +46,7 @@ def completion_logprobs(
     Raises:
         ValueError: no token at all, under a partition.
     """
-    lengths, study_list = mask.sum(dim=1).tolist(), study_of_row.tolist()
+    lengths, study_list = torch.stack([mask.sum(dim=1), study_of_row]).tolist()  # the device is waited for once
     rows = sorted(
         (row for row, length in enumerate(lengths) if length), key=lambda row: (study_list[row], lengths[row])
     )
@@ -79,7 +79,7 @@ def completion_logprobs(
 
     # A first token is predicted by the prompt's last. A product with a 0/1 matrix copies a study's state to each of its
     # completions, and its gradient adds them up in a fixed order, which indexing does not do on a GPU.
-    slots = torch.tensor([studies.index(study_list[row]) for row in rows], device=mask.device)
+    slots = to_device(torch.tensor([studies.index(study_list[row]) for row in rows]), mask.device)
     hidden = torch.nn.functional.one_hot(slots, len(studies)).to(states.last.dtype) @ states.last
     if completion_tokens is not None:
         own = language.completion_pass(*completion_tokens, states, recompute=policy.recompute)
@@ -88,7 +88,7 @@ def completion_logprobs(
     places = [torch.tensor([row * columns for row in rows])] + [
         torch.arange(1, lengths[row]) + row * columns for row in rows
     ]
-    index = torch.cat(places).to(hidden.device)  # of each prediction in [R * C]
+    index = to_device(torch.cat(places), hidden.device)  # of each prediction in [R * C]
     logp, entropy = token_logprobs(policy, hidden, token_ids.flatten()[index])
     empty = torch.zeros(mask.numel(), device=hidden.device)
     return empty.index_copy(0, index, logp).view(mask.shape), empty.index_copy(0, index, entropy).view(mask.shape)
@@ -161,11 +161,6 @@ def micro_batches(
     prompts: Prompts, mask: Tensor, study_of_row: Tensor, *, token_budget: int, at_least: int = 1
 ) -> list[Tensor]:
     """Rows of [R, C] `mask` cut into passes by `plan_micro_batches`; each [rows of the pass] int64."""
-    plan = plan_micro_batches(
-        prompts.attention_mask.sum(dim=1).tolist(),
-        mask.sum(dim=1).tolist(),
-        study_of_row.tolist(),
-        token_budget=token_budget,
-        at_least=at_least,
-    )
-    return [torch.tensor(rows, device=mask.device) for rows in plan]
+    lengths, study_list = torch.stack([mask.sum(dim=1), study_of_row]).tolist()  # the device is waited for once
+    plan = plan_micro_batches(prompts.lengths, lengths, study_list, token_budget=token_budget, at_least=at_least)
+    return [to_device(torch.tensor(rows), mask.device) for rows in plan]

@@ -20,7 +20,7 @@ from mrg_r1.policy.images import put_features
 from mrg_r1.policy.language import LanguageModel, Packed
 from mrg_r1.policy.logprobs import CHUNK_ELEMENTS
 from mrg_r1.policy.weights import PolicyWeights
-from mrg_r1.types import Prompts, VisionFeatures
+from mrg_r1.types import Prompts, VisionFeatures, to_device
 
 _SHORTEST = 0.75  # of the longest in a batch of attention: a call costs more than a quarter of its arithmetic does
 
@@ -47,8 +47,8 @@ def trained_logprobs(
         logp [R, C] float32 and entropy [R, C] float32 (nats, detached), both 0 where masked, of the distribution that
         `PolicyWeights.next_token_logits` defines (docs/traps.md #2). The loss of SFT is `-logp.sum() / tokens`.
     """
-    lengths, study_list = mask.sum(dim=1).tolist(), study_of_row.tolist()
-    prompt_lengths = prompts.attention_mask.sum(dim=1).tolist()
+    lengths, study_list = torch.stack([mask.sum(dim=1), study_of_row]).tolist()  # the device is waited for once
+    prompt_lengths = prompts.lengths
     rows = [row for row, length in enumerate(lengths) if length]
     if not rows:
         nothing = torch.zeros(mask.shape, device=mask.device)
@@ -59,7 +59,7 @@ def trained_logprobs(
     packed, predicting = _pack(policy, language, prompts, vision, token_ids, rows, study_list, lengths)
     hidden = _run(language, packed, predicting, recompute=policy.recompute)
     columns = token_ids.shape[1]
-    index = torch.cat([torch.arange(lengths[row]) + row * columns for row in rows]).to(hidden.device)
+    index = to_device(torch.cat([torch.arange(lengths[row]) + row * columns for row in rows]), hidden.device)
     logp, entropy = _TargetLogp.apply(
         hidden, policy.base.lm_head.weight, token_ids.flatten()[index], policy.banned, policy.temperature
     )
@@ -80,7 +80,7 @@ def _pack(
     """[prompt | completion without its last token] of each row, and where on that axis the tokens are predicted."""
     device, width = token_ids.device, prompts.input_ids.shape[1]
     studies = [study_of_row[row] for row in rows]
-    starts = [width - int(length) for length in prompts.attention_mask.sum(dim=1).tolist()]
+    starts = [width - length for length in prompts.lengths]
     steps = torch.arange(max(lengths), device=device)
     ids, text_positions = [], []
     for row, study in zip(rows, studies, strict=True):

@@ -23,7 +23,7 @@ def pack_prompts(
 ) -> Packed:
     """Prompts of the `studies` (None: of all) behind one another, without their padding, images put in."""
     chosen = range(len(prompts)) if studies is None else studies
-    width, lengths = prompts.input_ids.shape[1], prompts.attention_mask.sum(dim=1).tolist()
+    width, lengths = prompts.input_ids.shape[1], prompts.lengths
     ids = torch.cat([prompts.input_ids[b, width - lengths[b] :] for b in chosen])
     positions = torch.cat([prompts.positions[b, width - lengths[b] :] for b in chosen])
     features = torch.cat([vision.per_study[b] for b in chosen])

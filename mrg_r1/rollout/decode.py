@@ -16,7 +16,7 @@ from mrg_r1.policy.packing import pack_prompts
 from mrg_r1.policy.policy import Policy
 from mrg_r1.rollout.decoder import Answers, Decoder
 from mrg_r1.rollout.sampling import Sampling, keyed_uniforms
-from mrg_r1.types import Completions, Prompts, VisionFeatures
+from mrg_r1.types import Completions, Prompts, VisionFeatures, to_device
 
 _CHECK_EVERY = {"cpu": 1, "cuda": 16}  # tokens between two looks at who has ended: a look waits for the device
 _COMPACT_BELOW = 0.75  # of the rectangle's places, what a smaller one would have: less is not worth the copying
@@ -43,10 +43,10 @@ def rollout(
         Completions [B, G, C] with C at most `sampling.max_new_tokens`.
     """
     group_size, max_new_tokens = sampling.group_size, sampling.max_new_tokens
-    own, tokens = group_size * max_new_tokens, prompts.attention_mask.sum(dim=1)
+    own, tokens = group_size * max_new_tokens, prompts.lengths
     cut = _parts(prompts, own=own, cache_tokens=sampling.cache_tokens)
     # largest first: what does not fit into memory shows now, and not when the last part's turn comes
-    turns = sorted(range(len(cut)), key=lambda part: -int(tokens[cut[part]].sum() + own * len(cut[part])))
+    turns = sorted(range(len(cut)), key=lambda part: -sum(tokens[study] + own for study in cut[part]))
     parts: dict[int, Completions] = {}
     with policy.sampler() as language:
         for turn in turns:
@@ -62,7 +62,7 @@ def rollout(
                 length=max_new_tokens,
                 attempt=sampling.attempt,
                 occurrences=some.occurrences,
-            ).to(policy.device)
+            )
             known = None if states is None else states.select(rows)
             parts[turn] = _decode(
                 policy, language, some, vision.select(rows), group_size, max_new_tokens, uniforms, known, on_ended
@@ -85,7 +85,7 @@ def _parts(prompts: Prompts, *, own: int, cache_tokens: int | None) -> list[list
     """Studies in order, cut where another one's prompt and `own` completion tokens would exceed `cache_tokens`."""
     parts: list[list[int]] = [[]]
     used = 0
-    for study, tokens in enumerate(prompts.attention_mask.sum(dim=1).tolist()):
+    for study, tokens in enumerate(prompts.lengths):
         if parts[-1] and cache_tokens is not None and used + tokens + own > cache_tokens:
             parts.append([])
             used = 0
@@ -110,16 +110,17 @@ def _decode(
     states = language.prompt_pass(pack_prompts(policy, language, prompts, vision)) if states is None else states
     answers = Answers.empty(rows, max_new_tokens, pad_id=policy.pad_id, device=device)
     kept = prompts.attention_mask.bool()
+    places = _places(prompts)
     decoder = Decoder(
         language,
         embed=policy.language_model.embed_tokens,
         logits=policy.next_token_logits,
-        prompt_cache=[(_padded(keys, kept), _padded(values, kept)) for keys, values in states.layers],
-        prompt_mask=kept,
+        prompt_cache=[(_padded(keys, places, kept), _padded(values, places, kept)) for keys, values in states.layers],
+        prompt_mask=None if min(prompts.lengths) == kept.shape[1] else kept,
         rows=torch.arange(rows, device=device).view(studies, group_size),
         next_position=prompts.next_position,
-        uniforms=None if uniforms is None else torch.cat([uniforms, uniforms[:1]]),
-        eos=torch.tensor(policy.eos_ids, device=device),
+        uniforms=None if uniforms is None else to_device(torch.cat([uniforms, uniforms[:1]]), device),
+        eos=to_device(torch.tensor(policy.eos_ids), device),
         pad_id=policy.pad_id,
         answers=answers,
     )
@@ -129,8 +130,10 @@ def _decode(
 
     def read(ended: Tensor) -> list[str]:
         """The texts of rows that were not read yet, where `ended` [R] says so."""
-        fresh = [row for row in ended.nonzero().flatten().tolist() if row not in texts]
-        ids = [answers.token_ids[row][answers.mask[row]].tolist() for row in fresh]
+        written = torch.where(answers.mask, answers.token_ids, -1)[:rows]
+        table = torch.cat([ended.unsqueeze(1), written], dim=1).tolist()  # in one piece: a copy waits for the device
+        fresh = [row for row, (over, *_) in enumerate(table) if over and row not in texts]
+        ids = [[token for token in table[row][1:] if token >= 0] for row in fresh]
         said: list[str] = policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
         texts.update(zip(fresh, said, strict=True))
         return said
@@ -151,7 +154,7 @@ def _decode(
     length = int(answers.mask.sum(dim=1).max())
     shape = (studies, group_size, length)
     token_ids, mask, logp = (tensor[:rows, :length] for tensor in (answers.token_ids, answers.mask, answers.logp))
-    read(torch.ones(rows, dtype=torch.bool))
+    read(torch.ones(rows, dtype=torch.bool, device=device))
     return Completions(
         token_ids=token_ids.reshape(shape).contiguous(),
         mask=mask.reshape(shape).contiguous(),
@@ -161,8 +164,15 @@ def _decode(
     )
 
 
-def _padded(packed: Tensor, kept: Tensor) -> Tensor:
+def _places(prompts: Prompts) -> Tensor:
+    """[T] int64: of prompts behind one another, where each token lies among the B * P padded ones."""
+    width = prompts.input_ids.shape[1]
+    ends = range(width, width * len(prompts) + 1, width)
+    places = [torch.arange(end - length, end) for end, length in zip(ends, prompts.lengths, strict=True)]
+    return to_device(torch.cat(places), prompts.input_ids.device)
+
+
+def _padded(packed: Tensor, places: Tensor, kept: Tensor) -> Tensor:
     """[T, K, D] of prompts behind one another -> [B, K, P, D], padded on the left as `kept` [B, P] says."""
-    padded = packed.new_zeros(*kept.shape, *packed.shape[1:])
-    padded[kept] = packed
-    return padded.transpose(1, 2)
+    padded = packed.new_zeros(kept.numel(), *packed.shape[1:]).index_copy_(0, places, packed)
+    return padded.view(*kept.shape, *packed.shape[1:]).transpose(1, 2)

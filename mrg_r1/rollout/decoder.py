@@ -15,6 +15,7 @@ from torch import Tensor
 from mrg_r1.policy.language import LanguageModel
 from mrg_r1.policy.layers import DecoderLayer
 from mrg_r1.rollout.sampling import sample_tokens
+from mrg_r1.types import to_device
 
 Embed = Callable[[Tensor], Tensor]  # [R] ids -> [R, H]
 Logits = Callable[[Tensor], Tensor]  # [R, H] -> [R, V] float32, the distribution that is sampled and scored
@@ -33,7 +34,7 @@ class Answers:
     @classmethod
     def empty(cls, rows: int, length: int, *, pad_id: int, device: torch.device) -> Answers:
         ended = torch.zeros(rows + 1, dtype=torch.bool, device=device)
-        ended[rows] = True
+        ended[rows:] = True  # a slice: a single place would wait for the device
         return cls(
             token_ids=torch.full((rows + 1, length), pad_id, device=device),
             logp=torch.zeros(rows + 1, length, device=device),
@@ -50,7 +51,7 @@ class Decoder:
         embed: token ids to the embeddings that the first layer takes.
         logits: hidden states to the logits that are sampled from.
         prompt_cache: of each layer keys and values, each [S, key heads, P, D], prompts ending on the right.
-        prompt_mask: [S, P] bool, False on padding.
+        prompt_mask: [S, P] bool, False on padding; None where there is none.
         rows: [S, M] int64, the row of `answers` that each place writes; len(answers) - 1 in places without one.
         next_position: [S] int64, the position of the first completion token.
         uniforms: [R + 1, N] float64 in [0, 1), or None for the most probable token.
@@ -65,7 +66,7 @@ class Decoder:
         embed: Embed,
         logits: Logits,
         prompt_cache: list[tuple[Tensor, Tensor]],
-        prompt_mask: Tensor,
+        prompt_mask: Tensor | None,
         rows: Tensor,
         next_position: Tensor,
         uniforms: Tensor | None,
@@ -81,7 +82,9 @@ class Decoder:
         self.prompt_values = [values.flatten(0, 1).contiguous() for _, values in prompt_cache]
         keys = prompt_cache[0][0]
         self.key_heads, head_size, self.dtype = keys.shape[1], keys.shape[3], keys.dtype
-        self.prompt_bias = None if prompt_mask.all() else torch.where(prompt_mask, 0.0, float("-inf")).to(self.dtype)
+        self.prompt_bias = None
+        if prompt_mask is not None:
+            self.prompt_bias = torch.where(prompt_mask, 0.0, float("-inf")).to(self.dtype)
         self.rows = rows
         self.next_position = next_position
         places, device = rows.numel(), rows.device
@@ -117,15 +120,15 @@ class Decoder:
                 self._advance(width)
 
     def running(self) -> Tensor:
-        """[S, M] bool, the places whose row goes on."""
-        return ~self.ended.view(self.rows.shape)
+        """[S, M] bool on the host, which waits for the device: the places whose row goes on."""
+        return (~self.ended.view(self.rows.shape)).cpu()
 
     def finish(self) -> None:
         """Write what these places sampled to the answers' rows."""
         rows, answers = self.rows.flatten(), self.answers
         answers.token_ids[rows], answers.logp[rows], answers.mask[rows] = self.token_ids, self.logp, self.mask
         answers.ended[rows] = self.ended
-        answers.ended[-1] = True
+        answers.ended[-1:] = True
 
     def _take_places(self) -> None:
         """Begin to write for the rows that have places now, where the answers stand."""
@@ -135,20 +138,27 @@ class Decoder:
         self.own_uniforms = None if self.uniforms is None else self.uniforms[rows]
 
     def compact(self, running: Tensor) -> None:
-        """Drop studies and members that have ended: the rectangle becomes as small as the rows that run allow."""
+        """Drop studies and members that have ended: the rectangle becomes as small as the rows that run allow.
+
+        Args:
+            running: as `running` gave it, so that what goes where is known on the host.
+        """
         self.finish()
         members = int(running.sum(dim=1).max())
         studies = running.any(dim=1).nonzero().squeeze(1)
         # running members first, each kind in its order: keys that differ, for topk is not stable and a stable sort slow
-        at = torch.arange(running.shape[1], device=running.device)
+        at = torch.arange(running.shape[1])
         order = (running[studies].int() * len(at) - at).topk(members, dim=1).indices
+        device, fewer = self.rows.device, len(studies) < len(running)
+        going = to_device(running[studies].gather(1, order), device)
+        studies, order = to_device(studies, device), to_device(order, device)
         rows = self.rows[studies].gather(1, order)
         dummy = len(self.answers.ended) - 1
-        self.rows = torch.where(running[studies].gather(1, order), rows, dummy)
+        self.rows = torch.where(going, rows, dummy)
         places = (studies.unsqueeze(1) * running.shape[1] + order).flatten()
         heads = torch.arange(self.key_heads, device=studies.device)
         blocks = studies.unsqueeze(1) * self.key_heads + heads  # [S', K] of the prompts' caches
-        if len(studies) < len(running):
+        if fewer:
             self.prompt_keys = [keys[blocks.flatten()] for keys in self.prompt_keys]
             self.prompt_values = [values[blocks.flatten()] for values in self.prompt_values]
             self.prompt_bias = None if self.prompt_bias is None else self.prompt_bias[studies]

@@ -26,7 +26,13 @@ _FREE = (
     "data.workers",
 )
 # what changes the order of sums and nothing else
-_ROUNDING = ("engine.", "rollout.cache_tokens", "rollout.reuse_prefill", "policy.gradient_checkpointing")
+_ROUNDING = (
+    "engine.",
+    "rollout.cache_tokens",
+    "rollout.reuse_prefill",
+    "policy.gradient_checkpointing",
+    "policy.attention",
+)
 
 
 def check_changes(recipe: Recipe, ranks: Ranks) -> None:

@@ -20,6 +20,7 @@ from mrg_r1.evaluation.evaluate import evaluate, write_evaluation
 from mrg_r1.files import write_text_atomically
 from mrg_r1.metrics.radeval import RadEval
 from mrg_r1.metrics.renamed import todays_names
+from mrg_r1.policy import flash_attention
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import merge_adapter
 from mrg_r1.policy.policy import Policy
@@ -189,7 +190,8 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Task) -> Run:
 
 
 def open_policy(recipe: Recipe, ranks: Ranks, partition: RankPartition | None) -> Policy:
-    """The recipe's policy with its cold start merged into it, on this rank's device."""
+    """The recipe's policy with its cold start merged into it, on this rank's device, with the kernels it asks for."""
+    flash_attention.choose(recipe.policy.attention, device=ranks.device, dtype=DTYPES[recipe.policy.dtype])
     policy = load_policy(
         recipe.policy.path,
         dtype=DTYPES[recipe.policy.dtype],

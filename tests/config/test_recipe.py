@@ -113,6 +113,11 @@ def test_bad_values_are_refused_with_field_and_remedy(recipe_file, override, wor
     assert words in refused(recipe_file, override)
 
 
+def test_the_flash_attn_package_has_no_float32_kernels(recipe_file):
+    words = refused(recipe_file, "policy.attention=flash_attn", "policy.dtype=float32")
+    assert "set policy.dtype=bfloat16 or policy.attention=torch" in words
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

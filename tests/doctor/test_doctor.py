@@ -341,3 +341,11 @@ def test_a_deepspeed_value_ends_no_report(
     assert code == (0 if well else 1) and (findings["deepspeed"]["state"] == "ok") == well
     assert ("memory of the host" in findings) == well and "disk" in findings
     assert well or str(path) in findings["deepspeed"]["text"]
+
+
+def test_the_flash_attn_package_asked_for_where_it_cannot_be_used(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("policy.attention=flash_attn", "policy.dtype=bfloat16")
+    said = failure(world, tmp_path, capsys, "flash-attn", *settings)
+    assert "CUDA devices only" in said and "policy.attention=torch" in said

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mrg_r1.policy import flash_attention
 from mrg_r1.policy.attention import SeqLens, attend, attend_backward
 from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.logprobs import completion_logprobs
@@ -47,6 +48,34 @@ def test_flash_kernels_agree_with_whole_score_matrices(heads, key_heads, size, q
     torch.testing.assert_close(out.float(), exact, atol=2e-2, rtol=2e-2)
     for mine, theirs in zip(found, wanted, strict=True):
         assert (mine.float() - theirs).norm() / theirs.norm() < 2e-2
+
+
+@pytest.mark.parametrize("heads,key_heads,size", [(28, 4, 128), (16, 16, 80), (16, 16, 72)])
+@pytest.mark.parametrize(
+    "q_lengths,k_lengths,causal", [((5, 0, 70, 9), (5, 3, 70, 9), False), ((5, 70, 9), (5, 70, 9), True)]
+)
+def test_the_flash_attn_package_is_torchs_kernels(monkeypatch, heads, key_heads, size, q_lengths, k_lengths, causal):
+    """Forward, log-sum-exp and the three gradients, of a part of the keys too."""
+    device = torch.device("cuda")
+    try:
+        package = flash_attention.find(device=device, dtype=torch.bfloat16)
+    except ValueError as error:
+        pytest.skip(str(error))
+    q_lens, k_lens = SeqLens(q_lengths, device), SeqLens(k_lengths, device)
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(tokens, count, size, device=device, dtype=torch.bfloat16)
+        for tokens, count in ((q_lens.total, heads), (k_lens.total, key_heads), (k_lens.total, key_heads))
+    )
+    grad = torch.randn_like(q)
+    found = []
+    for chosen in (None, package):
+        monkeypatch.setattr(flash_attention, "_in_use", chosen)
+        out, lse = attend(q, k, v, q_lens, k_lens, causal=causal)
+        parts = attend_backward(grad, q, k, v, out, lse + 0.5, q_lens, k_lens, causal=causal)
+        found.append((out, lse, *parts))
+    for theirs, torchs in zip(found[1], found[0], strict=True):
+        assert (theirs.float() - torchs.float()).norm() <= 2e-2 * torchs.float().norm()
 
 
 def test_decoding_on_the_device_is_decoding_on_the_cpu(tiny_policy_directory, studies, build):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mrg_r1.policy.layers import Norm, frozen_values
+from mrg_r1.types import to_device
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class MultimodalRotation:
     def read(cls, model: Any, axes: Tensor) -> MultimodalRotation:
         """The frequencies of a model; `axes` is `axis_of_frequency`, on any device."""
         frequencies = model.model.language_model.rotary_emb.inv_freq.float()
-        return cls(frequencies, axes.to(frequencies.device))
+        return cls(frequencies, to_device(axes, frequencies.device))
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [T, 3], or [T] of text -> cos and sin [T, 1, D / 2] float32."""

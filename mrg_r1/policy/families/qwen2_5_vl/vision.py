@@ -19,7 +19,7 @@ from mrg_r1.policy.attention import PackedAttention, SeqLens, rotated_heads
 from mrg_r1.policy.family import Gathered
 from mrg_r1.policy.layers import Norm, Projection, swiglu
 from mrg_r1.policy.qwen_vl.positions import GRIDS, PIXELS, places_of_patches
-from mrg_r1.types import ImageInputs
+from mrg_r1.types import ImageInputs, to_device
 
 _ROTARY_BASE = 10_000.0  # of the published towers; transformers keeps it as a constant too
 
@@ -84,7 +84,11 @@ def run_tower(
     x = x.view(len(order), merge**2, -1)[order].flatten(0, 1)
     size = x.shape[1] // heads
     frequencies = _ROTARY_BASE ** (-torch.arange(0, size // 2, 2, device=device).float() / (size // 2))  # [size / 4]
-    places = torch.cat([image.places for image in images]).to(device).view(len(order), merge**2, 2)[order].flatten(0, 1)
+    places = (
+        to_device(torch.cat([image.places for image in images]), device)
+        .view(len(order), merge**2, 2)[order]
+        .flatten(0, 1)
+    )
     angles = (places.float().unsqueeze(-1) * frequencies).flatten(1)  # [patches, size / 2]: rows first, then columns
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
@@ -115,7 +119,7 @@ def _order(images: Sequence[_Windows], device: torch.device) -> Tensor:
     starts = [0]
     for image in images:
         starts.append(starts[-1] + len(image.order))
-    return torch.cat([image.order + start for image, start in zip(images, starts[:-1], strict=True)]).to(device)
+    return to_device(torch.cat([image.order + start for image, start in zip(images, starts[:-1], strict=True)]), device)
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mrg_r1.policy.attention import PackedAttention, SeqLens, rotated_heads
 from mrg_r1.policy.family import Gathered
 from mrg_r1.policy.qwen_vl.positions import GRIDS, PIXELS, places_of_patches
-from mrg_r1.types import ImageInputs
+from mrg_r1.types import ImageInputs, to_device
 
 
 def modules(model: Any) -> list[nn.Module]:
@@ -79,10 +79,12 @@ def run_tower(
         x = F.linear(pixels.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
     with gathered(visual.pos_embed):
         table = visual.pos_embed.weight
-        x = x + torch.cat([learned_positions(table, place.to(device)) for place in places])
+        x = x + torch.cat([learned_positions(table, to_device(place, device)) for place in places])
     size = x.shape[1] // heads
-    frequencies = visual.rotary_pos_emb.inv_freq.float().to(device)  # [size / 4]
-    angles = (torch.cat(places).to(device).float().unsqueeze(-1) * frequencies).flatten(1)  # rows first, then columns
+    frequencies = to_device(visual.rotary_pos_emb.inv_freq.float(), device)  # [size / 4]
+    angles = (to_device(torch.cat(places), device).float().unsqueeze(-1) * frequencies).flatten(
+        1
+    )  # rows first, then columns
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
     def run_block(number: int, x: Tensor) -> Tensor:
