@@ -18,7 +18,7 @@ def loading_code(facts: CardFacts, kind: Kind) -> str:
     recipe, base = facts.recipe, facts.base
     whole = "base" if kind == "adapter" else "folder"
     think = recipe["prompt"]["mode"] == "think"
-    squares = base.model_class.startswith("Gemma3")
+    squares = base.model_type == "gemma3"  # what its images become
     lines = [
         *(["import re", ""] if think else []),
         "import torch",
