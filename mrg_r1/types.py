@@ -104,6 +104,10 @@ class PromptLayout(Protocol):
         """What the chat template writes for an image."""
 
     @property
+    def around_image(self) -> str:
+        """What is written before and after each placeholder, tokenised with the text there."""
+
+    @property
     def image_token_id(self) -> int:
         """The id whose embeddings the image features replace."""
 

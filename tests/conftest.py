@@ -20,7 +20,7 @@ from mrg_r1.policy.family import find_family
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import add_lora
 from mrg_r1.policy.policy import Policy
-from mrg_r1.types import Study, StudyImage
+from mrg_r1.types import ImageInputs, Study, StudyImage
 from tests.inline_rewards import score_inline
 from tests.leftovers import end_with_parent, guard
 from tests.world import World, build_world
@@ -67,9 +67,13 @@ def _alone() -> None:
 __all__ = ["OneRank"]  # from where tests take it
 
 # A test with this mark runs once for each family; without it for the first.
-FAMILIES = {"qwen2_5_vl": 2, "qwen3_vl": 3}  # and layers of its decoder: features are added after all but the last
+# and layers of its decoder: features are added after all but the last, or all but the last but one see a window
+FAMILIES = {"qwen2_5_vl": 2, "qwen3_vl": 3, "gemma3": 3}
 _FIRST = next(iter(FAMILIES))
 each_family = pytest.mark.parametrize("tiny_policy_directory", FAMILIES, indirect=True)
+# those whose towers read LoRA, and whose positions have three axes
+QWEN = [family for family in FAMILIES if family.startswith("qwen")]
+each_qwen = pytest.mark.parametrize("tiny_policy_directory", QWEN, indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +82,7 @@ def tiny_policies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
     @cache
     def make(family: str) -> Path:
-        directory = tmp_path_factory.mktemp("tiny-policy")
+        directory = tmp_path_factory.mktemp("tiny-policy") / family
         find_family(family).create_tiny(
             directory, TEXTS * 20, vocabulary=400, image_side=112, hidden=64, layers=FAMILIES[family], seed=0
         )
@@ -96,8 +100,8 @@ def _make_everything_matter(file: Path) -> None:
     for name, weight in weights.items():
         if weight.ndim == 1:
             noise = torch.randn(weight.shape, generator=generator) * 0.3
-            weights[name] = noise if name.endswith(".bias") else 1 + noise
-        elif ".visual." in name:
+            weights[name] = noise if name.endswith(".bias") else weight + noise
+        elif ".visual." in name or "vision_tower." in name:
             weights[name] = weight * 4
     save_file(weights, file, metadata={"format": "pt"})
 
@@ -122,6 +126,15 @@ def with_lora(policy: Policy, *, targets: str = "language") -> Policy:
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return policy
+
+
+def inputs_of_modules(image: int, images: ImageInputs, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What transformers' own forward takes of one study without padding: `ids` [1, L], its prompt's first; `image` is
+    the id of an image's tokens.
+    """
+    kinds = "mm_token_type_ids" if "image_grid_thw" in images.tensors else "token_type_ids"
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), kinds: (ids == image).int()}
+    return {**given, **images.tensors}
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ class LoraSection(Section):
 
 
 class PolicySection(Section):
-    path: Path = Field(description="Directory of a Qwen2.5-VL checkpoint (config.json, safetensors, tokenizer). yours")
+    path: Path = Field(description="Directory of a checkpoint (config.json, safetensors, tokenizer). yours")
     adapter: Path | None = Field(
         None, description="Cold-start LoRA adapter, merged before training: it is part of the reference. ours"
     )

@@ -76,7 +76,7 @@ class PromptBuilder:
 
     def messages(self, study: Study) -> list[dict[str, Any]]:
         """One user turn: each image after its view where known, then the study's context where asked, then the
-        instruction.
+        instruction. Words that follow one another are one part: a template may strip each of them.
         """
         content: list[dict[str, str]] = []
         for image in study.images:
@@ -84,9 +84,8 @@ class PromptBuilder:
                 content.append({"type": "text", "text": f"{image.view.capitalize()} view: "})
             content.append({"type": "image"})
         self.check_context(study)
-        for line in context_lines(study, self.words.context).values():
-            content.append({"type": "text", "text": line})
-        content.append({"type": "text", "text": f"\n{self.words.instruction}"})
+        lines = context_lines(study, self.words.context).values()
+        content.append({"type": "text", "text": "".join([*lines, f"\n{self.words.instruction}"])})
         return [{"role": "user", "content": content}]
 
     def check_context(self, study: Study) -> None:
@@ -135,8 +134,8 @@ class PromptBuilder:
     def _ids(self, study: Study, images: ImageInputs) -> list[int]:
         """The prompt's ids, each image placeholder replaced by the ids of its image."""
         text = self.tokenizer.apply_chat_template(self.messages(study), tokenize=False, add_generation_prompt=True)
-        placeholder = self.layout.placeholder
-        pieces = text.split(placeholder)
+        placeholder, around = self.layout.placeholder, self.layout.around_image
+        pieces = text.replace(placeholder, f"{around}{placeholder}{around}").split(placeholder)
         if len(pieces) != len(images) + 1:
             raise PromptError(
                 f"study {study.id}: {len(images)} image(s), but the prompt has {len(pieces) - 1} image placeholders; "

@@ -308,7 +308,7 @@ def workload_of(
         labeler_bytes: the labeler's weights, where they lie on a rank's device.
     """
     zero = read_config(recipe.engine.deepspeed)["zero_optimization"]
-    image_tokens = images * (recipe.data.max_pixels // shape.vision.pixels)
+    image_tokens = images * (shape.vision.image_tokens or recipe.data.max_pixels // shape.vision.pixels)
     words = _PROMPT_WORDS + len(recipe.prompt.words) // 3 + images * _IMAGE_WORDS
     words += sum(
         recipe.rollout.max_new_tokens if part == "prior_report" else _CONTEXT_WORDS for part in recipe.data.context

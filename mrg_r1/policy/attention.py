@@ -315,6 +315,13 @@ class GroupLens:
     completions: SeqLens  # the completions' axis, a sequence a completion
     key_heads: int
 
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its longest completion."""
+        return max(
+            prompt + max(group, default=0) for prompt, group in zip(self.prompts.lengths, self.members, strict=True)
+        )
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> Tensor:
         """`GroupAttention` of these tokens, in the way that is fastest for them: [T, heads, D]."""
         if q.device.type == "cpu" and q.dtype == torch.float32 and self._rectangles is not None:
@@ -324,14 +331,19 @@ class GroupLens:
         return result
 
     @cached_property
-    def _rectangles(self) -> Rectangles | None:
+    def members(self) -> list[list[int]]:
+        """Of each study the lengths of its completions."""
         lengths, studies = iter(self.completions.lengths), []
         for tokens in self.groups.lengths:
             group: list[int] = []
             while sum(group) < tokens:
                 group.append(next(lengths))
             studies.append(group)
-        return Rectangles.of_groups(studies, self.prompts.lengths, key_heads=self.key_heads)
+        return studies
+
+    @cached_property
+    def _rectangles(self) -> Rectangles | None:
+        return Rectangles.of_groups(self.members, self.prompts.lengths, key_heads=self.key_heads)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:

@@ -11,11 +11,12 @@ import json
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -54,9 +55,8 @@ class Family:
     The decoder is read anew after each update, so readings are cheap; weights under ZeRO-3 are there only inside the
     blocks in which a reading is called.
 
-    Outside the seam stands the attention: every layer sees all tokens before, and a prompt's image tokens see no later
-    ones. A family whose layers see a window only (Gemma 3) is exact while prompt and completion fit into it, and one
-    whose image tokens see one another is not, until `attention.attend` knows of it.
+    Outside the seam stands the attention: a layer sees all tokens before, or those within its `window`; image tokens
+    see no later ones, or with `image_numbers` the later ones of their own image (`masks.py`).
     """
 
     # The checkpoint directory.
@@ -101,6 +101,10 @@ class Family:
     # what is added to the prompts after the first layers, each [R, P, H]) -> normalised hidden states [R, L, H], by the
     # checkpoint's own modules: what the raw passes are tested against.
     run_modules: Callable[[Any, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]], Tensor]
+
+    # Positions [T, ...] of prompts -> [T] int64, 1, 2, ... at the tokens of each image of a prompt, which see one
+    # another in both directions, and 0 at text; None: tokens see what came before them.
+    image_numbers: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
 
     # Sizes for the memory formula, from a config.json. Raises ValueError where a number is missing.
     shape: Callable[[Mapping[str, Any]], PolicyShape]
@@ -177,6 +181,29 @@ def reading(file: Path | str) -> Iterator[None]:
     except Exception as error:  # tokenizers raises Exception itself, others whatever an odd value leads to
         what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{file}: cannot be read ({what}); mend it, or fetch the checkpoint again") from error
+
+
+def require_place_of_image(tokenizer: Any, placeholder: str) -> str:
+    """What a chat template writes of a user's image and words.
+
+    Raises:
+        ValueError: it leaves out either: the template is that of the text model below, say.
+    """
+    words = "What is seen?"
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"the chat template cannot write a user's image and words ({error}); take the vision model's template"
+        ) from error
+    if text.count(placeholder) != 1 or words not in text:
+        raise ValueError(
+            f"the chat template writes {text.count(placeholder)} {placeholder} for a user's image, and "
+            f"{'its' if words in text else 'not its'} words: it is of another model; take the vision model's template "
+            "(chat_template.jinja, chat_template.json)"
+        )
+    return text
 
 
 def family_of(directory: Path) -> Family:

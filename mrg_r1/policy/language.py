@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mrg_r1.policy.attention import GroupLens, PackedAttention, SeqLens
+from mrg_r1.policy.attention import GroupLens, SeqLens
 from mrg_r1.policy.family import Family, Rotation
 from mrg_r1.policy.layers import DecoderLayer, Norm
+from mrg_r1.policy.masks import PromptSight, attend_group
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,14 @@ class LanguageModel:
         return layer(*arguments)
 
     def _prompt_layer(self, number: int, x: Tensor, prompts: Packed) -> tuple[Tensor, Tensor, Tensor]:
-        seq_lens = prompts.seq_lens
         with self.layer(number) as layer:
             q, k, v = layer.heads(x, prompts.cos, prompts.sin)
             k, v = k.contiguous(), v.contiguous()  # the cache outlives the pass: a view would keep the queries too
             if number == self.depth - 1:  # past the last keys and values only the last tokens predict something
-                last = seq_lens.last_tokens
-                attended, x = PackedAttention.apply(q[last], k, v, seq_lens.ones, seq_lens, False), x[last]
+                last = prompts.seq_lens.last_tokens
+                attended, x = prompts.sight.attend_last(q[last], k, v, layer.window), x[last]
             else:
-                attended = PackedAttention.apply(q, k, v, seq_lens, seq_lens, True)
+                attended = prompts.sight.attend(q, k, v, layer.window)
             x = layer.finish(x, attended)
             return x + prompts.added[number] if number < len(prompts.added) else x, k, v
 
@@ -112,7 +113,12 @@ class LanguageModel:
     ) -> Tensor:
         with self.layer(number) as layer:
             q, k, v = layer.heads(x, completions.cos, completions.sin)
-            return layer.finish(x, lens.attend(q, k, v, prompt_k, prompt_v))
+            if layer.window is None or lens.longest <= layer.window:
+                return layer.finish(x, lens.attend(q, k, v, prompt_k, prompt_v))
+            attended = attend_group(
+                q, k, v, prompt_k, prompt_v, members=lens.members, prompts=lens.prompts, window=layer.window
+            )
+            return layer.finish(x, attended)
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,11 @@ class Packed:
     sin: Tensor  # like cos
     seq_lens: SeqLens
     added: tuple[Tensor, ...] = ()  # each [T, H], added after each of the first layers
+    images: Tensor | None = None  # [T] int64, as `masks.PromptSight` has it: of prompts whose images see themselves
+
+    @cached_property
+    def sight(self) -> PromptSight:
+        return PromptSight(self.seq_lens, self.images)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ class DecoderLayer(ABC):
     step (`rollout.decoder`) each put their own attention between the two methods.
     """
 
+    window: int | None = None  # the layer sees tokens less than so many before its own; None: all of them
+
     @abstractmethod
     def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of tokens: the norm before attention, the projections, the rotation.

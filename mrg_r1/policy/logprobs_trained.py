@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mrg_r1.policy.attention import PackedAttention, SeqLens, attend, attend_backward
+from mrg_r1.policy.attention import SeqLens, attend, attend_backward
 from mrg_r1.policy.images import put_features
 from mrg_r1.policy.language import LanguageModel, Packed
 from mrg_r1.policy.logprobs import CHUNK_ELEMENTS
@@ -100,18 +100,25 @@ def _pack(
     predicting = [
         torch.arange(end - lengths[row], end, device=device) for row, end in zip(rows, seq_lens.starts[1:], strict=True)
     ]
-    return Packed(embeddings, cos, sin, seq_lens, added), torch.cat(predicting)
+    numbers = None
+    if policy.family.image_numbers is not None:
+        numbers = torch.zeros(seq_lens.total, dtype=torch.long, device=device)
+        for row_starts, study in zip(seq_lens.starts[:-1], studies, strict=True):
+            own = policy.family.image_numbers(prompts.positions[study, starts[study] :])
+            numbers[row_starts : row_starts + len(own)] = own
+    return Packed(embeddings, cos, sin, seq_lens, added, numbers), torch.cat(predicting)
 
 
 def _run(language: LanguageModel, packed: Packed, predicting: Tensor, *, recompute: bool) -> Tensor:
     """[T, H] -> [predicting tokens, H] normalised hidden states; the last layer ends for those alone."""
-    padding = _Padding.of(packed.seq_lens) if packed.embeddings.device.type == "cpu" else None
+    plain = packed.images is None and all(layer.window is None for layer in language.layers)
+    padding = _Padding.of(packed.seq_lens) if packed.embeddings.device.type == "cpu" and plain else None
 
     def run_layer(number: int, x: Tensor) -> Tensor:
         layer = language.layers[number]
         q, k, v = layer.heads(x, packed.cos, packed.sin)
         if padding is None:
-            attended = PackedAttention.apply(q, k, v, packed.seq_lens, packed.seq_lens, True)
+            attended = packed.sight.attend(q, k, v, layer.window)
         else:
             attended = _PaddedAttention.apply(q, k, v, padding)
         if number == language.depth - 1:

@@ -29,7 +29,8 @@ def pack_prompts(
     features = torch.cat([vision.per_study[b] for b in chosen])
     embeddings, added = put_features(policy.embed(ids), ids == policy.image_token_id, features)
     seq_lens = SeqLens(tuple(lengths[b] for b in chosen), ids.device)
-    return Packed(embeddings, *language.rotation(positions), seq_lens, added)
+    images = None if policy.family.image_numbers is None else policy.family.image_numbers(positions)
+    return Packed(embeddings, *language.rotation(positions), seq_lens, added, images)
 
 
 def pack_completions(

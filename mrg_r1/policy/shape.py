@@ -22,6 +22,7 @@ class VisionShape:
     merger_sides: int  # inputs and outputs of the mergers' linear layers together: what LoRA of rank 1 has on them
     block_sides: int  # of one of the tower's layers
     mergers: int = 1  # the one at the tower's end, and DeepStack's within it
+    image_tokens: int | None = None  # of any image; None: its area says how many
 
     @property
     def before_merger(self) -> int:
@@ -44,6 +45,7 @@ class PolicyShape:
     layer_vectors: int  # elements of a layer's norms and biases
     vision: VisionShape
     head_norms: bool = False  # queries and keys have a norm, and are kept as they were before it too
+    post_norms: bool = False  # so do the outputs of attention and MLP
     added: int = 0  # features of images that are added to the prompts, one after each of so many first layers
 
     @property
@@ -85,8 +87,8 @@ class PolicyShape:
     def kept_values(self, lora_rank: int) -> int:
         """Numbers that one layer keeps of a token for its backward pass.
 
-        Both norms' inputs and outputs, q, k and v, the attention's output, gate and up, their product, and the seven
-        inner LoRA products.
+        Both norms' inputs and outputs, and those of the two behind where there are such, q, k and v, the attention's
+        output, gate and up, their product, and the seven inner LoRA products.
         """
         attention = self.qkv_rows * (2 if self.head_norms else 1) + self.heads * self.head_size
-        return 4 * self.hidden + attention + 3 * self.intermediate + 7 * lora_rank
+        return (6 if self.post_norms else 4) * self.hidden + attention + 3 * self.intermediate + 7 * lora_rank

@@ -176,17 +176,37 @@ class Decoder:
         language, members = self.language, self.rows.shape[1]
         position = (self.next_position + self.step - 1).repeat_interleave(members)  # of the tokens that are fed
         cos, sin = language.rotation(position)
-        own_bias = None
-        if self.rows.is_cuda:
-            there = torch.arange(width, device=self.rows.device) < self.step
-            own_bias = torch.where(there, 0.0, float("-inf")).to(self.dtype)
+        biases = {window: self._biases(window, width) for window in {layer.window for layer in language.layers}}
         x = self.embed(self.tokens)
         for number, layer in enumerate(language.layers):
-            x = self._layer(number, layer, x, cos, sin, own_bias, width)
+            x = self._layer(number, layer, x, cos, sin, *biases[layer.window], width)
         self._sample(language.norm(x))
 
+    def _biases(self, window: int | None, width: int) -> tuple[Tensor | None, Tensor | None]:
+        """What hides keys from the tokens that are fed: of prompts [S, P] or [1, P], of their own [width]."""
+        prompt_bias, own_bias, device = self.prompt_bias, None, self.rows.device
+        if self.rows.is_cuda:
+            there = torch.arange(width, device=device) < self.step
+            own_bias = torch.where(there, 0.0, float("-inf")).to(self.dtype)
+        prompt = self.prompt_keys[0].shape[2]
+        if window is None or prompt + self.length <= window:
+            return prompt_bias, own_bias
+        # the fed token stands at prompt + step - 1 of its row, prompts ending on the right
+        seen = torch.arange(prompt + width, device=device) > prompt + self.step - 1 - window
+        within = torch.where(seen, 0.0, float("-inf")).to(self.dtype)
+        of_prompt = within[None, :prompt] if prompt_bias is None else prompt_bias + within[:prompt]
+        return of_prompt, within[prompt:] if own_bias is None else own_bias + within[prompt:]
+
     def _layer(
-        self, number: int, layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, own_bias: Tensor | None, width: int
+        self,
+        number: int,
+        layer: DecoderLayer,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        prompt_bias: Tensor | None,
+        own_bias: Tensor | None,
+        width: int,
     ) -> Tensor:
         q, k, v = layer.heads(x, cos, sin)
         studies, key_heads, (_, heads, size) = len(self.rows), self.key_heads, q.shape
@@ -201,8 +221,8 @@ class Decoder:
         q = self._by_study(q).contiguous().mul_(size**-0.5)
         # the prompt is read once a study
         to_prompt = torch.bmm(q.view(studies * key_heads, -1, size), self.prompt_keys[number])
-        if self.prompt_bias is not None:
-            to_prompt.view(studies, key_heads, -1, to_prompt.shape[2]).add_(self.prompt_bias[:, None, None])
+        if prompt_bias is not None:
+            to_prompt.view(studies, key_heads, -1, to_prompt.shape[2]).add_(prompt_bias[:, None, None])
         # [S, K, M, heads / K, width]
         to_own = torch.matmul(q, own_keys[:, :, :, :width].transpose(3, 4))
         if own_bias is not None:

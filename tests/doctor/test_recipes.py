@@ -1,5 +1,5 @@
-"""The recipes that come along: they load, divide over the ranks that they name, and those for a 7B or 8B policy fit one
-card of 80 GB.
+"""The recipes that come along: they load, divide over the ranks that they name, and those for a 4B, 7B or 8B policy fit
+one card of 80 GB.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from mrg_r1.config.recipe import check_numbers, load_recipe
 from mrg_r1.doctor.checks import task_of
 from mrg_r1.doctor.memory import predict, workload_of
 from mrg_r1.policy.family import shape_of
-from tests.doctor.test_memory import EIGHT_B, SEVEN_B
+from tests.doctor.test_memory import EIGHT_B, FOUR_B, SEVEN_B
 
 RECIPES = sorted(Path("launch/recipes").glob("*.yaml"))
-LARGE = [path for path in RECIPES if "_7b" in path.name or "_8b" in path.name]
+LARGE = [path for path in RECIPES if re.search("_[478]b", path.name)]
 BERT_BASE = 4 * 108_600_000  # bytes of CheXbert in float32, a little rounded up
 CARD = 80 * 10**9
 
@@ -52,8 +52,9 @@ def test_a_recipe_loads_and_divides_over_one_rank(path: Path, tmp_path: Path) ->
     assert recipe.engine.deepspeed.is_file()
 
 
-def test_there_are_five_recipes_for_a_large_policy() -> None:
-    assert [path.stem for path in LARGE] == ["iu_7b", "iu_7b_sft", "mimic_7b", "mimic_7b_sft", "qwen3_vl_8b"]
+def test_there_are_six_recipes_for_a_large_policy() -> None:
+    names = ["iu_7b", "iu_7b_sft", "medgemma_4b", "mimic_7b", "mimic_7b_sft", "qwen3_vl_8b"]
+    assert [path.stem for path in LARGE] == names
 
 
 @pytest.mark.parametrize("path", [path for path in LARGE if "sft" not in path.stem], ids=lambda path: path.stem)
@@ -69,7 +70,8 @@ def test_the_documented_launches_divide_over_their_ranks(path: Path) -> None:
 @pytest.mark.parametrize("ranks", [1, 7])
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
 def test_a_large_recipe_fits_a_card_of_80_gb(path: Path, ranks: int, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(EIGHT_B if "_8b" in path.stem else SEVEN_B))
+    config = {"_8b": EIGHT_B, "_4b": FOUR_B}.get(path.stem[-3:], SEVEN_B)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     recipe = load_recipe(path, [f"policy.path={tmp_path}"])
     beside = BERT_BASE if ranks == 1 else 0  # seven and one: the labeler has a card of its own
     images = 1 if "mimic" in path.stem else 2

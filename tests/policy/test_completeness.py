@@ -15,7 +15,7 @@ from mrg_r1.doctor import checks
 from mrg_r1.policy.export.export import export
 from mrg_r1.policy.family import family_of
 from mrg_r1.policy.load import load_policy
-from tests.conftest import each_family
+from tests.conftest import FAMILIES, QWEN
 from tests.policy.test_foreign_adapters import lora, written
 from tests.policy.test_partition import Drawer
 
@@ -120,6 +120,30 @@ LAYOUTS = {
     },
     "the base model's": {"model.language_model.": "language_model.", "model.visual.": "visual."},
 }
+GEMMA_LAYOUTS = {
+    "the tree": {},
+    "published": {
+        "model.language_model.": "language_model.model.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "lm_head.": "language_model.lm_head.",
+    },
+    "4's tree": {"model.vision_tower.": "model.vision_tower.vision_model."},
+    "the base model's": {
+        "model.language_model.": "language_model.",
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    },
+}
+each_layout = pytest.mark.parametrize(
+    ("tiny_policy_directory", "layout"),
+    [
+        pytest.param(family, layout, id=f"{family}-{name}")
+        for family in FAMILIES
+        for name, layout in (LAYOUTS if family in QWEN else GEMMA_LAYOUTS).items()
+    ],
+    indirect=["tiny_policy_directory"],
+)
 
 
 def renamed(tensors, layout):
@@ -156,9 +180,8 @@ def in_parts(folder, tensors, *, index, kept=(1, 2, 3)):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-@each_family
+@each_layout
 @pytest.mark.parametrize("files", ["one", "parts", "parts without an index"])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_every_tensor_is_the_files_own_in_every_layout(tiny_policy_directory, tmp_path, layout, files):
     """transformers places the old names of Qwen2.5-VL and not those of Qwen3-VL, whose model it then fills itself."""
     folder = tmp_path / "policy"
@@ -173,8 +196,7 @@ def test_every_tensor_is_the_files_own_in_every_layout(tiny_policy_directory, tm
             assert state.keys() == tensors.keys() and all(torch.equal(state[name], tensors[name]) for name in tensors)
 
 
-@each_family
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@each_layout
 def test_plain_transformers_loads_the_export_of_every_layout(tiny_policy_directory, tmp_path, layout):
     folder = tmp_path / "policy"
     tensors = head_of_its_own(tiny_policy_directory, folder)

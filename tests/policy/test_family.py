@@ -23,7 +23,7 @@ def test_a_checkpoint_names_its_family(tiny_policies):
 
 
 @pytest.mark.parametrize(
-    ("config", "named"), [('{"model_type": "gemma3"}', "'gemma3'"), ("{}", "None"), ("{", "config.json"), (None, "no")]
+    ("config", "named"), [('{"model_type": "llava"}', "'llava'"), ("{}", "None"), ("{", "config.json"), (None, "no")]
 )
 def test_a_checkpoint_of_no_family_is_refused_with_its_type_and_those_that_load(tmp_path, config, named):
     if config is not None:
@@ -42,12 +42,17 @@ def json_of(text: str) -> object:
         return None
 
 
-def test_a_mixture_of_experts_is_refused_by_its_name(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl_moe"}')
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("qwen3_vl_moe", "qwen3_vl"), ("gemma3_text", "gemma3"), ("gemma3n", "gemma3"), ("gemma4", "gemma3")],
+)
+def test_a_relative_of_a_family_is_refused_by_its_name(tmp_path, name, near):
+    """A mixture of experts; a model of text alone, another one with another tower."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
     for read in (family_of, shape_of, lambda path: load_policy(path, dtype=torch.float32)):
-        with pytest.raises(ValueError, match="'qwen3_vl_moe' is no family that loads; .*qwen3_vl"):
+        with pytest.raises(ValueError, match=f"'{name}' is no family that loads; .*{near}"):
             read(tmp_path)
-    with pytest.raises(RecipeError, match="'qwen3_vl_moe'"):
+    with pytest.raises(RecipeError, match=f"'{name}'"):
         check_checkpoint_directory(tmp_path)
 
 

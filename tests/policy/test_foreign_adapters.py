@@ -51,7 +51,7 @@ EMBEDDING = r".*embed_tokens|.*language_model.*\.q_proj"
         ("tied", lora()),
         ("tied", lora(use_rslora=True)),
         ("tied", lora(rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.up_proj": 3, "k_proj": 16})),
-        ("tied", lora(r".*visual.*\.qkv")),
+        ("tied", lora(r".*visual.*\.qkv|.*vision_tower.*\.q_proj")),
         ("untied", lora(HEAD)),
         (
             "tied",
@@ -103,7 +103,7 @@ MORE_THAN_LORA = {
         lora(EMBEDDING, ensure_weight_tying=True),
         "adapter_model.*embed_tokens",
     ),
-    "convolution": ("tied", lora(r".*patch_embed\.proj"), "adapter_model.*patch_embed"),
+    "convolution": ("tied", lora(r".*patch_embed(ding|\.proj)"), "adapter_model.*patch_embed"),
     "IA3": (
         "tied",
         IA3Config(target_modules=LORA_TARGETS, feedforward_modules=[], task_type="CAUSAL_LM"),

@@ -12,7 +12,7 @@ from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.policy.lora import reference
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
-from tests.conftest import each_family, with_lora
+from tests.conftest import each_family, inputs_of_modules, with_lora
 
 
 def rolled_out(policy, prompts, *, group_size=3, length=12, step=0, seed=0):
@@ -33,14 +33,9 @@ def plain_forward_logp(policy, prompts, completions, *, banned, temperature):
         prompt = one.input_ids[0][one.attention_mask[0].bool()]
         for g in range(completions.token_ids.shape[1]):
             ids = torch.cat([prompt, completions.token_ids[b, g][completions.mask[b, g]]])
-            kinds = (ids == policy.image_token_id).int()[None]
-            logits = model(
-                input_ids=ids[None],
-                attention_mask=torch.ones_like(ids)[None],
-                mm_token_type_ids=kinds,
-                pixel_values=one.images.tensors["pixel_values"],
-                image_grid_thw=one.images.tensors["image_grid_thw"],
-            ).logits[0, len(prompt) - 1 : -1]
+            logits = model(**inputs_of_modules(policy.image_token_id, one.images, ids[None])).logits[
+                0, len(prompt) - 1 : -1
+            ]
             logits[:, banned] = -torch.inf
             picked = (logits / temperature).log_softmax(-1).gather(1, ids[len(prompt) :, None])[:, 0]
             rows[b, g, : len(picked)] = picked
@@ -56,7 +51,8 @@ def test_sampled_logp_equals_scored_logp_equals_plain_forward(lora_policy, studi
     rolled_out(lora_policy, prompts.select([1, 2]), length=5)  # a rollout of another batch size leaves nothing behind
     vision, completions = rolled_out(lora_policy, prompts)
     scored = group_logprobs(lora_policy, prompts, vision, completions, token_budget=120)
-    banned = [1, 3, 4, 5, 6, 7]  # every special token of the tiny tokenizer but 0 and 2, which end a report
+    ends = {"gemma3": (1, 4)}.get(lora_policy.base.config.model_type, (0, 2))  # of a report
+    banned = [one for one in range(8) if one not in ends]  # every other special token of the tiny tokenizer
     with torch.no_grad():
         plain = plain_forward_logp(lora_policy, prompts, completions, banned=banned, temperature=temperature)
     assert completions.mask.sum() > 50
@@ -99,7 +95,7 @@ def test_logp_follows_its_study_when_prompts_are_permuted_and_sliced(lora_policy
 def test_image_tokens_that_are_not_the_features_are_refused(policy, studies, build):
     prompts = build(policy)(studies[:1])
     prompts.input_ids[0, (prompts.input_ids[0] == policy.image_token_id).nonzero()[0, 0]] = 10
-    with pytest.raises(ValueError, match=r"study a: 8 image tokens in the prompt, 9 features"):
+    with pytest.raises(ValueError, match=r"study a: (8 image tokens in the prompt, 9|15 .*, 16) features"):
         policy.encode_images(prompts)
 
 
@@ -234,7 +230,9 @@ def test_shared_prefix_in_bf16_is_as_near_to_fp32_as_the_naive_pass(tiny_policy_
         errors.append((logp - exact).abs().mean())
         gradient_errors.append((gradient - exact_gradient).norm() / exact_gradient.norm())
     assert errors[0] < 0.05 and errors[0] < 1.5 * errors[1]
-    assert gradient_errors[0] < 0.1 and gradient_errors[0] < 1.5 * gradient_errors[1]
+    # four norms a layer round more often, in both passes
+    assert gradient_errors[0] < (0.15 if tiny_policy_directory.name == "gemma3" else 0.1)
+    assert gradient_errors[0] < 1.5 * gradient_errors[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,8 +23,7 @@ def ragged(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def modules_features(policy, prompts) -> VisionFeatures:
     """The tower's by transformers' forward."""
-    tensors = prompts.images.tensors
-    seen = policy.base.get_image_features(tensors["pixel_values"], tensors["image_grid_thw"], return_dict=True)
+    seen = policy.base.get_image_features(**prompts.images.tensors, return_dict=True)
     deeper = getattr(seen, "deepstack_features", None) or []
     images = [torch.cat(parts, dim=1) for parts in zip(seen.pooler_output, *deeper, strict=True)]
     studies, start = [], 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +21,7 @@ from mrg_r1.tracking.log import Clock
 from mrg_r1.training.grpo import frozen_logprobs
 from mrg_r1.training.update import update
 from mrg_r1.types import Experience, Sampled
-from tests.conftest import OneRank, each_family, with_lora
+from tests.conftest import OneRank, each_qwen, with_lora
 from tests.policy.test_logprobs_trained import modules_features
 from tests.training.test_grpo import PlainEngine, rewards_of
 
@@ -43,7 +42,7 @@ BLOCK = {
 }
 
 
-@each_family
+@each_qwen
 @pytest.mark.parametrize("targets", ["language", *BEYOND])
 def test_lora_is_on_these_layers_and_no_other(policy, targets):
     add_lora(policy, rank=2, alpha=4, seed=0, targets=targets)
@@ -59,8 +58,8 @@ def test_lora_is_on_these_layers_and_no_other(policy, targets):
     }
 
 
-def test_targets_that_a_family_lacks_are_named(policy):
-    policy.family = replace(policy.family, lora_targets={"language": policy.family.lora_targets["language"]})
+def test_targets_that_a_family_lacks_are_named(tiny_policies):
+    policy = load_policy(tiny_policies("gemma3"), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"policy.lora.targets all: .* LoRA on language only"):
         add_lora(policy, rank=2, alpha=4, seed=0, targets="all")
 
@@ -142,7 +141,7 @@ def assert_same(found, wanted):
     assert (together - all_wanted).norm() <= 1e-5 * all_wanted.norm()
 
 
-@each_family
+@each_qwen
 @pytest.mark.parametrize("targets", BEYOND)
 @pytest.mark.parametrize("minibatches,budget,recompute", [(1, 60, False), (2, 4096, False), (1, 4096, True)])
 def test_an_update_is_that_of_transformers_modules(
@@ -166,7 +165,7 @@ def test_an_update_is_that_of_transformers_modules(
         assert_same(mine, theirs)
 
 
-@each_family
+@each_qwen
 @pytest.mark.parametrize("targets", BEYOND)
 def test_gradients_of_sft_are_those_of_transformers_modules(policy, studies, build, targets):
     with_lora(policy, targets=targets)
@@ -184,7 +183,7 @@ def test_gradients_of_sft_are_those_of_transformers_modules(policy, studies, bui
     assert_same(found, wanted)
 
 
-@each_family
+@each_qwen
 @pytest.mark.parametrize("targets", ["language", *BEYOND])
 def test_the_reference_is_the_base_model_whatever_was_learned(
     policy, sampled, tiny_policy_directory, world, tmp_path, targets
@@ -201,7 +200,7 @@ def test_the_reference_is_the_base_model_whatever_was_learned(
     assert all(moved) if targets != "language" else not any(moved)
 
 
-@each_family
+@each_qwen
 @pytest.mark.parametrize("targets,runs", [("language", 1), ("language+merger", 1), ("all", 3)])
 def test_the_tower_runs_once_a_step_unless_it_is_trained(policy, sampled, world, tmp_path, monkeypatch, targets, runs):
     """For rollout, reference and an update of one pass."""
@@ -220,7 +219,7 @@ def test_the_tower_runs_once_a_step_unless_it_is_trained(policy, sampled, world,
     assert len(calls) == runs
 
 
-@each_family
+@each_qwen
 @pytest.mark.parametrize("targets", BEYOND)
 def test_an_adapter_is_loaded_and_merged_as_it_was_saved(
     policy, studies, build, tiny_policy_directory, tmp_path, targets

@@ -121,10 +121,13 @@ def test_names_of_published_checkpoints_and_shards_are_read(policy, tiny_policy_
     for path in tiny_policy_directory.iterdir():
         if path.suffix != ".safetensors":
             (copy / path.name).write_bytes(path.read_bytes())
-    weights = {
-        name.replace("model.visual.", "visual.").replace("model.language_model.", "model."): parameter.data.contiguous()
-        for name, parameter in policy.base.named_parameters()
-    }
+    older = {"model.visual.": "visual.", "model.language_model.": "model."}
+    if tiny_policy_directory.name == "gemma3":
+        older = {"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower.vision_model."}
+    weights = {}
+    for name, parameter in policy.base.named_parameters():
+        now = next((prefix for prefix in older if name.startswith(prefix)), "")
+        weights[older.get(now, "") + name.removeprefix(now)] = parameter.data.contiguous()
     weight_map = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(sorted(weights))}
     for file in set(weight_map.values()):
         save_file({name: weights[name] for name in weights if weight_map[name] == file}, copy / file)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
-from tests.conftest import FAMILIES
+from tests.conftest import QWEN
 from tests.policy.test_logprobs_trained import modules_features
 from tests.ranks.tasks import GROUP, fixed_experience, fixed_policy
 
@@ -113,7 +113,7 @@ def test_loss_and_gradient_are_the_same_however_the_batch_is_cut(pool, tiny_poli
     ("family", "targets"),
     [  # the rest of the table is slow, not other
         pytest.param(family, targets, marks=[] if targets == "all" else pytest.mark.slow)
-        for family in FAMILIES
+        for family in QWEN
         for targets in ("language+merger", "all")
     ],
 )

@@ -12,7 +12,7 @@ from mrg_r1.rollout import decode
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.rollout.sampling import Sampling, keyed_uniforms, sample_tokens
-from tests.conftest import each_family
+from tests.conftest import each_family, inputs_of_modules
 
 
 def sample(policy, prompts, on_ended=None, **changes):
@@ -158,11 +158,7 @@ def generate_greedily(policy, prompts, length):
         kept = one.attention_mask[0].bool()
         ids = one.input_ids[:, kept]
         out = policy.base.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == policy.image_token_id).int(),
-            pixel_values=one.images.tensors["pixel_values"],
-            image_grid_thw=one.images.tensors["image_grid_thw"],
+            **inputs_of_modules(policy.image_token_id, one.images, ids),
             do_sample=False,
             repetition_penalty=1.0,
             suppress_tokens=banned,

@@ -104,7 +104,8 @@ def test_a_policy_that_always_writes_one_report_is_named_so(recipe, tiny_policy_
             weight.fill_(1.0)
             weight[word] = 1e4
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    result = probe(recipe(f"policy.path={folder}"), studies=4)
+    squares = "data.max_pixels=12544"  # as Gemma 3 makes of all images
+    result = probe(recipe(f"policy.path={folder}", squares), studies=4)
     assert result["outlook"] == "nothing" and result["zero_signal"] == 1
     assert result["verdict"][0].startswith("the policy always writes one report: all 12 samples are the same")
     assert (result["reports"]["different_sampled"], result["reports"]["different_greedy"]) == (1, 1)

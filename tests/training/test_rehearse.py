@@ -149,6 +149,7 @@ def test_a_whole_step_is_taken_at_two_depths_and_exported(
     (source / "model.safetensors").unlink()
     report = tmp_path / "rehearsal.json"
     asked = [world.recipe(tmp_path / "run"), f"policy.path={source}", "policy.dtype=bfloat16", "grpo.beta=0.1"]
+    asked.append("data.max_pixels=12544")  # of the squares that Gemma 3 makes of all images
     code, said, complaint = run(
         capsys, "rehearse", *asked, "--new-tokens", 4, "--world-size", 2, "--folder", tmp_path, "--json", report
     )

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mrg_r1.policy.family import require_place_of_image
 from mrg_r1.types import ImageInputs
 
 PIXELS, GRIDS = "pixel_values", "image_grid_thw"  # [patches, channels * 2 * side * side] float32; [I, 3] int64
@@ -31,6 +31,7 @@ class ImageTokens:
     take (time, row, column) from where the text stopped; text goes on after the largest position that the image used.
     """
 
+    around_image: ClassVar[str] = ""
     placeholder: str
     image_token_id: int
     merge_size: int
@@ -45,7 +46,7 @@ class ImageTokens:
         found = tokenizer.convert_tokens_to_ids(_PLACEHOLDER)
         if found != config.image_token_id:
             raise ValueError(f"the tokenizer's {_PLACEHOLDER} is {found}, config.json says {config.image_token_id}")
-        _require_place_of_image(tokenizer)
+        require_place_of_image(tokenizer, _PLACEHOLDER)
         return cls(_PLACEHOLDER, config.image_token_id, config.vision_config.spatial_merge_size)
 
     def image_inputs(self, processed: Mapping[str, Tensor]) -> ImageInputs:
@@ -102,24 +103,6 @@ class ImageTokens:
         if next(grids, None) is not None:
             raise ValueError(f"the batch has {len(images)} images, but fewer runs of image tokens")
         return positions, next_position
-
-
-def _require_place_of_image(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that leaves out a user's image or words: that of the text model below, say."""
-    words = "What is seen?"
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"the chat template cannot write a user's image and words ({error}); take the vision model's template"
-        ) from error
-    if text.count(_PLACEHOLDER) != 1 or words not in text:
-        raise ValueError(
-            f"the chat template writes {text.count(_PLACEHOLDER)} {_PLACEHOLDER} for a user's image, and "
-            f"{'its' if words in text else 'not its'} words: it is of another model; take the vision model's template "
-            "(chat_template.jinja, chat_template.json)"
-        )
 
 
 def places_of_patches(grid: Sequence[int], merge: int) -> Tensor:

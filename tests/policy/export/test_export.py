@@ -22,7 +22,7 @@ from mrg_r1.policy.family import family_of
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import load_adapter, merge_adapter, save_adapter
 from mrg_r1.policy.qwen_vl.checkpoint import LORA_TARGETS
-from tests.conftest import each_family
+from tests.conftest import each_family, each_qwen, inputs_of_modules
 
 GATE = "base_model.model.model.language_model.layers.1.mlp.gate_proj"
 
@@ -66,13 +66,7 @@ def export_run(run, policy, *, cold=None, merged=None, adapter=None):
 def logits(model, prompts):
     """[P, vocabulary] of the first study by the public forward."""
     one = prompts.select([0])
-    return model(
-        input_ids=one.input_ids,
-        attention_mask=one.attention_mask,
-        mm_token_type_ids=(one.input_ids == model.config.image_token_id).int(),
-        pixel_values=one.images.tensors["pixel_values"],
-        image_grid_thw=one.images.tensors["image_grid_thw"],
-    ).logits[0]
+    return model(**inputs_of_modules(model.config.image_token_id, one.images, one.input_ids)).logits[0]
 
 
 def policy_of_run(run, checkpoint, cold=None, dtype=torch.float32):
@@ -120,7 +114,7 @@ def test_plain_transformers_and_plain_peft_give_the_policys_logits(
     torch.testing.assert_close(logits(adapted, prompts), expected, atol=1e-5, rtol=0)
 
 
-@each_family
+@each_qwen
 @pytest.mark.parametrize("targets", ["language+merger", "all"])
 def test_merger_and_tower_leave_with_the_decoder(tiny_policy_directory, tmp_path, studies, build, targets):
     """As PEFT gives it on transformers' modules: images at more than one place of the tower."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import each_family
+from tests.conftest import each_qwen
 
 
-@each_family
+@each_qwen
 def test_positions_are_those_of_the_model(policy, studies, build):
     """Trap 9: the hand-written positions against the model's own, padded and with two images."""
     prompts = build(policy)(studies)
