@@ -25,7 +25,7 @@ from mrg_r1.data.study import read_manifest, write_manifest
 from mrg_r1.doctor.inputs import read_splits
 from mrg_r1.doctor.labeler import check_labeler
 from mrg_r1.doctor.memory import Prediction, predict, workload_of
-from mrg_r1.policy.family import family_of, lora_pattern, read_config, shape_of
+from mrg_r1.policy.family import family_of, load_config, lora_pattern, read_config, shape_of
 from mrg_r1.policy.load import load_image_processor, load_tokenizer
 from mrg_r1.policy.shallow import Depth, two_depths, whole_depth, write_shallow
 from mrg_r1.training.phase_peaks import PEAKS
@@ -69,7 +69,7 @@ def rehearse(
     source = recipe.policy.path
     _require_readable(recipe)
     try:
-        first, second = two_depths(read_config(source))
+        first, second = two_depths(load_config(source).to_dict())  # kinds of layers are stated or are a default
         whole = whole_depth(read_config(source))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"policy.path {source}: {error}") from error
