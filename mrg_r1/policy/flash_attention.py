@@ -116,7 +116,7 @@ def find(*, device: torch.device, dtype: torch.dtype) -> FlashAttention:
         raise ValueError(f"{asked}: it has no {dtype} kernels; set policy.dtype=bfloat16, {instead}")
     if device.type != "cuda":
         raise ValueError(f"{asked}: it runs on CUDA devices only, and this is {device}; set policy.attention=torch")
-    problems = []
+    problems: list[str] = []
     if torch.cuda.get_device_capability(device)[0] == _HOPPER:
         module = _imported("flash_attn_interface", problems)
         if module is not None and _has(module, "_flash_attn_forward", "_flash_attn_backward", problems):
