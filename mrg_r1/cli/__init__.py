@@ -12,7 +12,20 @@ import sys
 from collections.abc import Sequence
 
 from mrg_r1 import __version__
-from mrg_r1.cli import dashboard, doctor, export, labeler, prepare, probe, recipes, reports, runs, scoring, tables
+from mrg_r1.cli import (
+    dashboard,
+    doctor,
+    export,
+    labeler,
+    prepare,
+    probe,
+    recipes,
+    rehearse,
+    reports,
+    runs,
+    scoring,
+    tables,
+)
 from mrg_r1.cli.arguments import described
 
 
@@ -66,6 +79,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mrg-r1 {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (prepare, labeler, scoring, reports, runs, export, dashboard, tables, recipes, doctor, probe):
+    for group in (
+        prepare,
+        labeler,
+        scoring,
+        reports,
+        runs,
+        export,
+        dashboard,
+        tables,
+        recipes,
+        doctor,
+        probe,
+        rehearse,
+    ):
         group.add_commands(commands)
     return parser

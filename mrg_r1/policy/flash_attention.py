@@ -129,7 +129,8 @@ def find(*, device: torch.device, dtype: torch.dtype) -> FlashAttention:
             problems.append(f"flash-attn {version} is older than {'.'.join(map(str, _OLDEST))}")
         elif _has(module, "_flash_attn_varlen_forward", "_flash_attn_varlen_backward", problems):
             return FlashAttention(module, 2, version)
-    raise ValueError(f"{asked}: {'; '.join(problems)}. pip install 'mrg-r1[flash-attn]' (it compiles), {instead}")
+    remedy = f"pip install --no-build-isolation flash-attn (it compiles), {instead}"
+    raise ValueError(f"{asked}: {'; '.join(problems)}. {remedy}")
 
 
 def _imported(name: str, problems: list[str]) -> ModuleType | None:

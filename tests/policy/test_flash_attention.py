@@ -93,7 +93,7 @@ def test_without_version_3_a_hopper_has_version_2(card):
 @pytest.mark.parametrize(
     "modules,device,dtype,said",
     [
-        ({}, CUDA, torch.bfloat16, r"flash_attn cannot be imported.*pip install 'mrg-r1\[flash-attn\]'"),
+        ({}, CUDA, torch.bfloat16, r"flash_attn cannot be imported.*pip install --no-build-isolation flash-attn"),
         (package_2("2.6.3"), CUDA, torch.bfloat16, "2.6.3 is older than 2.7"),
         (package_2() | {"flash_attn_in_flash_attn_interface": ModuleType("x")}, CUDA, torch.bfloat16, "not known here"),
         (package_2(), CUDA, torch.float32, "policy.dtype=bfloat16"),

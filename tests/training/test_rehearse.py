@@ -1,0 +1,123 @@
+"""A rehearsal: a step of few layers by the trainer itself, and what all layers are reckoned to take."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import mrg_r1.training.rehearse as rehearsing
+from mrg_r1.policy.family import read_config
+from mrg_r1.policy.shallow import Depth
+from mrg_r1.training.rehearse import _at, _whole_step
+from tests.cli.command import refused, run
+from tests.conftest import FAMILIES, each_family
+
+
+def taken(decoder: int, tower: int, **seconds: float) -> dict:
+    return {"decoder": decoder, "tower": tower, "seconds": seconds, "start": 10.0 + decoder}
+
+
+WHOLE = Depth(28, 32)
+
+
+def test_all_layers_lie_on_the_line_through_both_depths():
+    both = [taken(1, 8, vision=2.0, update=5.0), taken(2, 16, vision=3.0, update=5.5)]
+    assert _at(WHOLE, both, "update", by="decoder") == pytest.approx(5.5 + 26 * 0.5)
+    assert _at(WHOLE, both, "vision", by="tower") == pytest.approx(3.0 + 16 * 0.125)
+    assert _at(WHOLE, both, "start", by="decoder") == pytest.approx(12.0 + 26)
+
+
+def test_noise_never_makes_more_layers_faster():
+    both = [taken(1, 8, update=5.0), taken(2, 16, update=4.8)]
+    assert _at(WHOLE, both, "update", by="decoder") == pytest.approx(4.8)
+
+
+def test_a_model_that_ran_whole_is_not_reckoned():
+    assert _at(Depth(2, 2), [taken(2, 2, update=3.0)], "update", by="decoder") == 3.0
+
+
+def test_a_phase_grows_with_what_it_is_spent_on():
+    one = [taken(28, 32, load=1.0, vision=1.0, rollout=1.0, reference=1.0, update=1.0, advantages=1.0)]
+    assert _whole_step(WHOLE, one, studies=4.0, length=16.0, tokens=8.0) == {
+        "load": 4.0,
+        "vision": 4.0,
+        "rollout": 64.0,
+        "reference": 32.0,
+        "update": 32.0,
+        "advantages": 4.0,
+    }
+
+
+@pytest.fixture
+def recipe(world, tmp_path):
+    """A recipe whose policy has no weights yet."""
+    source = tmp_path / "published"
+    shutil.copytree(world.folder / "policy", source)
+    (source / "model.safetensors").unlink()
+    return [str(world.recipe(tmp_path / "run")), f"policy.path={source}"]
+
+
+def test_a_step_that_fails_is_named_and_leaves_nothing(recipe, tmp_path, capsys, monkeypatch):
+    (tmp_path / "here").mkdir()
+    seen = []
+    monkeypatch.setattr(rehearsing, "_child", lambda code, arguments: seen.append(arguments) or 3)
+    code, _, message = run(capsys, "rehearse", *recipe, "--folder", tmp_path / "here")
+    assert code == 2 and message.splitlines()[-1].startswith("mrg-r1: rehearsal with 1 layers")
+    assert "the step ended with exit code 3" in message
+    assert list((tmp_path / "here").iterdir()) == []
+    [arguments] = seen
+    assert arguments[:2] == recipe and not (tmp_path / "run").exists()
+    assert {"steps=1", "grpo.studies_per_step=1", "policy.adapter=null"} <= set(arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["policy.path=nowhere"], "nowhere: no config.json there"),
+        (["data.val_split=none"], "data.val_split 'none'"),
+        (["data.manifest=missing.jsonl"], "missing.jsonl"),
+        (["grpo.group_sise=4"], "group_size"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(recipe, tmp_path, capsys, monkeypatch, change, message):
+    monkeypatch.setattr(rehearsing, "write_shallow", lambda *arguments, **options: pytest.fail("written"))
+    assert message in refused(capsys, "rehearse", *recipe, *change, "--folder", tmp_path)
+
+
+def test_a_full_disk_is_refused_before_it_is_filled(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rehearsing.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
+    message = refused(capsys, "rehearse", *recipe, "--folder", tmp_path)
+    assert "0.0 GB are free" in message and "--folder" in message
+
+
+@pytest.mark.slow
+@each_family
+def test_a_whole_step_is_taken_at_two_depths_and_exported(
+    tiny_policy_directory: Path, world, tmp_path, capsys, monkeypatch
+):
+    """At reduced depth and width; the shapes of 7B are in docs/gpus.md."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    source = tmp_path / "published"
+    shutil.copytree(tiny_policy_directory, source)
+    (source / "model.safetensors").unlink()
+    report = tmp_path / "rehearsal.json"
+    asked = [world.recipe(tmp_path / "run"), f"policy.path={source}", "policy.dtype=bfloat16", "grpo.beta=0.1"]
+    code, said, complaint = run(
+        capsys, "rehearse", *asked, "--new-tokens", 4, "--world-size", 2, "--folder", tmp_path, "--json", report
+    )
+    assert code == 0, complaint
+    assert "a rank's step" in said and not (tmp_path / "run").exists()
+    result = json.loads(report.read_text())
+    depths = [(one["decoder"], one["tower"]) for one in result["depths"]]
+    [family] = [name for name in FAMILIES if name == read_config(source)["model_type"]]
+    assert depths[-1][0] == FAMILIES[family] == result["whole"]["decoder"] and depths[0] != depths[1]
+    for one in result["depths"]:
+        assert {"load", "vision", "rollout", "reference", "update"} <= one["seconds"].keys() and one["memory_gib"] > 0
+    assert result["dtype"] == ("bfloat16" if torch.cuda.is_available() else "float32")
+    assert result["rank_studies"] == 2 and result["new_tokens"] == 4
+    assert result["whole"]["seconds"]["update"] > result["depths"][-1]["seconds"]["update"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("mrg-r1")) == []
