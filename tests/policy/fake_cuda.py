@@ -45,12 +45,7 @@ _LONG_AS_VALUES = {
     _aten.bincount.default,
     _aten.repeat_interleave.Tensor,
 }
-_INDEXING = {
-    _aten.index.Tensor,
-    _aten.index_put_.default,
-    _aten.index_put.default,
-    _aten._index_put_impl_.default,
-}
+_INDEXING = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default, _aten._index_put_impl_.default}
 _READING = {
     Tensor.tolist,
     Tensor.item,
