@@ -129,7 +129,7 @@ LBL_KEYS = seed=$(SEED) data.manifest=$(LBL_MANIFEST) reward.labeler=$(LBL)/labe
 LBL_START := 300
 LBL_LENGTHS := 150 300 600 1200
 
-labels-phantom: $(LBL)/summary.json $(foreach steps,$(LBL_LENGTHS),$(LBL)/sft$(steps)/summary.json)  ## GRPO on films with labels alone after SFT on 300 reports, and every SFT of those reports
+labels-phantom: $(LBL)/summary.json $(foreach steps,$(LBL_LENGTHS),$(LBL)/sft$(steps)/summary.json)
 	$(SAY) 'From SFT of $(LBL_START) steps, what GRPO on labels changed, beside every SFT:'
 	@for steps in $(LBL_LENGTHS); do echo "SFT of $$steps steps:"; $(MRG) summary $(LBL) --control $(LBL)/sft$$steps; done
 
@@ -238,7 +238,7 @@ FEW_SFT = sft.py launch/recipes/iu_phantom_pretrained_sft.yaml policy.path=$(IUB
 	evaluation.batch_size=128 evaluation.lexical=off evaluation.held_out_labeler=$(IUB)/held_out \
 	'reward.weights={ce_f1: 0.45, mccs: 0.25, repetition: 0.2, format: 0.1}' checkpoint.every=1000
 
-iu-labels: $(FEW)/summary.json $(foreach arm,sft30 sft100 sft300 mixed450,$(FEW)/$(arm)/summary.json)  ## GRPO on IU films with labels alone after SFT on 300 of the reports, and SFT of those at several lengths
+iu-labels: $(FEW)/summary.json $(foreach arm,sft30 sft100 sft300 mixed450,$(FEW)/$(arm)/summary.json)  ## few real reports and many films with labels alone: SFT, then GRPO
 	@for arm in sft30 sft100 sft300 mixed150 mixed450; do echo "SFT, $$arm:"; $(MRG) summary $(FEW) --control $(FEW)/$$arm; done
 
 $(FEW)/manifest.jsonl: $(IUP)/data/manifest.jsonl $(IUB)/balanced/manifest.jsonl

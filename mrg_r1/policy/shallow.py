@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mrg_r1.console import progress
+from mrg_r1.files import save_tensors
 from mrg_r1.policy.checkpoint_files import files_beside
 from mrg_r1.policy.family import family_of, read_config
 
@@ -110,7 +110,7 @@ def write_shallow(source: Path, folders: Mapping[Depth, Path], *, dtype: torch.d
             generator = torch.Generator().manual_seed(seed)
             for file, names in progress(list(files.items()), "random weights"):
                 tensors = {name: _random(name, shapes[name], dtype, generator) for name in names}
-                save_file(tensors, folder / file, metadata={"format": "pt"})
+                save_tensors(folder / file, tensors, metadata={"format": "pt"})
         else:
             for file in files:
                 (folder / file).symlink_to((folders[deepest] / file).resolve())
