@@ -14,7 +14,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-NAMES = ("auto", "torch", "flash_attn")  # of `policy.attention`; `auto` is torch's kernels
 _OLDEST = (2, 7)  # before it, the two functions took and gave other things
 _HOPPER = 9  # what version 3 is written for
 

@@ -116,7 +116,7 @@ def rehearse(
     rehearsed = workload_of(
         small, small_shape, task="grpo", world_size=1, device="cuda" if on_gpu else "cpu", images=images
     )
-    prediction = predict(whole_shape, planned)
+    prediction, of_rehearsed = predict(whole_shape, planned), predict(small_shape, rehearsed)
     return {
         "policy": str(source),
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -147,8 +147,8 @@ def rehearse(
         },
         "memory": {
             "measured_gib": taken[-1]["memory_gib"],
-            "formula_gib": predict(small_shape, rehearsed).peak / 2**30,
-            "formula_gib_by_phase": _gib(predict(small_shape, rehearsed)),
+            "formula_gib": of_rehearsed.peak / 2**30,
+            "formula_gib_by_phase": _gib(of_rehearsed),
             "whole_gpu_gib": prediction.peak / 2**30,
             "whole_gpu_gib_by_phase": _gib(prediction),
             "whole_gpu_phase": prediction.peak_phase,
@@ -246,7 +246,7 @@ def _overrides(recipe: Recipe, policy: Path, run: Path, *, studies: int, tokens:
         "checkpoint.every": 1,
     }
     if not torch.cuda.is_available():
-        changed["reward.device"] = "cpu"
+        changed |= {"reward.device": "cpu", "policy.attention": "torch"}
     return [f"{key}={value}" for key, value in changed.items()]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mrg_r1.training.rehearse as rehearsing
-from mrg_r1.config.recipe import Recipe
+from mrg_r1.config.recipe import Recipe, load_recipe
 from mrg_r1.data.study import read_manifest, write_manifest
 from mrg_r1.policy.family import read_config
 from mrg_r1.policy.shallow import Depth
@@ -76,6 +76,17 @@ def test_a_step_that_fails_is_named_and_leaves_nothing(recipe, tmp_path, capsys,
     [arguments] = seen
     assert arguments[:2] == recipe and not (tmp_path / "run").exists()
     assert {"steps=1", "grpo.studies_per_step=1", "policy.adapter=null"} <= set(arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU can run is left as it is")
+def test_without_a_gpu_kernels_of_a_gpu_are_not_asked_for(recipe, capsys, monkeypatch, tmp_path):
+    """In float32 such a recipe would be refused."""
+    asked = ["policy.attention=flash_attn", "policy.dtype=bfloat16", "reward.device=cuda:0"]
+    seen = []
+    monkeypatch.setattr(rehearsing, "_child", lambda code, arguments: seen.append(arguments) or 3)
+    run(capsys, "rehearse", *recipe, *asked, "--folder", tmp_path)
+    found = load_recipe(Path(seen[0][0]), seen[0][1:])
+    assert (found.policy.attention, found.policy.dtype, found.reward.device) == ("torch", "float32", "cpu")
 
 
 @pytest.mark.parametrize(

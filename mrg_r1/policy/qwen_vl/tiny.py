@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mrg_r1.files import folder_filled
+from mrg_r1.policy.byte_pairs import learn_byte_pairs
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -39,20 +39,8 @@ def learn_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
     Raises:
         ValueError: no texts.
     """
-    if not texts:
-        raise ValueError("create_tiny_policy: no texts to learn the tokenizer from")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that no report is unknown
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=learn_byte_pairs(texts, vocabulary, SPECIAL_TOKENS),
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=list(SPECIAL_TOKENS[1:]),

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from mrg_r1.files import folder_filled
+from mrg_r1.policy.byte_pairs import learn_byte_pairs
 
 SPECIAL_TOKENS = (
     "<pad>",
@@ -69,8 +69,6 @@ def create_tiny_policy(
             f"create_tiny_policy: hidden {hidden}, image_side {image_side}; the width must be a multiple of 32 (4 "
             f"heads) and an image's side {unit} or more"
         )
-    if not texts:
-        raise ValueError("create_tiny_policy: no texts to learn the tokenizer from")
     side = image_side // unit * unit
     tokenizer = _learn_tokenizer(texts, vocabulary)
     model = _random_model(tokenizer, side=side, hidden=hidden, layers=layers, seed=seed)
@@ -89,18 +87,8 @@ def create_tiny_policy(
 
 
 def _learn_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that no report is unknown
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+        tokenizer_object=learn_byte_pairs(texts, vocabulary, SPECIAL_TOKENS),
         bos_token="<bos>",
         eos_token="<eos>",
         pad_token="<pad>",

@@ -82,9 +82,8 @@ def run_tower(
         x = x + torch.cat([learned_positions(table, to_device(place, device)) for place in places])
     size = x.shape[1] // heads
     frequencies = to_device(visual.rotary_pos_emb.inv_freq.float(), device)  # [size / 4]
-    angles = (to_device(torch.cat(places), device).float().unsqueeze(-1) * frequencies).flatten(
-        1
-    )  # rows first, then columns
+    own = to_device(torch.cat(places), device).float()
+    angles = (own.unsqueeze(-1) * frequencies).flatten(1)  # rows first, then columns
     cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
     def run_block(number: int, x: Tensor) -> Tensor:
