@@ -66,12 +66,16 @@ def _rehearse(arguments: argparse.Namespace) -> None:
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)  # a bad one is said before torch is imported
     import json
+    import signal
+    import sys
     import tempfile
 
     from mrg_r1.console import wide_console
     from mrg_r1.files import write_text_atomically
     from mrg_r1.training.rehearse import rehearse
 
+    # a queue's signal must not leave a checkpoint of many GB behind
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="mrg-r1-rehearsal-", dir=arguments.folder) as folder:
         result = rehearse(
             recipe,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import mrg_r1.training.rehearse as rehearsing
+from mrg_r1 import cli
 from mrg_r1.config.recipe import Recipe, load_recipe
 from mrg_r1.data.study import read_manifest, write_manifest
 from mrg_r1.policy.family import read_config
@@ -76,6 +78,24 @@ def test_a_step_that_fails_is_named_and_leaves_nothing(recipe, tmp_path, capsys,
     [arguments] = seen
     assert arguments[:2] == recipe and not (tmp_path / "run").exists()
     assert {"steps=1", "grpo.studies_per_step=1", "policy.adapter=null"} <= set(arguments)
+
+
+def test_a_queues_signal_leaves_no_checkpoint_behind(recipe, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stopped(code: str, arguments: object) -> int:
+        assert len(list((tmp_path / "here").rglob("*.safetensors"))) > 1
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(rehearsing, "_child", stopped)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["rehearse", *recipe, "--folder", str(tmp_path / "here")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 128 + signal.SIGTERM and list((tmp_path / "here").iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a GPU can run is left as it is")
