@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.gpu_cases import GpuCase
 from benchmarks.results import Table, markdown_table, replace_file
+from mrg_r1.training.utilisation import PEAK_FLOPS, Tokens, update_flops
 
 HOW = (
     "Seconds are those of the fastest measured step, after one warm-up step; the device is synchronised at the "
@@ -32,12 +33,8 @@ class Peak:
     bandwidth: float  # bytes a second
 
 
-# by the name that CUDA tells; other variants of a card (PCIe, NVL, a MIG slice) have other figures and other names
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": Peak(989e12, 3.35e12),
-    "NVIDIA H200": Peak(989e12, 4.8e12),
-    "NVIDIA A100-SXM4-80GB": Peak(312e12, 2.04e12),
-}
+_BANDWIDTHS = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12, "NVIDIA A100-SXM4-80GB": 2.04e12}
+PEAKS = {name: Peak(PEAK_FLOPS[name], bandwidth) for name, bandwidth in _BANDWIDTHS.items()}
 
 
 @dataclass(frozen=True)
@@ -86,16 +83,10 @@ class Contender:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
 
-def tokens_run(case: GpuCase, prompt_tokens: int) -> int:
+def tokens_run(case: GpuCase, prompt_tokens: int) -> Tokens:
     """Tokens that one pass over a rollout takes through the layers; the last of a completion predicts nothing."""
-    return case.studies * prompt_tokens + case.rows * (case.new_tokens - 1)
-
-
-def update_flops(shape: Shape, case: GpuCase, prompt_tokens: int) -> float:
-    """Floating-point operations that an update of LoRA needs: see HOW."""
-    tokens = tokens_run(case, prompt_tokens)
-    layers = (4 * shape.layer_weights + 6 * shape.lora_weights) * tokens
-    return float(layers + 4 * shape.head_weights * case.rows * case.new_tokens)
+    prompts = case.studies * prompt_tokens
+    return Tokens(prompts, prompts, case.rows * (case.new_tokens - 1), case.rows * case.new_tokens)
 
 
 def decode_bytes(shape: Shape, case: GpuCase, prompt_tokens: int) -> float:
@@ -132,7 +123,9 @@ def figures(outcome: Outcome, case: GpuCase, *, shape: Shape | None, device: str
         return row
     prompt_tokens, prefill, peak = outcome.line["prompt_tokens"], outcome.line["prefill_seconds"], PEAKS.get(device)
     a_token = (phases["rollout"] - prefill) / (case.new_tokens - 1)
-    flops, read = update_flops(shape, case, prompt_tokens), decode_bytes(shape, case, prompt_tokens)
+    run = tokens_run(case, prompt_tokens)
+    flops = update_flops(shape.layer_weights, shape.lora_weights, shape.head_weights, run)
+    read = decode_bytes(shape, case, prompt_tokens)
     row |= {
         "prefill_seconds": prefill,
         "decode_seconds_per_token": a_token,

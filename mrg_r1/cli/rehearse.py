@@ -151,6 +151,9 @@ def _words(result: dict[str, Any]) -> list[str]:
         f"all but the libraries; all layers on a GPU in {result['recipe_dtype']}: {memory['whole_gpu_gib']:.1f} GiB by "
         f"formula, in {memory['whole_gpu_phase']}",
     ]
+    deepest = result["depths"][-1]
+    share = "" if deepest["update_mfu"] is None else f", {deepest['update_mfu']:.1%} of this card's peak"
+    said.insert(1, f"the deepest one's update: {deepest['update_tflops']:.3g} TFLOP/s{share} (docs/metrics.md)")
     if result["device"] == "cpu":
         said.append("a CPU's seconds say nothing about a GPU's; that every part ran at these shapes does")
     return said

@@ -44,8 +44,8 @@ _TOGETHER = (  # metrics of one plot: title, pattern of the whole name; the firs
     ),
     ("truncated and malformed, share", r"groups/(truncated|malformed)"),
     ("shares and counts", r"time/.*(_share|_busy|_max)"),
-    ("seconds a step", r"time/(?!start|evaluation|checkpoint|validation).*"),
-    ("seconds now and then", r"time/.*"),
+    ("seconds a step", r"time/(?!start|evaluation|checkpoint|validation|tokens_|update_).*"),
+    ("seconds now and then", r"time/(start|evaluation|checkpoint|validation)"),
 )
 _TITLES = {
     "loss": "loss",
@@ -55,6 +55,9 @@ _TITLES = {
     "policy/learning_rate": "learning rate",
     "validation/mean_reward": "mean reward on the validation studies",
     "groups/length": "length, tokens",
+    "time/tokens_per_second": "tokens a second",
+    "time/update_tflops": "TFLOP/s of the update, a rank",
+    "time/update_mfu": "share of the card's peak in the update",
     "groups/no_finding": "reports that say No Finding, share",
 }
 _FIRST = (  # plots that open their group

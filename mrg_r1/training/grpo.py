@@ -42,7 +42,8 @@ from mrg_r1.training.preflight import is_finished
 from mrg_r1.training.rewards import on_all_ranks, service_metrics, wait
 from mrg_r1.training.run import Run, open_run
 from mrg_r1.training.state import open_state, start_training
-from mrg_r1.training.update import global_advantages, update
+from mrg_r1.training.update import global_advantages, tokens_of, update
+from mrg_r1.training.utilisation import utilisation
 from mrg_r1.training.validation import keep_best, keep_for_replay, validate_before, warn_at_close, warn_of_gap
 from mrg_r1.types import Experience, Rewards, Sampled, VisionFeatures
 
@@ -142,7 +143,14 @@ def update_step(step: int, pending: Pending, *, run: Run, engine: Engine, clock:
         parts = update(experience, recipe=recipe, engine=engine, ranks=run.ranks, states=pending.prefill)
     if float(parts["policy/skipped_updates"][0]):
         keep_for_replay(run, step, sampled)
-    return parts | _batch_metrics(sampled, rewards, run, clock)
+    used = utilisation(
+        run.shape,
+        tokens_of(experience, recipe, prefilled=pending.prefill is not None),
+        lora_rank=recipe.policy.lora.rank,
+        seconds=float(clock.share("update")[0]),
+        dtype=run.dtype,
+    )
+    return parts | used | _batch_metrics(sampled, rewards, run, clock)
 
 
 def rollout_step(step: int, *, run: Run, loader: StudyLoader, reward_service: RewardService, clock: Clock) -> Metrics:

@@ -284,6 +284,8 @@ def _taken(run: Path) -> dict[str, Any]:
         "start": totals["start"],
         "checkpoint": totals["checkpoint"] / _steps(),
         "reward_exposed": row["time/reward_exposed"],
+        "update_tflops": row["time/update_tflops"],
+        "update_mfu": row["time/update_mfu"],
         # where phases are counted, the metric is of the last one alone
         "memory_gib": max(peaks.values()) / 2**30 if peaks else row["time/memory_gib_max"],
         "memory_gib_by_phase": {name: peak / 2**30 for name, peak in peaks.items()},

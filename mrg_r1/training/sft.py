@@ -28,6 +28,7 @@ from mrg_r1.tracking.terminal import Budget
 from mrg_r1.training.preflight import is_finished
 from mrg_r1.training.run import Run
 from mrg_r1.training.state import start_training
+from mrg_r1.training.utilisation import Tokens, utilisation
 from mrg_r1.types import Study
 
 # of a validation, what metrics.jsonl has
@@ -69,12 +70,20 @@ def sft_step(
             engine.backward(-logp.sum() / tokens, last=number + 1 == len(plan))
             total -= logp.detach().double().sum().cpu()
     skipped = torch.tensor(float(engine.skipped))
+    read, scored = sum(prompts.lengths), int(mask.sum())
     return {
         "loss": (total, mask.sum()),
         "policy/skipped_updates": (skipped, torch.tensor(1.0)),
         "time/load_share": clock.share("load"),
         "sft/target_tokens": (mask.sum(), torch.tensor(float(len(targets)))),
-        **clock.costs(int(mask.sum()), world_size=run.ranks.world_size),
+        **clock.costs(scored, world_size=run.ranks.world_size),
+        **utilisation(
+            run.shape,
+            Tokens(prompts=read, prompts_forward=read, completions=scored - len(targets), scored=scored),
+            lora_rank=run.recipe.policy.lora.rank if run.recipe.sft.trainable == "lora" else None,
+            seconds=float(clock.share("update")[0]),
+            dtype=run.dtype,
+        ),
     }
 
 

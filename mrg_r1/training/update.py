@@ -16,6 +16,7 @@ from mrg_r1.grpo.advantages import batch_moments, group_advantages, per_term_adv
 from mrg_r1.grpo.loss import LossConfig, Metrics, grpo_loss, loss_denominator, merge_metrics
 from mrg_r1.policy.language import PromptCache
 from mrg_r1.policy.logprobs import micro_batches
+from mrg_r1.training.utilisation import Tokens
 from mrg_r1.types import Experience, Rewards
 
 
@@ -112,6 +113,24 @@ def update(
     passes = torch.tensor(float(sum(len(plan) for plan in plans)))
     merged["policy/passes"] = (passes, torch.tensor(float(len(plans))))  # forward and backward passes of an update
     return merged | {"policy/skipped_updates": (torch.tensor(float(skipped)), torch.tensor(1.0))}
+
+
+def tokens_of(experience: Experience, recipe: Recipe, *, prefilled: bool) -> Tokens:
+    """What `update` runs over: every optimizer step goes through the prompts that its minibatch has completions of.
+
+    Args:
+        prefilled: the prompts went forward in the rollout, so that they do not here.
+    """
+    rows, group = int(experience.completions.mask[..., 0].numel()), experience.completions.mask.shape[1]
+    scored = int(experience.completions.mask.sum())
+    again = recipe.grpo.inner_iterations
+    through = sum(experience.prompts.lengths) * min(recipe.grpo.minibatches, group) * again
+    return Tokens(
+        prompts=through,
+        prompts_forward=0 if prefilled else through,
+        completions=(scored - rows) * again,
+        scored=scored * again,
+    )
 
 
 def equal_plans(

@@ -24,9 +24,9 @@ from benchmarks.gpu_results import (
     figures,
     step_table,
     tokens_run,
-    update_flops,
     write_results,
 )
+from mrg_r1.training.utilisation import Tokens, update_flops
 from tests.benchmarks.test_workers import ROOT
 
 CASE = GpuCase("2x10", studies=2, side=28, group=3, new_tokens=5)  # 6 completions
@@ -44,12 +44,13 @@ def contenders() -> list[Contender]:
 
 
 def test_tokens_are_each_prompt_once_and_of_completions_all_but_the_last() -> None:
-    assert tokens_run(CASE, 10) == 2 * 10 + 6 * 4
+    assert tokens_run(CASE, 10) == Tokens(prompts=20, prompts_forward=20, completions=6 * 4, scored=6 * 5)
 
 
 def test_the_update_costs_what_the_formula_says() -> None:
     # 44 tokens through 1000 frozen and 10 LoRA weights, 30 completion tokens through a head of 50 x 4
-    assert update_flops(SHAPE, CASE, 10) == 4 * 1000 * 44 + 6 * 10 * 44 + 4 * 200 * 30 == 202_640
+    run = tokens_run(CASE, 10)
+    assert update_flops(1000, 10, 200, run) == 4 * 1000 * 44 + 6 * 10 * 44 + 4 * 200 * 30 == 202_640
 
 
 def test_a_decode_step_reads_weights_once_and_prompts_once_a_study() -> None:

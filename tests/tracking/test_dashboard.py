@@ -227,6 +227,13 @@ def test_the_page_of_metrics_has_the_groups_of_the_code():
     assert set(HIGHER_IS_BETTER) <= {name for names in headed.values() for name in names}
 
 
+def test_seconds_are_drawn_with_seconds_alone():
+    names = ["time/rollout", "time/update", "time/tokens_per_second", "time/update_tflops", "time/update_mfu"]
+    drawn = [plot.names for plot in plots([*names, "time/labeler_cpu", "time/save"])["Time and memory"]]
+    assert ["time/labeler_cpu", "time/rollout", "time/save", "time/update"] in drawn
+    assert all([name] in drawn for name in names[2:])
+
+
 def test_many_lines_of_several_runs_are_drawn_apart():
     names = [f"agreement/{name}" for name in "abcde"]
     assert [plot.names for plot in plots(names)["Rewards"]] == [names]

@@ -289,7 +289,8 @@ def test_the_frozen_log_probs_are_made_while_the_labeler_works(
     prompts = build(lora_policy)(studies)
 
     class FakeRun:
-        ranks, policy, directory = OneRank(), lora_policy, tmp_path
+        ranks, policy, directory, dtype = OneRank(), lora_policy, tmp_path, torch.float32
+        shape = lora_policy.family.shape(lora_policy.base.config.to_dict())
         rewards = SimpleNamespace(context_of=lambda study_ids, step: RewardContext())
 
     FakeRun.recipe = recipe_of(world, tmp_path, "grpo.beta=0.1", "rollout.max_new_tokens=8")
@@ -299,7 +300,7 @@ def test_the_frozen_log_probs_are_made_while_the_labeler_works(
     assert order == ["submit"] and pending.sampled.rewards is None
     metrics = trainer.update_step(0, pending, run=run, engine=PlainEngine(lora_policy), clock=clock)
     assert order == ["submit", "frozen", "result"] and pending.sampled.reference_logp is not None
-    assert {"loss", "policy/kl", "reward/total"} <= metrics.keys()
+    assert {"loss", "policy/kl", "reward/total", "time/update_tflops"} <= metrics.keys()
     assert pending.rewards() is pending.sampled.rewards and order.count("result") == 1  # a ticket is good once
 
 

@@ -193,6 +193,7 @@ def test_a_whole_step_is_taken_at_two_depths_and_exported(
     for one in result["depths"]:
         assert {"load", "vision", "rollout", "reference", "update"} <= one["seconds"].keys() and one["memory_gib"] > 0
         assert {"start", "rollout", "update"} <= one["memory_gib_by_phase"].keys()
+        assert one["update_tflops"] > 0 and one["update_mfu"] is None  # no card
     assert result["dtype"] == ("bfloat16" if torch.cuda.is_available() else "float32")
     assert result["memory"]["formula_gib_by_phase"].keys() >= {"vision", "rollout", "update"} and "GiB at most" in said
     assert result["rank_studies"] == 2 and result["new_tokens"] == 4
