@@ -28,6 +28,8 @@ def completion_logprobs(
     mask: Tensor,
     study_of_row: Tensor,
     states: PromptCache | None = None,
+    *,
+    entropies: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each completion token given its study's prompt and the tokens before it.
 
@@ -38,10 +40,12 @@ def completion_logprobs(
         study_of_row: [R] int64, the study in 0..B-1 that each completion belongs to.
         states: the prompts' states under these very weights, where they are at hand; None computes those that are
             needed.
+        entropies: whether anybody reads them: over a large vocabulary they cost as much as the log-probs.
 
     Returns:
-        logp [R, C] float32 and entropy [R, C] float32 (nats, detached), both 0 where masked, of the distribution that
-        `PolicyWeights.next_token_logits` defines: the same one that the rollout samples from (docs/traps.md #2).
+        logp [R, C] float32 and entropy [R, C] float32 (nats, detached; NaN without `entropies`), both 0 where masked,
+        of the distribution that `PolicyWeights.next_token_logits` defines: the same one that the rollout samples from
+        (docs/traps.md #2).
 
     Raises:
         ValueError: no token at all, under a partition.
@@ -89,17 +93,20 @@ def completion_logprobs(
         torch.arange(1, lengths[row]) + row * columns for row in rows
     ]
     index = to_device(torch.cat(places), hidden.device)  # of each prediction in [R * C]
-    logp, entropy = token_logprobs(policy, hidden, token_ids.flatten()[index])
+    logp, entropy = token_logprobs(policy, hidden, token_ids.flatten()[index], entropies=entropies)
     empty = torch.zeros(mask.numel(), device=hidden.device)
     return empty.index_copy(0, index, logp).view(mask.shape), empty.index_copy(0, index, entropy).view(mask.shape)
 
 
-def token_logprobs(policy: PolicyWeights, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, H] hidden states and [T] ids -> [T] log-probs (with gradient) and [T] entropies (without), a chunk of tokens
-    at a time.
+def token_logprobs(
+    policy: PolicyWeights, hidden: Tensor, ids: Tensor, *, entropies: bool = True
+) -> tuple[Tensor, Tensor]:
+    """[T, H] hidden states and [T] ids -> [T] log-probs (with gradient) and [T] entropies (without; NaN where nobody
+    asks for them), a chunk of tokens at a time.
     """
+    gradient = torch.is_grad_enabled() and hidden.requires_grad
     with policy.gathered(policy.base.lm_head):
-        logp, entropy = _TokenLogp.apply(hidden, ids, policy, torch.is_grad_enabled() and hidden.requires_grad)
+        logp, entropy = _TokenLogp.apply(hidden, ids, policy, gradient, entropies)
     return logp, entropy
 
 
@@ -112,17 +119,22 @@ class _TokenLogp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, ids: Tensor, policy: PolicyWeights, gradient: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, ids: Tensor, policy: PolicyWeights, gradient: bool, entropies: bool
+    ) -> tuple[Tensor, Tensor]:
         head = policy.base.lm_head.weight
         logp = torch.empty(len(ids), device=hidden.device)
-        entropy = torch.empty(len(ids), device=hidden.device)
+        entropy = torch.full((len(ids),), torch.nan, device=hidden.device)
         jacobian = torch.empty_like(hidden) if gradient else None
         for part in torch.arange(len(ids)).split(max(1, CHUNK_ELEMENTS // len(head))):
             chunk = slice(int(part[0]), int(part[-1]) + 1)
             log_probs = policy.next_token_logits(hidden[chunk]).log_softmax(dim=-1)
             logp[chunk] = log_probs.gather(1, ids[chunk].unsqueeze(1)).squeeze(1)
+            if not (gradient or entropies):
+                continue
             probs = log_probs.exp()
-            entropy[chunk] = -(probs * log_probs.masked_fill_(policy.banned, 0.0)).sum(dim=-1)
+            if entropies:
+                entropy[chunk] = -(probs * log_probs.masked_fill_(policy.banned, 0.0)).sum(dim=-1)
             if jacobian is not None:
                 expected = probs.to(head.dtype) @ head
                 torch.sub(head[ids[chunk]], expected, out=jacobian[chunk]).div_(policy.temperature)
@@ -131,9 +143,9 @@ class _TokenLogp(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
         (jacobian,) = ctx.saved_tensors
-        return jacobian * grad.unsqueeze(1).to(jacobian.dtype), None, None, None
+        return jacobian * grad.unsqueeze(1).to(jacobian.dtype), None, None, None, None
 
 
 @torch.no_grad()
@@ -153,7 +165,8 @@ def group_logprobs(
             prompts, mask, study_of_row, token_budget=token_budget, at_least=policy.partition.most(len(plan))
         )
     for rows in plan:
-        logp[rows] = completion_logprobs(policy, prompts, vision, ids[rows], mask[rows], study_of_row[rows])[0]
+        arguments = ids[rows], mask[rows], study_of_row[rows]
+        logp[rows] = completion_logprobs(policy, prompts, vision, *arguments, entropies=False)[0]
     return logp.view(studies, group, length)
 
 

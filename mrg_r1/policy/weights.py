@@ -131,8 +131,8 @@ class PolicyWeights(nn.Module):
         """
         logits: Tensor = self.base.lm_head(hidden).float()
         if self.temperature != 1.0:
-            logits = logits / self.temperature
-        return logits.masked_fill(self.banned, float("-inf"))
+            logits.div_(self.temperature)
+        return logits.masked_fill_(self.banned, float("-inf"))  # in place: over a large vocabulary a copy costs
 
     def checkpoint_gradients(self) -> None:
         """Keep each layer's input only and compute the rest again in the backward pass."""
