@@ -1,5 +1,5 @@
 # Every target sets up what it needs and then runs. `make demo` and `make test` work on a fresh machine.
-# SEED=1 make demo runs another seed into runs/demo-seed1, FAMILY=qwen3_vl make demo another model family into runs/demo-qwen3_vl.
+# SEED=1 make demo runs another seed into runs/demo-seed1, FAMILY=qwen3_vl (or gemma3) make demo another model family into runs/demo-qwen3_vl.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c

@@ -11,12 +11,12 @@ from mrg_r1.config.recipe import load_recipe
 from mrg_r1.doctor.checks import task_of
 from mrg_r1.doctor.memory import predict, workload_of
 from mrg_r1.policy.family import shape_of
-from tests.doctor.test_memory import EIGHT_B, SEVEN_B
+from tests.doctor.test_memory import EIGHT_B, FOUR_B, SEVEN_B
 from tests.doctor.test_recipes import BERT_BASE
 from tests.test_docs import fences, table
 
 PAGE = Path("docs/gpus.md")
-RECIPES = {"iu_7b": SEVEN_B, "qwen3_vl_8b": EIGHT_B}
+RECIPES = {"iu_7b": SEVEN_B, "qwen3_vl_8b": EIGHT_B, "medgemma_4b": FOUR_B}
 STAGE_3 = "engine.deepspeed=ds_configs/zero3.json"
 OFFLOADED = "engine.deepspeed=ds_configs/zero3_offload.json"
 GROUPS, TOKENS = (4, 8, 16, 32), (512, 1024)
