@@ -80,6 +80,11 @@ class Family:
     # (config, tokenizer) -> how images and text stand in a prompt, and the positions of its tokens [B, P, ...].
     prompt_layout: Callable[[Any, Any], PromptLayout]
 
+    # (the folder's name in a program, min_pixels, max_pixels, lines that make `text`, a prompt by the chat template) ->
+    # lines of plain transformers that make `inputs`, which `generate` takes, and `kinds`, by which the model's config
+    # names `banned_ids`: how the card beside an export says to write a report.
+    card_inputs: Callable[[str, int, int, list[str]], list[str]]
+
     # The vision tower.
     vision_modules: Callable[[Any], list[nn.Module]]  # what `see` and `merge` read
     mergers: Callable[[Any], list[nn.Module]]  # what `merge` reads: between the tower and the decoder

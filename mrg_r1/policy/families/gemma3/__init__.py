@@ -1,6 +1,6 @@
 """Gemma 3 (arXiv 2503.19786) with its vision tower, MedGemma among them (arXiv 2507.05201)."""
 
-from mrg_r1.policy.families.gemma3 import checkpoint, decoder, images, shape, tiny, vision
+from mrg_r1.policy.families.gemma3 import card, checkpoint, decoder, images, shape, tiny, vision
 from mrg_r1.policy.family import Family
 
 FAMILY = Family(
@@ -12,6 +12,7 @@ FAMILY = Family(
     banned_ids=images.banned_ids,
     image_processor=images.image_processor,
     prompt_layout=images.ImageTokens.read,
+    card_inputs=card.card_inputs,
     image_numbers=images.image_numbers,
     vision_modules=vision.modules,
     mergers=vision.mergers,

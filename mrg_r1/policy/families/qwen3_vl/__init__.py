@@ -2,6 +2,7 @@
 
 from mrg_r1.policy.families.qwen3_vl import checkpoint, decoder, shape, tiny, vision
 from mrg_r1.policy.family import Family
+from mrg_r1.policy.qwen_vl.card import card_inputs
 from mrg_r1.policy.qwen_vl.checkpoint import banned_ids, image_processor, lora_targets, module_name
 from mrg_r1.policy.qwen_vl.decoder import read_norm
 from mrg_r1.policy.qwen_vl.positions import ImageTokens
@@ -18,6 +19,7 @@ FAMILY = Family(
     banned_ids=banned_ids,
     image_processor=image_processor,
     prompt_layout=ImageTokens.read,
+    card_inputs=card_inputs,
     vision_modules=vision.modules,
     mergers=vision.mergers,
     see=vision.see,
