@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-# A folder each, named as config.json names the family. A recipe is read without importing any.
-_FAMILIES = Path(__file__).parents[1] / "policy" / "families"
+from mrg_r1.model_types import family_names, no_checkpoint, other_model
 
 
 class RecipeError(ValueError):
@@ -65,7 +64,7 @@ def check_checkpoint_directory(path: Path) -> None:
     """
     config = path / "config.json"
     if not config.is_file():
-        raise RecipeError(f"policy.path {path}: no config.json there; give the directory of a checkpoint")
+        raise RecipeError(f"policy.path {path}: {no_checkpoint(path)}")
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:  # also where it is not UTF-8
@@ -73,11 +72,8 @@ def check_checkpoint_directory(path: Path) -> None:
             f"policy.path {path}: config.json is not JSON ({error}); fetch the checkpoint again"
         ) from error
     model_type = content.get("model_type") if isinstance(content, dict) else content
-    families = sorted(folder.parent.name for folder in _FAMILIES.glob("*/__init__.py"))
-    if model_type not in families:
-        raise RecipeError(
-            f"policy.path {path}: config.json says model_type {model_type!r}; these load: {', '.join(families)}"
-        )
+    if model_type not in family_names():
+        raise RecipeError(f"policy.path {path}: config.json says {other_model(model_type)}")
     if not any(path.glob("*.safetensors")):
         raise RecipeError(
             f"policy.path {path}: no *.safetensors there; the download is incomplete, or the weights are a pickle "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from mrg_r1.model_types import family_names, no_checkpoint, other_model
 from mrg_r1.policy.layers import DecoderLayer, Norm
 from mrg_r1.policy.shape import PolicyShape
 from mrg_r1.types import ImageInputs, PromptLayout
@@ -117,11 +117,6 @@ class Family:
     create_tiny: CreateTiny
 
 
-def family_names() -> list[str]:
-    """The model types that load."""
-    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "families")]))
-
-
 def find_family(model_type: str | None) -> Family:
     """The family of a `model_type`.
 
@@ -129,7 +124,7 @@ def find_family(model_type: str | None) -> Family:
         ValueError: none of that name; says which there are.
     """
     if model_type not in family_names():
-        raise ValueError(f"model_type {model_type!r} is no family that loads; these do: {', '.join(family_names())}")
+        raise ValueError(other_model(model_type))
     family: Family = importlib.import_module(f"mrg_r1.policy.families.{model_type}").FAMILY
     return family
 
@@ -156,7 +151,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     file = directory / "config.json"
     if not file.is_file():
-        raise ValueError(f"{directory}: no config.json there; give the directory of a checkpoint")
+        raise ValueError(f"{directory}: {no_checkpoint(directory)}")
     with reading(file):
         config: Any = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict):

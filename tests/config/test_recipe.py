@@ -217,6 +217,10 @@ def test_check_refuses_before_any_model_is_loaded(recipe_file, tmp_path, overrid
             "config.json says model_type 'llama'",
         ),
         (lambda policy: (policy / "config.json").write_text("{"), "config.json is not JSON"),
+        (
+            lambda policy: (policy / "config.json").rename(policy / "adapter_config.json"),
+            "adapter_config.json: a LoRA adapter; put the checkpoint",
+        ),
         (lambda policy: (policy / "model.safetensors").rename(policy / "pytorch_model.bin"), "no *.safetensors there"),
     ],
 )

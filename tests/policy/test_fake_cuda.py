@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import mrg_r1.policy.attention as attention
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.grpo.loss import LossConfig, grpo_loss
+from mrg_r1.model_types import family_names
 from mrg_r1.policy.attention import PackedAttention, SeqLens, attend
-from mrg_r1.policy.family import family_names, find_family
+from mrg_r1.policy.family import find_family
 from mrg_r1.policy.layers import Norm
-from mrg_r1.policy.load import load_image_processor, load_tokenizer
+from mrg_r1.policy.load import load_image_processor
 from mrg_r1.policy.logprobs import group_logprobs
 from mrg_r1.policy.logprobs_trained import trained_logprobs
 from mrg_r1.policy.lora import add_lora, reference
@@ -131,7 +133,7 @@ def wide(request, tmp_path):
 def policy_of(folder, *, lora):
     """On the meta device, frozen but for its LoRA, or all of it trained."""
     model = find_family(folder.name).empty_model(folder, torch.bfloat16, torch.device("cpu"))
-    policy = Policy(model.requires_grad_(not lora), tokenizer=load_tokenizer(folder), temperature=0.7)
+    policy = Policy(model.requires_grad_(not lora), tokenizer=AutoTokenizer.from_pretrained(folder), temperature=0.7)
     if lora:
         add_lora(policy, rank=32, alpha=64, seed=0)
     return policy
