@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mrg_r1.policy.checkpoint_files import StoredTensor, read_layout
-from mrg_r1.policy.family import family_of, read_config
+from mrg_r1.policy.family import family_of, load_config, read_config, shape_of
 
 _COMPUTED = (".inv_freq",)  # buffers that old files carry and the model computes
 _PLAIN = ("F64", "F32", "BF16", "F16")  # anything else is a quantised weight, whose numbers are not the weight's
@@ -26,9 +26,19 @@ _PREFIXES = {
 }
 
 
-def empty_model(path: Path) -> nn.Module:
-    """The model of a checkpoint directory without weights: what names, shapes and ties are read from."""
-    return family_of(path).empty_model(path, torch.float32, torch.device("cpu"))
+def empty_model(path: Path, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> nn.Module:
+    """The model of a checkpoint directory without weights: what names, shapes and ties are read from, and what loading
+    fills. Whatever builds a model builds it here.
+
+    Args:
+        device: of the few buffers that are computed and never stored; None: the CPU.
+
+    Raises:
+        ValueError: as `load_config` and `shape_of`; numbers of the config.json that contradict one another.
+    """
+    load_config(path)  # a value of the wrong kind is named there
+    shape_of(path)
+    return family_of(path).empty_model(path, dtype, device or torch.device("cpu"))
 
 
 def is_tied(model: Any) -> bool:

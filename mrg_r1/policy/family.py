@@ -111,7 +111,8 @@ class Family:
     # another in both directions, and 0 at text; None: tokens see what came before them.
     image_numbers: Callable[[Tensor], Tensor] | None = field(default=None, kw_only=True)
 
-    # Sizes for the memory formula, from a config.json. Raises ValueError where a number is missing.
+    # Sizes for the memory formula, from a config.json. Raises ValueError where a number is missing or contradicts
+    # another, and where the model asks for what the passes here do not compute: whatever loads a checkpoint calls it.
     shape: Callable[[Mapping[str, Any]], PolicyShape]
     # Writes a random policy of one to two million parameters in a checkpoint's layout, tokenizer learned from texts.
     create_tiny: CreateTiny
@@ -223,10 +224,11 @@ def shape_of(directory: Path) -> PolicyShape:
     """The sizes of a checkpoint directory's model, by its config.json alone.
 
     Raises:
-        ValueError: as `family_of`, or a number is missing; names the directory.
+        ValueError: as `family_of`, a number is missing or contradicts another, or the model is one that the passes here
+            do not compute; names the directory.
     """
     family = family_of(directory)
     try:
         return family.shape(read_config(directory))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"policy.path {directory}: {error}") from error
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{directory}: {error}") from error

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from mrg_r1.files import folder_filled
-from mrg_r1.policy.completeness import stored_tensors
+from mrg_r1.policy.completeness import empty_model, stored_tensors
 from mrg_r1.policy.endings import write_generation
 from mrg_r1.policy.family import Family, family_of, load_config, reading
 from mrg_r1.policy.partition import Partition
@@ -51,7 +51,7 @@ def _load_model(path: Path, family: Family, *, dtype: torch.dtype, partition: Pa
         ValueError: the checkpoint's tensors are not those of its model.
     """
     device = torch.device("cpu") if partition is None else partition.device
-    model = family.empty_model(path, dtype, device)
+    model = empty_model(path, dtype, device)
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"buffers without values: {left}"
     stored = stored_tensors(path, model)

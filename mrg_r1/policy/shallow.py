@@ -18,7 +18,8 @@ from torch import Tensor
 from mrg_r1.console import progress
 from mrg_r1.files import save_tensors
 from mrg_r1.policy.checkpoint_files import files_beside
-from mrg_r1.policy.family import family_of, read_config
+from mrg_r1.policy.completeness import empty_model
+from mrg_r1.policy.family import read_config
 
 _LAYER = re.compile(r"\.(?:layers|blocks)\.(\d+)\.")
 _STD = 0.02  # of the matrices, as models of this kind are begun with
@@ -94,7 +95,7 @@ def write_shallow(source: Path, folders: Mapping[Depth, Path], *, dtype: torch.d
     Raises:
         ValueError: no config.json, or one without a family.
     """
-    config, family = read_config(source), family_of(source)
+    config = read_config(source)
     deepest = max(folders, key=lambda depth: (depth.decoder, depth.tower))
     for depth in sorted(folders, key=lambda depth: depth != deepest):  # the deepest one first
         folder = folders[depth]
@@ -103,7 +104,7 @@ def write_shallow(source: Path, folders: Mapping[Depth, Path], *, dtype: torch.d
             (folder / path).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / path, folder / path)
         (folder / "config.json").write_text(json.dumps(shallow_config(config, depth), indent=2), encoding="utf-8")
-        model = family.empty_model(folder, dtype, torch.device("cpu"))
+        model = empty_model(folder, dtype)
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         files = _files(shapes)
         if depth == deepest:

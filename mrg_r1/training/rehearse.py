@@ -166,6 +166,7 @@ def _require_readable(recipe: Recipe) -> None:
     try:
         lora_pattern(family_of(source), recipe.policy.lora.targets)
         load_tokenizer(source)
+        shape_of(source)
         load_image_processor(source, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
     except ValueError as error:
         raise ValueError(f"policy.path {error} (no weights are needed, but tokenizer and processor)") from error

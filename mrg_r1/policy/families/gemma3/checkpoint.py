@@ -11,8 +11,7 @@ from torch import nn
 from transformers import Gemma3ForConditionalGeneration
 
 from mrg_r1.policy.endings import read_generation
-from mrg_r1.policy.families.gemma3.shape import shape_of_config
-from mrg_r1.policy.family import load_config, read_config, reading
+from mrg_r1.policy.family import load_config, reading
 
 # The tower's layers share some of these names.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -48,14 +47,7 @@ def module_name(key: str) -> str:
 def empty_model(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The module without weights; what is computed and never stored (rotary frequencies, the embeddings' scale, numbers
     of patches) on `device`.
-
-    Raises:
-        ValueError: a config.json that asks for what is not there (`shape.shape_of_config`).
     """
-    try:
-        shape_of_config(read_config(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
     config = load_config(path)
     with reading(path / "config.json"):  # numbers that contradict one another
         with torch.device("meta"):

@@ -31,7 +31,7 @@ def shape_of_config(config: Mapping[str, Any]) -> PolicyShape:
         text, vision = {**_TEXT, **config["text_config"]}, config["vision_config"]
         _require_known(text)
         heads, key_heads, head_size = text["num_attention_heads"], text["num_key_value_heads"], text["head_dim"]
-        if heads % key_heads:
+        if not key_heads or heads % key_heads:
             raise ValueError(
                 f"config.json has num_attention_heads {heads} and num_key_value_heads {key_heads}, which must divide "
                 "it; fetch the checkpoint again"
@@ -87,6 +87,12 @@ def _vision(vision: Mapping[str, Any], out: int, tokens: int) -> VisionShape:
     if vision.get("vision_use_head", True):
         raise ValueError(
             "config.json has a vision_config with vision_use_head true or not stated: not a Gemma 3's tower"
+        )
+    heads = vision.get("num_attention_heads", 12)
+    if not heads or hidden % heads:
+        raise ValueError(
+            f"config.json has a vision_config of hidden_size {hidden} and num_attention_heads {heads}, which must "
+            "divide it; fetch the checkpoint again"
         )
     tokens_side, grid = math.isqrt(tokens), side // patch
     if tokens_side**2 != tokens or side % patch or grid % tokens_side:

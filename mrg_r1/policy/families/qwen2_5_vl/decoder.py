@@ -55,7 +55,7 @@ def read_layer(module: Any, config: Any) -> Layer:
 
 def rotation(model: Any) -> MultimodalRotation:
     """The frequencies of time, then of height, then of width."""
-    sections = model.config.text_config.rope_parameters["mrope_section"]
+    sections = model.model.language_model.rotary_emb.mrope_section
     return MultimodalRotation.read(model, torch.arange(3).repeat_interleave(torch.tensor(sections)))
 
 

@@ -1,10 +1,11 @@
-"""The sizes that a config.json states."""
+"""The sizes that a config.json states, and what it must not ask for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from mrg_r1.policy.qwen_vl.shape import require_known, require_tower_heads
 from mrg_r1.policy.shape import PolicyShape, VisionShape
 
 
@@ -12,11 +13,13 @@ def shape_of_config(config: Mapping[str, Any]) -> PolicyShape:
     """From a config.json.
 
     Raises:
-        ValueError: a number is missing.
+        ValueError: a number is missing or contradicts another, or the model is one of another kind: with windows or
+            scaled positions in its decoder, with another activation there.
     """
     try:
         text, vision = config["text_config"], config["vision_config"]
         hidden, head_size = text["hidden_size"], text.get("head_dim", 128)
+        require_known(text, head_size=head_size, sections=[24, 20, 20], interleaved=True)
         return PolicyShape(
             hidden=hidden,
             layers=text["num_hidden_layers"],
@@ -41,6 +44,7 @@ def _vision(vision: Mapping[str, Any]) -> VisionShape:
     depth, hidden, intermediate = vision["depth"], vision["hidden_size"], vision["intermediate_size"]
     out, merge, side = vision["out_hidden_size"], vision.get("spatial_merge_size", 2), vision.get("patch_size", 16)
     patch_values = vision.get("temporal_patch_size", 2) * side**2 * vision.get("in_channels", 3)
+    require_tower_heads(hidden, vision.get("num_heads", 16))
     stacked = len(vision["deepstack_visual_indexes"])
     attention = 4 * hidden**2 + 4 * hidden
     mlp = 2 * hidden * intermediate + intermediate + hidden

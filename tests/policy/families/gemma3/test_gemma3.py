@@ -84,6 +84,7 @@ CONFIGS = {
     "scores capped": (text(attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0: soft-capping"),
     "logits capped": (text(final_logit_softcapping=30.0), "final_logit_softcapping 30.0: soft-capping"),
     "heads": (text(num_key_value_heads=3), "num_attention_heads 4 and num_key_value_heads 3"),
+    "no keys": (text(num_key_value_heads=0), "num_attention_heads 4 and num_key_value_heads 0"),
     "heads of other tensors": (text(num_attention_heads=8), r"q_proj.weight is \[96, 64\], config.json makes it"),
     "both directions": (text(use_bidirectional_attention=True), "use_bidirectional_attention"),
     "no window": (text(sliding_window=None), "sliding_window None"),
@@ -93,6 +94,7 @@ CONFIGS = {
         "positions of type yarn",
     ),
     "a head on the tower": (tower(vision_use_head=True), "vision_use_head"),
+    "heads of the tower": (tower(num_attention_heads=3), "hidden_size 32 and num_attention_heads 3"),
     "no square": (lambda config: config | {"mm_tokens_per_image": 15}, "mm_tokens_per_image 15"),
     "no tower": (lambda config: {k: v for k, v in config.items() if k != "vision_config"}, "no vision_config"),
 }
