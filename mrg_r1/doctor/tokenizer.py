@@ -11,15 +11,12 @@ def tokenizer_finding(recipe: Recipe) -> Finding:
     from mrg_r1.policy.endings import end_of_turn, eos_ids, read_generation
     from mrg_r1.policy.family import load_config, shape_of
     from mrg_r1.policy.load import load_image_processor, load_prompt_layout, load_tokenizer
-    from mrg_r1.policy.weights import too_many_tokens
 
     path = recipe.policy.path
     try:
         words = load_tokenizer(path)
         load_prompt_layout(path, words)
         rows = shape_of(path).vocabulary
-        if len(words) > rows:
-            raise ValueError(too_many_tokens(len(words), rows))
         ends = eos_ids(read_generation(path), load_config(path), words, rows=rows)
         load_image_processor(path, min_pixels=recipe.data.min_pixels, max_pixels=recipe.data.max_pixels)
     except (ValueError, OSError) as error:

@@ -17,12 +17,13 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from mrg_r1.files import folder_filled
 from mrg_r1.policy.completeness import empty_model, stored_tensors
 from mrg_r1.policy.endings import write_generation
-from mrg_r1.policy.family import Family, family_of, load_config, reading
+from mrg_r1.policy.family import Family, family_of, load_config, reading, shape_of
 from mrg_r1.policy.partition import Partition
 from mrg_r1.policy.policy import Policy
 from mrg_r1.policy.weights import PolicyWeights
 from mrg_r1.types import PromptLayout
 
+_LEAST_TOKENS = 0.9  # of the head's rows; published checkpoints pad their vocabulary by 0.3 % at most
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json")  # of a checkpoint, one of the two
 
 
@@ -35,8 +36,8 @@ def load_policy(
         partition: load this rank's part of the weights only; all ranks call this then.
 
     Raises:
-        ValueError: a model type without a family, tensors that are not the model's, no chat template, or no EOS is
-            known.
+        ValueError: a model type without a family, a model that the family's passes do not compute, tensors that are not
+            the model's, a tokenizer of another one, no chat template, or no EOS is known.
     """
     family, tokenizer = family_of(path), load_tokenizer(path)
     model = _load_model(path, family, dtype=dtype, partition=partition)
@@ -77,11 +78,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with its chat template wherever the checkpoint keeps it.
 
     Raises:
-        ValueError: no tokenizer, or no chat template in the directory.
+        ValueError: no tokenizer, one of another model, or no chat template in the directory.
     """
     load_config(path)  # the tokenizer's class is looked up there, and what is wrong with it would be laid to the words
     with reading(f"{path}: tokenizer.json and tokenizer_config.json"):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    _require_own(path, len(tokenizer), shape_of(path).vocabulary)
     file = path / "chat_template.json"
     # The processor's; the one in tokenizer_config.json, beside it, may be of a model that reads no images.
     if file.is_file() and not (path / "chat_template.jinja").is_file():
@@ -91,6 +93,23 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             f"{path}: no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
         )
     return tokenizer
+
+
+def _require_own(path: Path, tokens: int, rows: int) -> None:
+    """Refuse a tokenizer whose tokens cannot be the rows of the head: more of them, or far fewer. A few rows that no
+    token owns are a padded vocabulary.
+    """
+    found = f"{path}: the tokenizer has {tokens} tokens and the model's head {rows} rows"
+    if tokens > rows:
+        raise ValueError(
+            f"{found}: it is another model's, or tokens were added without resizing the model; fetch the checkpoint's "
+            "own tokenizer"
+        )
+    if tokens < _LEAST_TOKENS * rows:
+        raise ValueError(
+            f"{found}, of which it should own nine tenths or more: it is another model's, or cut short; fetch the "
+            "checkpoint's own tokenizer"
+        )
 
 
 def _read_template(file: Path) -> str | dict[str, str]:

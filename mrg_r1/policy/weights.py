@@ -49,8 +49,6 @@ class PolicyWeights(nn.Module):
         self.layout = self.family.prompt_layout(config, tokenizer)
         self.image_token_id = self.layout.image_token_id
         rows = self.base.lm_head.out_features
-        if len(tokenizer) > rows:
-            raise ValueError(too_many_tokens(len(tokenizer), rows))
         self.eos_ids = eos_ids(self.base.generation_config, config, tokenizer, rows=rows)
         # what a completion that is to be learned ends with
         turn = end_of_turn(tokenizer)
@@ -138,11 +136,3 @@ class PolicyWeights(nn.Module):
         """Keep each layer's input only and compute the rest again in the backward pass."""
         self.recompute = True
         self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def too_many_tokens(tokens: int, rows: int) -> str:
-    """What is wrong where a tokenizer has more tokens than the head has rows."""
-    return (
-        f"the tokenizer has {tokens} tokens and the model's head {rows} rows: it is another model's, or tokens were "
-        "added without resizing the model; fetch the checkpoint's own tokenizer"
-    )

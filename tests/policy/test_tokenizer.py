@@ -13,7 +13,7 @@ import torch
 from mrg_r1.config.recipe import load_recipe
 from mrg_r1.doctor.checks import recipe_findings
 from mrg_r1.doctor.tokenizer import tokenizer_finding
-from mrg_r1.policy.load import load_policy, load_tokenizer
+from mrg_r1.policy.load import _require_own, load_policy, load_tokenizer
 from tests.conftest import each_family
 
 OF_WORDS = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"  # a text model's
@@ -21,6 +21,13 @@ OF_WORDS = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% en
 
 def change(file, **settings):
     file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | settings))
+
+
+def leave_tokens(file, count):
+    content = json.loads(file.read_text())
+    words = {token: number for token, number in content["model"]["vocab"].items() if number < count}
+    content["model"] |= {"vocab": words, "merges": []}
+    file.write_text(json.dumps(content))
 
 
 def named(template):
@@ -89,6 +96,10 @@ ODD = {
         lambda f: change(f / "tokenizer_config.json", eos_token="<|never_seen|>"),
         "tokenizer has 396 tokens and the model's head 395 rows",
     ),
+    "far fewer tokens than the head has rows": (
+        lambda f: leave_tokens(f / "tokenizer.json", 8),
+        "tokenizer has 8 tokens and the model's head 395 rows",
+    ),
     "a token in pieces": (
         lambda f: change(f / "tokenizer_config.json", eos_token={"content": "<|im_end|>"}),
         "tokenizer_config.json: cannot be read .*eos_token",
@@ -113,9 +124,7 @@ def test_words_that_are_not_the_models_are_refused_by_doctor_too(world, folder, 
 NUMBERS = [
     ("hidden_size", "64"),
     ("num_hidden_layers", 2.0),
-    ("num_attention_heads", 5),
     ("vocab_size", None),
-    ("hidden_act", "none of them"),
     ("eos_token_id", "2"),
 ]
 
@@ -131,6 +140,27 @@ def test_a_config_of_odd_values_is_named_and_the_rest_is_still_looked_at(world, 
     findings = {one.name: one for one in recipe_findings(recipe, task="grpo", world_size=1, devices=[])}
     assert findings["policy"].state == "failure" and str(folder / "config.json") in findings["policy"].text
     assert findings["labeler"].state == "ok"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "whose"),
+    [
+        (151_665, 151_936, "Qwen2.5-VL-3B"),
+        (151_665, 152_064, "Qwen2.5-VL-7B"),
+        (151_669, 151_936, "Qwen3-VL"),
+        (262_145, 262_208, "Gemma 3"),
+        (1000, 1024, "padded to a multiple of 64"),
+        (32_000, 152_064, None),
+        (151_665, 262_208, None),
+        (8, 395, None),
+        (1024, 1000, None),
+    ],
+)
+def test_a_padded_vocabulary_is_told_from_a_tokenizer_of_another_model(tmp_path, tokens, rows, whose):
+    if whose is not None:
+        return _require_own(tmp_path, tokens, rows)
+    with pytest.raises(ValueError, match=f"{tmp_path}: the tokenizer has {tokens} tokens and the model's head {rows}"):
+        _require_own(tmp_path, tokens, rows)
 
 
 def test_an_ordinary_checkpoint_may_have_more_rows_than_tokens(world, tiny_policy_directory, tmp_path):
