@@ -24,6 +24,17 @@ def without(part):
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
 
 
+def in_fp8(tensors, module):
+    scale, weight = f"{module}.weight_scale_inv", f"{module}.weight"
+    return tensors | {weight: tensors[weight].to(torch.float8_e4m3fn), scale: torch.ones(1, 1)}
+
+
+def in_gptq(tensors, module):
+    packed = {name: torch.zeros(8, 64, dtype=torch.int32) for name in ("qweight", "qzeros", "g_idx")}
+    packed["scales"] = torch.ones(8, 64)
+    return without(f"{module}.weight")(tensors) | {f"{module}.{name}": tensor for name, tensor in packed.items()}
+
+
 def with_more(**more):
     return lambda tensors: tensors | {name.replace("__", "."): tensor for name, tensor in more.items()}
 
@@ -56,6 +67,18 @@ REFUSED = {
         lambda t: t | {"model.norm.weight": t["model.norm.weight"].to(torch.int8)},
         r"norm\.weight is stored as I8, a quantised weight",
     ),
+    "FP8 with scales": (
+        "tied",
+        lambda t: in_fp8(t, "model.layers.0.self_attn.q_proj"),
+        r"no place .*q_proj\.weight_scale_inv; config.json says it is quantised \(fp8\)",
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+    ),
+    "GPTQ": (
+        "tied",
+        lambda t: in_gptq(t, "model.layers.0.self_attn.q_proj"),
+        r"no tensor .*q_proj\.weight .*q_proj\.g_idx.* and 1 more; config.json says it is quantised \(gptq\)",
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    ),
     "one tensor by two names": (
         "tied",
         lambda t: t | {"model.language_model.norm.weight": t["model.norm.weight"] + 1},
@@ -69,14 +92,18 @@ FINE = {
 }
 
 
-def changed(source, folder, change):
+def changed(source, folder, change, stated=None):
     shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text()) | (stated or {})
+    (folder / "config.json").write_text(json.dumps(config))
     tensors = change(load_file(folder / "model.safetensors"))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
-@pytest.mark.parametrize(("head", "change", "message"), REFUSED.values(), ids=REFUSED.keys())
+@pytest.mark.parametrize(
+    ("head", "change", "message", "stated"), [(*row, {})[:4] for row in REFUSED.values()], ids=REFUSED.keys()
+)
 def test_names_and_shapes_that_differ_are_refused_by_all(
     world,
     tiny_policy_directory,
@@ -85,9 +112,10 @@ def test_names_and_shapes_that_differ_are_refused_by_all(
     head,
     change,
     message,
+    stated,
 ):
     whole = tiny_policy_directory if head == "tied" else untied
-    checkpoint = changed(whole, tmp_path / "policy", change)
+    checkpoint = changed(whole, tmp_path / "policy", change, stated)
     for partition in (None, Drawer()):
         with pytest.raises(ValueError, match=message):
             load_policy(checkpoint, dtype=torch.float32, partition=partition)
