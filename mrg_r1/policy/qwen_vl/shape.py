@@ -41,9 +41,12 @@ def require_known(
         )
     activation = text.get("hidden_act", "silu")
     if activation != "silu":
-        raise ValueError(f"config.json has hidden_act {activation}; silu is known")
+        raise ValueError(f"config.json has hidden_act {activation}; silu is known: take the published config.json")
     if text.get("use_sliding_window"):
-        raise ValueError("config.json has use_sliding_window: this family's layers all see everything here")
+        raise ValueError(
+            f"config.json has use_sliding_window {text['use_sliding_window']}; layers of this family see "
+            "everything here: take the published config.json"
+        )
     for kind in text.get("layer_types") or ():
         if kind != "full_attention":
             raise ValueError(f"config.json has a layer of type {kind}; full_attention is known")
