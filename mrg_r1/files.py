@@ -165,16 +165,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
+def parse_json(text: str | bytes, *, unique: bool = False, finite: bool = False) -> Any:
     """JSON that another program or person wrote. All that is wrong with it is a ValueError, where `json.loads` has
     a RecursionError for what is nested too deeply, and whole numbers that fail only where a float is made of them.
 
     Args:
         text: bytes are UTF-8, or what a byte order mark says.
         unique: refuse a field that stands twice in one object; else the last one counts.
+        finite: refuse NaN and Infinity, which Python writes and JSON does not have.
 
     Raises:
-        JSONDecodeError: broken, nested too deeply, or a whole number that no float holds; with its place.
+        JSONDecodeError: broken, nested too deeply, or a number that no float holds; with its place.
         RepeatedField: where `unique`; names the field.
         UnicodeDecodeError: bytes that are no text.
     """
@@ -186,8 +187,14 @@ def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
             raise json.JSONDecodeError(f"a whole number of {len(digits):,} digits", text, text.index(digits))
         return int(digits)
 
+    def constant(name: str) -> float:
+        if finite:
+            raise json.JSONDecodeError(f"{name} is no number of JSON", text, text.index(name))
+        return float(name)
+
+    pairs = _without_repeats if unique else None
     try:
-        return json.loads(text, parse_int=whole, object_pairs_hook=_without_repeats if unique else None)
+        return json.loads(text, parse_int=whole, parse_constant=constant, object_pairs_hook=pairs)
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", text, 0) from None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from mrg_r1.files import parse_json
 
 # A folder each, named as config.json names the family. A recipe is read without importing any.
 _FAMILIES = Path(__file__).parents[1] / "policy" / "families"
@@ -67,7 +68,7 @@ def check_checkpoint_directory(path: Path) -> None:
     if not config.is_file():
         raise RecipeError(f"policy.path {path}: no config.json there; give the directory of a checkpoint")
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = parse_json(config.read_text(encoding="utf-8"))
     except ValueError as error:  # also where it is not UTF-8
         raise RecipeError(
             f"policy.path {path}: config.json is not JSON ({error}); fetch the checkpoint again"
