@@ -1,21 +1,31 @@
-"""Files that are there whole or not at all, through a kill, a crash of the machine and a full disk; their digests."""
+"""Files that are there whole or not at all, through a kill, a crash of the machine and a full disk; their digests; and
+JSON that others wrote.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # As libraries in Rust (safetensors, tokenizers) say it, whose errors are no OSError.
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+# 1e308 has one more, and what is much above it no float holds.
+_MOST_DIGITS = 308
+_SHOWN = 80  # characters of a value in a message
+
+
+class RepeatedField(ValueError):
+    """A field that stands twice in one object of JSON, where whichever is taken is a guess."""
 
 
 @contextmanager
@@ -153,3 +163,55 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_json(text: str | bytes, *, unique: bool = False, finite: bool = False) -> Any:
+    """JSON that another program or person wrote. All that is wrong with it is a ValueError, where `json.loads` has
+    a RecursionError for what is nested too deeply, and whole numbers that fail only where a float is made of them.
+
+    Args:
+        text: bytes are UTF-8, or what a byte order mark says.
+        unique: refuse a field that stands twice in one object; else the last one counts.
+        finite: refuse NaN and Infinity, which Python writes and JSON does not have.
+
+    Raises:
+        JSONDecodeError: broken, nested too deeply, or a number that no float holds; with its place.
+        RepeatedField: where `unique`; names the field.
+        UnicodeDecodeError: bytes that are no text.
+    """
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+
+    def whole(digits: str) -> int:
+        if len(digits.lstrip("-")) > _MOST_DIGITS:
+            raise json.JSONDecodeError(f"a whole number of {len(digits):,} digits", text, text.index(digits))
+        return int(digits)
+
+    def constant(name: str) -> float:
+        if finite:
+            raise json.JSONDecodeError(f"{name} is no number of JSON", text, text.index(name))
+        return float(name)
+
+    pairs = _without_repeats if unique else None
+    try:
+        return json.loads(text, parse_int=whole, parse_constant=constant, object_pairs_hook=pairs)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+
+
+def shown(value: Any) -> str:
+    """A value of parsed JSON for a message, on one line of ASCII, cut where it is long."""
+    try:
+        text = json.dumps(value, ensure_ascii=True)
+    except RecursionError:  # its nesting could just be read
+        text = "a value that is nested too deeply"
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedField(f"field `{twice}` stands twice in one object")
+    return record

@@ -4,8 +4,9 @@ Recipes are read with it, so it needs neither torch nor a family.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from mrg_r1.files import parse_json
 
 # a folder each, named as config.json names the family
 _FAMILIES = Path(__file__).parent / "policy" / "families"
@@ -48,7 +49,7 @@ def no_checkpoint(directory: Path) -> str:
     if not file.is_file():
         return "no config.json there; give the directory of a checkpoint"
     try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = parse_json(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):  # it does not say
         base = None
     of = f" of {base}; put {base}" if base else "; put the checkpoint that it was trained on"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from mrg_r1 import files
 from mrg_r1.cli import main
 from mrg_r1.data.study import write_manifest
 from mrg_r1.files import atomically, folder_filled, naming, save_tensors, write_text_atomically
-from mrg_r1.labels.observations import write_labels_csv
+from mrg_r1.labels.observations import OBSERVATIONS, write_labels_csv
 from mrg_r1.labels.reports import write_reports_csv
 from mrg_r1.phantom.contact_sheet import contact_sheet
 from mrg_r1.tracking.metrics_file import MetricsFile
@@ -161,6 +162,56 @@ def test_a_conversion_onto_a_full_disk_names_its_file_and_goes_on_later(
     assert not list(output.glob("*.tmp")) and not list(output.glob("*.csv")) and not list(output.glob("*.jsonl"))
     assert main(["prepare", "manifest", str(tmp_path / "mine.csv"), "-o", str(output)]) == 0
     assert (output / "manifest.jsonl").is_file()
+
+
+# Whoever writes more than so many bytes into a file fails as on a full disk, once in writing and once more in closing.
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from types import SimpleNamespace
+from mrg_r1.cli import main
+from mrg_r1.tracking.metrics_file import MetricsFile
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+for name in sys.argv[1:]:
+    kind, source = name.split("=")
+    code = main(["prepare", kind, source, "-o", f"{source}.out", *(["--check-images", "none"] * (kind != "manifest"))])
+    print(code, flush=True)
+log = MetricsFile(SimpleNamespace(directory=Path(), start_step=0))
+for act in (lambda: log.log(0, {"x" * 2000: 1.0}, ()), log.close):
+    try:
+        act()
+    except OSError as error:
+        print(error.filename, flush=True)
+"""
+
+
+def test_what_a_disk_takes_half_of_is_named_by_whoever_writes(tmp_path: Path) -> None:
+    """A disk that takes a part of what is written, as a full one does: what is left is written again at closing."""
+    noise(8, 8).save(tmp_path / "1.png")
+    rows = [f"s{number},1.png,The lungs are clear.,train" for number in range(60)]
+    (tmp_path / "mine.csv").write_text("\n".join(["id,images,report,split", *rows]) + "\n")
+    chexpert = tmp_path / "chexpert"
+    chexpert.mkdir()
+    paths = [f"train/patient{number:05}/study1/view1_frontal.jpg" for number in range(60)]
+    cells = "Path,Frontal/Lateral," + ",".join(OBSERVATIONS)
+    (chexpert / "train.csv").write_text("\n".join([cells, *(f"{path},Frontal,1.0{',' * 13}" for path in paths)]) + "\n")
+    padchest = tmp_path / "padchest.csv"
+    cells = "ImageID,ImageDir,StudyID,PatientID,Projection,Report,Labels"
+    padchest.write_text("\n".join([cells, *(f"{n}.png,0,s{n},p{n},PA,Normal.,['normal']" for n in range(60))]) + "\n")
+    sources = ["manifest=mine.csv", "chexpert=chexpert", "padchest=padchest.csv"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *sources],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(files.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = os.strerror(errno.EFBIG)
+    named = [f"mrg-r1: {name.partition('=')[2]}.out/conversion.part: {said}" for name in sources]
+    assert done.stderr.splitlines() == named and done.returncode == 0
+    assert done.stdout.split() == ["2"] * 3 + ["metrics.jsonl"] * 2
 
 
 def test_a_picture_that_cannot_be_finished_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from mrg_r1.files import parse_json
 from mrg_r1.model_types import family_names, no_checkpoint, other_model
 
 
@@ -66,7 +66,7 @@ def check_checkpoint_directory(path: Path) -> None:
     if not config.is_file():
         raise RecipeError(f"policy.path {path}: {no_checkpoint(path)}")
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = parse_json(config.read_text(encoding="utf-8"))
     except ValueError as error:  # also where it is not UTF-8
         raise RecipeError(
             f"policy.path {path}: config.json is not JSON ({error}); fetch the checkpoint again"

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mrg_r1.data.dicom import DicomError, is_dicom, read_dicom, size_of_dicom
-from mrg_r1.data.metadata import without_texts
+from mrg_r1.data.metadata import bits_of_jpeg, without_texts
 from mrg_r1.data.tiff import zero_as_black
 
 # Only formats that Pillow decodes itself: EPS, for one, would start Ghostscript on a file from outside.
@@ -109,6 +109,9 @@ def _decode(path: Path, study_id: str, data: bytes | None = None) -> Image.Image
     except Image.DecompressionBombError as error:
         raise _bomb(path, study_id, str(error)) from error
     except Image.UnidentifiedImageError as error:
+        if (bits := bits_of_jpeg(data)) not in (None, 8):
+            remedy = "save it as grey of 16 bits (PNG or TIFF)"
+            raise _refusal(path, study_id, f"a JPEG of {bits} bits a sample, of which 8 are read", remedy) from error
         remedy = f"replace it by DICOM or one of {', '.join(FORMATS)}, or take the study out"
         raise _refusal(
             path, study_id, f"not an image that can be read (it begins with {data[:8]!r})", remedy

@@ -37,6 +37,17 @@ def without_texts(data: bytes) -> bytes:
     return b"".join((*kept, data[begin:])) if kept else data
 
 
+def bits_of_jpeg(data: bytes) -> int | None:
+    """Bits a sample that the frame header of a JPEG states (ITU-T T.81, B.2.2); None where there is none."""
+    place = 2
+    while data.startswith(b"\xff\xd8\xff") and place + 5 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # tables and extensions
+            return data[place + 4]
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    return None
+
+
 def _of_png(data: bytes) -> Iterator[tuple[int, int]]:
     """Begin and end of each chunk that is to be left out."""
     together = 0

@@ -16,15 +16,21 @@ from typing import Any
 
 from mrg_r1.console import progress
 from mrg_r1.data.images import image_problem
-from mrg_r1.files import atomically
+from mrg_r1.files import RepeatedField, atomically, parse_json, shown
+from mrg_r1.labels.missing import is_missing, missing_written_out, report_fault, visible
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values
-from mrg_r1.labels.reports import report_fault, visible
 from mrg_r1.types import Study, StudyImage
 
 SHOWN_PROBLEMS = 10
 VIEWS = ("frontal", "lateral", None)
 _TEXT_KEYS = ("id", "patient_id", "report", "split")
 _OPTIONAL_TEXT_KEYS = ("findings", "impression", "indication", "comparison", "prior")
+# What names a study or a patient, and what to write where a program wrote NaN: all of these would be one.
+_NAMES = {
+    "id": "write the study's own",
+    "patient_id": "write the patient's, or the study's id where each has one of its own",
+    "prior": "write null, or an earlier study's id",
+}
 KEYS = frozenset((*_TEXT_KEYS, *_OPTIONAL_TEXT_KEYS, "images", "labels", "rendered"))
 
 Refuse = Callable[[str, str], None]  # field, what is wrong with it and the remedy
@@ -53,10 +59,11 @@ def read_manifest(path: Path, *, split: str | None = None, references: bool = Tr
         The studies in file order, at least one, image paths absolute.
 
     Raises:
-        ManifestError: a line that is not a JSON object, unknown or missing keys, values of the wrong type, an empty
-            report, neither report nor said labels, a study without images, labels that are not 14 of 1, 0, -1 and null,
-            an id that stands twice, a `prior` that is missing or another patient's, no study in the file or the split.
-            Names file, line, study, field, value and remedy.
+        ManifestError: a line that is not a JSON object, unknown, missing or repeated keys, values of the wrong type, a
+            missing value written out (NaN) as a name or in a text, an empty report, neither report nor said labels, a
+            study without images, labels that are not 14 of 1, 0, -1 and null, an id that stands twice, a `prior` that
+            is missing or another patient's, no study in the file or the split. Names file, line, study, field, value
+            and remedy.
         OSError: the file cannot be read.
     """
     folder = path.absolute().parent
@@ -172,15 +179,18 @@ def check_images(studies: Sequence[Study]) -> None:
 def _record(line: bytes, where: str, problems: list[str]) -> dict[str, Any] | None:
     """One line as a JSON object, or None and a problem."""
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = parse_json(line.decode("utf-8-sig"), unique=True)
     except UnicodeDecodeError as error:
         problems.append(f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8")
         return None
     except json.JSONDecodeError as error:
         problems.append(f"{where}: broken JSON ({error.msg} at column {error.colno}); mend or remove the line")
         return None
+    except RepeatedField as error:
+        problems.append(f"{where}: {error}; keep one of the two")
+        return None
     if not isinstance(record, dict):
-        problems.append(f"{where}: {_shown(record)} is not a JSON object; every line is one study")
+        problems.append(f"{where}: {shown(record)} is not a JSON object; every line is one study")
         return None
     return record
 
@@ -216,25 +226,29 @@ def study_of_record(
         if not isinstance(value, str):
             refuse(
                 key,
-                f"{_shown(value)} is not a string; write it in "
+                f"{shown(value)} is not a string; write it in "
                 f"quotes{' or null' if key in ('report', *_OPTIONAL_TEXT_KEYS) else ''}",
             )
         elif key == "report" and (fault := report_fault(value)):
             refuse(
                 key,
-                f"{fault} ({_shown(value)}); write the text to learn, null where there are labels alone, or take the "
+                f"{fault} ({shown(value)}); write the text to learn, null where there are labels alone, or take the "
                 "study out",
             )
         elif key in _TEXT_KEYS and not visible(value):
             refuse(key, f"empty ({value!a}); give it a value")
+        elif key in _NAMES and is_missing(value):
+            refuse(key, f"{value!a} is a missing value written out; {_NAMES[key]}")
+        elif key in _OPTIONAL_TEXT_KEYS and missing_written_out(value, words=False):
+            refuse(key, f"{shown(value)} is a missing value written out; write null where there is none")
         elif key in ("id", "prior") and value != value.strip():
             refuse(key, f"{value!r} begins or ends with white space; take it out, label CSVs are joined on the id")
         elif key in ("id", "patient_id", "split", "prior") and visible(value) != "".join(value.split()):
             refuse(key, f"{value!a} has a character that cannot be seen; take it out, others will not write it")
         elif any("\ud800" <= letter <= "\udfff" for letter in value):
-            refuse(key, f"{_shown(value)} has half a surrogate pair; write the text as UTF-8")
+            refuse(key, f"{shown(value)} has half a surrogate pair; write the text as UTF-8")
     if not isinstance(record["rendered"], bool):
-        refuse("rendered", f"{_shown(record['rendered'])}; write true for a phantom and false for a radiograph")
+        refuse("rendered", f"{shown(record['rendered'])}; write true for a phantom and false for a radiograph")
     images = _images(record["images"], folder, refuse)
     said, drawn = _labels(record["labels"], refuse)
     if references and not faults and record["report"] is None and said is None:
@@ -251,17 +265,17 @@ def study_of_record(
 
 def _images(value: Any, folder: Path, refuse: Refuse) -> tuple[StudyImage, ...]:
     if not isinstance(value, list) or not value:
-        refuse("images", f'{_shown(value)}; a study needs a list of at least one {{"path": ..., "view": ...}}')
+        refuse("images", f'{shown(value)}; a study needs a list of at least one {{"path": ..., "view": ...}}')
         return ()
     images = []
     for index, image in enumerate(value):
         field = f"images[{index}]"
         if not isinstance(image, dict) or image.keys() != {"path", "view"}:
-            refuse(field, f'{_shown(image)}; write {{"path": ..., "view": "frontal", "lateral" or null}}')
+            refuse(field, f'{shown(image)}; write {{"path": ..., "view": "frontal", "lateral" or null}}')
         elif not isinstance(image["path"], str) or not image["path"] or "\0" in image["path"]:
-            refuse(f"{field}.path", f"{_shown(image['path'])}; write the file's path relative to the manifest")
+            refuse(f"{field}.path", f"{shown(image['path'])}; write the file's path relative to the manifest")
         elif image["view"] not in VIEWS:
-            refuse(f"{field}.view", f'{_shown(image["view"])}; write "frontal", "lateral" or null')
+            refuse(f"{field}.view", f'{shown(image["view"])}; write "frontal", "lateral" or null')
         else:
             images.append(StudyImage(Path(os.path.normpath(folder / image["path"])), image["view"]))
     return tuple(images)
@@ -269,7 +283,7 @@ def _images(value: Any, folder: Path, refuse: Refuse) -> tuple[StudyImage, ...]:
 
 def _labels(value: Any, refuse: Refuse) -> tuple[tuple[int | None, ...] | None, tuple[int | None, ...] | None]:
     if not isinstance(value, dict) or value.keys() != {"said", "drawn"}:
-        refuse("labels", f'{_shown(value)}; write {{"said": ..., "drawn": ...}}, each 14 values or null')
+        refuse("labels", f'{shown(value)}; write {{"said": ..., "drawn": ...}}, each 14 values or null')
         return None, None
     return _fourteen(value["said"], "labels.said", refuse), _fourteen(value["drawn"], "labels.drawn", refuse)
 
@@ -278,13 +292,13 @@ def _fourteen(value: Any, field: str, refuse: Refuse) -> tuple[int | None, ...] 
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != len(OBSERVATIONS):
-        length = f"{len(value)} values" if isinstance(value, list) else _shown(value)
+        length = f"{len(value)} values" if isinstance(value, list) else shown(value)
         refuse(field, f"{length}; write {len(OBSERVATIONS)}, one an observation in CheXbert's order, or null")
         return None
     # bool is an int in Python, and true == 1
     wrong = [item for item in value if item is not None and (not isinstance(item, int) or isinstance(item, bool))]
     if wrong:
-        refuse(field, f"{_shown(wrong[0])} is no label value; write 1 (positive), 0 (negative), -1 (uncertain) or null")
+        refuse(field, f"{shown(wrong[0])} is no label value; write 1 (positive), 0 (negative), -1 (uncertain) or null")
         return None
     try:
         classes_of_values(value)
@@ -311,8 +325,3 @@ def _record_of(study: Study, folder: Path) -> dict[str, Any]:
         "rendered": study.rendered,
         "prior": study.prior,
     }
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mrg_r1.files import parse_json
+
 _THRESHOLD = "stage3_param_persistence_threshold"
 # What DeepSpeed can do with partitioned weights besides, and nobody has tried with a policy that brings its weights
 # together itself.
@@ -48,7 +50,7 @@ def read_config(path: Path) -> dict[str, Any]:
             scheduler of its own; fp16; an offload that is not supported. Names the file and the key.
     """
     try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        config: Any = parse_json(path.read_text(encoding="utf-8"), unique=True, finite=True)
     except ValueError as error:  # also where it is not UTF-8
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):
@@ -82,10 +84,6 @@ def read_config(path: Path) -> dict[str, Any]:
             "is torch's AdamW, DeepSpeed's own would be compiled first"
         )
     return config
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _drop_auto(node: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig
 
-from mrg_r1.files import atomically, save_tensors, write_text_atomically
+from mrg_r1.files import atomically, parse_json, save_tensors, write_text_atomically
 from mrg_r1.labels.observations import OBSERVATIONS
 
 # of every BERT published by its authors; a checkpoint's tensors do not tell the number of attention heads
@@ -184,7 +184,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         ValueError: not JSON, or no object.
     """
     try:
-        stored: Any = json.loads(path.read_text(encoding="utf-8"))
+        stored: Any = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); train or copy the model again") from error
     if not isinstance(stored, dict):

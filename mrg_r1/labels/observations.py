@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrg_r1.files import atomically
+from mrg_r1.labels.columns import find_column, repeated_columns
+from mrg_r1.labels.missing import is_missing
 
 OBSERVATIONS: tuple[str, ...] = (
     "Enlarged Cardiomediastinum",
@@ -58,13 +60,14 @@ def classes_of_values(values: Sequence[int | None]) -> list[int]:
     """14 file values (1, 0, -1, None) -> 14 classes. A 0 under No Finding is a blank: it has no negative class.
 
     Raises:
-        ValueError: not 14 values, or a value other than 1, 0, -1, None.
+        ValueError: not 14 values, or a value other than 1, 0, -1, None; true and false, which are 1 and 0 to Python,
+            among them.
     """
     if len(values) != len(OBSERVATIONS):
         raise ValueError(f"expected {len(OBSERVATIONS)} label values, one an observation, got {len(values)}")
     classes = []
     for observation, value in zip(OBSERVATIONS, values, strict=True):
-        if value not in _CLASS_OF_VALUE:
+        if isinstance(value, bool) or value not in _CLASS_OF_VALUE:
             raise ValueError(
                 f"{observation}: label value {value!r}; allowed are 1 (positive), 0 (negative), -1 (uncertain) and "
                 "empty"
@@ -89,12 +92,15 @@ def read_labels_csv(path: Path, *, numbered: bool = False) -> dict[str, list[int
         numbered: without a column `id` the ids are the rows' numbers, from 1.
 
     Raises:
-        ValueError: a missing column, a duplicate id or a value outside 1, 0, -1 and empty; names file, line and field.
+        ValueError: a column that is missing or stands twice, an id that stands twice or is a missing value written out,
+            a value outside 1, 0, -1 and empty; names file, line and field.
     """
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or [])
-        id_column = next((name for name in columns if name.strip().lower() == "id"), None)
+        if fault := repeated_columns(columns):
+            raise ValueError(f"{path}, line 1: {fault}")
+        id_column = find_column(columns, "id")
         if id_column is None and not numbered:
             raise ValueError(f"{path}: no column `id`; the columns are {columns}")
         missing = [name for name in OBSERVATIONS if name not in columns]
@@ -106,6 +112,8 @@ def read_labels_csv(path: Path, *, numbered: bool = False) -> dict[str, list[int
             where = f"{path}, line {reader.line_num}"
             if not study_id:
                 raise ValueError(f"{where}: empty id")
+            if is_missing(study_id):
+                raise ValueError(f"{where}, field `id`: {study_id!r} is a missing value written out; name the study")
             if study_id in labels:
                 raise ValueError(f"{where}: id {study_id!r} stands twice; keep one of the rows")
             if None in row or None in row.values():  # a shifted or cut row would else be read as blanks

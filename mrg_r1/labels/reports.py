@@ -6,9 +6,6 @@ Paths enter, texts (and [N, 14] classes) leave.
 from __future__ import annotations
 
 import csv
-import re
-import string
-import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,65 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrg_r1.files import atomically
+from mrg_r1.labels.columns import find_column, repeated_columns
+from mrg_r1.labels.missing import is_missing, missing_written_out, report_fault
 from mrg_r1.labels.observations import read_labels_csv
-
-# What stands where something was taken out: XXXX in IU X-Ray, ___ in MIMIC-CXR.
-_TAKEN_OUT = re.compile(r"[Xx]{3,}|_+")
-_HEADINGS = re.compile(r"\b(?:findings?|impressions?|conclusions?|report)\s*:", re.IGNORECASE)
-# Letters to Unicode, and nothing to the eye.
-_BLANK_LETTERS = "\u115f\u1160\u3164\uffa0"
-# What programs write for a value that is not there; without blanks, in small letters: as it is, and between marks.
-_AS_IT_IS = frozenset(r"#name? #ref! #value! #div/0! #num! #null! #spill! #calc! \n".split())
-_NOT_A_NUMBER = frozenset("nan null nat 1.#ind 1.#qnan nan(ind undefined inf infinity pd.na".split())
-_MISSING = _NOT_A_NUMBER | frozenset(
-    "none n/a n/an/a na n.a nil missing notavailable nodata noreport unknown blank tbd".split()
-)
-_LONG = 60  # characters; what is longer and has a word is not one of these
-
-
-def visible(text: str) -> str:
-    """A text without white space and without what cannot be seen: control and format characters, blanks."""
-    if text.isascii() and text.isprintable():  # nearly all ids: seen without a look at every letter
-        return text.replace(" ", "")
-    return "".join(
-        letter for letter in text if unicodedata.category(letter)[0] not in "CZ" and letter not in _BLANK_LETTERS
-    )
-
-
-def is_missing(text: str, *, words: bool = True) -> bool:
-    """Whether a text is empty to the eye, or a missing value written out, such as NaN.
-
-    Args:
-        words: None, N/A and the like too, which are answers to some questions.
-    """
-    if len(text) > _LONG and re.search(r"[A-Za-z]{3}", text):
-        return False
-    seen = unicodedata.normalize("NFKC", visible(text)).casefold()
-    known = _MISSING if words else _NOT_A_NUMBER
-    if not seen or seen in _AS_IT_IS or seen.strip(string.punctuation) in known:
-        return True
-    several = [part for part in re.split(r"[\s,;|]+", text) if part.strip(string.punctuation)]  # joined from columns
-    return len(several) > 1 and all(is_missing(part, words=words) for part in several)
-
-
-def report_fault(text: str) -> str | None:
-    """What keeps a text from being a report, or None: it has not one word, or is a missing value written out."""
-    told = _HEADINGS.sub("", _TAKEN_OUT.sub("", text))
-    if len(told) > _LONG and re.search(r"[A-Za-z]{3}", told):  # nearly all: seen without a look at every letter
-        return None
-    left = visible(told)
-    if not any(unicodedata.category(letter).startswith("L") for letter in left):
-        return "empty" if not visible(text) else "without a word"
-    return "a missing value written out" if is_missing(told) else None
-
-
-def missing_written_out(text: str, *, words: bool = True) -> bool:
-    """Whether a text stands for a missing value, and is not empty.
-
-    Args:
-        words: as `is_missing`.
-    """
-    return bool(visible(text)) and is_missing(text, words=words)
 
 
 def read_reports_csv(path: Path, *, words: bool = True) -> dict[str, str]:
@@ -84,15 +25,16 @@ def read_reports_csv(path: Path, *, words: bool = True) -> dict[str, str]:
         words: refuse None, N/A and the like as reports, and not alone nan and null: False where a policy wrote them.
 
     Raises:
-        ValueError: a missing column, an empty or repeated id, a row cut short, an id or a report that is a missing
-            value written out; names file and line.
+        ValueError: a column that is missing or stands twice, an empty or repeated id, a row cut short, an id or a
+            report that is a missing value written out; names file and line.
     """
     reports: dict[str, str] = {}
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or [])
-        id_column = next((name for name in columns if name.strip().lower() == "id"), None)
-        report_column = next((name for name in columns if name.strip().lower() == "report"), None)
+        if fault := repeated_columns(columns):
+            raise ValueError(f"{path}, line 1: {fault}")
+        id_column, report_column = find_column(columns, "id"), find_column(columns, "report")
         if id_column is None or report_column is None:
             raise ValueError(f"{path}: the columns are {columns}; `id` and `report` are needed")
         for row in reader:
@@ -150,5 +92,5 @@ def _line_of(path: Path, study_id: str) -> int:
     """The line on which the row of `study_id` ends, for an error message."""
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        column = next(name for name in reader.fieldnames or [] if name.strip().lower() == "id")
+        column = find_column(reader.fieldnames or [], "id")
         return next(reader.line_num for row in reader if row[column].strip() == study_id)

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrg_r1.cores import visible_device
+from mrg_r1.files import parse_json
 from mrg_r1.metrics.bootstrap import mean_intervals
 from mrg_r1.metrics.radeval_names import DESCRIBED, METRICS, require_metrics
 
@@ -229,7 +230,7 @@ class RadEval:
             parts.append(part)
         line, _, self._buffer = b"".join(parts).partition(b"\n")
         try:
-            message = json.loads(line)
+            message = parse_json(line)
         except ValueError:
             message = None
         if not isinstance(message, dict):

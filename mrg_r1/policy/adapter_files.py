@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mrg_r1.files import sha256_of
+from mrg_r1.files import parse_json, sha256_of
 from mrg_r1.policy.checkpoint_files import StoredTensor
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -97,7 +97,7 @@ def read_adapter(directory: Path, *, tied: bool) -> Adapter:
                 f"{directory}: no {name} there; give an adapter folder as a run leaves it (a pickle is not loaded)"
             )
     try:
-        config: Any = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
+        config: Any = parse_json((directory / _CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{directory / _CONFIG}: not JSON ({error}); fetch the adapter again") from error
     if not isinstance(config, dict):

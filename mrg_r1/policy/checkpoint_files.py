@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mrg_r1.console import progress
+from mrg_r1.files import parse_json
 
 SHARD_BYTES = 5 * 10**9  # a single file larger than this is written in parts; a checkpoint in parts keeps its own
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -87,7 +88,7 @@ def read_layout(directory: Path) -> dict[str, list[StoredTensor]]:
 def _read_index(file: Path) -> dict[str, str]:
     """Tensor name -> file name."""
     try:
-        index: Any = json.loads(file.read_text(encoding="utf-8"))
+        index: Any = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error}); fetch the checkpoint again") from error
     weight_map: Any = index.get("weight_map") if isinstance(index, dict) else None

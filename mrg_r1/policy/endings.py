@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from mrg_r1.files import parse_json
 from mrg_r1.policy.family import reading
 
 _FILE = "generation_config.json"
@@ -88,7 +89,7 @@ def write_generation(source: Path, folder: Path, ids: list[int], *, pad: int) ->
     other programs stop where a run did; its bytes as they are where it does.
     """
     file = source / _FILE
-    stated: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"pad_token_id": pad}
+    stated: dict[str, Any] = parse_json(file.read_text(encoding="utf-8")) if file.is_file() else {"pad_token_id": pad}
     named = stated.get("eos_token_id")
     if set(named if isinstance(named, list) else [named]) >= set(ids):
         text = file.read_text(encoding="utf-8")

@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from mrg_r1.files import parse_json
 from mrg_r1.model_types import family_names, no_checkpoint, other_model
 from mrg_r1.policy.layers import DecoderLayer, Norm
 from mrg_r1.policy.shape import PolicyShape
@@ -154,7 +155,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{directory}: {no_checkpoint(directory)}")
     with reading(file):
-        config: Any = json.loads(file.read_text(encoding="utf-8"))
+        config: Any = parse_json(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise ValueError(f"{file}: {json.dumps(config)[:40]} is no object of settings; fetch the checkpoint again")
     return config

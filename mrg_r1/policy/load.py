@@ -5,7 +5,6 @@ No network, no remote code, no pickle: safetensors from a local directory.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from mrg_r1.files import folder_filled
+from mrg_r1.files import folder_filled, parse_json
 from mrg_r1.policy.completeness import empty_model, stored_tensors
 from mrg_r1.policy.endings import write_generation
 from mrg_r1.policy.family import Family, family_of, load_config, reading, shape_of
@@ -115,7 +114,7 @@ def _require_own(path: Path, tokens: int, rows: int) -> None:
 def _read_template(file: Path) -> str | dict[str, str]:
     """The template of a chat_template.json, or its templates by name."""
     with reading(file):
-        template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+        template = parse_json(file.read_text(encoding="utf-8"))["chat_template"]
         if isinstance(template, list):
             template = {one["name"]: one["template"] for one in template}
         if not isinstance(template, (str, dict)):

@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mrg_r1.files import RepeatedField, parse_json, shown
+from mrg_r1.labels.missing import is_missing, missing_written_out
 from mrg_r1.labels.observations import OBSERVATIONS, classes_of_values, read_labels_csv
-from mrg_r1.labels.reports import missing_written_out, read_reports_csv
+from mrg_r1.labels.reports import read_reports_csv
 
 Role = Literal["predicted", "reference"]
 SHOWN_IDS = 10
@@ -199,13 +201,13 @@ def _refuse_missing(where: str, text: str, role: Role) -> None:
 def _json_records(path: Path, split: str | None) -> list[tuple[str, Any]]:
     """(where, object) of every study."""
     try:
-        whole = json.loads(
-            path.read_text(encoding="utf-8-sig"), object_pairs_hook=lambda pairs: _without_repeats(path, pairs)
-        )
+        whole = parse_json(path.read_text(encoding="utf-8-sig"), unique=True)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {error.lineno}, column {error.colno}: broken JSON ({error.msg}); save it again"
         ) from error
+    except RepeatedField as error:
+        raise ValueError(f"{path}: {error}; keep one of the two") from error
     if isinstance(whole, dict) and whole and all(isinstance(part, list) and _objects(part) for part in whole.values()):
         filled = [name for name, part in whole.items() if part]
         if split is None and len(filled) > 1:
@@ -222,7 +224,7 @@ def _json_records(path: Path, split: str | None) -> list[tuple[str, Any]]:
     if isinstance(whole, list):
         return [(f"{path}, [{number}]", record) for number, record in enumerate(whole)]
     raise ValueError(
-        f"{path}: {_shown(whole)} is neither a list of objects nor an object; see `docs/scores.md` for what is read"
+        f"{path}: {shown(whole)} is neither a list of objects nor an object; see `docs/scores.md` for what is read"
     )
 
 
@@ -231,12 +233,14 @@ def _jsonl_records(path: Path) -> list[tuple[str, Any]]:
     for number, line in enumerate(_read_lines(path), start=1):
         if line.strip():
             try:
-                records.append((f"{path}, line {number}", json.loads(line)))
+                records.append((f"{path}, line {number}", parse_json(line, unique=True)))
             except json.JSONDecodeError as error:
                 remedy = "mend or remove the line"
                 raise ValueError(
                     f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno}); {remedy}"
                 ) from error
+            except RepeatedField as error:
+                raise ValueError(f"{path}, line {number}: {error}; keep one of the two") from error
     return records
 
 
@@ -246,7 +250,7 @@ def _side_of_records(path: Path, records: Sequence[tuple[str, Any]], role: Role,
     has_splits = any(isinstance(record, dict) and "split" in record for _, record in records)
     for where, record in records:
         if not isinstance(record, dict):
-            raise ValueError(f"{where}: {_shown(record)} is not an object; every study is one, with an id and a report")
+            raise ValueError(f"{where}: {shown(record)} is not an object; every study is one, with an id and a report")
         if has_splits and "split" not in record:
             raise ValueError(f"{where}: no field `split`, which others have; name it for all of them or for none")
         if split is not None and has_splits and record["split"] != split:
@@ -275,7 +279,9 @@ def _id(where: str, record: Mapping[str, Any]) -> str:
         raise ValueError(f"{where}: no id; name the study in one of the fields {', '.join(ID_FIELDS)}")
     value = record[field]
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise ValueError(f"{where}, field `{field}`: {_shown(value)} is no id; write a text or a whole number")
+        raise ValueError(f"{where}, field `{field}`: {shown(value)} is no id; write a text or a whole number")
+    if is_missing(str(value)):
+        raise ValueError(f"{where}, field `{field}`: {shown(value)} is a missing value written out; name the study")
     return str(value).strip()
 
 
@@ -302,7 +308,7 @@ def _text(where: str, study: str, record: Mapping[str, Any], role: Role, *, labe
         return None
     if not isinstance(text, str):
         raise ValueError(
-            f"{where}, id {study!r}, field `{field}`: {_shown(text)} is not a text; write the report, empty quotes "
+            f"{where}, id {study!r}, field `{field}`: {shown(text)} is not a text; write the report, empty quotes "
             "for none"
         )
     if not where.partition(", line")[0].endswith(_PREDICTIONS):  # what a policy wrote is taken as it wrote it
@@ -315,23 +321,12 @@ def _neighbour(path: Path) -> dict[str, str | None] | None:
     result = path.with_name(path.name.removesuffix(_PREDICTIONS) + ".json")
     if not path.name.endswith(_PREDICTIONS) or not result.is_file():
         return None
-    labeler = json.loads(result.read_text(encoding="utf-8")).get("labeler")
-    return None if labeler is None else {"name": str(labeler["name"]), "fingerprint": str(labeler["fingerprint"])}
+    try:
+        labeler = parse_json(result.read_text(encoding="utf-8")).get("labeler")
+        return None if labeler is None else {"name": str(labeler["name"]), "fingerprint": str(labeler["fingerprint"])}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{result}: names no labeler of {path.name} ({error}); evaluate the run again") from error
 
 
 def _objects(part: Sequence[Any]) -> bool:
     return all(isinstance(record, dict) for record in part)
-
-
-def _without_repeats(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{path}: {twice!r} stands twice in one object; keep one of the two")
-    return record
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."

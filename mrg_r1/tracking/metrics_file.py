@@ -37,7 +37,9 @@ class MetricsFile:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        """What a full disk did not take is written again here, and fails again."""
+        with naming(Path(self._file.name)):
+            self._file.close()
 
 
 def last_logged(directory: Path) -> int:

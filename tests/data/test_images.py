@@ -123,6 +123,8 @@ def test_a_flipped_pixel_is_found_when_training_reads_it_and_a_flipped_checksum_
         (b"<html>404 not found</html>", "not an image"),
         (b"\0" * 128 + b"DICM" + b"\0" * 64, "a DICOM file"),
         (b"\0" * 128 + b"DICM", "a DICOM file"),
+        # a JPEG's frame header of 12 bits, behind an application segment
+        (b"\xff\xd8\xff\xe0\0\x04ab\xff\xc1\0\x0b\x0c\0\x08\0\x08\x01\x01\x11\0", "a JPEG of 12 bits a sample"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),  # would start Ghostscript
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mrg_r1.data.study import ManifestError, check_images, manifest_line, read_manifest, write_manifest
-from mrg_r1.labels.reports import report_fault, visible
+from mrg_r1.labels.missing import is_missing, missing_written_out, report_fault, visible
 from mrg_r1.types import Study, StudyImage
 
 BLANK: list[int | None] = [None] * 14
@@ -88,6 +88,19 @@ def test_only_the_split_asked_for_is_kept_and_the_rest_is_still_checked(tmp_path
 def test_a_split_without_studies_is_refused_and_the_splits_are_named(tmp_path: Path) -> None:
     message = refusal(manifest(tmp_path, record("a"), record("b")), split="val")
     assert "'val'" in message and "train (2)" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("[" * 100_000, "broken JSON (nested too deeply"),
+        (json.dumps(record()).replace("false", "9" * 400), "broken JSON (a whole number of 400 digits"),
+        (json.dumps(record()).replace("{", '{"report": "Effusion.", ', 1), "field `report` stands twice"),
+    ],
+)
+def test_a_line_that_json_reads_by_guessing_or_not_at_all_is_refused(tmp_path: Path, line: str, expected: str) -> None:
+    path = manifest(tmp_path, record("b"), line)
+    assert f"{path}, line 2: {expected}" in refusal(path)
 
 
 def test_a_file_without_studies_is_refused(tmp_path: Path) -> None:
@@ -203,7 +216,12 @@ def test_a_missing_manifest_is_an_os_error_that_names_it(tmp_path: Path) -> None
 
 values = st.lists(st.sampled_from([1, 0, -1, None]), min_size=13, max_size=13)
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: report_fault(text) is None)
-names = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1).filter(lambda name: visible(name) == name)
+names = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1).filter(
+    lambda name: visible(name) == name and not is_missing(name)
+)
+contexts = st.text(st.characters(exclude_categories=["Cs"])).filter(
+    lambda text: not missing_written_out(text, words=False)
+)
 studies = st.builds(
     Study,
     id=names,
@@ -219,7 +237,7 @@ studies = st.builds(
     ).map(tuple),
     report=words,
     split=names,
-    findings=st.none() | st.text(st.characters(exclude_categories=["Cs"])),
+    findings=st.none() | contexts,
     said=st.none() | values.map(lambda thirteen: (*thirteen, None)),
     drawn=st.none() | values.map(lambda thirteen: (*thirteen, 1)),
     rendered=st.booleans(),

@@ -82,6 +82,26 @@ def test_a_bad_row_is_refused_by_line(tmp_path: Path, line: str, message: str) -
         read_labels_csv(path)
 
 
+@pytest.mark.parametrize("column", ["Edema", "edema ", "ID"])
+def test_a_column_that_stands_twice_is_refused(tmp_path: Path, column: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(f"{HEADER},{column}\ns{',1' * 13},,0\n")
+    with pytest.raises(ValueError, match=f"{path}, line 1: .*'{column.strip().lower()}'"):
+        read_labels_csv(path)
+
+
+@pytest.mark.parametrize("value", ["nan", "None", "<NA>"])
+def test_an_id_that_is_a_missing_value_is_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ValueError, match="line 3, field `id`"):
+        read_labels_csv(write(tmp_path / "labels.csv", "first" + "," * 14, value + "," * 14))
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_true_and_false_are_no_labels(value: bool) -> None:
+    with pytest.raises(ValueError, match=f"Enlarged Cardiomediastinum: label value {value}"):
+        classes_of_values([value, *[None] * 13])
+
+
 def test_a_missing_column_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text(HEADER.replace(",Fracture", "") + "\n")

@@ -66,11 +66,12 @@ class RadEval:
             os._exit(3)
         if fault == "raise":
             raise KeyError("Cardiomegaly")
-        if fault == "garbage":
+        written = {"garbage": b"Cardiomegaly, said the C library\\n", "deep": b"[" * 60_000 + b"\\n"}
+        if fault in written:
             for descriptor in range(3, 32):
                 try:
                     if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_WRONLY:
-                        os.write(descriptor, b"Cardiomegaly, said the C library\\n")
+                        os.write(descriptor, written[fault])
                 except OSError:
                     pass
 """

@@ -51,6 +51,7 @@ def test_a_child_gives_each_report_its_values_whatever_the_package_prints(
         ("kill", "was killed by SIGKILL while radgraph scored 3 reports"),
         ("exit", "ended with exit code 3 while radgraph scored 3 reports"),
         ("garbage", "wrote a line that is no answer while radgraph scored 3 reports"),
+        ("deep", "wrote a line that is no answer while radgraph scored 3 reports"),
         ("raise", "RadEval's radgraph raised KeyError"),
         ("fewer", "gave 2 values of radgraph_simple for 3 reports"),
         ("nan", "not finite for studies b (radgraph_simple), b (radgraph_partial), b (radgraph_complete)"),

@@ -89,6 +89,10 @@ def test_a_runs_predictions_score_alone_with_the_labeler_that_is_named_beside_th
     )
     write(tmp_path / "test.json", {"labeler": {"name": "theirs", "fingerprint": "g"}})
     card = score_files(path, samples=5)
+    for damaged in ("[" * 100_000, "[]", '{"labeler": 3}'):
+        write(tmp_path / "test.json", damaged)
+        with pytest.raises(ValueError, match="test.json: names no labeler"):
+            read_side(path, "predicted")
     assert (
         card["predicted"]["labeler"]
         == card["reference"]["labeler"]
@@ -145,7 +149,21 @@ ROW = "," * 13
         ("p.csv", "study_id" + HEADER[2:] + f"\na,{ROW}\n", "columns ['study_id'] are none of the observations"),
         ("p.csv", "report\nClear.\n", "line 1: a column 'report' without ids"),
         ("p.txt", "Clear.\xff\n".encode("latin-1"), "line 1: byte 0xff at column 7 is not UTF-8"),
-        ("p.json", '{"a": "x", "a": "y"}', "'a' stands twice in one object"),
+        ("p.csv", f"{HEADER},Edema\na,{ROW},0\n", "line 1: columns ['edema'] stand twice"),
+        ("p.json", '{"a": "x", "a": "y"}', "field `a` stands twice in one object"),
+        ("p.jsonl", '{"id": "a", "report": "x", "report": "y"}', "line 1: field `report` stands twice"),
+        ("p.json", "[" * 100_000, "line 1, column 1: broken JSON (nested too deeply)"),
+        ("p.jsonl", "[" * 100_000, "line 1: broken JSON (nested too deeply"),
+        (
+            "p.jsonl",
+            '{"id": "a", "report": "", "labels": [' + "1" * 400 + "]}",
+            "line 1: broken JSON (a whole number of",
+        ),
+        (
+            "p.jsonl",
+            json.dumps({"id": "a", "report": "", "labels": [True, *[None] * 13]}),
+            "field `labels`: Enlarged Cardiomediastinum: label value True",
+        ),
         ("p.json", '{"a": NaN}', "key 'a', id 'a', field `report`: NaN is not a text"),
         ("p.json", '[{"report": "x"}]', "[0]: no id"),
         ("p.json", '[{"id": "a", "text": "x"}]', "id 'a': no predicted report"),

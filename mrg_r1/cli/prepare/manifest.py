@@ -64,6 +64,12 @@ def _prepare_manifest(arguments: argparse.Namespace) -> None:
     print_outcome(f"{arguments.source.name}, studies", prepared.counts, arguments.output)
     if prepared.left_out:
         print(f"left out, as a study has no place for them: {', '.join(prepared.left_out)}")
+    if prepared.never_silent:
+        print(
+            f"note: not one label of {' and '.join(prepared.never_silent)} is empty, so each 0 is a denial to CCS and "
+            "MCCS, reward and score alike. Where 0 stands for not mentioned, or not seen, write nothing instead; F1 of "
+            "findings does not read denials"
+        )
     if prepared.shared_patients:
         patient, splits = next(iter(prepared.shared_patients.items()))
         first = f"the first is {patient!r}, in {' and '.join(splits)}"

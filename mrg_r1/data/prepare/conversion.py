@@ -27,7 +27,7 @@ from mrg_r1.console import progress
 from mrg_r1.data.prepare.rendering import claim_settings
 from mrg_r1.data.study import SHOWN_PROBLEMS, ManifestError, manifest_line
 from mrg_r1.files import naming
-from mrg_r1.labels.reports import report_fault
+from mrg_r1.labels.missing import report_fault
 from mrg_r1.types import Study
 
 JOURNAL_FILE = "conversion.part"
@@ -85,22 +85,23 @@ class Conversion:
         claim_settings(self.output, self._settings)
         self._journal = open(self._path, "a+b")  # whatever was read, writing is at the end
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._take_up()
+            with naming(self._path):
+                fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._take_up()
         except BlockingIOError as error:
-            self._journal.close()
+            self._close_journal(error)
             raise ValueError(
                 f"{self.output}: another process is converting into it; wait for its end or choose another output"
             ) from error
-        except (ValueError, OSError):
-            self._journal.close()
+        except (ValueError, OSError) as error:
+            self._close_journal(error)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._journal.close()
+        self._close_journal(error)
 
     def done(self, study_id: str) -> bool:
         """Whether this study is settled: kept or refused, now or by a run that was interrupted."""
@@ -249,6 +250,19 @@ class Conversion:
             wrong = f"{prior!r} is of patient {self._patients[prior]!r}, not {record['patient_id']!r}"
         remedy = f"write null or a kept study's id, remove {self._path} and run the same command again"
         return [f"{self.output / 'manifest.jsonl'}, study {record['id']!r}, field `prior`: {wrong}; {remedy}"]
+
+    def _close_journal(self, error: BaseException | None) -> None:
+        """
+        Args:
+            error: what has failed already. Closing writes once more what a full disk did not take, and fails too: that
+                is not to stand in its place.
+        """
+        try:
+            with naming(self._path):
+                self._journal.close()
+        except OSError:
+            if error is None:
+                raise
 
     def _append(self, line: bytes) -> None:
         with naming(self._path):

@@ -10,6 +10,7 @@ from mrg_r1.console import progress
 from mrg_r1.data.prepare.checking import image_problems, refuse_changed_sources
 from mrg_r1.data.prepare.conversion import Conversion, Counts
 from mrg_r1.data.prepare.tabular import Record, RowError, read_records, study_of_row
+from mrg_r1.labels.observations import NO_FINDING
 from mrg_r1.types import Study
 
 SPLITS = ("train", "val", "test")
@@ -22,6 +23,7 @@ class Prepared:
     counts: Counts  # split -> {read, kept, rendered, refused}
     left_out: list[str] = field(default_factory=list)  # columns that a study has no place for
     shared_patients: dict[str, list[str]] = field(default_factory=dict)  # patients with studies in several splits
+    never_silent: list[str] = field(default_factory=list)  # splits of whose labels not one is empty
 
 
 def prepare_manifest(source: Path, images: Path | None, output: Path, *, splits: Sequence[str] = SPLITS) -> Prepared:
@@ -61,7 +63,7 @@ def prepare_manifest(source: Path, images: Path | None, output: Path, *, splits:
         for row, damage in image_problems((row for row in read if row is not None), lambda row: row.study):
             rows.settle(row, damage)
         rows.settle_rest()
-        return Prepared(conversion.close(), rows.left_out, rows.shared_patients())
+        return Prepared(conversion.close(), rows.left_out, rows.shared_patients(), rows.never_silent())
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class _Rows:
         self._waiting: dict[str, tuple[Study, str]] = {}  # whole, but their prior is not settled yet
         self._repeats: list[tuple[str, str, str, str]] = []
         self._splits_of: dict[str, dict[str, None]] = {}  # patient -> splits, in their order
+        self._silent: dict[str, bool] = {}  # split with labels -> whether any of them is empty
         self.left_out: list[str] = []
 
     def read(self, record: Record) -> _Row | None:
@@ -102,6 +105,8 @@ class _Rows:
             return _Row(study_id, split, record.where, fault=str(error))
         self._splits_of.setdefault(study.patient_id, {})[study.split] = None
         self._patient_of[study.id] = study.patient_id
+        if study.said is not None:
+            self._silent[study.split] = self._silent.get(study.split, False) or None in study.said[:NO_FINDING]
         return None if self._conversion.done(study.id) else _Row(study.id, study.split, record.where, study)
 
     def settle(self, row: _Row, damage: str | None) -> None:
@@ -157,3 +162,7 @@ class _Rows:
     def shared_patients(self) -> dict[str, list[str]]:
         """Patients with studies in several splits, and those splits."""
         return {patient: list(splits) for patient, splits in self._splits_of.items() if len(splits) > 1}
+
+    def never_silent(self) -> list[str]:
+        """Splits that have labels, of which not one is empty; No Finding, which nobody denies, aside."""
+        return [split for split, silent in self._silent.items() if not silent]

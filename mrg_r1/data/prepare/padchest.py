@@ -26,8 +26,8 @@ from mrg_r1.data.prepare.labelled import (
     unmapped_note,
 )
 from mrg_r1.data.prepare.rows import Row, read_csv
+from mrg_r1.labels.missing import is_missing, report_fault
 from mrg_r1.labels.observations import OBSERVATIONS
-from mrg_r1.labels.reports import report_fault
 
 # A label is of an observation where its name, or that of one above it in PadChest's published tree, is a phrase that
 # the CheXpert labeler counts under the observation; masses of other places than the lung are of none.
@@ -113,6 +113,11 @@ def prepare_padchest(
         return Prepared(conversion.close(), conversion.found, unmapped_note(reader.unmapped, len(reader.drafts)))
 
 
+def _is_id(cell: str) -> bool:
+    """NaN is what programs write for none, and all of its studies would be one."""
+    return bool(_ID.fullmatch(cell)) and not is_missing(cell)
+
+
 class _Reader:
     """The rows of the table, gathered into studies."""
 
@@ -126,7 +131,7 @@ class _Reader:
 
     def add(self, row: Row) -> None:
         cells = {name: row.values.get(name, "").strip() for name in _COLUMNS}
-        wrong = [name for name in ("StudyID", "PatientID", "ImageID") if not _ID.fullmatch(cells[name.lower()])]
+        wrong = [name for name in ("StudyID", "PatientID", "ImageID") if not _is_id(cells[name.lower()])]
         if row.fault is not None or wrong:
             shown = "" if row.fault else f"column {wrong[0]}: {cells[wrong[0].lower()]!r} is no id; correct the row"
             self.nameless.append(Nameless(row.fault or shown, row.where))
@@ -169,7 +174,7 @@ class _Reader:
         and what is wrong with it.
         """
         try:
-            listed = ast.literal_eval(cell) if cell and cell != "nan" else []
+            listed = [] if is_missing(cell) else ast.literal_eval(cell)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             listed = None
         if not isinstance(listed, list) or not all(isinstance(label, str) for label in listed):

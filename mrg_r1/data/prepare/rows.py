@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from mrg_r1.data.study import ManifestError
+from mrg_r1.labels.columns import plain, repeated_columns
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ def csv_columns(path: Path) -> list[str]:
             raise ManifestError(
                 [f"{path}, line 1: {error}; the first line names the columns, separated by commas"]
             ) from error
-    columns = [name.strip().lower() for name in header]
+    columns = [plain(name) for name in header]
     if not any(columns):
         raise ManifestError([f"{path}: no header; the first line names the columns, separated by commas"])
-    if twice := sorted({name for name in columns if name and columns.count(name) > 1}):
-        raise ManifestError([f"{path}, line 1: columns {twice} stand twice; keep one of each"])
+    if fault := repeated_columns(columns):
+        raise ManifestError([f"{path}, line 1: {fault}"])
     return columns
 
 

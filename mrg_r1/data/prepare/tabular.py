@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mrg_r1.data.prepare.other_collections import patient_field, patient_folder
+from mrg_r1.data.prepare.other_collections import patient_field, patient_in
 from mrg_r1.data.prepare.rows import csv_columns, read_csv
 from mrg_r1.data.study import KEYS, VIEWS, ManifestError, study_of_record
+from mrg_r1.files import RepeatedField, parse_json, shown
+from mrg_r1.labels.missing import is_missing
 from mrg_r1.labels.observations import OBSERVATIONS
-from mrg_r1.labels.reports import is_missing
 from mrg_r1.types import Study
 
 REQUIRED = ("id", "images", "report", "split")  # `report` is not where there are labels
@@ -52,8 +53,8 @@ def read_records(path: Path) -> Iterator[Record]:
     """Every row of a CSV or JSONL file, streamed; which of the two it is, is seen from the content.
 
     Raises:
-        ManifestError: the file as a whole: a JSON array, a spreadsheet, and in a CSV text that is not UTF-8, broken
-            quotes, missing columns, some but not all of the observations' columns.
+        ManifestError: the file as a whole: a JSON array or object, a spreadsheet, and in a CSV text that is not UTF-8,
+            broken quotes, missing columns, some but not all of the observations' columns.
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
@@ -63,6 +64,7 @@ def read_records(path: Path) -> Iterator[Record]:
     if start.startswith(b"["):
         raise ManifestError([f"{path}: a JSON array; write JSONL, one study a line"])
     if start.startswith(b"{"):
+        _refuse_whole_json(path)
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -80,6 +82,26 @@ def read_records(path: Path) -> Iterator[Record]:
     labelled = observations or "labels" in columns
     for row in read_csv(path, [name for name in REQUIRED if name != "report" or not labelled]):
         yield Record(row.where, dict(row.values), row.fault)
+
+
+def _refuse_whole_json(path: Path) -> None:
+    """One object of JSON instead of a line a study, such as R2Gen's annotation.json, indented or not.
+
+    Raises:
+        ManifestError: it is, and names the command that reads R2Gen's layout.
+    """
+    with open(path, "rb") as file:
+        first = next(line for line in file if line.strip(b" \t\r\n\xef\xbb\xbf"))
+        rest = file.read() if first.rstrip().endswith((b"{", b"[", b",")) else b""  # a study's line ends in }
+    try:
+        content = parse_json((first + rest).decode("utf-8-sig"))
+    except ValueError:
+        return  # lines, of which each is judged by itself
+    if isinstance(content, dict) and content and all(isinstance(part, list) for part in content.values()):
+        remedy = "give it to `mrg-r1 prepare iu-xray` or, of MIMIC-CXR, its collection to `mrg-r1 prepare mimic-cxr`"
+        raise ManifestError([f"{path}: R2Gen's layout, an object of splits ({', '.join(content)}); {remedy}"])
+    if rest:
+        raise ManifestError([f"{path}: one JSON object over several lines; write JSONL, one study a line"])
 
 
 def study_of_row(record: Record, folder: Path, splits: Sequence[str]) -> Study:
@@ -115,10 +137,6 @@ def study_of_row(record: Record, folder: Path, splits: Sequence[str]) -> Study:
         "labels": labels,
         "rendered": _rendered(values.get("rendered", False)),
     }
-    for name in ("id", "patient_id"):
-        if isinstance(whole[name], str) and whole[name].strip() and is_missing(whole[name]):
-            remedy = "write the study's own" if name == "id" else "write the patient's, or nothing where each has one"
-            raise RowError(f"field `{name}`: {whole[name]!a} is a missing value written out; {remedy}")
     study, faults = study_of_record(whole, folder)
     if study is not None and study.split not in splits:
         remedy = f"rename it, or allow it with --splits {','.join((*splits, study.split))}"
@@ -133,11 +151,12 @@ def _patient_elsewhere(values: dict[str, Any], images: Any) -> str | None:
     if values.get("patient_id"):
         return None
     if field := patient_field(name for name, value in values.items() if value not in (None, "")):
-        return f"field `{field}`: {_shown(values[field])}, and no `patient_id`; call the field `patient_id`"
-    for image in images if isinstance(images, list) else []:
-        path = image.get("path") if isinstance(image, dict) else None
-        if isinstance(path, str) and (patient := patient_folder(path)):
-            return f"field `images`: {path!r} is of patient {patient}, and there is no `patient_id`; add that field"
+        remedy = "call the field `patient_id`, or another name where it names no patient"
+        return f"field `{field}`: {shown(values[field])}, and no `patient_id`; {remedy}"
+    paths = [image.get("path") for image in images if isinstance(image, dict)] if isinstance(images, list) else []
+    for name, text in (("id", values["id"]), *(("images", path) for path in paths)):
+        if isinstance(text, str) and (patient := patient_in(text)):
+            return f"field `{name}`: {text!r} is of patient {patient}, and there is no `patient_id`; add that field"
     return None
 
 
@@ -150,25 +169,18 @@ def _null_if_missing(name: str, value: Any) -> Any:
 
 def _json_record(where: str, line: bytes) -> Record:
     try:
-        values = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_without_repeats)
+        values = parse_json(line.decode("utf-8-sig"), unique=True)
     except UnicodeDecodeError as error:
         return Record(
             where, {}, f"byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8; save the file as UTF-8"
         )
     except json.JSONDecodeError as error:
         return Record(where, {}, f"broken JSON ({error.msg} at column {error.colno}); mend or remove the line")
-    except (RowError, RecursionError) as error:
-        return Record(where, {}, f"{error}; mend or remove the line")
+    except RepeatedField as error:
+        return Record(where, {}, f"{error}; keep one of the two")
     if not isinstance(values, dict):
-        return Record(where, {}, f"{_shown(values)} is not a JSON object; every line is one study")
+        return Record(where, {}, f"{shown(values)} is not a JSON object; every line is one study")
     return Record(where, values)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise RowError(f"field `{twice[0]}` stands twice in one object")
-    return dict(pairs)
 
 
 def _images(cell: Any, views: Any) -> Any:
@@ -215,7 +227,7 @@ def _views(views: Any, count: int) -> Sequence[str | None]:
     parts = views.replace("|", ";").split(";") if isinstance(views, str) else views
     if not isinstance(parts, list) or not all(part is None or isinstance(part, str) for part in parts):
         raise RowError(
-            f"field `view`: {_shown(views)}; write frontal, lateral or nothing, one an image, separated by `;`"
+            f"field `view`: {shown(views)}; write frontal, lateral or nothing, one an image, separated by `;`"
         )
     names = [(part or "").strip().lower() or None for part in parts]
     if wrong := [name for name in names if name not in VIEWS]:
@@ -237,14 +249,23 @@ def _labels(values: dict[str, Any]) -> Any:
     labels = values.get("labels")
     if isinstance(labels, str) and labels.strip():
         try:
-            labels = json.loads(labels)
-        except (ValueError, RecursionError) as error:
+            labels = parse_json(labels, unique=True)
+        except ValueError as error:
             raise RowError(
-                f"field `labels`: {_shown(labels)} is not JSON ({error}); write 14 values as a list"
+                f"field `labels`: {shown(labels)} is not JSON ({error}); write 14 values as a list"
             ) from error
     if labels is None or labels == "":
         return {"said": None, "drawn": None}
-    return {"said": labels, "drawn": None} if isinstance(labels, list) else labels
+    if isinstance(labels, list):
+        labels = {"said": labels, "drawn": None}
+    return {name: _whole(part) for name, part in labels.items()} if isinstance(labels, dict) else labels
+
+
+def _whole(values: Any) -> Any:
+    """1.0, as pandas writes a column with blanks, is 1 here as in a CSV."""
+    if not isinstance(values, list):
+        return values
+    return [int(value) if isinstance(value, float) and value.is_integer() else value for value in values]
 
 
 def _rendered(value: Any) -> Any:
@@ -253,8 +274,3 @@ def _rendered(value: Any) -> Any:
     if value.strip().lower() not in _TRUTH:
         raise RowError(f"field `rendered`: {value!r}; write true for a phantom and false for a radiograph")
     return _TRUTH[value.strip().lower()]
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= 80 else text[:77] + "..."

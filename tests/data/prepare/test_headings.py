@@ -104,6 +104,100 @@ def test_known_headings_titles_and_running_text_are_not_named() -> None:
     assert report.unknown == () and report.misspelt == () and report.impression == NORMAL
 
 
+@pytest.mark.parametrize("before", ["\n", "\n  ", " "])
+@pytest.mark.parametrize(
+    "heading",
+    [
+        *(
+            "**IMPRESSION:**",
+            "**IMPRESSION**:",
+            "<b>IMPRESSION:</b>",
+            "<b>IMPRESSION</b>:",
+            "[IMPRESSION]:",
+            "## IMPRESSION:",
+        ),
+        *("IMPRESSI0N:", "IMPRESSION=", "IMPRESSION (PRELIMINARY):", "IMPRESSION (preliminary, read by ___):"),
+        *(
+            "1. IMPRESSION:",
+            "2) IMPRESSION:",
+            "- IMPRESSION:",
+            "1. **IMPRESSION:**",
+            "**IMPRESION:**",
+            "1. <b>IMPRESSION:</b>",
+        ),
+    ],
+)
+def test_marks_numbers_and_notes_around_a_heading_belong_to_it(heading: str, before: str) -> None:
+    report = read_report(f"FINDINGS: {LUNGS}{before}{heading} {NORMAL}")
+    assert (report.findings, report.impression, report.unknown) == (LUNGS, NORMAL, ())
+
+
+@pytest.mark.parametrize(
+    "heading",
+    [
+        *(
+            "[IMPRESSION]\n",
+            "[IMPRESSION] ",
+            "# IMPRESSION\n",
+            "# Impression\n",
+            "**Impression**\n",
+            "**Impression:** ",
+        ),
+        *("Impression (preliminary): ", "Impression= ", "> IMPRESSION: ", "<b>Impression:</b> "),
+    ],
+)
+def test_marks_around_a_heading_at_the_start_of_its_line_belong_to_it(heading: str) -> None:
+    report = read_report(f"# FINDINGS\n{LUNGS}\n{heading}{NORMAL}")
+    assert (report.findings, report.impression, report.unknown) == (LUNGS, NORMAL, ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("1. Findings: as above.", "- Study: limited.", "[COMPARISON: ___] The lungs.", "2. Comparison is made."),
+        *("#1 pneumonia.", "* no effusion", "(Study limited.)", "** IMPRESSION of a mass"),
+    ],
+)
+def test_points_of_a_list_and_comments_open_nothing(text: str) -> None:
+    assert read_report(f"IMPRESSION: {NORMAL}\n{text}").impression == f"{NORMAL} {text}"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        *((f"{word}: Normal.", word) for word in ("Summary", "Opinion", "Interpretation", "Diagnosis", "Result")),
+        *(
+            ("OPINION - Normal.", "OPINION"),
+            ("OPINION Normal chest is seen.", "OPINION"),
+            ("Opinion\nNormal.", "Opinion"),
+        ),
+        *(("Results = none.", "Results"), ("LUNGS - no change.", "LUNGS"), ("[SUMMARY] Normal.", "SUMMARY")),
+        *(("**SUMMARY:** Normal.", "SUMMARY"), ("RADIOLOGIST'S IMPRESSION: Normal.", "RADIOLOGIST'S IMPRESSION")),
+        *(("COVID19 SCORE: 2.", "COVID19 SCORE"), ("It is clear. Impression: Normal.", "Impression")),
+        ("It is clear. Summary: Normal.", "Summary"),
+    ],
+)
+def test_what_may_open_an_impression_is_named(line: str, named: str) -> None:
+    report = read_report(f"FINDINGS: {LUNGS}\n{line}")
+    assert report.unknown == (named,) and report.findings == " ".join(f"{LUNGS} {line}".split())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("Results of the CT are known.", "Diagnosis is unclear.", "Seen AT 10:30 AM.", "At 10:30 seen.", "PA - fine."),
+        *("LUNGS CLEAR - NO CHANGE.", "CT-guided biopsy.", "AP VIEW - rotated.", "RESULTS ARE KNOWN.", "summary: none"),
+    ],
+)
+def test_running_text_is_not_named(line: str) -> None:
+    assert read_report(f"FINDINGS: {LUNGS}\n{line}").unknown == ()
+
+
+@pytest.mark.parametrize("text", ["*" * 9999, ". " + "* " * 9999, "<b>" * 9999, ".  " + "[" * 9999, "1. " * 9999])
+def test_a_line_of_marks_is_read(text: str) -> None:
+    assert read_report(text).findings is None  # and soon: patterns that try every way to read them would not end
+
+
 @pytest.mark.parametrize("word", ["EXAN", "STUDI", "", "LUNGS", "COMPRESSION", "FINDINGS"])
 def test_short_right_and_distant_words_mean_nothing(word: str) -> None:
     assert nearest(word, ("EXAM", "STUDY", "FINDINGS", "IMPRESSION"), twice=("FINDINGS", "IMPRESSION")) is None

@@ -14,8 +14,9 @@ from mrg_r1.data.prepare.mimic_cxr.convert import Choices, prepare_mimic_cxr
 from mrg_r1.data.prepare.own_studies import prepare_manifest
 from mrg_r1.data.prepare.tabular import RowError, read_records, study_of_row
 from mrg_r1.data.study import ManifestError, manifest_line, read_manifest
+from mrg_r1.labels.missing import is_missing, report_fault
 from mrg_r1.labels.observations import OBSERVATIONS
-from mrg_r1.labels.reports import is_missing, read_labelled_reports, read_reports_csv, report_fault
+from mrg_r1.labels.reports import read_labelled_reports, read_reports_csv
 from mrg_r1.score.reading import read_side
 from mrg_r1.types import Study
 from tests.data.prepare.mimic_cxr.mimic_tree import ONE, TWO, TreeStudy, write_tree
@@ -122,6 +123,28 @@ def test_own_studies_without_a_report_are_refused_with_their_row(tmp_path: Path,
     assert list(read_reports_csv(tmp_path / "out" / "reports.csv").values()) == REPORTS
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("id", text) for text in ("nan", "None", "<NA>")),
+        *(("patient_id", text) for text in ("NaN", "N/A")),
+        ("prior", "None"),
+        *((field, "nan") for field in ("indication", "comparison", "findings", "impression")),
+        ("indication", "NULL"),
+    ],
+)
+def test_a_manifest_with_a_missing_value_as_a_name_or_in_a_context_is_refused(
+    tmp_path: Path, field: str, value: str
+) -> None:
+    noise(8, 8).save(tmp_path / "1.png")
+    line = json.loads(manifest_line(one(tmp_path), tmp_path))
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({**line, field: value}) + "\n")
+    with pytest.raises(ManifestError, match=f"line 1.*field `{field}`: .*missing value written out"):
+        read_manifest(tmp_path / "manifest.jsonl")
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({**line, "comparison": "None."}) + "\n")
+    assert read_manifest(tmp_path / "manifest.jsonl")[0].comparison == "None."  # an answer
+
+
 @pytest.mark.parametrize("text", ["\u200b", "nan", "."])
 def test_a_manifest_with_such_a_report_is_refused(tmp_path: Path, text: str) -> None:
     noise(8, 8).save(tmp_path / "1.png")
@@ -181,9 +204,12 @@ def test_kaggle_and_mimic_sections_without_a_word_are_not_learned(tmp_path: Path
         assert all((study.indication, study.comparison) == (None, None) for study in studies)
 
     bad = TreeStudy(TWO.subject, TWO.study, report=f"FINDINGS: {text}\nIMPRESSION: Normal.")
-    write_tree(tmp_path / "mimic", [ONE, bad])
+    vague = TreeStudy(10000999, 50000003, report=f"INDICATION: {text}\nFINDINGS: Clear.\nIMPRESSION: {text}")
+    write_tree(tmp_path / "mimic", [ONE, bad, vague])
     counts = prepare_mimic_cxr(tmp_path / "mimic", tmp_path / "mimic_out", choices=Choices()).counts
     assert sum(count["refused"] for count in counts.values()) == 1
+    indications = {study.id: study.indication for study in read_manifest(tmp_path / "mimic_out" / "manifest.jsonl")}
+    assert indications[f"s{vague.study}"] in (None, "___")
 
 
 @pytest.mark.parametrize("text", ["nan", "\u200b", "-"])
@@ -202,6 +228,13 @@ def test_a_csv_of_reports_with_a_missing_value_written_out_is_refused_with_its_r
     with pytest.raises(ValueError, match=r"line 2, field `id`"):
         read_reports_csv(table(tmp_path / "reports.csv", [{"id": text, "report": "Clear."}], "csv"))
     assert read_reports_csv(table(tmp_path / "reports.csv", rows[:2], "csv")) == {"a": "Clear.", "b": ""}
+
+
+@pytest.mark.parametrize("header", ["id,report,Report", "id,ID,report"])
+def test_a_csv_of_reports_with_a_column_twice_is_refused(tmp_path: Path, header: str) -> None:
+    (tmp_path / "reports.csv").write_text(f"{header}\na,Clear.,Effusion.\n")
+    with pytest.raises(ValueError, match="line 1: columns .*twice"):
+        read_reports_csv(tmp_path / "reports.csv")
 
 
 @pytest.mark.parametrize("name", ["p.csv", "column.csv", "p.txt", "p.json", "p.jsonl"])
@@ -225,6 +258,19 @@ def test_a_score_of_a_missing_value_written_out_is_refused(tmp_path: Path, name:
     else:
         assert "None." in side("None.").texts.values()  # which a policy may write
     assert "Normal." in side("Normal.").texts.values()
+
+
+@pytest.mark.parametrize("study_id", ["nan", "None", "<NA>"])
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl", "labels.csv"])
+def test_a_score_of_a_study_without_a_name_is_refused(tmp_path: Path, name: str, study_id: str) -> None:
+    row = (
+        {"id": study_id, "report": "Clear."} if name != "labels.csv" else {"id": study_id} | dict.fromkeys(OBSERVATIONS)
+    )
+    path = table(tmp_path / name, [row], name.rpartition(".")[2]) if name != "p.json" else tmp_path / name
+    if name == "p.json":
+        path.write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match="field `id`: .*missing value written out"):
+        read_side(path, "predicted")
 
 
 def test_what_a_run_wrote_is_scored_as_it_is(tmp_path: Path) -> None:

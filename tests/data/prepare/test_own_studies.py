@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mrg_r1.cli import main
 from mrg_r1.data.prepare import own_studies
 from mrg_r1.data.prepare.own_studies import prepare_manifest
 from mrg_r1.data.study import ManifestError, check_images, read_manifest
@@ -307,3 +308,20 @@ def test_a_table_of_labels_needs_no_column_of_reports(tmp_path: Path) -> None:
     assert [study.id for study in studies(tmp_path / "lines").values() if study.report is None] == ["a", "b"]
     reasons = {study_id: reason for study_id, _, reason in refused(tmp_path / "lines")}
     assert "no field `report`" in reasons["c"] and "null, and so is `labels.said`" in reasons["d"]
+
+
+def test_splits_whose_labels_are_never_empty_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stated = dict.fromkeys(OBSERVATIONS, "0") | {"No Finding": "1"}
+    rows = [
+        *(row(name, "test", **stated) for name in "ab"),
+        row("c", **stated, report=""),
+        row("d", **(stated | {"Edema": ""})),
+        row("e", "val", **dict.fromkeys(OBSERVATIONS, "")),
+    ]
+    path = table(tmp_path, *rows)
+    assert prepare_manifest(path, None, tmp_path / "out").never_silent == ["test"]
+    assert main(["prepare", "manifest", str(path), "-o", str(tmp_path / "out")]) == 0
+    assert "note: not one label of test is empty" in capsys.readouterr().out
+    assert studies(tmp_path / "out")["c"].said == (*[0] * 13, 1)
+    fully = [row("a", **stated), row("b", **(stated | {"No Finding": ""}))]
+    assert prepare_manifest(table(tmp_path, *fully), None, tmp_path / "two").never_silent == ["train"]

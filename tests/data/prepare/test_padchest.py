@@ -144,6 +144,8 @@ BAD = {
     "exclude": ("column Labels: 'exclude'", {"Labels": "['exclude']"}),
     "study": ("column StudyID: '' is no id", {"StudyID": ""}),
     "patient": ("column PatientID: '' is no id", {"PatientID": ""}),
+    "study NaN": ("column StudyID: 'NaN' is no id", {"StudyID": "NaN"}),
+    "patient nan": ("column PatientID: 'nan' is no id", {"PatientID": "nan"}),
     "image": ("column ImageID: '../x.png' is no id", {"ImageID": "../x.png"}),
     "missing": ("y.png: No such file", {"ImageID": "y.png", "ImageDir": "1"}),
 }

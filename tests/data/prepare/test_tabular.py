@@ -117,6 +117,20 @@ def test_images_of_a_cell(tmp_path: Path, cell: str, view: str, expected: list[t
         assert [(str(image.path.relative_to("/images")), image.view) for image in study(path).images] == expected
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_labels_that_were_written_as_floats_are_read_alike(tmp_path: Path, kind: str) -> None:
+    values = [1.0, 0.0, -1.0, None, *[None] * 10]
+    labels: Any = {"said": values, "drawn": values}
+    if kind == "csv":
+        found = study(table(tmp_path / "s.csv", {**PLAIN, "labels": json.dumps(labels)}))
+    else:
+        found = study(lines(tmp_path / "s.jsonl", {**PLAIN, "labels": labels}))
+    assert found.said == found.drawn == (1, 0, -1, *[None] * 11)
+    assert all(value is None or type(value) is int for value in found.said or ())
+    for wrong in (0.5, True, float("nan")):
+        assert "field `labels.said`" in fault(lines(tmp_path / "s.jsonl", {**PLAIN, "labels": [wrong, *[None] * 13]}))
+
+
 def test_images_of_a_jsonl_list_may_have_any_name(tmp_path: Path) -> None:
     found = study(
         lines(tmp_path / "s.jsonl", {**PLAIN, "images": ["a;b|c.png", "lateral:2.png"], "view": ["frontal", None]})
@@ -203,7 +217,8 @@ def test_a_bad_value_of_jsonl_names_field_value_and_remedy(tmp_path: Path, row: 
         (b'{"id": "b", ', "JSON"),
         (b'{"id": "b", "id": "c"}', "field `id`"),
         (b'{"id": "b\xe9"}', "byte 0xe9 at column 10"),
-        (b"[" * 100_000, "recursion"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"id": ' + b"1" * 400 + b"}", "a whole number of 400 digits"),
     ],
 )
 def test_a_broken_line_costs_one_study(tmp_path: Path, line: bytes, expected: str) -> None:
@@ -241,6 +256,12 @@ def test_a_row_of_a_csv_that_is_short_costs_one_study(tmp_path: Path) -> None:
         (b'id,images,report,split\na,1.png,"open,train\nb,1.png,x,train\n', "line 2"),
         (b"PK\3\4...", "CSV"),
         (b'[{"id": "a"}]', "JSONL"),
+        *(
+            (json.dumps({"train": [{"id": "a", "report": "x"}], "val": []}, indent=indent).encode(), "mimic-cxr")
+            for indent in (None, 1)
+        ),
+        (b'\xef\xbb\xbf\n{\n"train": ["CXR1_IM-0001"]}', "iu-xray"),
+        (json.dumps(PLAIN, indent=2).encode(), "one study a line"),
     ],
 )
 def test_a_bad_file_is_refused_as_a_whole(tmp_path: Path, content: bytes, expected: str) -> None:

@@ -29,6 +29,7 @@ from mrg_r1.data.prepare.iu_xray.study import IuCollection, IuStudy, study_numbe
 from mrg_r1.data.prepare.rendering import Rendering, claim_folder, render_files
 from mrg_r1.data.prepare.rows import csv_columns
 from mrg_r1.data.study import ManifestError
+from mrg_r1.labels.missing import report_fault
 from mrg_r1.labels.observations import (
     NO_FINDING,
     OBSERVATIONS,
@@ -38,7 +39,6 @@ from mrg_r1.labels.observations import (
     read_labels_csv,
     values_of_classes,
 )
-from mrg_r1.labels.reports import report_fault
 from mrg_r1.types import Study, StudyImage
 
 Report = Literal["findings", "impression", "both"]

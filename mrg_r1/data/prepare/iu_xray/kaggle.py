@@ -19,7 +19,7 @@ from mrg_r1.data.prepare.iu_xray.study import (
 from mrg_r1.data.prepare.other_collections import field_of_another, names_another
 from mrg_r1.data.prepare.rows import Row, csv_columns, read_csv
 from mrg_r1.data.study import ManifestError
-from mrg_r1.labels.reports import is_missing
+from mrg_r1.labels.missing import is_missing
 
 REPORTS_COLUMNS = ("uid", "findings", "impression", "indication", "comparison")
 PROJECTIONS_COLUMNS = ("uid", "filename", "projection")

@@ -27,7 +27,7 @@ from mrg_r1.data.prepare.iu_xray.study import (
 )
 from mrg_r1.data.prepare.other_collections import names_another
 from mrg_r1.data.study import ManifestError
-from mrg_r1.labels.reports import is_missing
+from mrg_r1.labels.missing import is_missing
 
 MAX_XML = 1_000_000  # bytes of one report; the largest of the collection has 8,967
 MAX_ARCHIVE = 256 * 1024 * 1024  # bytes of the unpacked archive; the collection's has 40 million

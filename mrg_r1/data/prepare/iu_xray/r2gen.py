@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from mrg_r1.data.prepare.iu_xray.study import OTHER_COLLECTION, IuCollection, IuImage, IuStudy
 from mrg_r1.data.prepare.other_collections import field_of_another, names_another
 from mrg_r1.data.study import SHOWN_PROBLEMS, ManifestError
+from mrg_r1.files import parse_json
 
 
 def read_r2gen(path: Path) -> IuCollection:
@@ -88,8 +88,8 @@ def read_split_ids(path: Path) -> dict[str, str]:
 
 def _splits(path: Path) -> dict[str, list[Any]]:
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
         raise ManifestError([f"{path}: broken JSON ({error}); fetch R2Gen's annotation.json again"]) from error
     if (
         not isinstance(content, dict)

@@ -21,7 +21,7 @@ from mrg_r1.data.prepare.conversion import Conversion, Counts
 from mrg_r1.data.prepare.headings import Headings
 from mrg_r1.data.prepare.mimic_cxr.sections import Report, read_report
 from mrg_r1.data.prepare.mimic_cxr.tables import AP, LATERAL, PA, SPLITS, Labels, Studies, find_table, read_studies
-from mrg_r1.labels.reports import report_fault
+from mrg_r1.labels.missing import is_missing, report_fault
 from mrg_r1.types import Study, StudyImage
 
 _VIEW_NAMES = {PA: "frontal", AP: "frontal", LATERAL: "lateral"}
@@ -186,10 +186,10 @@ class _Reader:
             images=images,
             report=text,
             split=self.split(place),
-            findings=report.findings,
-            impression=report.impression,
-            indication=report.indication,
-            comparison=report.comparison,
+            findings=_null_if_missing(report.findings),
+            impression=_null_if_missing(report.impression),
+            indication=_null_if_missing(report.indication),
+            comparison=_null_if_missing(report.comparison),
             said=self.labels.of(number) if self.labels else None,
         )
 
@@ -217,6 +217,10 @@ class _Reader:
             StudyImage(base / f"{dicom}.jpg", _VIEW_NAMES.get(view))
             for view, dicom in images[: self._choices.max_images]
         )
+
+
+def _null_if_missing(text: str | None) -> str | None:
+    return None if text is None or is_missing(text, words=False) else text
 
 
 class _NoText(ValueError):

@@ -8,10 +8,14 @@ Nothing is guessed from the wording of sentences. What decides is where a headin
   clear.`, `FINDINGS - The ...`);
 - in capitals with a colon behind a sentence's end or two blanks (`... clear.  IMPRESSION: Normal.`).
 
-A semicolon is as good as a colon. A heading that is misspelt (`IMPRESION:`) opens the section that it means, where it
-stands with a colon or alone on its line in capitals, and findings and an impression without a colon too. Other words in
-capitals with a colon, or alone on a line (`SUMMARY:`), belong to the section that they stand in, and are named
-(`Report.unknown`).
+A semicolon is as good as a colon, and so are an equals sign and a note in parentheses before the colon
+(`IMPRESSION (PRELIMINARY):`). Marks of a text program around a heading (`**IMPRESSION:**`, `<b>IMPRESSION:</b>`,
+`[IMPRESSION]`, `# IMPRESSION`) and its number (`1. IMPRESSION:`) belong to it.
+
+A heading that is misspelt (`IMPRESION:`) opens the section that it means, where it stands with a colon or alone on its
+line in capitals, and findings and an impression without a colon too. Other words in capitals with a colon or a dash, or
+alone on a line (`SUMMARY:`), belong to the section that they stand in, and are named (`Report.unknown`); so are words
+that stand for an impression elsewhere (`Summary:`, `OPINION Normal.`).
 
 Headings that are merged (`FINDINGS AND IMPRESSION:`, `COMPARISON/TECHNIQUE:`) open one section, of the first of
 findings, impression and the rest that is among them; findings and impression also beside words that are no heading
@@ -76,12 +80,38 @@ _MERGED = (
     rf"(?:{_WORDS})(?:\(S\))?(?:\s*(?:[,/&]|\bAND\b)\s*(?:{_WORDS})(?:\(S\))?)*(?!\w)(?:\s*#?\s*\d+(?=\s*:|\s*$))?"
 )
 _COLON = r"\s*\.?\s*[:;\uff1a]"
-_AT_START = re.compile(rf"(?P<heading>{_MERGED})(?P<colon>{_COLON})?", re.IGNORECASE)
+# Marks of a text program before a heading and behind it. Brackets are where nothing but a heading is inside: a comment
+# that begins with one has its text there. A tag may be a line's break.
+_OPEN = r"(?:(?:[*#>]|\[(?=[^\[\]:;]*[:;]?\s*\])|</?\w+\s*/?>)\s*)*"
+_CLOSE = r"(?:\s*(?:[*#]|\]|</?\w+\s*/?>))*"
+# and a number or a stroke of a list, behind which only capitals are a heading: its points begin with other words
+_LIST = r"(?:(?:\(?\d{1,2}[.)]|[\u2022\u2013\u2014-])\s*)?"
+_LEAD = re.compile(rf"(?P<list>{_LIST}){_OPEN}")
+_AT_START = re.compile(
+    rf"(?P<heading>{_MERGED})(?P<marks>{_CLOSE})(?P<colon>{_COLON}|\s*=(?!=))?{_CLOSE}", re.IGNORECASE
+)
+_NOTE = rf"\s*\([^()]{{1,40}}\){_COLON}{_CLOSE}"
+_NOTE_BEHIND = re.compile(_NOTE)
+_NO_WORDS = re.compile(r"</?\w+\s*/?>|\((?!S\))[^()]*\)")  # within a heading: tags and notes
 # Words that may be a heading: whether they are one, or one misspelt, is looked up.
-_CAPITALS = r"[A-Z](?=[A-Z-])[A-Z]*(?:[\s,/&-]+[A-Z]+)*(?:\(S\))?"
-_WITHIN = re.compile(rf"(?:(?<=[.!?:;)\]_]\s)|(?<=\s\s))(?:(?P<known>{_MERGED})|(?P<perhaps>{_CAPITALS})){_COLON}")
-_PERHAPS = re.compile(rf"(?P<heading>{_CAPITALS}|[A-Z][a-z]+)(?:(?P<colon>{_COLON})|(?=[\s.-]*$))")
+_CAPITALS = r"[A-Z](?=[A-Z-])[A-Z0-9'\u2019]*(?:[\s,/&-]+[A-Z][A-Z0-9'\u2019]*)*(?:\(S\))?"
+_SENTENCE_ENDS = r"(?:(?<=[.!?:;)\]_]\s)|(?<=\s\s)|(?<!>)(?=<\w+>))"
+_WITHIN = re.compile(
+    rf"{_SENTENCE_ENDS}{_LIST}{_OPEN}(?:(?P<known>{_MERGED}){_CLOSE}(?:{_NOTE}|{_COLON}|\s*=(?!=))|"
+    rf"(?P<perhaps>{_CAPITALS}){_CLOSE}{_COLON}){_CLOSE}"
+)
+_PERHAPS = re.compile(rf"(?P<heading>{_CAPITALS}|[A-Z][a-z]+){_CLOSE}(?:(?P<colon>{_COLON}){_CLOSE}|(?=[\s.-]*$))")
 _BARE = re.compile(r"(?P<heading>[A-Z]{6,})\b")
+# Words that open an impression in other hospitals. Ours do not say so, and what they mean is for a person to decide.
+_ELSEWHERE = r"SUMMARY|OPINION|INTERPRETATION|DIAGNOS[IE]S|RESULTS?|ASSESSMENT"
+_ELSEWHERE_AT_START = re.compile(
+    rf"(?P<heading>{_ELSEWHERE})\b{_CLOSE}(?P<colon>{_COLON}|\s*=|\s*[\u2013\u2014-]+\s)?", re.IGNORECASE
+)
+_TITLED = re.compile(
+    rf"{_SENTENCE_ENDS}{_OPEN}(?P<heading>{_ELSEWHERE}|FINDINGS?|IMPRESSIONS?|CONCLUSIONS?){_CLOSE}{_COLON}",
+    re.IGNORECASE,
+)
+_DASHED = re.compile(rf"(?P<heading>{_CAPITALS}){_CLOSE}(?:\s+[\u2013\u2014-]+\s*|[\u2013\u2014-]+\s+)(?=\S)")
 # what stands between a heading in capitals without a colon and its text
 _MARKS = re.compile(r"\s*[.\u2013\u2014-]*\s*(?=[A-Z0-9_(])")
 _TWICE = ("FINDINGS", "IMPRESSION", "IMPRESSIONS")
@@ -95,7 +125,7 @@ _VIEW_TITLE = re.compile(rf"(?=[^:]*\b(?:CHEST|VIEWS?|RADIOGRAPHS?))(?:{_VIEW})(
 _BANNER = re.compile(r"[\W_]*(?P<words>FINAL\s+REPORT|FINAL\s+ADDENDUM)[\W_]*")
 _SEPARATOR = re.compile(r"[_=*-]{10,}")  # a de-identified word is three underscores
 _FEWEST_LETTERS = 5  # of words alone on a line that may be a heading: fewer are a radiologist's initials
-_ENDS = " :;.-\uff1a\u2013\u2014"  # behind a heading's words
+_ENDS = " :;.=*#]-\uff1a\u2013\u2014"  # behind a heading's words
 _FEWEST_WORDS = 5  # of a text without a heading of its own: a title or a time of day has fewer
 
 
@@ -160,7 +190,7 @@ def read_report(text: str) -> Report:
         misspelt=tuple(
             (words, section.name)
             for section in sections
-            if (words := section.heading.rstrip(_ENDS)) and _misspelt(words) == section.name
+            if (words := _words(section.heading)) and _misspelt(words) == section.name
         ),
         unknown=tuple(_unknown_headings(text, sections)),
     )
@@ -219,6 +249,21 @@ def _cut(line: str, current: str) -> list[tuple[str | None, str, str]]:
 
 def _opening(line: str, current: str) -> tuple[str, int] | None:
     """The section that a line opens, and where its heading ends."""
+    begin, listed = _marks(line)
+    found = _opening_behind(line[begin:], current)
+    if found is None or (listed and not _words(line[: begin + found[1]]).isupper()):
+        return None
+    return found[0], begin + found[1]
+
+
+def _marks(line: str) -> tuple[int, bool]:
+    """Where a line's first word stands, behind marks; and whether the line is a point of a list."""
+    lead = _LEAD.match(line)
+    return (lead.end(), bool(lead["list"])) if lead else (0, False)
+
+
+def _opening_behind(line: str, current: str) -> tuple[str, int] | None:
+    """The same of a line without the marks before its first word."""
     match = _AT_START.match(line)
     if (match is None or not match["colon"]) and (near := _PERHAPS.match(line)):
         name = _misspelt(near["heading"]) if near["colon"] or near["heading"].isupper() else None
@@ -233,10 +278,13 @@ def _opening(line: str, current: str) -> tuple[str, int] | None:
         # within findings or an impression such a title is a part of them
         return ("view", title.end()) if title and current not in ("findings", "impression", "addendum") else None
     heading, rest, end = match["heading"], line[match.end() :], match.end()
+    note = None if match["colon"] or _named(heading) not in _REPORTED else _NOTE_BEHIND.match(line, match.end())
+    if note:
+        end = note.end()
     if not "".join(heading.split()).isascii():  # case-blind matching takes the Kelvin sign for a K
         return None
     capitals = heading.isupper()
-    if match["colon"]:
+    if match["colon"] or note or match["marks"]:
         opens = heading[0].isupper()
     elif not rest.strip(" .-"):
         opens = capitals or (heading[0].isupper() and _named(heading) in ("findings", "impression"))
@@ -274,7 +322,12 @@ def _meant(heading: str) -> list[str | None]:
 
 
 def _sections_meant(heading: str) -> set[str]:
-    return {_SECTION_OF[word] for word in _meant(heading.rstrip(_ENDS)) if word}
+    return {_SECTION_OF[word] for word in _meant(_words(heading)) if word}
+
+
+def _words(heading: str) -> str:
+    """A heading's words: without its colon, the marks around it, its number and a note in parentheses."""
+    return _NO_WORDS.sub("", heading[_marks(heading)[0] :]).rstrip(_ENDS)
 
 
 def _split(heading: str) -> list[str]:
@@ -283,22 +336,46 @@ def _split(heading: str) -> list[str]:
 
 
 def _unknown_headings(text: str, sections: list[Section]) -> list[str]:
-    """Words in capitals with a colon, or alone on a line that running text follows, that opened no section."""
-    opened = {section.heading for section in sections}
+    """Words in capitals with a colon or a dash, or alone on a line that running text follows, that opened no section;
+    and words that open an impression elsewhere.
+    """
+    opened = {_words(section.heading) for section in sections}
     found: dict[str, None] = {}
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     for line, following in zip(lines, (*lines[1:], ""), strict=False):
-        start = _PERHAPS.match(line)
-        known = _AT_START.match(line) or _VIEW_TITLE.match(line) or _BANNER.fullmatch(line)
-        known = known or start and _VIEWS.fullmatch(start["heading"])
-        alone = _FEWEST_LETTERS <= len(line.rstrip(_ENDS)) and following != following.upper()
-        if start and start["heading"].isupper() and not known and (start["colon"] or alone):
-            if _collapsed(start[0]) not in opened and _misspelt(start["heading"]) is None:
-                found[_collapsed(start["heading"])] = None
+        heading = _unknown_at_start(line[_marks(line)[0] :], following)
+        if heading is not None and heading not in opened and _misspelt(heading) is None:
+            found[heading] = None
         for match in _WITHIN.finditer(line):
             if match["perhaps"] and _misspelt(match["perhaps"]) is None:
                 found[_collapsed(match["perhaps"])] = None
+        for match in _TITLED.finditer(line):
+            heading = match["heading"]
+            if heading[0].isupper() and not heading.isupper() and heading not in opened:
+                found[heading] = None
     return list(found)
+
+
+def _unknown_at_start(line: str, following: str) -> str | None:
+    """The words of a line's beginning that may be a heading and are none that is known."""
+    if elsewhere := _ELSEWHERE_AT_START.match(line):
+        heading, rest = elsewhere["heading"], line[elsewhere.end() :]
+        stated = elsewhere["colon"] or not rest.strip(_ENDS)
+        stated = stated or heading.isupper() and _end_without_colon(line, elsewhere.end())
+        if heading[0].isupper() and stated:
+            return heading
+    if _AT_START.match(line) or _VIEW_TITLE.match(line) or _BANNER.fullmatch(line):
+        return None
+    start = _PERHAPS.match(line)
+    if start and start["heading"].isupper():
+        alone = _FEWEST_LETTERS <= len(line.rstrip(_ENDS)) and following != following.upper()
+        said = start["colon"] or alone
+    else:
+        start = _DASHED.match(line)
+        said = start and len(start["heading"]) >= _FEWEST_LETTERS and (rest := line[start.end() :]) != rest.upper()
+    if not start or not said or _VIEWS.fullmatch(start["heading"]):
+        return None
+    return _collapsed(start["heading"])
 
 
 def _joined(sections: list[Section], name: str) -> str | None:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrg_r1.data.prepare.labelled import refuse_other_convention, said_of_cells
+from mrg_r1.labels.columns import repeated_columns
 from mrg_r1.labels.observations import OBSERVATIONS
 
 SPLITS = {"train": "train", "validate": "val", "test": "test"}  # theirs -> ours
@@ -279,6 +280,8 @@ def _rows(path: Path, columns: Sequence[str], nameless: list[Refusal]) -> Iterat
         with _opened(path) as file:
             reader = csv.reader(file, strict=True)
             header = [name.strip() for name in next(reader, [])]
+            if fault := repeated_columns(header):
+                raise ValueError(f"{path}, line 1: {fault}, or fetch it again")
             missing = [name for name in columns if name not in header]
             if missing:
                 raise ValueError(

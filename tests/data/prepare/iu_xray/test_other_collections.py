@@ -103,7 +103,10 @@ def test_open_is_layout_of_another_collection_is_refused(tmp_path: Path) -> None
 OWN = {"id": "a", "images": "1.png", "report": "Clear.", "split": "train"}
 
 
-@pytest.mark.parametrize("field", ["subject_id", "PatientID", "patient", "Subject"])
+NAMES = ["subject_id", "PatientID", "patient", "Subject", "MRN", "PatientName", "patient_no", "pid", "Patient_Number"]
+
+
+@pytest.mark.parametrize("field", [*NAMES, "medical record number", "anon_patient_id", "person", "subject"])
 def test_a_table_that_names_its_patients_in_another_field_is_refused(tmp_path: Path, field: str) -> None:
     def study(**values: Any) -> Study:
         return study_of_row(Record("x", {**OWN, **values}), tmp_path, ("train",))
@@ -113,7 +116,37 @@ def test_a_table_that_names_its_patients_in_another_field_is_refused(tmp_path: P
     assert study(**{field: "p1"}, patient_id="p2").patient_id == "p2" and study(**{field: ""}).patient_id == "a"
 
 
-@pytest.mark.parametrize("path", [PATH, f"files/{PATH}", "CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"])
+@pytest.mark.parametrize(
+    "field", ["patient_age", "PatientSex", "Patient Gender", "PatientBirthDate", "inpatient", "outpatient_clinic"]
+)
+def test_what_a_patient_is_names_none(tmp_path: Path, field: str) -> None:
+    assert study_of_row(Record("x", {**OWN, field: "60"}), tmp_path, ("train",)).patient_id == "a"
+
+
+@pytest.mark.parametrize(
+    "study_id", ["patient00001_study1", "00000001_000", "mimic_p10000032_s50414267", "sub-012_ses-1"]
+)
+def test_an_id_that_names_a_patient_is_refused_without_patient_id(tmp_path: Path, study_id: str) -> None:
+    with pytest.raises(RowError, match=r"`id`.*`patient_id`"):
+        study_of_row(Record("x", {**OWN, "id": study_id}), tmp_path, ("train",))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["1.png", "20240131_001.png", "216840111366964012283393834152009033102258826_00-059-087.png", "patient/1.png"],
+)
+def test_a_path_that_names_no_patient_is_kept(tmp_path: Path, path: str) -> None:
+    assert study_of_row(Record("x", {**OWN, "images": path}), tmp_path, ("train",)).patient_id == "a"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(PATH, f"files/{PATH}", "CheXpert-v1.0/train/patient00001/study1/view1_frontal.jpg"),
+        *("00000001_000.png", "images_001/images/00030805_012.png", "Patient-12/1.png", "sub-S03044/ses-1/x.png"),
+        *("patient12_2.png", "subject 7\\1.png"),
+    ],
+)
 def test_a_table_whose_paths_name_patients_is_refused_without_patient_id(tmp_path: Path, path: str) -> None:
     with pytest.raises(RowError, match=r"`images`.*`patient_id`"):
         study_of_row(Record("x", {**OWN, "images": path}), tmp_path, ("train",))

@@ -121,6 +121,15 @@ def test_a_table_that_cannot_be_read_stops_before_anything_is_written(tmp_path: 
         prepared(tmp_path, labels="chexpert")
 
 
+@pytest.mark.parametrize(("name", "column"), [("split", "split"), ("metadata", "ViewPosition"), ("chexpert", "Edema")])
+def test_a_column_that_stands_twice_is_named(tmp_path: Path, name: str, column: str) -> None:
+    path = table(write_tree(tmp_path / "mimic", [ONE]), name)
+    header, *rows = read_table(path)
+    write_table(path, [[*header, column], *([*row, ""] for row in rows)])
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}, line 1: .*'{column.lower()}'"):
+        prepared(tmp_path, labels="chexpert")
+
+
 def test_a_missing_column_is_named(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "mimic", [ONE])
     rows = [row[:4] + row[5:] for row in read_table(table(root, "metadata"))]
