@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 import mrg_r1.policy.attention as attention
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.grpo.loss import LossConfig, grpo_loss
-from mrg_r1.model_types import family_names
 from mrg_r1.policy.attention import PackedAttention, SeqLens, attend
 from mrg_r1.policy.family import find_family
 from mrg_r1.policy.layers import Norm
