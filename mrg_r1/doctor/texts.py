@@ -112,8 +112,8 @@ def check_targets(recipe: Recipe, studies: Sequence[Study], tokenizer: Any) -> i
     longest, limit = max(lengths), recipe.rollout.max_new_tokens
     if longest > limit:
         study, count = studies[lengths.index(longest)], sum(length > limit for length in lengths)
-        others = f" (it is the longest of {count} of {len(studies)} reports that are too long)" if count > 1 else ""
-        raise RecipeError(too_long(study, longest, limit) + others)
+        among = f"{count} of {len(studies)} reports" if count > 1 else ""
+        raise RecipeError(too_long(study, longest, limit, among=among))
     return longest
 
 
@@ -136,9 +136,10 @@ def text_to_learn(study: Study, recipe: Recipe) -> str:
     return target_text(study.report, think, recipe.prompt.mode)
 
 
-def too_long(study: Study, tokens: int, limit: int) -> str:
-    """What is wrong with a target."""
+def too_long(study: Study, tokens: int, limit: int, *, among: str = "") -> str:
+    """What is wrong with a target, the longest of so many that are too long."""
+    longest = f", the longest of {among} that are too long" if among else ""
     return (
-        f"study {study.id}: a target of {tokens} tokens, rollout.max_new_tokens is {limit}; raise it (a cut target "
-        "would teach the policy not to end)"
+        f"study {study.id}: a target of {tokens} tokens{longest}; rollout.max_new_tokens is {limit}: raise it, or take "
+        "them out (a cut target would teach the policy not to end)"
     )

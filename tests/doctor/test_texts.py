@@ -129,3 +129,4 @@ def test_lengths_are_those_of_one_text_at_a_time(sft: Recipe, monkeypatch: pytes
     with pytest.raises(RecipeError, match=f"study {longest}: a target of {max(lengths)} tokens") as caught:
         check_targets(short, studies, tokenizer)
     assert f"the longest of {count} of 16 reports that are too long" in str(caught.value) and count >= 4
+    assert f"rollout.max_new_tokens is {limit}" in str(caught.value)
