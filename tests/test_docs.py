@@ -248,6 +248,19 @@ def test_page_of_definitions_says_what_the_code_computes() -> None:
     assert [row[0].strip("`") for row in table("ce-definitions.md", "no policy was involved")] == list(DEFINITIONS)
 
 
+def test_tests_that_pages_name_exist() -> None:
+    """A fault's test is named as file::test, so that one that is renamed or dropped is missed here."""
+    named = [(page, *match) for page in PAGES for match in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", prose(page))]
+    gone = [
+        f"{page.name}: {file}::{name}"
+        for page, file, name in named
+        if not (ROOT / file).is_file() or (name and f"\ndef {name}(" not in (ROOT / file).read_text(encoding="utf-8"))
+    ]
+    assert gone == []
+    for row in table("traps.md", "## Faults that others have met"):
+        assert re.fullmatch(r"`tests/[\w/]+\.py::\w+`(, `tests/[\w/]+\.py::\w+`)*", row[-1]), row
+
+
 def test_page_of_reproducibility_lists_the_paper_s_values_and_no_other() -> None:
     paper = set(re.findall(r"^  (\S+)  \(default .*; paper(?: \(.*\))?\)$", describe_fields(), re.MULTILINE))
     assert "reward.weights" in paper and "grpo.beta" not in paper

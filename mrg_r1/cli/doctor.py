@@ -20,9 +20,10 @@ def add_commands(commands: Any) -> None:
         help="look whether a machine, and a recipe on it, can run",
         description="Look at this machine (Python, packages, devices, attention kernels, Java) and, with a recipe, "
         "at everything that it\n"
-        "points at: splits and their first images, policy, labeler, memory by the formula of "
-        "docs/memory.md, disk, wandb.\n"
-        "Nothing is written, no policy is loaded, no report is shown.\n"
+        "points at: splits and their first images, policy, texts that its tokenizer would misread or cut, "
+        "labeler, who\n"
+        "else is asked for rewards, memory by the formula of docs/memory.md, disk, wandb.\n"
+        "Nothing is written, no policy is loaded, no report is shown; a module of reward terms is imported.\n"
         "\n"
         "Exit code: 0 where all is well or there are warnings only, 1 where something fails, 2 where "
         "the recipe itself is bad.",

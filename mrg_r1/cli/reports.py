@@ -108,7 +108,9 @@ def _report(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     import warnings
 
     from mrg_r1.data.images import image_problem
+    from mrg_r1.doctor.texts import check_prompts
     from mrg_r1.evaluation.generate import add_labels, reports_of_one
+    from mrg_r1.policy.load import load_tokenizer
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers' own calls of its own old names
     recipe = _recipe(arguments)
@@ -116,6 +118,7 @@ def _report(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     problems = [problem for path in arguments.images if (problem := image_problem(path, study.id)) is not None]
     if problems:
         raise ValueError("\n".join(problems))
+    check_prompts(recipe, [study], load_tokenizer(recipe.policy.path))
     device = _device(arguments.device)
     # before the policy, which takes longer to load
     labeler = None if arguments.no_labeler else _labeler(arguments, recipe, device)

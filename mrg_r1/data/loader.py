@@ -7,7 +7,7 @@ studies in the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +46,42 @@ def special_tokens(tokenizer: Any) -> list[str]:
     return sorted({*map(str, added), *tokenizer.all_special_tokens})
 
 
+def check_instruction(instruction: str, special: Iterable[str]) -> None:
+    """Refuse an instruction that has a special token spelled out in it.
+
+    Args:
+        special: `special_tokens` of the policy's tokenizer.
+
+    Raises:
+        PromptError: names the token.
+    """
+    found = next((token for token in special if token in instruction), None)
+    if found is not None:
+        raise PromptError(
+            f"prompt.instruction contains {found}, a special token of the policy's tokenizer; take it out"
+        )
+
+
+def check_context(study: Study, fields: Sequence[str], special: Sequence[str]) -> None:
+    """Refuse a context that has a special token spelled out in it: the tokenizer would read it as the token, an end of
+    the user's turn, say, and what follows as somebody else's words.
+
+    Args:
+        fields: of the study that a prompt has (`data.context`).
+        special: `special_tokens` of the policy's tokenizer.
+
+    Raises:
+        PromptError: names the study, the field and the token.
+    """
+    for field, line in context_lines(study, fields).items():
+        found = next((token for token in special if token in line), None)
+        if found is not None:
+            raise PromptError(
+                f"study {study.id}: its {field} contains {found}, a special token of the policy's tokenizer; "
+                f"take it out of the text, or {field} out of data.context"
+            )
+
+
 class PromptBuilder:
     """Studies -> `Prompts`, left-padded.
 
@@ -68,11 +104,7 @@ class PromptBuilder:
         self.layout = layout
         self.words = words
         self._special = special_tokens(tokenizer)
-        found = next((token for token in self._special if token in words.instruction), None)
-        if found is not None:
-            raise PromptError(
-                f"prompt.instruction contains {found}, a special token of the policy's tokenizer; take it out"
-            )
+        check_instruction(words.instruction, self._special)
 
     def messages(self, study: Study) -> list[dict[str, Any]]:
         """One user turn: each image after its view where known, then the study's context where asked, then the
@@ -83,25 +115,10 @@ class PromptBuilder:
             if self.words.show_view and image.view is not None:
                 content.append({"type": "text", "text": f"{image.view.capitalize()} view: "})
             content.append({"type": "image"})
-        self.check_context(study)
+        check_context(study, self.words.context, self._special)
         lines = context_lines(study, self.words.context).values()
         content.append({"type": "text", "text": "".join([*lines, f"\n{self.words.instruction}"])})
         return [{"role": "user", "content": content}]
-
-    def check_context(self, study: Study) -> None:
-        """Refuse a context that has a special token spelled out in it: the tokenizer would read it as the token, an end
-        of the user's turn, say, and what follows as somebody else's words.
-
-        Raises:
-            PromptError: names the study, the field and the token.
-        """
-        for field, line in context_lines(study, self.words.context).items():
-            found = next((token for token in self._special if token in line), None)
-            if found is not None:
-                raise PromptError(
-                    f"study {study.id}: its {field} contains {found}, a special token of the policy's tokenizer; "
-                    f"take it out of the text, or {field} out of data.context"
-                )
 
     def __call__(self, studies: Sequence[Study]) -> Prompts:
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from mrg_r1.data.images import image_problem
 from mrg_r1.doctor.finding import Finding, examined
 from mrg_r1.doctor.fitting import Place, memory_findings
 from mrg_r1.doctor.inputs import check_disk, check_output, check_stage, most_images, read_splits, studies_to_learn
-from mrg_r1.doctor.labeler import check_labeler, device_of_labeler
+from mrg_r1.doctor.labeler import check_labeler, device_of_labeler, held_out_finding
 from mrg_r1.doctor.machine import Device, chosen_attention, cuda_devices, package_findings
 from mrg_r1.doctor.memory import Task
-from mrg_r1.doctor.reward import judge_findings, radeval_finding, reward_findings
+from mrg_r1.doctor.reward import judge_findings, own_term_findings, radeval_finding, reward_findings
+from mrg_r1.doctor.texts import check_texts
 from mrg_r1.doctor.tokenizer import tokenizer_finding
 from mrg_r1.engine.config import read_config
 from mrg_r1.engine.ranks import Ranks
@@ -65,8 +66,9 @@ def recipe_findings(recipe: Recipe, *, task: Task, world_size: int, devices: lis
     if splits:
         findings.append(examined("images", lambda: _first_images(splits)))
     place = Place(world_size, min(world_size, len(devices)) if devices else world_size, devices, len(devices))
-    images = most_images([study for part in splits.values() for study in part])
-    findings += static_findings(recipe, task=task, place=place, images=images)
+    findings += static_findings(recipe, task=task, place=place, studies=splits)
+    if recipe.phases != "update":
+        findings += own_term_findings(recipe)  # a launch's reward service imports them first of all
     findings += [
         examined(
             "output_dir", lambda: f"{recipe.output_dir} can be written ({check_output(recipe.output_dir)} is there)"
@@ -86,17 +88,22 @@ def launch_findings(recipe: Recipe, *, task: Task, ranks: Ranks, studies: dict[s
     place = Place(
         world_size=ranks.world_size, here=ranks.node.size, devices=devices, gpus=torch.cuda.device_count(), started=True
     )
-    images = most_images([study for part in studies.values() for study in part])
-    return [*package_findings(), *static_findings(recipe, task=task, place=place, images=images), wandb_finding(recipe)]
+    static = static_findings(recipe, task=task, place=place, studies=studies)
+    return [*package_findings(), *static, wandb_finding(recipe)]
 
 
-def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) -> list[Finding]:
-    """Policy, reward, labeler and memory: also what a launch looks at before it loads the policy.
+def static_findings(
+    recipe: Recipe, *, task: Task, place: Place, studies: Mapping[str, Sequence[Study]]
+) -> list[Finding]:
+    """Policy, texts, reward, labeler and memory: also what a launch looks at before it loads the policy.
 
     Args:
-        images: of the study that has most.
+        studies: by split; empty where the manifest cannot be read.
     """
+    images = most_images([study for part in studies.values() for study in part])
     findings = [examined("policy", lambda: _policy(recipe)), tokenizer_finding(recipe)]
+    if studies and findings[-1].state != "failure":
+        findings.append(examined("texts", lambda: check_texts(recipe, studies, task=task)))
     asked = recipe.policy
     if asked.attention == "flash_attn":
         findings.append(examined("flash-attn", lambda: chosen_attention(asked.attention, asked.dtype, place.devices)))
@@ -106,6 +113,7 @@ def static_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
         reward = recipe.reward
         findings += [
             examined("labeler", lambda: check_labeler(reward.labeler, reward.tokenizer)),
+            *held_out_finding(recipe),
             device_of_labeler(recipe, place.gpus),
             *radeval_finding(recipe),
             *judge_findings(recipe),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -24,11 +25,17 @@ class Finding:
 
 
 def examined(name: str, look: Callable[[], str]) -> Finding:
-    """What `look` says, or what it refuses: messages of the project's own checks carry their remedy."""
+    """What `look` says, or what it refuses: messages of the project's own checks carry their remedy. A check that fails
+    itself is a finding too, so that it takes nobody else's with it.
+    """
     try:
         return Finding(name, "ok", look())
     except (ValueError, OSError) as error:
         return Finding(name, "failure", str(error))
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"this could not be looked at: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        return Finding(name, "failure", text, "please report it, with the file that it was about")
 
 
 def as_json(findings: list[Finding]) -> str:

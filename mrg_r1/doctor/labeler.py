@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from mrg_r1.config.paths import check_labeler_path
-from mrg_r1.config.recipe import Recipe
-from mrg_r1.doctor.finding import Finding
+from mrg_r1.config.recipe import Recipe, held_out_is_rewarded
+from mrg_r1.doctor.finding import Finding, examined
 from mrg_r1.labels import loading
 from mrg_r1.labels.chexbert import CheXbert
 from mrg_r1.labels.tokenizer import PUBLISHED_VOCABULARY, read_tokenizer, require_uncased
@@ -17,14 +17,17 @@ from mrg_r1.labels.tokenizer import PUBLISHED_VOCABULARY, read_tokenizer, requir
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def check_labeler(path: Path, tokenizer: str | None) -> str:
+def check_labeler(path: Path, tokenizer: str | None, *, field: str = "reward.labeler") -> str:
     """Refuse a labeler whose tensors are not, by name and shape, those of its network, or whose tokenizer cannot be
     had.
+
+    Args:
+        field: of the recipe, which names it.
 
     Raises:
         ValueError, OSError: names the file, what is wrong and the remedy.
     """
-    check_labeler_path("reward.labeler", path)
+    check_labeler_path(field, path)
     if path.is_dir():
         config, state = loading.read_directory(path)
         words = read_tokenizer(tokenizer if tokenizer is not None else str(path))
@@ -39,6 +42,21 @@ def check_labeler(path: Path, tokenizer: str | None) -> str:
         f"{path}: {sum(tensor.numel() for tensor in state.values()) / 1e6:.1f} million parameters, "
         f"{words.get_vocab_size()} words"
     )
+
+
+def held_out_finding(recipe: Recipe) -> list[Finding]:
+    """Whether the held-out labeler is one, and another than the rewarded, where a recipe has one and evaluates."""
+    path, tokenizer = recipe.evaluation.held_out_labeler, recipe.evaluation.held_out_tokenizer
+    if path is None or recipe.phases != "all":
+        return []
+
+    def look() -> str:
+        said = check_labeler(path, tokenizer, field="evaluation.held_out_labeler")
+        if path.resolve() == recipe.reward.labeler.resolve():
+            raise ValueError(held_out_is_rewarded(recipe))
+        return said
+
+    return [examined("held-out labeler", look)]
 
 
 def labeler_bytes(recipe: Recipe) -> int:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 from mrg_r1.config.recipe import Recipe
-from mrg_r1.cores import read_cores
+from mrg_r1.cores import read_cores, visible_device
 from mrg_r1.doctor.finding import Finding, examined
 from mrg_r1.metrics.radeval import RadEval
 from mrg_r1.reward.judge import TRIAL, Judge, is_url
-from mrg_r1.reward.outside import metrics_of
+from mrg_r1.reward.outside import is_own, metrics_of
 
 _OF_LABELS = ("mccs", "ccs", "ce_f1")  # terms whose break-evens are other ones than additive's
+
+_IMPORTED = "imported\n"
+_IMPORT = f"""import sys
+from mrg_r1.reward.terms import load_callable
+load_callable(sys.argv[1])
+print({_IMPORTED!r}, end="")
+"""
 
 
 def reward_findings(recipe: Recipe) -> list[Finding]:
@@ -73,3 +83,26 @@ def judge_findings(recipe: Recipe) -> list[Finding]:
         return f"{url}: answers; of two invented reports, the first right, {scores[0]:g} and {scores[1]:g}"
 
     return [examined("judge", partial(look, url)) for url in reward.weights if is_url(url)]
+
+
+def own_term_findings(recipe: Recipe) -> list[Finding]:
+    """Whether each term of the user's own can be imported: by a process that stands where the reward service will, so
+    that what a module prints, keeps or ends is its own.
+    """
+    reward = recipe.reward
+
+    def look(name: str) -> str:
+        command = [sys.executable, "-c", _IMPORT, name]  # with -c, as with the service's -m, this folder is on the path
+        environment = os.environ | visible_device(reward.device)
+        try:
+            child = subprocess.run(command, capture_output=True, text=True, timeout=reward.timeout, env=environment)
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(f"{name}: not imported in {reward.timeout:g} s (reward.timeout)") from error
+        if not child.stdout.endswith(_IMPORTED):
+            last = ([line for line in child.stderr.splitlines() if line.strip()] or [f"exit code {child.returncode}"])[
+                -1
+            ]
+            raise ValueError(f"{name}: its module cannot be imported: {last.removeprefix('ValueError: ')}")
+        return f"{name}: imported"
+
+    return [examined("reward term", partial(look, name)) for name in reward.weights if is_own(name)]

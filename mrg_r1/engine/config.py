@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,32 @@ _UNTRIED = {  # and what it holds where it is off
     "zero_quantized_weights": False,
     "zero_quantized_nontrainable_weights": False,
     "zero_quantized_gradients": False,
-    "mics_shard_size": -1,
     "zenflow": None,
 }
+# Keys that DeepSpeed reads as another one, past the checks below, or that change what a step computes; and what to do.
+_REFUSED = {
+    "bfloat16": 'it is an older name: write "bf16": {"enabled": "auto"}',
+    "amp": "policy.dtype says the precision",
+    "torch_autocast": "policy.dtype says the precision",
+    "gradient_allreduce_op": "gradients are averaged, and the loss is scaled for that",
+    "elasticity": "the batch comes from the recipe",
+    "zero_optimization.cpu_offload": 'it is an older name: write "offload_optimizer": {"device": "cpu"}',
+    "zero_optimization.cpu_offload_param": 'it is an older name: write "offload_param": {"device": "cpu"}',
+    "zero_optimization.cpu_offload_use_pin_memory": "it is an older name: write pin_memory inside offload_optimizer "
+    "or offload_param",
+    "zero_optimization.param_persistence_threshold": f"it is another name: write {_THRESHOLD}",
+    # what the releases that are supported here refuse themselves, once the policy is loaded
+    **dict.fromkeys(
+        (
+            *("nebula", "compression_training", "quantize_training", "sparse_gradients", "eigenvalue"),
+            *("sparse_attention", "graph_harvesting", "curriculum_learning", "progressive_layer_drop"),
+            *("zero_optimization.mics_shard_size", "zero_optimization.mics_hierarchical_params_gather"),
+            "zero_optimization.zeropp_loco_param",
+        ),
+        "DeepSpeed has it no more",
+    ),
+}
+_LARGEST = 2.0**63  # of any number: DeepSpeed's own largest default
 # What each key holds; others are DeepSpeed's to check. Within an object a key stands for itself wherever it is.
 _OBJECTS = ("zero_optimization", "bf16", "fp16", "offload_param", "offload_optimizer", "optimizer", "scheduler")
 _POSITIVE = (
@@ -30,7 +53,7 @@ _POSITIVE = (
 _COUNTS = (
     "allgather_bucket_size sub_group_size stage3_prefetch_bucket_size stage3_param_persistence_threshold "
     "stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance "
-    "stage3_module_granularity_threshold prefetch_bucket_size param_persistence_threshold model_persistence_threshold "
+    "stage3_module_granularity_threshold prefetch_bucket_size model_persistence_threshold "
     "max_live_parameters max_reuse_distance module_granularity_threshold buffer_count buffer_size max_in_cpu"
 ).split()
 _SWITCHES = (
@@ -46,17 +69,15 @@ def read_config(path: Path) -> dict[str, Any]:
     """A DeepSpeed configuration that can be run, without the values that are "auto": they are as good as absent.
 
     Raises:
-        ValueError: not JSON, or no object; a value of the wrong kind; a stage other than 1, 2 and 3; an optimizer or
-            scheduler of its own; fp16; an offload that is not supported. Names the file and the key.
+        ValueError: not JSON, or no object; a value of the wrong kind, a number that is not finite; a key that DeepSpeed
+            takes for another one; a stage other than 1, 2 and 3; an optimizer or scheduler of its own; another
+            precision than the recipe's; an offload that is not supported. Names the file and the key.
     """
     try:
-        config: Any = parse_json(path.read_text(encoding="utf-8"), unique=True, finite=True)
-    except ValueError as error:  # also where it is not UTF-8
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: {json.dumps(config)[:40]} is no object of settings; ds_configs/ has examples")
-    _drop_auto(config)
-    _check_values(path, config, "")
+        config = _read_values(path)
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply to be read; ds_configs/ has examples") from error
+    _refuse_keys(path, config)
     zero = config.setdefault("zero_optimization", {})
     stage = zero.get("stage")
     if stage not in (1, 2, 3) or not isinstance(stage, int) or isinstance(stage, bool):
@@ -86,12 +107,48 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _read_values(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: not JSON, or no object; a value of the wrong kind.
+    """
+    try:
+        config: Any = parse_json(path.read_text(encoding="utf-8"), unique=True, finite=True)
+    except ValueError as error:  # also where it is not UTF-8
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: {json.dumps(config)[:40]} is no object of settings; ds_configs/ has examples")
+    _drop_auto(config)
+    _check_values(path, config, "")
+    return config
+
+
 def _drop_auto(node: dict[str, Any]) -> None:
     for key, value in list(node.items()):
         if value == "auto":
             del node[key]
         elif isinstance(value, dict):
             _drop_auto(value)
+
+
+def _refuse_keys(path: Path, config: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: a key of `_REFUSED`, whatever its value is.
+    """
+    for key, reason in _REFUSED.items():
+        section, _, name = key.rpartition(".")
+        if name in (config.get(section, {}) if section else config):
+            raise ValueError(f"{path}: {key} is not supported; remove it ({reason})")
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """Those that a value is, or has in lists."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _numbers(one)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def _check_values(path: Path, node: dict[str, Any], above: str) -> None:
@@ -116,6 +173,8 @@ def _check_values(path: Path, node: dict[str, Any], above: str) -> None:
             right, expected = isinstance(value, str), '"cpu" or "none"'
         else:
             right, expected = True, ""
+        if right and not all(abs(one) <= _LARGEST for one in _numbers(value)):  # 1e400 is read as infinity
+            right, expected = False, f"a finite number, {_LARGEST:.0e} at most"
         if not right:
             raise ValueError(
                 f'{path}: {above}{key} is {json.dumps(value)[:60]}; write {expected}, or "auto", or remove it'

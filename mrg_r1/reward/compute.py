@@ -22,7 +22,7 @@ from mrg_r1.labels.sentences import sentences
 from mrg_r1.metrics.wording import contradictions
 from mrg_r1.report_format import Mode, Style, format_score, parse
 from mrg_r1.reward import terms
-from mrg_r1.reward.outside import OutsideSettings, is_outside, open_terms
+from mrg_r1.reward.outside import OutsideSettings, is_own, open_terms
 from mrg_r1.reward.reading import Labeler, LabelError, Reader, problem_of
 from mrg_r1.types import Rewards
 
@@ -118,8 +118,9 @@ class RewardFunction:
         self.format_style: Style = format_style
         self.mode: Mode = mode
         self.normalise: Normalise = normalise
-        own = [name for name in weights if ":" in name and not is_outside(name)]
-        self._custom: dict[str, terms.CustomTerm] = {name: terms.load_callable(name) for name in own}
+        self._custom: dict[str, terms.CustomTerm] = {
+            name: terms.load_callable(name) for name in weights if is_own(name)
+        }
         settings = outside if isinstance(outside, OutsideSettings) else OutsideSettings.of(outside)
         others, self.workers = open_terms(list(weights), settings)
         self._custom |= others

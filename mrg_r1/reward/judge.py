@@ -64,7 +64,7 @@ class HttpSettings:
 
 def is_url(name: str) -> bool:
     """Whether a term is a judge."""
-    return name.startswith(("http://", "https://"))
+    return name.lower().startswith(("http://", "https://"))
 
 
 def require_url(url: str, send_text_to: Iterable[str] | None = None) -> SplitResult:
@@ -76,6 +76,11 @@ def require_url(url: str, send_text_to: Iterable[str] | None = None) -> SplitRes
     Raises:
         ValueError: names it.
     """
+    if any(not "!" <= letter <= "~" for letter in url):  # HTTP carries no other, and `urlsplit` drops line breaks
+        raise ValueError(
+            f"reward term {url!r}: a URL is written in ASCII without spaces; write other letters of its path as "
+            "%XX (urllib.parse.quote), those of its host in its xn-- form"
+        )
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -181,7 +186,8 @@ class Judge:
             return content
         except TimeoutError as error:
             raise _Problem(f"no answer in {self.settings.timeout:g} s") from error
-        except (OSError, http.client.HTTPException) as error:
+        # UnicodeError: a host's name that no look-up takes
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             raise _Problem(f"{type(error).__name__}: {error}") from error
         finally:
             connection.close()
@@ -208,7 +214,7 @@ def _numbers(body: bytes, count: int) -> list[float]:
     """`scores` of an answer; NaN and infinities are numbers, for the caller to name the studies."""
     try:
         content = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # brackets in brackets in brackets
         raise _Problem(f"an answer of {len(body):,} bytes that is not JSON") from error
     scores = content.get("scores") if isinstance(content, dict) else None
     if not isinstance(scores, list):
@@ -217,4 +223,7 @@ def _numbers(body: bytes, count: int) -> list[float]:
         raise _Problem(f"{len(scores)} scores for {count} reports")
     if any(isinstance(one, bool) or not isinstance(one, int | float) for one in scores):
         raise _Problem("scores that are no numbers")
-    return [float(one) for one in scores]
+    try:
+        return [float(one) for one in scores]
+    except OverflowError as error:  # JSON's integers have no end
+        raise _Problem("scores larger than any float") from error

@@ -61,6 +61,23 @@ def is_outside(name: str) -> bool:
     return name.startswith(PREFIX) or is_url(name)
 
 
+def is_own(name: str) -> bool:
+    """Whether a term is the user's own, `module:function`."""
+    return ":" in name and not is_outside(name)
+
+
+def parts_of_own(name: str) -> tuple[str, str]:
+    """Module and function of a term of the user's own.
+
+    Raises:
+        ValueError: not `module:function`.
+    """
+    module_name, _, function_name = name.partition(":")
+    if not all(part and part == part.strip() for part in module_name.split(".")) or not function_name.isidentifier():
+        raise ValueError(f"reward term {name!r}: expected 'module:function', such as 'my_terms:brevity'")
+    return module_name, function_name
+
+
 def require_outside(name: str) -> None:
     """Refuse a metric that is none, one that no report can be rewarded by, and a URL that is none.
 

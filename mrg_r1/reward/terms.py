@@ -18,7 +18,7 @@ from sacrebleu.metrics.bleu import BLEU
 from mrg_r1.labels.observations import NO_FINDING, OBSERVATIONS, POSITIVE, signed_vector
 from mrg_r1.metrics.wording import repetition
 from mrg_r1.reward.additive import additive
-from mrg_r1.reward.outside import is_outside, require_outside
+from mrg_r1.reward.outside import is_outside, is_own, parts_of_own, require_outside
 
 Floats = NDArray[np.float32]
 CONTRADICTION = "contradiction"  # the term for which each sentence is read by itself
@@ -309,7 +309,9 @@ def require_known(names: Iterable[str]) -> None:
     for name in names:
         if is_outside(name):
             require_outside(name)
-        elif name not in BUILT_IN and ":" not in name:
+        elif is_own(name):
+            parts_of_own(name)
+        elif name not in BUILT_IN:
             raise ValueError(
                 f"reward term {name!r} is unknown; allowed are {', '.join(BUILT_IN)}, 'module:function', "
                 "'radeval:METRIC' and 'http://HOST:PORT/PATH'"
@@ -353,9 +355,7 @@ def load_callable(name: str) -> CustomTerm:
         ValueError: a name that is not `module:function`, a module that cannot be found, or a function that is not in it
             or not callable. An exception inside the module's own code is passed on as it is.
     """
-    module_name, separator, function_name = name.partition(":")
-    if not (separator and module_name and function_name.isidentifier()):
-        raise ValueError(f"reward term {name!r}: expected 'module:function', such as 'my_terms:brevity'")
+    module_name, function_name = parts_of_own(name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -16,15 +16,18 @@ from mrg_r1.metrics.renamed import todays_names
 from mrg_r1.metrics.seeds import t_interval
 from mrg_r1.tracking.control import control_name
 from mrg_r1.tracking.evaluation_tables import reference_sources
+from mrg_r1.tracking.page.clinical import radeval_of
 from mrg_r1.tracking.page.reading import read_json
 from mrg_r1.tracking.terminal import where_time_went
 
+_RADEVAL = "radeval:"
 _LEGEND = {  # part of a key -> what it means, said where such a row is shown
     "disease_": "micro13, macro13: F1 of 13 diseases, pooled and averaged, as the labeler reads reports and references",
     "_truth": "truth: against what the phantoms were drawn from",
     "repeated_sentence": "repeated_sentence: reports in which a whole sentence stands twice; repetition: share of "
     "sentences or phrases said before; contradiction: reports that affirm and deny one observation",
     "held_out": "held_out: by a labeler that is not rewarded",
+    _RADEVAL: "radeval: means over reports, as RadEval's metrics give them (evaluation.radeval)",
 }
 
 
@@ -45,6 +48,20 @@ def read_summary(run: Path) -> dict[str, Any]:
     return summary
 
 
+def _with_radeval(run: Path) -> dict[str, Any]:
+    """RUN/summary.json, and in its `before` and `after` what RadEval's metrics gave on average, by `radeval:NAME`.
+
+    Raises:
+        ValueError: as `read_summary`; an evaluation that cannot be read.
+    """
+    summary = read_summary(run)
+    for when, file in (("before", "test_before.json"), ("after", "test.json")):
+        scores = radeval_of(read_json(run / "evaluation" / file))["scores"]
+        if summary[when] is not None:
+            summary[when] |= {f"{_RADEVAL}{name}": score["mean"] for name, score in scores.items()}
+    return summary
+
+
 def print_report(runs: Sequence[Path], *, control: Path | None = None, arms: Sequence[str] = ()) -> None:
     """Print before and after of each run; with a control, beside it; with several runs, the mean gain and its spread.
 
@@ -58,14 +75,14 @@ def print_report(runs: Sequence[Path], *, control: Path | None = None, arms: Seq
         ValueError: as `read_summary`.
     """
     console = wide_console()
-    summaries = [read_summary(run) for run in runs]
+    summaries = [_with_radeval(run) for run in runs]
     if not arms and all((run / "control" / "summary.json").is_file() for run in runs):
         arms = ["control"]
-    others = {arm: [read_summary(run / arm) for run in runs] for arm in arms} if len(runs) > 1 else {}
+    others = {arm: [_with_radeval(run / arm) for run in runs] for arm in arms} if len(runs) > 1 else {}
     for run, summary in zip(runs, summaries, strict=True):
         # a run keeps its control in RUN/control
         beside = control if control is not None and len(runs) == 1 else run / "control"
-        compared = read_summary(beside) if (beside / "summary.json").is_file() else None
+        compared = _with_radeval(beside) if (beside / "summary.json").is_file() else None
         console.print(_before_after(run, summary, compared))
         stage = f", ZeRO-{summary['zero_stage']}" if summary["zero_stage"] else ""  # none where nothing was learned
         labelers = sum(summary.get("labeler_cpu_seconds", {}).values())
@@ -103,7 +120,7 @@ def seeds_as_json(runs: Sequence[Path], arms: Sequence[str] = ()) -> dict[str, A
     """
     seeds: dict[str, Any] = {}
     for run in runs:
-        summary = read_summary(run)
+        summary = _with_radeval(run)
         seed = str(summary["seed"])
         if seed in seeds:
             raise ValueError(f"{run}: a second run of seed {seed}; give one run a seed")
@@ -111,8 +128,8 @@ def seeds_as_json(runs: Sequence[Path], arms: Sequence[str] = ()) -> dict[str, A
         seeds[seed] = {
             "before": summary["before"],
             "after": summary["after"],
-            "control": read_summary(beside)["after"] if (beside / "summary.json").is_file() else None,
-            "arms": {arm: read_summary(run / arm)["after"] for arm in arms if arm != "control"},
+            "control": _with_radeval(beside)["after"] if (beside / "summary.json").is_file() else None,
+            "arms": {arm: _with_radeval(run / arm)["after"] for arm in arms if arm != "control"},
             "best": summary.get("best"),
             "training_cpu_seconds": summary.get("training_cpu_seconds"),
             "world_size": summary["world_size"],

@@ -19,11 +19,13 @@ from mrg_r1.console import progress
 from mrg_r1.data.loader import prompts_ahead
 from mrg_r1.data.study import check_images
 from mrg_r1.doctor.inputs import read_splits
+from mrg_r1.doctor.texts import check_prompts
 from mrg_r1.engine.ranks import OneRank
 from mrg_r1.evaluation.probe import Sample, measure, outlook, verdict
 from mrg_r1.grpo.advantages import without_signal
 from mrg_r1.grpo.loss import Metrics
 from mrg_r1.policy.family import family_of, lora_pattern
+from mrg_r1.policy.load import load_tokenizer
 from mrg_r1.policy.lora import add_lora
 from mrg_r1.policy.policy import Policy
 from mrg_r1.reward.service.interface import RewardService
@@ -79,6 +81,7 @@ def probe(recipe: Recipe, *, studies: int, updates: bool = True) -> dict[str, An
     check_recipe(recipe, world_size=1, task="grpo")
     lora_pattern(family_of(recipe.policy.path), recipe.policy.lora.targets)
     chosen, train = _studies(recipe, studies)
+    check_prompts(recipe, chosen, load_tokenizer(recipe.policy.path))
     ranks = OneRank("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="mrg-r1-probe-") as folder:
         recipe = recipe.model_copy(update={"output_dir": Path(folder), "control": None})
@@ -88,8 +91,6 @@ def probe(recipe: Recipe, *, studies: int, updates: bool = True) -> dict[str, An
             # B is 0: the policy as it was, with what a step trains
             add_lora(policy, **recipe.policy.lora.model_dump(), seed=recipe.seed)
             build = open_builder(recipe, ranks, policy)
-            for study in chosen:
-                build.check_context(study)
             opened = rewards.open_rewards(recipe, ranks, supervisor, {"train": train, "val": chosen, "test": []})
         except BaseException:
             if supervisor is not None:

@@ -169,8 +169,6 @@ def open_run(recipe: Recipe, ranks: Ranks, *, task: Task) -> Run:
     held_out_supervisor = rewards.start_held_out(recipe, ranks) if has_held_out else None
     policy = open_policy(recipe, ranks, checked.partition)
     build = open_builder(recipe, ranks, policy)
-    for study in [study for part in studies.values() for study in part]:
-        build.check_context(study)
     met = {  # the studies whose references the run can need
         "train": studies["train"],
         "val": studies["val"][: recipe.evaluation.max_studies],

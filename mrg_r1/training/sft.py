@@ -13,16 +13,14 @@ from torch import Tensor
 
 from mrg_r1.config.control import at_equal_time
 from mrg_r1.config.recipe import Recipe, RecipeError
-from mrg_r1.data.loader import StudyLoader, special_tokens
+from mrg_r1.data.loader import StudyLoader
+from mrg_r1.doctor.texts import text_to_learn, too_long
 from mrg_r1.engine.faults import Signals
 from mrg_r1.engine.ranks import Ranks
 from mrg_r1.engine.zero import Engine
-from mrg_r1.labels.observations import NO_FINDING
-from mrg_r1.phantom.wording import think_text
 from mrg_r1.policy.load import save_policy
 from mrg_r1.policy.logprobs import micro_batches
 from mrg_r1.policy.lora import add_lora, save_adapter
-from mrg_r1.report_format import has_tag, target_text
 from mrg_r1.tracking.log import Clock
 from mrg_r1.tracking.terminal import Budget
 from mrg_r1.training.preflight import is_finished
@@ -91,56 +89,13 @@ def target_ids(run: Run, study: Study) -> list[int]:
     """The ids to learn for a study, EOS last.
 
     Raises:
-        RecipeError: think mode on a study without labels to think of, or a target longer than a completion may be.
+        RecipeError: as `doctor.texts.check_targets` before the run.
     """
-    assert study.report is not None  # `Run.learned`
-    recipe, think = run.recipe, None
-    if recipe.prompt.mode == "think":
-        if not study.rendered or study.said is None:
-            raise RecipeError(
-                f"study {study.id}: SFT in think mode needs a rendered study with said labels, from which the "
-                "think text is made; real data has no think text: use prompt.mode=plain, or let GRPO's prompt and "
-                "format reward alone bring the think block"
-            )
-        think = think_text(study.said, range(NO_FINDING))
-    text = target_text(study.report, think, recipe.prompt.mode)
+    text, limit = text_to_learn(study, run.recipe), run.recipe.rollout.max_new_tokens
     ids: list[int] = run.policy.tokenizer(text, add_special_tokens=False)["input_ids"] + [run.policy.end_id]
-    if len(ids) > recipe.rollout.max_new_tokens:
-        raise RecipeError(
-            f"study {study.id}: a target of {len(ids)} tokens, rollout.max_new_tokens is "
-            f"{recipe.rollout.max_new_tokens}; raise it (a cut target would teach the policy not to end)"
-        )
+    if len(ids) > limit:
+        raise RecipeError(too_long(study, len(ids), limit))
     return ids
-
-
-def check_reports(run: Run) -> None:
-    """Refuse reports to be learned that have a special token, or in think mode a tag of the format, spelled out.
-
-    The tokenizer would read the token as itself: an end in mid-report would be learned, or an image's place, whose
-    probability is zero and its loss infinite. Reports that only serve as references need no such check: labelers and
-    metrics have other tokenizers, and the policy never reads them.
-
-    Raises:
-        RecipeError: names the study and the token.
-    """
-    tokenizer, think = run.policy.tokenizer, run.recipe.prompt.mode == "think"
-    unsafe = {*special_tokens(tokenizer), *tokenizer.convert_ids_to_tokens(run.policy.eos_ids)}
-    # ids that are never sampled, an image's say: added tokens need not be special to be read as such
-    added = tokenizer.added_tokens_decoder
-    unsafe |= {str(added[token]) for token in run.policy.banned.nonzero().flatten().tolist() if token in added}
-    for study in run.learned:
-        report = study.report or ""
-        found = next((token for token in sorted(unsafe) if token in report), None)
-        if found is not None:
-            raise RecipeError(
-                f"study {study.id}: its report contains {found}, a special token of the policy's tokenizer; take it "
-                "out of the text"
-            )
-        if think and has_tag(report):
-            raise RecipeError(
-                f"study {study.id}: its report contains a tag of think mode (<think>, <report>), and would break the "
-                "format that is to be learned; take it out of the text"
-            )
 
 
 def train(recipe: Recipe, ranks: Ranks) -> None:
@@ -150,7 +105,6 @@ def train(recipe: Recipe, ranks: Ranks) -> None:
     recipe = ranks.from_main(lambda: at_equal_time(recipe, world_size=ranks.world_size), RecipeError)
 
     def make_trainable(run: Run) -> None:
-        check_reports(run)
         if recipe.sft.trainable == "lora":
             add_lora(run.policy, **recipe.policy.lora.model_dump(), seed=recipe.seed)
         else:

@@ -204,6 +204,8 @@ def names(*said: object) -> Callable[[Path, pytest.MonkeyPatch], list[object]]:
         ("labeler", damaged("labeler/tokenizer.json", '{"a": 1}'), []),
         ("labeler", damaged("labeler/config.json", "[]"), []),
         ("labeler", odd_labeler_config, []),
+        ("held-out labeler", names("held_out_labeler /nowhere"), ["evaluation.held_out_labeler=/nowhere"]),
+        ("held-out labeler", names("is reward.labeler"), ["evaluation.held_out_labeler={parent}/world/labeler"]),
         ("labeler's device", names("reward.device=cpu"), ["reward.device=cuda:7"]),
         ("images", truncated_image, []),
         ("data", names("data.test_split 'tset'", "['test', 'train', 'val']"), ["data.test_split=tset"]),

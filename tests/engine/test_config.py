@@ -35,7 +35,7 @@ def test_shipped_configurations_can_be_run(path):
         ({"stage": 3, "zero_hpz_partition_size": 8}, {}, "zero_hpz_partition_size is not supported"),
         ({"stage": 3, "zero_hpz_partition_size": True}, {}, "zero_hpz_partition_size is not supported"),
         ({"stage": 3, "zero_quantized_weights": "false"}, {}, "zero_quantized_weights is not supported"),
-        ({"stage": 3, "mics_shard_size": 2}, {}, "mics_shard_size is not supported"),
+        ({"stage": 3, "mics_shard_size": -1}, {}, "mics_shard_size is not supported"),
         ({"stage": 3, "offload_param": {"device": "nvme"}}, {}, "offload_param.device is 'nvme'; cpu is supported"),
         ({"stage": 2, "offload_param": {"device": "cpu"}}, {}, "offload_param with stage 2"),
         ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}, "zero_force_ds_cpu_optimizer: false"),
@@ -46,8 +46,42 @@ def test_what_cannot_be_run_is_refused(tmp_path, zero, more, message):
         read_config(write(tmp_path, zero, **more))
 
 
+@pytest.mark.parametrize(
+    ("zero", "more", "named"),
+    [
+        ({"cpu_offload": True}, {}, ["zero_optimization.cpu_offload ", '"offload_optimizer": {"device": "cpu"}']),
+        ({"cpu_offload": False}, {}, ["zero_optimization.cpu_offload ", "remove it"]),
+        ({"cpu_offload_param": True}, {}, ["cpu_offload_param ", '"offload_param": {"device": "cpu"}']),
+        ({"cpu_offload_use_pin_memory": True}, {}, ["cpu_offload_use_pin_memory ", "pin_memory"]),
+        ({"param_persistence_threshold": 10}, {}, ["write stage3_param_persistence_threshold"]),
+        ({}, {"bfloat16": {"enabled": True}}, ["bfloat16 ", '"bf16": {"enabled": "auto"}']),
+        ({}, {"amp": {"enabled": True}}, ["amp ", "policy.dtype"]),
+        ({}, {"torch_autocast": {"enabled": True}}, ["torch_autocast ", "policy.dtype"]),
+        ({}, {"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op ", "averaged"]),
+        ({}, {"elasticity": {"enabled": False}}, ["elasticity ", "recipe"]),
+    ],
+)
+def test_a_key_by_another_name_does_not_go_round_the_checks(
+    tmp_path: Path, zero: dict, more: dict, named: list[str]
+) -> None:
+    path = write(tmp_path, {"stage": 2, **zero}, **more)
+    with pytest.raises(ValueError) as error:
+        read_config(path)
+    assert [part for part in (f"{path}: ", *named) if part not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e400", "1" + "0" * 400])
+@pytest.mark.parametrize("key", ["gradient_clipping", "reduce_bucket_size", "stage3_max_live_parameters", "ratio"])
+@pytest.mark.parametrize("written", ["{}", "[1, {}]"], ids=["bare", "list"])
+def test_a_number_without_end_is_named(tmp_path: Path, number: str, key: str, written: str) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(f'{{"zero_optimization": {{"stage": 2, "{key}": {written.format(number)}}}}}')
+    with pytest.raises(ValueError, match=f"zero.json: zero_optimization.{key} is "):
+        read_config(path)
+
+
 def test_what_is_not_supported_may_be_written_as_off(tmp_path):
-    off = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "mics_shard_size": -1, "zenflow": None}
+    off = {"zero_hpz_partition_size": 1, "zero_quantized_weights": False, "zenflow": None}
     assert read_config(write(tmp_path, {"stage": 3, **off}))["zero_optimization"] == {"stage": 3, **off}
 
 
@@ -147,7 +181,10 @@ def test_an_odd_value_elsewhere_is_named_too(tmp_path: Path, more: dict, key: st
     assert f"{path}: " in str(error.value) and key in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"null", b'"auto"', b"3", b"", b"{", b"\xff\xfe{}"])
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"null", b'"auto"', b"3", b"", b"{", b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 990 + b"1" + b"}" * 990],
+)
 def test_what_is_no_object_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "zero.json"
     path.write_bytes(content)

@@ -72,7 +72,7 @@ def two_readers(monkeypatch):
 
 
 def opened(world, tmp_path, *overrides):
-    (tmp_path / "held_out").mkdir(exist_ok=True)
+    shutil.copytree(world.folder / "labeler", tmp_path / "held_out", dirs_exist_ok=True)
     recipe = load_recipe(
         world.recipe(tmp_path / "run"),
         [f"evaluation.held_out_labeler={tmp_path / 'held_out'}", "evaluation.before=false", *overrides],

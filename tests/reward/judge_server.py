@@ -42,6 +42,9 @@ class Handler(BaseHTTPRequestHandler):
             "nan": b'{"scores": [' + b", ".join([b"NaN"] * len(scores)) + b"]}",
             "null": json.dumps({"scores": [None] * len(scores)}).encode(),
             "words": json.dumps({"scores": ["8"] * len(scores)}).encode(),
+            "nested": b"[" * 100_000,
+            "large": b'{"scores": [' + b", ".join([b"1" + b"0" * 400] * len(scores)) + b"]}",
+            "larger": b'{"scores": [' + b", ".join([b"1" + b"0" * 5000] * len(scores)) + b"]}",
             "bare": json.dumps(scores).encode(),
         }.get(fault, json.dumps({"scores": scores}).encode())
         self.send_response(int(fault) if fault.isdigit() else 200)

@@ -9,6 +9,7 @@ import pytest
 
 from mrg_r1.reward import judge as module
 from mrg_r1.reward.judge import HttpSettings, Judge, JudgeError, require_url
+from mrg_r1.reward.outside import is_own
 from tests.reward.judge_server import Judging, judging
 
 PAIRS = [("one two", "x"), ("one", "y"), ("one two three", "z")]
@@ -38,6 +39,9 @@ def test_reports_are_scored_in_batches_in_order(server: Judging) -> None:
         ("fewer", "1 scores for 2 reports"),
         ("null", "scores that are no numbers"),
         ("words", "scores that are no numbers"),
+        ("nested", "an answer of 100,000 bytes that is not JSON"),
+        ("large", "scores larger than any float"),
+        ("larger", "that is not JSON"),
         ("bare", 'an answer without {"scores"'),
         ("cut", "an answer that ends 10 bytes before its length"),
     ],
@@ -116,11 +120,30 @@ def test_a_name_of_this_machine_that_leads_elsewhere_is_sent_nothing(
         ("http:///score", "write http://HOST:PORT"),
         ("http://h:port/", "not a URL"),
         ("http://h/#a", "write http://HOST"),
+        ("http://h/s\u00e4", "'http://h/s\u00e4': a URL is written in ASCII"),
+        ("http://h\u00f6st/", "xn--"),
+        ("http://h/?q=\u00e4", "%XX"),
+        ("http://h/a b", "without spaces"),
+        ("http://h/a\nb", "without spaces"),
     ],
 )
 def test_what_is_no_url_is_refused(url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         require_url(url)
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 70])
+def test_a_name_that_no_look_up_takes_is_named(host: str) -> None:
+    with pytest.raises(JudgeError, match=f"http://{host}/: asked 1 times about 2 reports: Unicode"):
+        Judge(f"http://{host}/", HttpSettings(retries=0), [host]).try_out()
+
+
+def test_a_scheme_in_capitals_is_the_same_judge(server: Judging) -> None:
+    url = server.url.replace("http", "HTTP")
+    assert module.is_url(url) and not is_own(url)
+    assert Judge(url, SETTINGS).scores(PAIRS[:1]) == [0.2]
+    with pytest.raises(ValueError, match="would be sent to h.example"):
+        require_url("Https://H.example/", [])
 
 
 def test_a_password_is_refused_and_not_repeated() -> None:

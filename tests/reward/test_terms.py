@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mrg_r1.reward.terms import bleu4, ccs, ce_f1, inverse_prevalence, length, load_callable, mccs, rouge_l
+from mrg_r1.reward.terms import (
+    bleu4,
+    ccs,
+    ce_f1,
+    inverse_prevalence,
+    length,
+    load_callable,
+    mccs,
+    require_known,
+    rouge_l,
+)
 
 VECTORS = st.lists(st.sampled_from([-1, 0, 1]), min_size=13, max_size=13)
 MARGINS = st.floats(0.0, 0.95)
@@ -225,6 +235,9 @@ def test_a_users_term_is_loaded_and_called() -> None:
         (":brevity", "module:function"),
         ("module:", "module:function"),
         ("module:a.b", "module:function"),
+        (" module:brevity", "module:function"),
+        (".module:brevity", "module:function"),
+        ("ftp://h/score", "module:function"),
         ("no_such_module:brevity", "no module 'no_such_module'"),
         ("tests.reward.no_such_module:brevity", "no module 'tests.reward.no_such_module'"),
         ("tests.reward.custom_terms:missing", "no function 'missing'"),
@@ -234,6 +247,9 @@ def test_a_users_term_is_loaded_and_called() -> None:
 def test_terms_that_cannot_be_loaded_say_why(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_callable(name)
+    if ":" in name and message == "module:function":  # seen in a recipe already
+        with pytest.raises(ValueError, match=message):
+            require_known([name])
 
 
 def test_a_users_own_missing_import_is_not_blamed_on_the_name() -> None:

@@ -150,3 +150,25 @@ def large_run(folder: Path, *, studies: int = 2000) -> tuple[Path, list[Study]]:
     )
     write_completions(run, 12, [thought | {"report": "Effusion."}])
     return run, [*test, *train]
+
+
+def by_radeval(mean: float, *, name: str = "radgraph_simple", **more: Any) -> dict[str, Any]:
+    """What an evaluation holds of RadEval's metrics."""
+    return {
+        "package": "radeval 2.2.1",
+        "python": "3.11.2",
+        "variants_of": "radeval 2.2.1",
+        "metrics": {
+            "radgraph": {"variant": "RadGraph-XL & <simple>", "weights_sha256": "5eed" * 16},
+            "bleu": {"variant": "sacreBLEU", "weights_sha256": None},
+        },
+        "scores": {
+            name: {"mean": mean, "ci": [mean - 0.01, mean + 0.01]},
+            "bleu": {"mean": 0.0625, "ci": [0.0125, 0.1875]},
+        },
+        "metric_of": {name: "radgraph", "bleu": "bleu"},
+        "left_out": {},
+        "studies": 1234,
+        "references_sha256": "0" * 64,
+        **more,
+    }

@@ -16,6 +16,7 @@ from mrg_r1.tracking import log as log_module
 from mrg_r1.tracking.log import Clock, RunLog
 from mrg_r1.tracking.report import print_report, read_summary, seeds_as_json, training_cpu_seconds, training_seconds
 from mrg_r1.types import Study, StudyImage
+from tests.tracking.page_runs import by_radeval
 
 OFF = TrackingSection(wandb="off")
 
@@ -255,6 +256,24 @@ def test_report_says_where_the_references_labels_are_from(tmp_path, capsys):
     print_report([tmp_path])
     text = " ".join(capsys.readouterr().out.split())
     assert "references' labels: what the manifest says (labels.said), of all 3 studies" in text
+
+
+def test_radevals_means_are_rows_of_a_run_its_control_and_the_gain_over_seeds(tmp_path, capsys):
+    runs = [tmp_path / "run0", tmp_path / "run1"]
+    for seed, run in enumerate(runs):
+        for folder, mean in ((run, 0.5 + 0.2 * seed), (run / "control", 0.4)):
+            (folder / "evaluation").mkdir(parents=True)
+            (folder / "summary.json").write_text(json.dumps(summary(0.5, 0.6, seed=seed)))
+            for name, value in (("test_before", 0.25), ("test", mean)):
+                (folder / f"evaluation/{name}.json").write_text(json.dumps({"radeval": by_radeval(value)}))
+    print_report(runs)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "radeval:radgraph_simple 0.250 0.500 +0.250 0.400 +0.150" in text
+    assert "radeval:radgraph_simple +0.350 ±1.271 2/2 +0.150 ±0.000 2/2 +0.200 ±1.271 2/2" in text
+    assert text.count("radeval: means over reports") == 1
+    seeds = seeds_as_json(runs)["seeds"]
+    assert seeds["1"]["after"]["radeval:radgraph_simple"] == pytest.approx(0.7)
+    assert seeds["1"]["control"]["radeval:radgraph_simple"] == pytest.approx(0.4)
 
 
 def test_rows_in_which_nobody_has_a_number_are_left_out(tmp_path, capsys):

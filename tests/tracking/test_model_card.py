@@ -24,7 +24,7 @@ from mrg_r1.policy.lora import load_adapter, save_adapter
 from mrg_r1.tracking.card.card import model_card
 from mrg_r1.tracking.card.facts import read_facts
 from tests.conftest import each_family, make_study, with_lora
-from tests.tracking.page_runs import labels, prediction, write_evaluated, write_metrics
+from tests.tracking.page_runs import by_radeval, labels, prediction, write_evaluated, write_metrics
 
 RECORD = {
     "kind": "adapter",
@@ -69,12 +69,12 @@ def change(run, section, **values):
     path.write_text(yaml.safe_dump(recipe))
 
 
-def evaluate(run, name="test", *, labeler=LABELER, studies=None):
+def evaluate(run, name="test", *, labeler=LABELER, studies=None, **more):
     studies = studies or run.studies
     said = labels(Cardiomegaly=1)
     rows = [prediction(study, "The heart is enlarged.", said, said) for study in studies]
     known = {"labeler": labeler, "reference_labels": {"said": 1, "read": 2, "labeler": labeler}}
-    return write_evaluated(run.folder, name, rows, studies, **known)
+    return write_evaluated(run.folder, name, rows, studies, **known, **more)
 
 
 def facts_of(run):
@@ -154,6 +154,27 @@ def test_who_else_has_read_the_reports_is_on_the_card(run):
     (run.folder / "evaluation/test.json").write_text(json.dumps({"n": 3, "definitions": {}}))
     with pytest.raises(ValueError, match="test.json: no field `baselines`"):
         card_of(run)
+
+
+def test_radevals_metrics_stand_with_version_weights_and_interval(run):
+    left_out = {"left_out": {"radcliq": "radcliq left out: not finite for studies smith_john (radcliq_v1)"}}
+    evaluate(run, "test_before", radeval=by_radeval(0.1234, name=HOSTILE))
+    evaluate(run, radeval=by_radeval(0.4321, name=HOSTILE, **left_out))
+    card = card_of(run)
+    assert "By radeval 2.2.1, means over 1,234 reports:" in card
+    assert "| 0.123 | 0.432 | 0.422–0.442 |" in card and "| `bleu` | 0.062 | 0.062 | 0.013–0.188 |" in card
+    assert f"RadGraph-XL \\& \\<simple\\>; weights' SHA-256 `{'5eed' * 16}`" in card
+    assert "- `bleu`: sacreBLEU; no weights" in card
+    assert "Asked of RadEval and not scored: `radcliq`." in card and "smith_john" not in card
+    assert headings(card) == HEADINGS and not [token for token in body(card) if token.type == "html_block"]
+    evaluate(run, radeval={"scores": {}, "left_out": {"radeval": "/data/smith_john/python: it did not start"}})
+    card = card_of(run)
+    assert (
+        "Asked of RadEval and not scored: `radeval`." in card and "smith_john" not in card and "By radeval" not in card
+    )
+    evaluate(run, radeval=None)
+    card = card_of(run)
+    assert "By radeval" not in card and "Asked of RadEval" not in card
 
 
 def test_data_stand_by_hash_size_and_studies(run):

@@ -24,6 +24,7 @@ from mrg_r1.types import LABELS_ONLY
 from tests.conftest import make_study
 from tests.tracking.page_runs import (
     EVIL,
+    by_radeval,
     completion,
     labels,
     prediction,
@@ -136,6 +137,28 @@ def test_a_prediction_of_a_study_that_is_not_in_the_manifest_counts_as_patient_d
     study = make_study(tmp_path, "gone", [(84, 84)])
     write_evaluated(run, "test", [prediction(study, "Clear.", labels(), labels())], [study])
     assert "Contains patient data" in Page(write_page(run, [])).text
+
+
+def test_radevals_metrics_stand_beside_the_lexical_ones_and_nothing_of_them_is_a_tag(run, tmp_path):
+    study = make_study(tmp_path, "one", [(84, 84)])
+    rows, wanted = [prediction(study, "Nothing.", labels(), labels())], {"left_out": {"radcliq": f"radcliq {EVIL}"}}
+    write_evaluated(run, "test_before", rows, [study], radeval=by_radeval(0.1234, name=EVIL))
+    plain = Page(write_page(run, [study]))
+    assert "0.123" in plain.text and "before training" in plain.text
+    write_evaluated(run, "test", rows, [study], radeval=by_radeval(0.4321, name=EVIL, **wanted))
+    page = Page(write_page(run, [study]))
+    text = " ".join(page.text.split())
+    assert f"{EVIL} RadEval, 95 % 0.422 to 0.4420.1230.432" in text, "a row: its interval, before and after"
+    assert "bleu RadEval, 95 % 0.013 to 0.1880.0620.062" in text
+    assert "means over 1234 reports by radeval 2.2.1" in text and "weights 5eed5eed5eed." in text
+    assert "RadGraph-XL & <simple>" in text and f"RadEval: radcliq {EVIL}" in text
+    assert page.tags.count("script") == plain.tags.count("script")
+    write_evaluated(run, "test", rows, [study], radeval={"scores": {}, "left_out": {"radeval": "it did not start"}})
+    text = Page(write_page(run, [study])).text
+    assert "RadEval: it did not start" in text and "form, RadEval" in text
+    write_evaluated(run, "test", rows, [study], radeval=None)
+    text = Page(write_page(run, [study])).text
+    assert "RadEval, 95 %" not in text and "lexical metrics" not in text and "form, RadEval" not in text
 
 
 def test_before_and_after_stand_beside_one_another_with_every_baseline(run, tmp_path):

@@ -5,15 +5,16 @@ nothing overwritten.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mrg_r1 import cli
 from mrg_r1.config.recipe import RecipeError, dump_recipe, load_recipe
-from mrg_r1.data.loader import PromptError
 from mrg_r1.data.study import ManifestError, read_manifest, write_manifest
 from mrg_r1.evaluation.generate import NOT_FOR_CLINICAL_USE, add_labels, shown_report
 from mrg_r1.labels.labeler import Labeler
@@ -25,6 +26,7 @@ from mrg_r1.training.evaluate_run import evaluate_run, evaluation_name
 from mrg_r1.training.run import open_run
 from mrg_r1.types import StudyImage
 from tests.conftest import OneRank, with_lora
+from tests.world import World
 
 KEYS = [
     "prompt.show_view=true",
@@ -341,9 +343,31 @@ def test_training_goes_on_demanding_references(finished, tmp_path):
         read_manifest(other)
 
 
+def test_what_a_report_cannot_be_written_with_is_refused_before_the_policy_is_loaded(
+    finished, world, tmp_path, capsys, monkeypatch
+):
+    """Words that its tokenizer would read as a token; a checkpoint that is not whole (`tests/policy` has each way)."""
+    image = read_manifest(world.folder / "phantoms/manifest.jsonl")[0].images[0].path
+    code, _, said = asked(capsys, image, "--run", finished, "--no-labeler", "--policy", headless(world, tmp_path))
+    assert code == 2 and "no tensor model.language_model.norm.weight" in said.replace("\n", " ")
+    monkeypatch.setattr("mrg_r1.policy.load.load_policy", lambda *args, **kwargs: pytest.fail("it was loaded"))
+    words = ("--indication", "Cough.<|im_end|>")
+    code, _, said = asked(capsys, image, "--run", finished, "--no-labeler", *words)
+    assert code == 2 and "its indication contains <|im_end|>" in said
+
+
+def headless(world: World, folder: Path) -> Path:
+    """The world's policy without its last norm."""
+    shutil.copytree(world.folder / "policy", folder / "headless")
+    tensors = load_file(folder / "headless/model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "model.norm" not in name}
+    save_file(kept, folder / "headless/model.safetensors", metadata={"format": "pt"})
+    return folder / "headless"
+
+
 def test_a_special_token_in_any_context_ends_the_launch_and_not_the_step_that_meets_it(finished, inline_rewards):
     studies = read_manifest(finished.parent / "manifest.jsonl")
     studies[2] = replace(studies[2], indication="cough <|im_start|>system")
     write_manifest(finished.parent / "manifest.jsonl", studies)
-    with pytest.raises(PromptError, match=rf"study {studies[2].id}: its indication contains <\|im_start\|>"):
+    with pytest.raises(RecipeError, match=rf"study {studies[2].id}: its indication contains <\|im_start\|>"):
         open_run(load_recipe(finished / "config.yaml", [f"output_dir={finished.parent}/new"]), OneRank(), task="grpo")

@@ -18,6 +18,8 @@ from mrg_r1.training.state import open_loader
 from tests.conftest import OneRank
 from tests.labels_only import WEIGHTS, all_of_them, every_other, labels_only
 
+ROOM = "rollout.max_new_tokens=99"  # for every report
+
 
 def opened(world, tmp_path, *overrides, task="grpo"):
     return open_run(load_recipe(world.recipe(tmp_path / "run"), overrides), OneRank(), task=task)
@@ -51,7 +53,7 @@ def test_sft_may_have_a_term_that_reads_words_where_only_training_studies_have_l
     monkeypatch.setattr("mrg_r1.training.run.open_policy", lambda *a: (_ for _ in ()).throw(KeyError("reached")))
     monkeypatch.setattr("mrg_r1.training.rewards.start_service", lambda recipe, ranks: None)
     with pytest.raises(KeyError, match="reached"):
-        opened(world, tmp_path, manifest, task="sft")
+        opened(world, tmp_path, manifest, ROOM, task="sft")
     with pytest.raises(RecipeError, match="length: read the reference's words, and 15 of the 32"):
         opened(world, tmp_path, manifest)
 
@@ -81,7 +83,7 @@ def test_sft_without_one_report_to_learn_is_refused(world, tmp_path, monkeypatch
 def test_sft_steps_through_the_studies_with_a_report_and_reads_labels_of_all(world, tmp_path, inline_rewards):
     manifest, studies = labels_only(world, tmp_path / "mixed", every_other)
     wanted = [study.id for study in studies.values() if study.split == "train" and study.report is not None]
-    run = opened(world, tmp_path, manifest, WEIGHTS, "data.sampling=rare_findings", task="sft")
+    run = opened(world, tmp_path, manifest, WEIGHTS, "data.sampling=rare_findings", ROOM, task="sft")
     assert [study.id for study in run.learned] == wanted and len(run.studies["train"]) == 16
     loader = open_loader(run, {"step": 0}, batch_size=4)
     assert {study.id for step in range(8) for study in loader.studies_of(step)} <= set(wanted)

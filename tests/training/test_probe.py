@@ -148,6 +148,17 @@ def test_a_bad_recipe_is_refused_by_the_command(capsys, world, tmp_path):
     assert "val_split" in refused(capsys, "probe", world.recipe(tmp_path / "run"), "data.val_split=nowhere")
 
 
+def test_what_cannot_be_sampled_from_is_refused_by_the_command(capsys, world, tmp_path):
+    shutil.copytree(world.folder / "policy", tmp_path / "policy")
+    tensors = load_file(tmp_path / "policy/model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "visual." not in name}
+    save_file(kept, tmp_path / "policy/model.safetensors", metadata={"format": "pt"})
+    path = world.recipe(tmp_path / "run")
+    said = refused(capsys, "probe", path, f"policy.path={tmp_path / 'policy'}", "--studies", 4, "--no-update")
+    assert "no tensor model.visual." in " ".join(said.split())
+    assert "prompt.instruction contains" in refused(capsys, "probe", path, "prompt.instruction=Write.<|im_end|>")
+
+
 def test_rewards_that_fail_are_named_by_the_command(capsys, world, tmp_path, monkeypatch):
     def fail(*rest):
         raise RewardError("the labeler failed: out of memory")

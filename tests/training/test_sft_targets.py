@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from mrg_r1.config.recipe import RecipeError, load_recipe
-from mrg_r1.data.loader import PromptError
+from mrg_r1.data.loader import PromptError, check_context, special_tokens
 from mrg_r1.data.study import read_manifest, write_manifest
+from mrg_r1.doctor.texts import check_reports, unsafe_tokens
 from mrg_r1.engine.zero import Engine
-from mrg_r1.policy.load import load_policy
-from mrg_r1.training.sft import check_reports, target_ids, train
+from mrg_r1.policy.load import load_tokenizer
+from mrg_r1.training.sft import target_ids, train
 from mrg_r1.types import Study
 from tests.conftest import OneRank
 
@@ -33,23 +34,22 @@ def test_a_report_with_a_special_token_is_refused_with_its_study(world, tmp_path
     assert bad.id in str(caught.value) and word in str(caught.value)
 
 
-def run_of(policy, report, mode):
-    study = SimpleNamespace(id="s-1", report=report, rendered=False, said=None)
-    recipe = SimpleNamespace(prompt=SimpleNamespace(mode=mode), rollout=SimpleNamespace(max_new_tokens=99))
-    return SimpleNamespace(policy=policy, recipe=recipe, studies={"train": [study]}, learned=[study])
+def study_of(report):
+    return Study("s-1", "p", (), report=report, split="train")
 
 
-def test_tags_are_refused_where_they_are_the_format_alone(policy):
-    report = "The heart is enlarged.</report>"
+def test_tags_are_refused_where_they_are_the_format_alone():
+    study = study_of("The heart is enlarged.</report>")
     with pytest.raises(RecipeError, match="s-1"):
-        check_reports(run_of(policy, report, "think"))
-    check_reports(run_of(policy, report, "plain"))
-    check_reports(run_of(policy, "The heart is < 1 > enlarged.", "think"))
+        check_reports([study], mode="think", unsafe=[])
+    check_reports([study], mode="plain", unsafe=[])
+    check_reports([study_of("The heart is < 1 > enlarged.")], mode="think", unsafe=[])
 
 
 def test_a_target_ends_as_the_template_ends_a_turn(policy):
-    run = run_of(policy, "The heart is enlarged.", "plain")
-    assert target_ids(run, run.studies["train"][0])[-1] == policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    recipe = SimpleNamespace(prompt=SimpleNamespace(mode="plain"), rollout=SimpleNamespace(max_new_tokens=99))
+    ids = target_ids(SimpleNamespace(policy=policy, recipe=recipe), study_of("The heart is enlarged."))
+    assert ids[-1] == policy.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_an_instruction_with_a_special_token_is_refused_by_field(policy, build):
@@ -57,7 +57,7 @@ def test_an_instruction_with_a_special_token_is_refused_by_field(policy, build):
         build(policy, instruction="Write.<|im_end|>")
 
 
-def test_what_the_template_writes_is_refused_however_it_is_marked(tiny_policy_directory, tmp_path, build):
+def test_what_the_template_writes_is_refused_however_it_is_marked(tiny_policy_directory, tmp_path):
     """Some tokenizers have their template's tokens among the added ones without calling them special."""
     folder = tmp_path / "policy"
     shutil.copytree(tiny_policy_directory, folder)
@@ -69,13 +69,14 @@ def test_what_the_template_writes_is_refused_however_it_is_marked(tiny_policy_di
     for name in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
         config.pop(name, None)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    policy = load_policy(folder, dtype=torch.float32)
+    tokenizer = load_tokenizer(folder)
+    unsafe = unsafe_tokens(folder, tokenizer)
     for word in ("<|im_start|>", "<|im_end|>", "<|image_pad|>"):
         with pytest.raises(RecipeError, match="s-1"):
-            check_reports(run_of(policy, f"The heart{word} is enlarged.", "plain"))
+            check_reports([study_of(f"The heart{word} is enlarged.")], mode="plain", unsafe=unsafe)
         study = Study("s-2", "p", (), report="x", split="train", indication=f"Cough. {word}")
         with pytest.raises(PromptError, match=r"s-2: its indication"):
-            build(policy, context=("indication",)).check_context(study)
+            check_context(study, ("indication",), special_tokens(tokenizer))
 
 
 @pytest.mark.parametrize("loss", [float("inf"), float("nan"), 2.0])

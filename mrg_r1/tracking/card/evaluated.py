@@ -52,7 +52,38 @@ def _one(before: Evaluation | None, after: dict[str, Any]) -> list[str]:
     if others:
         cells = [[text(row["name"]), _number(row["before"]), _number(row["last"])] for row in others]
         parts += ["What else was measured:", table(["of all studies", "before", "after"], cells)]
+    return [*parts, *_radeval(before, after)]
+
+
+def _radeval(before: Evaluation | None, after: Evaluation) -> list[str]:
+    """RadEval's means with what makes them comparable. Why a metric was left out may name studies and folders, which
+    are not for others: that it was is said.
+    """
+    found = clinical.radeval_of(after)
+    parts = []
+    if rows := clinical.radeval_rows(before, after):
+        cells = [
+            [
+                code(row["name"]),
+                _number(row["before"]),
+                _number(row["last"]),
+                "–".join(_number(bound) for bound in row["ci"]),
+            ]
+            for row in rows
+        ]
+        parts += [
+            f"By {text(found['package'])}, means over {found['studies']:,} reports:",
+            table(["RadEval", "before", "after", "95 % of it"], cells),
+            "\n".join(f"- {code(name)}: {_variant(metric)}" for name, metric in found["metrics"].items()),
+        ]
+    if found["left_out"]:
+        parts.append(f"Asked of RadEval and not scored: {', '.join(code(name) for name in found['left_out'])}.")
     return parts
+
+
+def _variant(metric: Mapping[str, Any]) -> str:
+    weights = metric["weights_sha256"]
+    return f"{text(metric['variant'])}; " + ("no weights" if weights is None else f"weights' SHA-256 {code(weights)}")
 
 
 def _definitions(rows: list[dict[str, Any]], *, baselines: bool = True) -> str:

@@ -95,6 +95,25 @@ def lexical_rows(before: Evaluation | None, after: Evaluation | None) -> list[di
     return [{"name": name, "before": first.get(name) if after else None, "last": value} for name, value in last.items()]
 
 
+def radeval_rows(before: Evaluation | None, after: Evaluation | None) -> list[dict[str, Any]]:
+    """A row an output of RadEval's metrics: its mean over reports before and after, and the later one's interval."""
+    last, first = radeval_of(after or before), radeval_of(before)
+    return [
+        {
+            "name": name,
+            "before": first["scores"].get(name, {}).get("mean") if after else None,
+            "last": score["mean"],
+            "ci": score["ci"],
+        }
+        for name, score in last["scores"].items()
+    ]
+
+
+def radeval_of(evaluation: Evaluation | None) -> dict[str, Any]:
+    """What an evaluation has of RadEval: `scores`, `metrics` and `left_out`, empty where it was not asked."""
+    return {"scores": {}, "metrics": {}, "left_out": {}} | ((evaluation or {}).get("radeval") or {})
+
+
 def _numbers(value: Any, name: str = "") -> Iterable[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, part in value.items():

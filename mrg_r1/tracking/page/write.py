@@ -92,6 +92,8 @@ def write_page(
             truth=clinical.truth_rows(before, after),
             scalars=clinical.scalar_rows(before, after),
             lexical=clinical.lexical_rows(before, after),
+            radeval=clinical.radeval_rows(before, after),
+            about_radeval=clinical.radeval_of(after or before),
             bars=clinical.observation_rows(before, after),
             silent=clinical.silent_observations(before, after),
             evaluation=after or before,
