@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,7 @@ from mrg_r1.policy.endings import end_of_turn, eos_ids
 from mrg_r1.policy.family import find_family
 from mrg_r1.policy.language import LanguageModel
 from mrg_r1.policy.partition import Partition, PartitionedLanguageModel
+from mrg_r1.policy.shape import PolicyShape
 
 
 class PolicyWeights(nn.Module):
@@ -68,6 +70,11 @@ class PolicyWeights(nn.Module):
     def base(self) -> Any:
         """The checkpoint's module inside PEFT, or the module itself."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @cached_property
+    def shape(self) -> PolicyShape:
+        """Its sizes."""
+        return self.family.shape(self.base.config.to_dict())
 
     @property
     def language_model(self) -> Any:

@@ -144,11 +144,11 @@ def update_step(step: int, pending: Pending, *, run: Run, engine: Engine, clock:
     if float(parts["policy/skipped_updates"][0]):
         keep_for_replay(run, step, sampled)
     used = utilisation(
-        run.shape,
+        run.policy.shape,
         tokens_of(experience, recipe, prefilled=pending.prefill is not None),
         lora_rank=recipe.policy.lora.rank,
         seconds=float(clock.share("update")[0]),
-        dtype=run.dtype,
+        dtype=run.policy.base.lm_head.weight.dtype,
     )
     return parts | used | _batch_metrics(sampled, rewards, run, clock)
 

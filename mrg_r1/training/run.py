@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from mrg_r1.policy import flash_attention
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import merge_adapter
 from mrg_r1.policy.policy import Policy
-from mrg_r1.policy.shape import PolicyShape
 from mrg_r1.reward.held_out import HeldOutLabeler
 from mrg_r1.tracking.sharing import Sample
 from mrg_r1.training import rewards
@@ -55,11 +53,6 @@ class Run:
     def learned(self) -> list[Study]:
         """The training studies that steps are made of."""
         return studies_to_learn(self.studies["train"], task=self.task)
-
-    @cached_property
-    def shape(self) -> PolicyShape:
-        """The policy's sizes."""
-        return self.policy.family.shape(self.policy.base.config.to_dict())
 
     @property
     def rewards(self) -> RunRewards:

@@ -76,7 +76,7 @@ def sft_step(
         "sft/target_tokens": (mask.sum(), torch.tensor(float(len(targets)))),
         **clock.costs(scored, world_size=run.ranks.world_size),
         **utilisation(
-            run.shape,
+            run.policy.shape,
             Tokens(prompts=read, prompts_forward=read, completions=scored - len(targets), scored=scored),
             lora_rank=run.recipe.policy.lora.rank if run.recipe.sft.trainable == "lora" else None,
             seconds=float(clock.share("update")[0]),

@@ -294,8 +294,7 @@ def test_the_frozen_log_probs_are_made_while_the_labeler_works(
     prompts = build(lora_policy)(studies)
 
     class FakeRun:
-        ranks, policy, directory, dtype = OneRank(), lora_policy, tmp_path, torch.float32
-        shape = lora_policy.family.shape(lora_policy.base.config.to_dict())
+        ranks, policy, directory = OneRank(), lora_policy, tmp_path
         rewards = SimpleNamespace(context_of=lambda study_ids, step: RewardContext())
 
     FakeRun.recipe = recipe_of(world, tmp_path, "grpo.beta=0.1", "rollout.max_new_tokens=8")

@@ -45,7 +45,7 @@ def products_of(run):
 
 
 def counted(policy, tokens, *, lora, frozen):
-    shape = policy.family.shape(policy.base.config.to_dict())
+    shape = policy.shape
     return update_flops(
         shape.layers * shape.layer_matrices, lora, shape.vocabulary * shape.hidden, tokens, frozen=frozen
     )
@@ -65,7 +65,7 @@ def test_operations_of_an_update_of_lora_are_those_that_torch_dispatches(
     vision = lora_policy.encode_images(prompts)
     done = rollout(lora_policy, prompts, vision, Sampling(group_size=4, max_new_tokens=8, seed=0, step=0))
     total = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))
-    shape = lora_policy.family.shape(lora_policy.base.config.to_dict())
+    shape = lora_policy.shape
     found, formula, tokens = [], [], []
     for length in (4, 8):
         cut = {name: getattr(done, name)[..., :length] for name in ("token_ids", "mask", "logp")}
@@ -105,7 +105,7 @@ def test_operations_of_training_everything_are_those_that_torch_dispatches(polic
         read = sum(prompts.lengths)
         formula.append(counted(policy, Tokens(read, read, 4 * (length - 1), 4 * length), lora=0, frozen=False))
     assert found[1] - found[0] == pytest.approx(formula[1] - formula[0], rel=0.01)
-    layer = policy.family.shape(policy.base.config.to_dict()).layer_matrices
+    layer = policy.shape.layer_matrices
     assert 0.99 * formula[1] - 6 * layer * read <= found[1] <= 1.01 * formula[1]
 
 
