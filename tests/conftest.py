@@ -66,12 +66,17 @@ def _alone() -> None:
 
 __all__ = ["OneRank"]  # from where tests take it
 
-# A test with this mark runs once for each family; without it for the first.
 # and layers of its decoder: features are added after all but the last, or all but the last but one see a window
 FAMILIES = {"qwen2_5_vl": 2, "qwen3_vl": 3, "gemma3": 3}
 _FIRST = next(iter(FAMILIES))
+# what ends a report; padding is 0, which is an end of Qwen's and none of Gemma's
+EOS = {"qwen2_5_vl": [0, 2], "qwen3_vl": [0, 2], "gemma3": [1, 4]}
+# A test with one of these marks runs once for each family, or for each whose positions have three axes and whose tower
+# reads LoRA; without one for the first. Where a test is dear, the others are slow.
 each_family = pytest.mark.parametrize("tiny_policy_directory", FAMILIES, indirect=True)
-# those whose towers read LoRA, and whose positions have three axes
+_SLOWLY = [pytest.param(family, marks=[] if family == _FIRST else pytest.mark.slow) for family in FAMILIES]
+each_family_slowly = pytest.mark.parametrize("tiny_policy_directory", _SLOWLY, indirect=True)
+each_world_slowly = pytest.mark.parametrize("world", _SLOWLY, indirect=True)  # whole runs
 QWEN = [family for family in FAMILIES if family.startswith("qwen")]
 each_qwen = pytest.mark.parametrize("tiny_policy_directory", QWEN, indirect=True)
 
@@ -182,8 +187,14 @@ def build(tiny_policy_directory: Path) -> Callable[[Policy], PromptBuilder]:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def _world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return build_world(tmp_path_factory.mktemp("world") / "world")
+
+
+@pytest.fixture(scope="session")
+def world(request: pytest.FixtureRequest, _world: World) -> World:
+    family = getattr(request, "param", _FIRST)
+    return _world if family == _FIRST else _world.of_family(family, layers=FAMILIES[family])
 
 
 @pytest.fixture

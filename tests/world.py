@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from mrg_r1.data.study import read_manifest
 from mrg_r1.labels.observations import classes_of_values, write_labels_csv
 from mrg_r1.labels.reports import write_reports_csv
 from mrg_r1.labels.training import train_labeler
-from mrg_r1.policy.families.qwen2_5_vl.tiny import create_tiny_policy
+from mrg_r1.policy.family import find_family
 
 
 @contextmanager
@@ -33,6 +33,13 @@ class World:
     """Everything that a recipe points at, small: 16 + 8 + 8 phantoms, a labeler, a random policy."""
 
     folder: Path
+    policy: str = "policy"  # its folder, inside
+
+    def of_family(self, family: str, *, layers: int) -> World:
+        """The same with a policy of another family, which is made once."""
+        if not (self.folder / family).is_dir():
+            write_policy(self.folder, family, layers=layers)
+        return replace(self, policy=family)
 
     def recipe(self, output: Path, *, name: str = "recipe.yaml") -> Path:
         """A GRPO recipe of four studies a step into `output`."""
@@ -45,7 +52,7 @@ class World:
                     "data": {"manifest": str(self.folder / "phantoms/manifest.jsonl"), "max_pixels": 3136},
                     "prompt": {"mode": "plain", "instruction": "Write.", "show_view": False},
                     "policy": {
-                        "path": str(self.folder / "policy"),
+                        "path": str(self.folder / self.policy),
                         "dtype": "float32",
                         "lora": {"rank": 4, "alpha": 8},
                     },
@@ -77,11 +84,16 @@ def build_world(folder: Path) -> World:
     with few_texts():
         write_phantoms(folder / "phantoms", preset="five", seed=0, side=56, splits=splits, workers=1)
     studies = read_manifest(folder / "phantoms/manifest.jsonl")
-    reports = {study.id: study.report for study in studies}
-    write_reports_csv(folder / "reports.csv", reports)
+    write_reports_csv(folder / "reports.csv", {study.id: study.report for study in studies})
     write_labels_csv(folder / "labels.csv", {study.id: classes_of_values(study.said) for study in studies})
     train_labeler(folder / "reports.csv", folder / "labels.csv", folder / "labeler", size="tiny", passes=2)
-    create_tiny_policy(
-        folder / "policy", list(reports.values()) * 4, vocabulary=400, image_side=56, hidden=64, layers=2
-    )
+    write_policy(folder, "qwen2_5_vl", name="policy", layers=2)
     return World(folder)
+
+
+def write_policy(folder: Path, family: str, *, layers: int, name: str | None = None) -> None:
+    """A family's random policy beside a world's studies, whose words it knows."""
+    reports = [study.report for study in read_manifest(folder / "phantoms/manifest.jsonl")]
+    find_family(family).create_tiny(
+        folder / (name or family), reports * 4, vocabulary=400, image_side=56, hidden=64, layers=layers
+    )

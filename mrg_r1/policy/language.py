@@ -158,7 +158,8 @@ class PromptCache:
             return torch.cat([pieces[study] for study in studies])
 
         seq_lens = SeqLens(tuple(lengths[study] for study in studies), self.seq_lens.device)
-        return PromptCache(tuple((chosen(k), chosen(v)) for k, v in self.layers), self.last[list(studies)], seq_lens)
+        last = torch.stack([self.last[study] for study in studies])  # a list as an index would wait for the device
+        return PromptCache(tuple((chosen(k), chosen(v)) for k, v in self.layers), last, seq_lens)
 
     def leaves(self) -> PromptCache:
         """The same values cut off from their graph, collecting gradients: several backward passes can start

@@ -16,7 +16,7 @@ from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.rollout.decoder import Decoder
 from mrg_r1.rollout.sampling import Sampling
-from tests.conftest import with_lora
+from tests.conftest import each_family, with_lora
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -25,7 +25,11 @@ def lora_on(directory, device, dtype):
     return with_lora(load_policy(directory, dtype=dtype)).to(device)
 
 
-@pytest.mark.parametrize("heads,key_heads,size", [(4, 4, 64), (28, 4, 128), (16, 16, 80)])
+# of decoders (Qwen's 128, MedGemma's 256) and of towers (Qwen2.5-VL's 80, the others' 72)
+SIZES = [(4, 4, 64), (28, 4, 128), (8, 4, 256), (16, 16, 80), (16, 16, 72)]
+
+
+@pytest.mark.parametrize("heads,key_heads,size", SIZES)
 @pytest.mark.parametrize(
     "q_lengths,k_lengths,causal", [((5, 0, 70, 9), (5, 3, 70, 9), False), ((5, 70, 9), (5, 70, 9), True)]
 )
@@ -50,7 +54,7 @@ def test_flash_kernels_agree_with_whole_score_matrices(heads, key_heads, size, q
         assert (mine.float() - theirs).norm() / theirs.norm() < 2e-2
 
 
-@pytest.mark.parametrize("heads,key_heads,size", [(28, 4, 128), (16, 16, 80), (16, 16, 72)])
+@pytest.mark.parametrize("heads,key_heads,size", SIZES)
 @pytest.mark.parametrize(
     "q_lengths,k_lengths,causal", [((5, 0, 70, 9), (5, 3, 70, 9), False), ((5, 70, 9), (5, 70, 9), True)]
 )
@@ -78,6 +82,7 @@ def test_the_flash_attn_package_is_torchs_kernels(monkeypatch, heads, key_heads,
         assert (theirs.float() - torchs.float()).norm() <= 2e-2 * torchs.float().norm()
 
 
+@each_family
 def test_decoding_on_the_device_is_decoding_on_the_cpu(tiny_policy_directory, studies, build):
     """fp32, greedy and sampled, over several widths and compactions: the graph gives the tokens that the CPU gives."""
     answers = []
@@ -93,6 +98,7 @@ def test_decoding_on_the_device_is_decoding_on_the_cpu(tiny_policy_directory, st
     assert same > 0.9, "rounding may part a row late, not most rows early"
 
 
+@each_family
 def test_a_replayed_graph_is_the_step_itself(tiny_policy_directory, studies, build, monkeypatch):
     policy = lora_on(tiny_policy_directory, "cuda", torch.bfloat16)
     prompts = build(policy)(studies).to("cuda")
@@ -107,6 +113,7 @@ def test_a_replayed_graph_is_the_step_itself(tiny_policy_directory, studies, bui
     torch.testing.assert_close(by_graph.logp, eager.logp, atol=1e-5, rtol=0)
 
 
+@each_family
 def test_sampled_logp_is_near_the_scored_one_in_bf16(tiny_policy_directory, studies, build):
     policy = lora_on(tiny_policy_directory, "cuda", torch.bfloat16)
     prompts = build(policy)(studies).to("cuda")
@@ -122,6 +129,7 @@ def test_sampled_logp_is_near_the_scored_one_in_bf16(tiny_policy_directory, stud
     assert gap.mean() < 0.05
 
 
+@each_family
 def test_shared_prefix_equals_the_naive_pass_in_bf16(tiny_policy_directory, studies, build):
     policy = lora_on(tiny_policy_directory, "cuda", torch.bfloat16)
     prompts = build(policy)(studies).to("cuda")

@@ -3,8 +3,8 @@
 torch's `FakeTensorMode` refuses what a card would: mixed devices, dtypes and shapes that an operator does not take, an
 operator that is not there. What it cannot do is handed in here: the whole numbers that lengths, masks and places are,
 which are computed beside it on the CPU, so that code that asks for them goes on; and the backward of each hand-written
-autograd function, called as a function, since autograd itself wants the card. Each place at which the host would wait
-for the device is noted.
+autograd function, called as a function, since autograd itself wants the card; and what is checkpointed, run a second
+time as a backward pass does. Each place at which the host would wait for the device is noted.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 import mrg_r1
 from mrg_r1 import policy
@@ -71,6 +72,7 @@ class FakeCuda:
     Attributes:
         waits: of (place, what), how often; a place is `file:function`.
         lines: of the same, file with line and the line itself, for messages.
+        backwards: autograd functions whose backward ran, by name, how often; as "checkpoint" what was run again.
         chosen: gives the values of whole numbers that a fake result decides (which token was sampled), by operator and
             shape; zeros where it is None or gives None.
     """
@@ -88,6 +90,7 @@ class FakeCuda:
         self._numbers = self._stack.enter_context(_WholeNumbers(self))
         self._stack.enter_context(_Bindings(self, self._numbers))
         self._stack.enter_context(self._functions_as_functions())
+        self._stack.enter_context(self._checkpoints_run_again())
         patch = self._stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(FakeTensor, "tolist", Tensor.tolist)  # its own reads value by value
         return self
@@ -161,6 +164,19 @@ class FakeCuda:
                     patch.setattr(function, "apply", self._both_ways(function))
             yield
 
+    @contextmanager
+    def _checkpoints_run_again(self) -> Iterator[None]:
+        def again(run: Callable[..., Any], *arguments: Any, use_reentrant: bool) -> Any:
+            self.backwards["checkpoint"] += 1
+            run(*arguments)
+            return run(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, module in list(sys.modules.items()):
+                if name.startswith("mrg_r1.policy.") and getattr(module, "checkpoint", None) is checkpoint:
+                    patch.setattr(module, "checkpoint", again)
+            yield
+
     def _both_ways(self, function: Any) -> Callable[..., Any]:
         def apply(*arguments: Any) -> Any:
             ctx, backward = _Context(arguments), torch.is_grad_enabled()
@@ -222,6 +238,8 @@ class _Bindings(TorchFunctionMode):
                 device=target,
                 non_blocking=kwargs.get("non_blocking", False),
             )
+        if func is Tensor.requires_grad_ and args[0].is_cuda:
+            return args[0]  # what is trained `move` remembers, and autograd is not to know
         if func is Tensor.cuda:
             raise AssertionError("Tensor.cuda() in the package: a rank's device is not always the first")
         if func is torch.nn.functional.rms_norm:  # what CUDA makes of it

@@ -13,9 +13,9 @@ from transformers import AutoModelForImageTextToText
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.doctor import checks
 from mrg_r1.policy.export.export import export
-from mrg_r1.policy.family import family_of
+from mrg_r1.policy.family import family_of, find_family
 from mrg_r1.policy.load import load_policy
-from tests.conftest import FAMILIES, QWEN
+from tests.conftest import FAMILIES, QWEN, each_family_slowly
 from tests.policy.test_foreign_adapters import lora, written
 from tests.policy.test_partition import Drawer
 
@@ -48,13 +48,13 @@ REFUSED = {
     ),
     "wrapped": ("tied", lambda t: {f"module.{k}": v for k, v in t.items()}, r"no place.*module\."),
     "no head": ("untied", without("lm_head"), r"no tensor lm_head\.weight"),
-    "no tower": ("tied", without("visual."), r"no tensor model\.visual\.[\w.]+, .* more"),
+    "no tower": ("tied", without("visual."), r"no tensor model\.vis\w+\.[\w.]+, .* more"),
     "no norm": ("tied", without("model.norm"), r"no tensor model\.language_model\.norm\.weight in"),
     "a stranger": ("tied", with_more(score__weight=torch.ones(2)), r"no place .*score\.weight"),
     "another layer": (
         "tied",
-        lambda t: t | {k.replace("layers.1.", "layers.2."): v.clone() for k, v in t.items() if "layers.1." in k},
-        r"no place .*layers\.2\.",
+        lambda t: t | {k.replace("layers.1.", "layers.9."): v.clone() for k, v in t.items() if "layers.1." in k},
+        r"no place .*layers\.9\.",
     ),
     "another shape": ("tied", lambda t: t | {"model.norm.weight": torch.ones(63)}, r"norm\.weight is \[63\]"),
     "a tied head of its own": (
@@ -93,14 +93,20 @@ FINE = {
 
 
 def changed(source, folder, change, stated=None):
+    """The checkpoint with `change` made to its tensors, which that knows by Qwen2.5-VL's published names."""
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text()) | (stated or {})
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = change(load_file(folder / "model.safetensors"))
+    stored, family = load_file(folder / "model.safetensors"), family_of(folder)
+    tensors = {family.module_name(name): tensor for name, tensor in stored.items()}
+    tensors = change(renamed(tensors, LAYOUTS["before 4.52"] | {"model.vision_tower.": "visual."}))
+    if family is find_family("gemma3"):
+        tensors = renamed(tensors, FROM_QWENS_NAMES)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
+@each_family_slowly
 @pytest.mark.parametrize(
     ("head", "change", "message", "stated"), [(*row, {})[:4] for row in REFUSED.values()], ids=REFUSED.keys()
 )
@@ -127,6 +133,7 @@ def test_names_and_shapes_that_differ_are_refused_by_all(
         export(tmp_path / "run", policy=checkpoint, cold_start=None, merged=tmp_path / "merged", adapter=None, card=str)
 
 
+@each_family_slowly
 @pytest.mark.parametrize("change", FINE.values(), ids=FINE.keys())
 @pytest.mark.parametrize("partition", [None, Drawer()], ids=["whole", "parts"])
 def test_what_old_files_carry_besides_is_fine(tiny_policy_directory, tmp_path, change, partition):
@@ -147,6 +154,12 @@ LAYOUTS = {
         "lm_head.": "language_model.lm_head.",
     },
     "the base model's": {"model.language_model.": "language_model.", "model.visual.": "visual."},
+}
+FROM_QWENS_NAMES = {  # to Gemma 3's
+    "visual.": "model.vision_tower.",
+    "model.language_model.": "model.language_model.",
+    "model.multi_modal_projector.": "model.multi_modal_projector.",
+    "model.": "language_model.model.",
 }
 GEMMA_LAYOUTS = {
     "the tree": {},

@@ -14,57 +14,75 @@ from mrg_r1.doctor.tokenizer import tokenizer_finding
 from mrg_r1.policy.export.export import export
 from mrg_r1.policy.load import load_policy, save_policy
 from mrg_r1.policy.lora import add_lora, save_adapter
+from tests.conftest import EOS, each_family
 
+# What opens a turn, stands for an image, ends a turn, and ends a text.
+QWEN = ("<|im_start|>", "<|image_pad|>", "<|im_end|>", "<|endoftext|>")
+WORDS = {
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+    "gemma3": ("<start_of_turn>", "<start_of_image>", "<end_of_turn>", "<eos>"),
+}
 TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ bos_token }}{% for m in messages %}START{{ m['role'] }}\n"
     "{% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}<|image_pad|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}END{% endfor %}"
 )
-NOT_AT_THE_END = "{% if not loop.last %}<|im_end|>\n{% endif %}"
 
 
-def only_endoftext(source, folder, end):
-    """The checkpoint whose configurations name <|endoftext|> alone, and whose template ends a turn with `end`."""
+def only_end_of_text(source, folder, end):
+    """The checkpoint whose configurations name the end of a text alone, and whose template ends a turn with `end`."""
+    start, image, end_of_turn, end_of_text = WORDS[source.name]
     shutil.copytree(source, folder)
+    number = EOS[source.name][0]
     for name, change in {
-        "generation_config.json": {"eos_token_id": 0},
-        "tokenizer_config.json": {"eos_token": "<|endoftext|>"},
+        "generation_config.json": {"eos_token_id": number},
+        "tokenizer_config.json": {"eos_token": end_of_text},
     }.items():
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["eos_token_id"] = 0
+    config["text_config"]["eos_token_id"] = number
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("END", end))
+    template = TEMPLATE.replace("END", end.replace("TURN", end_of_turn))
+    (folder / "chat_template.jinja").write_text(template.replace("START", start).replace("IMAGE", image))
     return folder
 
 
+@each_family
 @pytest.mark.parametrize(
-    ("end", "ids"),
-    [("<|im_end|>\n", [0, 2]), ("\n<|im_end|>", [0, 2]), (NOT_AT_THE_END, [0, 2]), ("\n", [0])],
+    ("end", "ends"),
+    [("TURN\n", True), ("\nTURN", True), ("{% if not loop.last %}TURN\n{% endif %}", True), ("\n", False)],
     ids=["right after", "after white space", "not after the last turn", "none"],
 )
 def test_the_templates_end_of_turn_is_an_eos_or_doctor_says_that_there_is_none(
-    world, tiny_policy_directory, tmp_path, end, ids
+    world, tiny_policy_directory, tmp_path, end, ends
 ):
-    folder = only_endoftext(tiny_policy_directory, tmp_path / "policy", end)
+    family = tiny_policy_directory.name
+    folder = only_end_of_text(tiny_policy_directory, tmp_path / "policy", end)
     policy = load_policy(folder, dtype=torch.float32)
+    ids = EOS[family] if ends else EOS[family][:1]
     assert policy.eos_ids == ids and policy.end_id == ids[-1]
-    assert policy.tokenizer.eos_token_id == 0
-    finding = tokenizer_finding(load_recipe(world.recipe(tmp_path / "run"), [f"policy.path={folder}"]))
-    assert finding.state == ("ok" if 2 in ids else "warning"), finding
-    assert ("<|im_end|>" in finding.text) == (2 in ids) and "<|endoftext|>" in finding.text
+    assert policy.tokenizer.eos_token_id == ids[0]
+    overrides = [f"policy.path={folder}", f"data.max_pixels={112 * 112}"]
+    finding = tokenizer_finding(load_recipe(world.recipe(tmp_path / "run"), overrides))
+    assert finding.state == ("ok" if ends else "warning"), finding
+    *_, end_of_turn, end_of_text = WORDS[family]
+    assert (end_of_turn in finding.text) == ends and end_of_text in finding.text
 
 
-@pytest.mark.parametrize("stated", [0, [0], None, ...], ids=["a number", "a list", "null", "no file"])
+@each_family
+@pytest.mark.parametrize("stated", ["a number", "a list", "null", "no file"])
 def test_other_programs_are_told_where_a_run_stopped(tiny_policy_directory, tmp_path, stated):
-    source = only_endoftext(tiny_policy_directory, tmp_path / "policy", "<|im_end|>\n")
+    ids = EOS[tiny_policy_directory.name]
+    source = only_end_of_text(tiny_policy_directory, tmp_path / "policy", "TURN\n")
     file = source / "generation_config.json"
     before = json.loads(file.read_text())
-    if stated is ...:
+    if stated == "no file":
         file.unlink()
     else:
-        file.write_text(json.dumps(before | {"eos_token_id": stated}))
+        value = {"a number": ids[0], "a list": ids[:1], "null": None}[stated]
+        file.write_text(json.dumps(before | {"eos_token_id": value}))
     policy = load_policy(source, dtype=torch.float32)
     save_policy(policy, tmp_path / "trained", source=source)
     add_lora(policy, rank=2, alpha=2, seed=0)
@@ -79,16 +97,18 @@ def test_other_programs_are_told_where_a_run_stopped(tiny_policy_directory, tmp_
     )
     for written in ("trained", "merged"):
         found = json.loads((tmp_path / written / "generation_config.json").read_text())
-        assert found["eos_token_id"] == [0, 2]
-        assert stated is ... or found == before | {"eos_token_id": [0, 2]}
-        assert GenerationConfig.from_pretrained(tmp_path / written).eos_token_id == [0, 2]
+        assert found["eos_token_id"] == ids
+        assert stated == "no file" or found == before | {"eos_token_id": ids}
+        assert GenerationConfig.from_pretrained(tmp_path / written).eos_token_id == ids
 
 
+@each_family
 def test_a_generation_config_that_transformers_reads_and_will_not_write_ends_no_run(tiny_policy_directory, tmp_path):
     source = tmp_path / "policy"
     shutil.copytree(tiny_policy_directory, source)
     file = source / "generation_config.json"
-    file.write_text(json.dumps({"eos_token_id": [2, 0], "do_sample": False, "temperature": 0.1, "top_p": 0.9}))
+    ids = EOS[tiny_policy_directory.name][::-1]
+    file.write_text(json.dumps({"eos_token_id": ids, "do_sample": False, "temperature": 0.1, "top_p": 0.9}))
     (source / "preprocessor_config.json").rename(source / "processor_config.json")
     save_policy(load_policy(source, dtype=torch.float32), tmp_path / "trained", source=source)
     assert (tmp_path / "trained/generation_config.json").read_bytes() == file.read_bytes()

@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 import mrg_r1.policy.attention as attention
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.grpo.loss import LossConfig, grpo_loss
-from mrg_r1.model_types import family_names
 from mrg_r1.policy.attention import PackedAttention, SeqLens, attend
 from mrg_r1.policy.family import find_family
 from mrg_r1.policy.layers import Norm
@@ -28,8 +27,8 @@ from mrg_r1.policy.policy import Policy
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.decoder import Decoder
 from mrg_r1.rollout.sampling import Sampling
+from tests.conftest import FAMILIES, make_study
 from tests.conftest import TEXTS as WORDS
-from tests.conftest import make_study
 from tests.policy import fake_cuda
 from tests.policy.fake_cuda import FakeCuda
 
@@ -59,7 +58,7 @@ SHAPES = {
         "text_config": {
             "hidden_size": 4096,
             "intermediate_size": 12288,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": 4,
             "num_attention_heads": 32,
             "num_key_value_heads": 8,
             "head_dim": 128,
@@ -78,7 +77,7 @@ SHAPES = {
             "num_heads": 16,
             "out_hidden_size": 4096,
             "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": [0],
+            "deepstack_visual_indexes": [0, 1, 2],
         },
         "tie_word_embeddings": False,
     },
@@ -98,7 +97,9 @@ SHAPES = {
             "intermediate_size": 4304,
             "num_attention_heads": 16,
             "num_hidden_layers": 3,
+            "image_size": 896,
         },
+        "mm_tokens_per_image": 256,
     },
 }
 
@@ -110,37 +111,44 @@ WHO_RUNS = ("rollout/decoder.py:Decoder.running", "copy to cpu")  # every 16 tok
 TEXTS = ("rollout/decode.py:_decode.read", ".tolist()")  # all at once: for the labeler, and at the end
 LONGEST = ("rollout/decode.py:_decode", ".int()")  # how far the completions are cut
 PASSES = ("policy/logprobs.py:micro_batches", ".tolist()")  # lengths and studies, to cut passes
+SEEN_AGAIN = {  # studies of a pass whose features are made anew
+    ("policy/policy.py:Policy.forward", "_unique2"): 1,
+    ("policy/policy.py:Policy.forward", ".tolist()"): 1,
+}
 LENGTHS = ("policy/logprobs.py:completion_logprobs", ".tolist()")  # of the pass: kernels are told where sequences start
 LENGTHS_OF_ALL = ("policy/logprobs_trained.py:trained_logprobs", ".tolist()")  # likewise
 
 GROUP = 4
 
 
-@pytest.fixture(params=family_names())
+@pytest.fixture
 def wide(request, tmp_path):
     """A checkpoint directory without weights: a family's published widths, a small tokenizer."""
     family = request.param
-    assert family in SHAPES, f"SHAPES wants the published widths of {family}"
     folder = tmp_path / family
     find_family(family).create_tiny(folder, WORDS * 20, vocabulary=400, image_side=512, hidden=64, layers=2, seed=0)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name, value in SHAPES[family].items():
         config[name] = config[name] | value if isinstance(value, dict) else value
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if (side := config["vision_config"].get("image_size")) is not None:  # every image is a square of that side
+        processor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+        processor["size"] = {"height": side, "width": side}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
     return folder
 
 
 def policy_of(folder, *, lora):
-    """On the meta device, frozen but for its LoRA, or all of it trained."""
+    """On the meta device, frozen but for LoRA on these targets, or all of it trained."""
     model = find_family(folder.name).empty_model(folder, torch.bfloat16, torch.device("cpu"))
     policy = Policy(model.requires_grad_(not lora), tokenizer=AutoTokenizer.from_pretrained(folder), temperature=0.7)
     if lora:
-        add_lora(policy, rank=32, alpha=64, seed=0)
+        add_lora(policy, rank=32, alpha=64, seed=0, targets=lora)
     return policy
 
 
 def prompts_of(folder, policy, studies):
-    processor = load_image_processor(folder, min_pixels=56 * 56, max_pixels=512 * 512)
+    processor = load_image_processor(folder, min_pixels=56 * 56, max_pixels=896 * 896)
     words = PromptWords(instruction="Write the findings of this chest X-ray.")
     return PromptBuilder(tokenizer=policy.tokenizer, image_processor=processor, layout=policy.layout, words=words)(
         studies
@@ -160,10 +168,21 @@ def some_end(eos):
     return chosen
 
 
+# Beside the plain recipe: what is documented for a small card, and LoRA beyond the decoder.
+SMALL = "gradient_checkpointing and reuse_prefill"
+SETTINGS = [
+    pytest.param(family, setting, marks=pytest.mark.slow if setting and number else [])
+    for number, family in enumerate(FAMILIES)
+    for setting in (None, SMALL, *list(find_family(family).lora_targets)[1:])
+]
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_every_phase_runs_on_cuda_and_waits_only_where_it_must(wide, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("wide", "setting"), SETTINGS, indirect=["wide"])
+def test_every_phase_runs_on_cuda_and_waits_only_where_it_must(wide, setting, tmp_path, monkeypatch):
     sides = {"a": [(512, 512)], "b": [(512, 320), (448, 512)], "c": [(320, 512)]}
-    policy = policy_of(wide, lora=True)
+    policy = policy_of(wide, lora="language" if setting in (None, SMALL) else setting)
+    policy.recompute = setting == SMALL
     prompts = prompts_of(wide, policy, [make_study(tmp_path, name, some) for name, some in sides.items()])
     cuda = FakeCuda()
     cuda.chosen = some_end(policy.eos_ids[0])
@@ -181,16 +200,30 @@ def test_every_phase_runs_on_cuda_and_waits_only_where_it_must(wide, tmp_path, m
             prompts = prompts.to("cuda")
         with cuda.waiting({IMAGE_TOKENS: 1}), torch.no_grad():
             vision = policy.encode_images(prompts)
+        for features in vision.per_study:
+            features.trained = False  # they have no graph
+        with cuda.waiting({}):
+            states = policy.prompt_cache(prompts, vision) if setting == SMALL else None
         with cuda.waiting({WHO_RUNS: 1, TEXTS: 2, LONGEST: 1}):
             sampling = Sampling(group_size=GROUP, max_new_tokens=20, seed=0, step=0)
-            done = rollout(policy, prompts, vision, sampling, on_ended=lambda texts: None)
+            done = rollout(policy, prompts, vision, sampling, states=states, on_ended=lambda texts: None)
         assert done.token_ids.shape == (3, GROUP, 20) and done.logp.dtype == torch.float32
         with cuda.waiting({PASSES: 1, LENGTHS: 1}), reference(policy):
             reference_logp = group_logprobs(policy, prompts, vision, done, token_budget=8192)
         ids, mask, sampled = (tensor.view(-1, 20) for tensor in (done.token_ids, done.mask, done.logp))
         study_of_row = torch.arange(3, device="cuda").repeat_interleave(GROUP)
-        with cuda.waiting({LENGTHS: 1}):  # the second pass of the policy: nothing was prefilled
-            logp, entropy = policy(prompts, vision, ids, mask, study_of_row)
+        leaves = None if states is None else states.leaves()
+        again = SEEN_AGAIN | {IMAGE_TOKENS: 1} if policy.adapts_vision else {}
+        with cuda.waiting({LENGTHS: 1, **again}):  # the second pass of the policy
+            logp, entropy = policy(prompts, vision, ids, mask, study_of_row, leaves)
+        if states is not None:
+            with cuda.waiting({LENGTHS: 1}):  # of some studies, as an update cut into passes takes them
+                policy(prompts, vision, ids[GROUP:], mask[GROUP:], study_of_row[GROUP:], leaves)
+            for leaf in leaves._tensors():
+                leaf.grad = torch.empty_like(leaf)
+            with cuda.waiting({}):
+                states.continuation(leaves)
+        assert (cuda.backwards["checkpoint"] > 0) == policy.recompute
         activation = "_Geglu" if wide.name == "gemma3" else "_Swiglu"
         assert {"_TokenLogp", "GroupAttention", "PackedAttention", "_LoraLinear", activation} <= set(cuda.backwards)
         config = LossConfig(aggregation="grpo", max_length=20, clip_low=0.2, clip_high=0.28, beta=0.02)
@@ -209,8 +242,18 @@ def test_every_phase_runs_on_cuda_and_waits_only_where_it_must(wide, tmp_path, m
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_training_every_weight_runs_on_cuda_and_waits_only_where_it_must(wide, tmp_path):
-    policy = policy_of(wide, lora=False)
+@pytest.mark.parametrize(
+    ("wide", "recompute"),
+    [
+        pytest.param(family, recompute, marks=pytest.mark.slow if recompute and number else [])
+        for number, family in enumerate(FAMILIES)
+        for recompute in (False, True)
+    ],
+    indirect=["wide"],
+)
+def test_training_every_weight_runs_on_cuda_and_waits_only_where_it_must(wide, recompute, tmp_path):
+    policy = policy_of(wide, lora=None)
+    policy.recompute = recompute
     prompts = prompts_of(
         wide, policy, [make_study(tmp_path, "a", [(512, 512)]), make_study(tmp_path, "b", [(512, 320)])]
     )
@@ -227,6 +270,7 @@ def test_training_every_weight_runs_on_cuda_and_waits_only_where_it_must(wide, t
         with cuda.waiting({LENGTHS_OF_ALL: 1}):
             logp, _ = trained_logprobs(policy, prompts, vision, ids, mask, torch.arange(2, device="cuda"))
     assert logp.device.type == "cuda" and cuda.backwards["_TargetLogp"] == 1
+    assert (cuda.backwards["checkpoint"] > 0) == recompute
 
 
 def heads_of(tokens, count, dtype=torch.bfloat16):

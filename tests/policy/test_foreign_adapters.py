@@ -17,7 +17,7 @@ from mrg_r1.policy.export.export import export
 from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.lora import load_adapter, merge_adapter
 from mrg_r1.policy.qwen_vl.checkpoint import LORA_TARGETS
-from tests.conftest import each_family
+from tests.conftest import each_family, each_family_slowly
 
 
 def written(checkpoint, folder, config, *, source=None):
@@ -143,11 +143,12 @@ def test_what_a_merge_would_pass_over_is_refused_by_all(world, tiny_policy_direc
 
 
 Q = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_{}.weight"
+MORE_TARGETS = LORA_TARGETS + r"|.*visual.*\.qkv|.*vision_tower.*\.q_proj"
 TWO_ADAPTERS = {
     "another rank": ({"r": 8}, None, r"adapter_config.*rank 8, in adapter_model.safetensors it has 4"),
     "another rank of one": ({"rank_pattern": {"q_proj": 2}}, None, r"adapter_config.*q_proj rank 2"),
     "fewer modules": ({"target_modules": ["q_proj"]}, None, r"adapter_model.*LoRA of .* puts none"),
-    "more modules": ({"target_modules": LORA_TARGETS + r"|.*\.qkv"}, None, r"adapter_model.*qkv.* is missing"),
+    "more modules": ({"target_modules": MORE_TARGETS}, None, r"adapter_model.*vis(ual|ion_tower)\..* is missing"),
     "no modules": ({"target_modules": ["nothing"]}, None, "adapter_config.*nothing"),
     "no pattern": ({"target_modules": "("}, None, "adapter_config.*PEFT cannot put it"),
     "no pattern of ranks": ({"rank_pattern": {"(": 2}}, None, r"adapter_config.*rank_pattern names '\('"),
@@ -162,6 +163,7 @@ TWO_ADAPTERS = {
 }
 
 
+@each_family_slowly
 @pytest.mark.parametrize(("settings", "change", "message"), TWO_ADAPTERS.values(), ids=TWO_ADAPTERS.keys())
 def test_files_that_do_not_make_one_adapter_are_refused_by_all(
     world, tiny_policy_directory, tmp_path, settings, change, message

@@ -12,7 +12,7 @@ from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.policy.lora import reference
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
-from tests.conftest import each_family, inputs_of_modules, with_lora
+from tests.conftest import EOS, each_family, inputs_of_modules, with_lora
 
 
 def rolled_out(policy, prompts, *, group_size=3, length=12, step=0, seed=0):
@@ -51,7 +51,7 @@ def test_sampled_logp_equals_scored_logp_equals_plain_forward(lora_policy, studi
     rolled_out(lora_policy, prompts.select([1, 2]), length=5)  # a rollout of another batch size leaves nothing behind
     vision, completions = rolled_out(lora_policy, prompts)
     scored = group_logprobs(lora_policy, prompts, vision, completions, token_budget=120)
-    ends = {"gemma3": (1, 4)}.get(lora_policy.base.config.model_type, (0, 2))  # of a report
+    ends = EOS[lora_policy.base.config.model_type]
     banned = [one for one in range(8) if one not in ends]  # every other special token of the tiny tokenizer
     with torch.no_grad():
         plain = plain_forward_logp(lora_policy, prompts, completions, banned=banned, temperature=temperature)
@@ -60,6 +60,7 @@ def test_sampled_logp_equals_scored_logp_equals_plain_forward(lora_policy, studi
     torch.testing.assert_close(scored, plain, atol=1e-5, rtol=0)
 
 
+@each_family
 def test_logp_follows_its_study_when_prompts_are_permuted_and_sliced(lora_policy, studies, build):
     """Trap 10: pixels must not drift from their prompts."""
     prompts = build(lora_policy)(studies)
@@ -99,6 +100,7 @@ def test_image_tokens_that_are_not_the_features_are_refused(policy, studies, bui
         policy.encode_images(prompts)
 
 
+@each_family
 def test_ratio_is_one_with_dropout_configured_and_modes_toggled(lora_policy, studies, build):
     """Trap 3: an independent old pass in eval mode equals the training pass in train mode."""
     for module in lora_policy.modules():
@@ -162,6 +164,7 @@ def test_micro_batches_do_not_change_logp_or_gradient(lora_policy, studies, buil
         assert (other - gradients[0]).norm() / gradients[0].norm() < 1e-5
 
 
+@each_family
 def test_entropy_is_that_of_the_sampled_distribution(policy, studies, build):
     prompts = build(policy)(studies[:2])
     vision, completions = rolled_out(policy, prompts, group_size=2)
@@ -235,6 +238,7 @@ def test_shared_prefix_in_bf16_is_as_near_to_fp32_as_the_naive_pass(tiny_policy_
     assert gradient_errors[0] < 1.5 * gradient_errors[1]
 
 
+@each_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunked_log_softmax_equals_the_whole_one(tiny_policy_directory, monkeypatch, dtype):
     """Trap 14: forward and backward, a chunk of 3 tokens against autograd through everything at once."""
@@ -267,6 +271,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(lora_policy, studies, bu
     assert torch.equal(before.token_ids, after.token_ids) and torch.equal(before.logp, after.logp)
 
 
+@each_family
 def test_recomputation_keeps_less_for_the_backward_pass(lora_policy, studies, build):
     arguments = ragged(lora_policy, build(lora_policy)(studies))
     kept = []

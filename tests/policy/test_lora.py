@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.lora import load_adapter, merge_adapter, save_adapter
-from tests.conftest import with_lora
+from tests.conftest import each_family, with_lora
 
 
 @pytest.fixture
@@ -22,21 +24,23 @@ def weights(policy):
     return {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
 
 
+@each_family
 def test_a_merged_cold_start_changes_the_weights_it_names_and_the_callers_seeds_stay(saved, tiny_policy_directory):
     policy = load_policy(tiny_policy_directory, dtype=torch.float32)
     before, state = weights(policy), torch.get_rng_state()
     merge_adapter(policy, saved)
     after = weights(policy)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert len(changed) == 2 * 7 and all("language_model.layers" in name for name in changed)
+    layers = len(policy.language_model.layers)
+    assert len(changed) == layers * 7 and all("language_model.layers" in name for name in changed)
     assert torch.equal(torch.get_rng_state(), state) and not any(p.requires_grad for p in policy.parameters())
 
 
+@each_family
 def test_a_cold_start_that_reaches_into_the_vision_tower_is_merged_there_too(tiny_policy_directory, tmp_path):
     policy = load_policy(tiny_policy_directory, dtype=torch.float32)
-    config = LoraConfig(
-        r=2, lora_alpha=4, target_modules=r".*visual.*\.qkv", task_type="CAUSAL_LM", init_lora_weights=False
-    )
+    targets = r".*visual.*\.qkv|.*vision_tower.*\.q_proj"
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
     policy.model = get_peft_model(policy.model, config, autocast_adapter_dtype=False)
     save_adapter(policy, tmp_path / "vision")
     fresh = load_policy(tiny_policy_directory, dtype=torch.float32)
@@ -44,9 +48,11 @@ def test_a_cold_start_that_reaches_into_the_vision_tower_is_merged_there_too(tin
     merge_adapter(fresh, tmp_path / "vision")
     after = weights(fresh)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all("visual" in name and "qkv" in name for name in changed) and before.keys() == after.keys()
+    assert len(changed) == 3 and all(re.fullmatch(rf"({targets})\.weight", name) for name in changed)
+    assert before.keys() == after.keys()
 
 
+@each_family
 @pytest.mark.parametrize("use", [merge_adapter, load_adapter])
 @pytest.mark.parametrize("fault", ["renamed", "missing"])
 def test_an_adapter_that_would_change_nothing_or_half_is_refused(saved, tiny_policy_directory, use, fault):

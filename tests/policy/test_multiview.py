@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,13 @@ import torch
 from PIL import Image
 
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
-from mrg_r1.policy.families.qwen2_5_vl import vision as tower
 from mrg_r1.policy.load import load_image_processor
 from mrg_r1.policy.logprobs import completion_logprobs, group_logprobs, micro_batches
 from mrg_r1.rollout import decode
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
 from mrg_r1.types import Completions, Prompts, Study, StudyImage
-from tests.conftest import make_study
+from tests.conftest import each_family, each_family_slowly, each_qwen, make_study
 from tests.shared_data import shared_data
 
 VIEWS = (3, 1, 2, 2, 1, 3, 2, 1)  # of eight studies
@@ -75,6 +75,7 @@ def merged_patches(prompts: Prompts) -> list[int]:
     return [sum(next(per_image) for _ in range(count)) for count in prompts.images_per_study]
 
 
+@each_qwen
 def test_image_tokens_are_a_quarter_of_the_patches_or_nothing_goes_on(policy, studies, build):
     prompts = build(policy)(studies)
     assert prompts.images_per_study == list(VIEWS)
@@ -99,27 +100,23 @@ def test_image_tokens_are_a_quarter_of_the_patches_or_nothing_goes_on(policy, st
             policy.layout.positions(cut.input_ids, cut.attention_mask, cut.images)
 
 
+@each_family
 def test_views_stand_in_the_manifests_order_each_with_its_own_pixels(policy, studies, build):
     builder = build(policy)
     prompts = builder(studies)
-    start = 0
     for row, study in enumerate(studies):
         alone = [builder([Study(**{**study.__dict__, "images": (image,)})]) for image in study.images]
         one = prompts.select([row])
-        assert torch.equal(
-            one.images.tensors["pixel_values"], torch.cat([view.images.tensors["pixel_values"] for view in alone])
-        )
-        assert torch.equal(
-            one.images.tensors["image_grid_thw"],
-            prompts.images.tensors["image_grid_thw"][start : start + len(study.images)],
-        )
-        start += len(study.images)
+        assert "pixel_values" in one.images.tensors
+        for name, tensor in one.images.tensors.items():
+            assert torch.equal(tensor, torch.cat([view.images.tensors[name] for view in alone]))
         text = policy.tokenizer.decode(one.input_ids[0][one.attention_mask[0].bool()])
         named = [image.view for image in study.images if image.view]
-        places = [text.index(f"{view.capitalize()} view: ") for view in dict.fromkeys(named)]
-        assert places == sorted(places) and text.count(" view: ") == len(named)
+        places = [text.index(f"{view.capitalize()} view:") for view in dict.fromkeys(named)]
+        assert places == sorted(places) and text.count(" view:") == len(named)
 
 
+@each_family
 def test_log_probs_follow_their_study_through_permuting_and_slicing(lora_policy, studies, build):
     """Trap 10: other views, or another order of a study's own, give other log-probs."""
     prompts = build(lora_policy)(studies)
@@ -156,6 +153,7 @@ def sampled(policy, loader: StudyLoader, step: int) -> dict[str, list[list[int]]
     }
 
 
+@each_family_slowly
 def test_groups_are_whole_and_the_same_on_one_two_and_four_ranks_and_after_a_resume(lora_policy, studies, build):
     """Trap 7: each study's members on one rank, in their order, whatever the shuffle put beside it."""
     builder = build(lora_policy)
@@ -184,6 +182,7 @@ def test_groups_are_whole_and_the_same_on_one_two_and_four_ranks_and_after_a_res
             assert {study: group for rank in ranks for study, group in rank.items()} == alone[step]
 
 
+@each_family_slowly
 def test_a_prompt_of_three_views_that_is_too_long_is_refused_with_its_study(policy, studies, build):
     """Trap 12: no view is cut."""
     lengths = build(policy)(studies).attention_mask.sum(dim=1).tolist()
@@ -197,6 +196,7 @@ def test_a_prompt_of_three_views_that_is_too_long_is_refused_with_its_study(poli
     assert build(policy, max_tokens=lengths[longest])(studies).input_ids.shape[1] == lengths[longest]
 
 
+@each_family
 def test_what_needs_most_memory_comes_first_in_a_step(lora_policy, studies, build, monkeypatch):
     """The tower takes all images at once; prefill and decoding go part by part, scoring and updates pass by pass,
     largest first.
@@ -204,17 +204,17 @@ def test_what_needs_most_memory_comes_first_in_a_step(lora_policy, studies, buil
     builder, passes, parts = build(lora_policy), [], []
     prompts = builder(sorted(studies, key=lambda study: len(study.images)))  # the longest last
     tokens = prompts.attention_mask.sum(dim=1).tolist()
-    inner, run_tower = decode._decode, tower.run_tower
+    inner, family = decode._decode, lora_policy.family
 
-    def counted_tower(*arguments, **options):
-        passes.append(len(arguments[2]))
-        return run_tower(*arguments, **options)
+    def counted_tower(model, images, *arguments):
+        passes.append(len(images))
+        return family.see(model, images, *arguments)
 
     def recorded(policy, language, some, *arguments):
         parts.append(int(some.attention_mask.sum()) + 16 * len(some))
         return inner(policy, language, some, *arguments)
 
-    monkeypatch.setattr(tower, "run_tower", counted_tower)
+    monkeypatch.setattr(lora_policy, "family", replace(family, see=counted_tower))
     monkeypatch.setattr(decode, "_decode", recorded)
     vision = lora_policy.encode_images(prompts)
     assert passes == [sum(VIEWS)]

@@ -99,6 +99,7 @@ def test_a_held_policy_samples_without_asking_for_weights(pair, studies, build):
     assert all(parameter.numel() == 0 for parameter in policy.partition.kept)
 
 
+@each_family
 def test_an_adapter_is_merged_into_absent_weights(pair, tiny_policy_directory, tmp_path):
     save_adapter(pair[1], tmp_path / "adapter")
     policies = [

@@ -12,7 +12,7 @@ from mrg_r1.rollout import decode
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.rollout.sampling import Sampling, keyed_uniforms, sample_tokens
-from tests.conftest import each_family, inputs_of_modules
+from tests.conftest import EOS, each_family, inputs_of_modules
 
 
 def sample(policy, prompts, on_ended=None, **changes):
@@ -20,6 +20,7 @@ def sample(policy, prompts, on_ended=None, **changes):
     return rollout(policy, prompts, policy.encode_images(prompts), Sampling(**options), on_ended=on_ended)
 
 
+@each_family
 def test_near_greedy_generation_config_is_not_obeyed(policy, studies, build):
     """Trap 1: temperature 1e-6 and top_k 1 stand in the checkpoint; the group differs all the same, with the model's
     entropy.
@@ -52,6 +53,7 @@ def test_banned_ids_are_never_sampled(policy, studies, build):
     assert torch.isfinite(completions.logp).all()
 
 
+@each_family
 def test_completion_does_not_depend_on_batch_order_or_group(policy, studies, build):
     """Keyed sampling; and docs/traps.md #7: member g of a study is the same wherever the study stands."""
     prompts = build(policy)(studies)
@@ -66,17 +68,19 @@ def test_completion_does_not_depend_on_batch_order_or_group(policy, studies, bui
     assert smaller.texts == [group[:2] for group in together.texts]
 
 
+@each_family
 @pytest.mark.parametrize("change", [{"seed": 1}, {"step": 1}, {"attempt": 1}])
 def test_every_part_of_the_key_changes_the_sample(policy, studies, build, change):
     prompts = build(policy)(studies[:1])
     assert sample(policy, prompts).texts != sample(policy, prompts, **change).texts
 
 
+@each_family
 @pytest.mark.parametrize("eos_index", [0, 1])
 def test_eos_ends_a_row_and_is_scored(policy, studies, build, eos_index):
-    """Trap 8: two EOS ids, one of which is the pad id; the EOS is in the mask, what follows is not."""
+    """Trap 8: two EOS ids, one of which is the pad id or none; the EOS is in the mask, what follows is not."""
+    assert policy.eos_ids == EOS[policy.base.config.model_type] and policy.pad_id == 0
     eos = policy.eos_ids[eos_index]
-    assert policy.pad_id in policy.eos_ids and len(policy.eos_ids) == 2
     head = policy.next_token_logits
 
     def eager_to_end(hidden):
@@ -100,6 +104,7 @@ def test_eos_ends_a_row_and_is_scored(policy, studies, build, eos_index):
             assert completions.ended[b, g] or length == 12
 
 
+@each_family
 def test_ids_trained_on_are_the_ids_sampled(policy, studies, build):
     """Trap 21: decode-encode is not the identity for random byte sequences; ids are kept, never re-tokenised."""
     completions = sample(policy, build(policy)(studies), group_size=8)
@@ -112,6 +117,7 @@ def test_ids_trained_on_are_the_ids_sampled(policy, studies, build):
     assert changed > 0, "the test needs samples whose text encodes to other ids"
 
 
+@each_family
 def test_greedy_takes_the_most_probable_token(policy, studies, build):
     prompts = build(policy)(studies)
     vision = policy.encode_images(prompts)
@@ -123,6 +129,7 @@ def test_greedy_takes_the_most_probable_token(policy, studies, build):
             assert torch.all(logp[:, 0] <= best.logp[:, 0, 0] + 1e-6)
 
 
+@each_family
 def test_resampled_groups_replace_only_their_studies(policy, studies, build):
     prompts = build(policy)(studies)
     vision = policy.encode_images(prompts)
@@ -220,6 +227,7 @@ def test_compaction_changes_nothing(lora_policy, studies, build, monkeypatch):
         torch.testing.assert_close(other.logp, answers[0].logp, atol=2e-6, rtol=0)
 
 
+@each_family
 @pytest.mark.parametrize("cache_tokens", [1, 120, 250])
 def test_a_rollout_in_parts_is_the_whole_one(lora_policy, studies, build, cache_tokens):
     eager_to_end(lora_policy)
@@ -234,6 +242,7 @@ def test_a_rollout_in_parts_is_the_whole_one(lora_policy, studies, build, cache_
     torch.testing.assert_close(parts.logp, whole.logp, atol=2e-6, rtol=0)
 
 
+@each_family
 @pytest.mark.parametrize("cache_tokens", [None, 120])
 def test_what_has_ended_is_handed_on_while_others_go_on(lora_policy, studies, build, cache_tokens):
     """Every text that is handed on is one of the rollout's, none twice, some before the last token; and the samples are
@@ -273,6 +282,7 @@ def test_a_study_twice_in_a_step_has_other_numbers_and_the_first_time_keeps_its_
     assert not torch.equal(twice[4:], once[:2])
 
 
+@each_family
 def test_no_special_token_but_eos_has_a_probability(policy):
     logits = policy.next_token_logits(torch.zeros(1, policy.base.lm_head.in_features))[0]
     special = {number for number, token in policy.tokenizer.added_tokens_decoder.items() if token.special}

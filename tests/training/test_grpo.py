@@ -21,7 +21,7 @@ from mrg_r1.training import update
 from mrg_r1.training.rewards import on_all_ranks
 from mrg_r1.training.validation import warn_of_gap
 from mrg_r1.types import Experience, Rewards
-from tests.conftest import OneRank
+from tests.conftest import OneRank, each_family
 from tests.reward.in_process import InProcessRewards
 from tests.reward.keyword_labeler import KeywordLabeler
 
@@ -74,6 +74,7 @@ def recipe_of(world, tmp_path, *overrides):
     )
 
 
+@each_family
 def test_old_logp_stays_the_rollouts_in_every_inner_iteration(lora_policy, experience, world, tmp_path, monkeypatch):
     """Trap 16: with mu 3 the ratio's denominator is the rollout's in all three, while the policy moves."""
     olds, ratios = [], []
@@ -94,6 +95,7 @@ def test_old_logp_stays_the_rollouts_in_every_inner_iteration(lora_policy, exper
     assert ratios[0] == pytest.approx(1, abs=1e-6) and abs(ratios[2] - 1) > 1e-4
 
 
+@each_family
 def test_first_update_moves_towards_the_better_reports(lora_policy, experience, world, tmp_path):
     """Trap 4: at ratio 1 the loss says nothing, but the gradient is alive: better reports become more probable, worse
     ones less.
@@ -116,6 +118,7 @@ def test_first_update_moves_towards_the_better_reports(lora_policy, experience, 
     assert squares > 0 and objective() - before == pytest.approx(squares / rate, rel=0.05)  # what ascent gains
 
 
+@each_family
 @pytest.mark.parametrize("budget,recompute", [(1, False), (100, False), (100_000, False), (100, True)])
 def test_going_on_from_the_prefill_gives_the_same_update(lora_policy, experience, world, tmp_path, budget, recompute):
     """The rollout's prompt pass kept with its graph: the same gradient, however completions are cut into passes, and
@@ -156,6 +159,7 @@ def test_a_gap_between_sampling_and_scoring_is_said():
     assert len(said) == 1 and "step 3: sampling/logp_gap 0.051" in said[0] and "grpo.correction=tis" in said[0]
 
 
+@each_family
 def test_truncated_completions_leave_the_loss_when_masked(lora_policy, experience, world, tmp_path):
     experience.completions.ended[:] = False
     metrics = update.update(
@@ -264,6 +268,7 @@ def test_resampling_stops_where_a_reward_fails(lora_policy, studies, build, worl
         )
 
 
+@each_family
 def test_the_frozen_log_probs_are_made_while_the_labeler_works(
     lora_policy, studies, build, world, tmp_path, monkeypatch
 ):
@@ -304,6 +309,7 @@ def test_the_frozen_log_probs_are_made_while_the_labeler_works(
     assert pending.rewards() is pending.sampled.rewards and order.count("result") == 1  # a ticket is good once
 
 
+@each_family
 def test_groups_of_equal_rewards_are_sampled_again_and_the_last_rewards_count(
     lora_policy, studies, build, world, tmp_path
 ):

@@ -24,6 +24,7 @@ def test_positions_are_those_of_the_model(policy, studies, build):
     assert torch.equal(prompts.next_position, prompts.attention_mask.sum(1) + deltas[:, 0])
 
 
+@each_qwen
 def test_a_cut_image_is_refused(policy, studies, build):
     prompts = build(policy)(studies[:1])
     cut = int((prompts.input_ids[0] == policy.image_token_id).nonzero()[4, 0])
@@ -31,6 +32,7 @@ def test_a_cut_image_is_refused(policy, studies, build):
         policy.layout.positions(prompts.input_ids[:, :cut], prompts.attention_mask[:, :cut], prompts.images)
 
 
+@each_qwen
 def test_a_tokenizer_of_another_checkpoint_is_refused(policy):
     """transformers makes an empty tokenizer where its files are missing: prompts would be without images."""
     config = policy.base.config
