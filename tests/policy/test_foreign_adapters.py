@@ -147,7 +147,7 @@ MORE_TARGETS = LORA_TARGETS + r"|.*visual.*\.qkv|.*vision_tower.*\.q_proj"
 TWO_ADAPTERS = {
     "another rank": ({"r": 8}, None, r"adapter_config.*rank 8, in adapter_model.safetensors it has 4"),
     "another rank of one": ({"rank_pattern": {"q_proj": 2}}, None, r"adapter_config.*q_proj rank 2"),
-    "fewer modules": ({"target_modules": ["q_proj"]}, None, r"adapter_model.*LoRA of .* puts none"),
+    "fewer modules": ({"target_modules": r".*language_model.*\.q_proj"}, None, r"adapter_model.*LoRA of .* puts none"),
     "more modules": ({"target_modules": MORE_TARGETS}, None, r"adapter_model.*vis(ual|ion_tower)\..* is missing"),
     "no modules": ({"target_modules": ["nothing"]}, None, "adapter_config.*nothing"),
     "no pattern": ({"target_modules": "("}, None, "adapter_config.*PEFT cannot put it"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import each_family_slowly
 from tests.ranks.test_engine import RECIPE
 
 pytestmark = pytest.mark.ranks
@@ -42,6 +43,7 @@ def test_frozen_weights_are_parts_and_never_all_whole_in_an_update(pool, setting
         assert answer["most"] < 0.5 * answer["total"]
 
 
+@each_family_slowly
 def test_ranks_sample_unequally_long_and_often_without_hanging(pool, tiny_policy_directory, tmp_path):
     """Trap 18: one rank ends at token 3, the other at 40; one samples once more, the other three times."""
     answers = pool.run("unequal_rollouts", directory=str(tiny_policy_directory), images=str(tmp_path / "images"))
@@ -49,6 +51,7 @@ def test_ranks_sample_unequally_long_and_often_without_hanging(pool, tiny_policy
     assert all(answer["equal"] and answer["gap"] < 1e-5 and answer["vision"] < 1e-5 for answer in answers), answers
 
 
+@each_family_slowly
 def test_ranks_pass_equally_often_where_one_has_next_to_nothing(pool, setting):
     """Fewer passes, and none over completions, on a rank whose completions end with their first token: the same as at
     stage 2.
@@ -78,6 +81,7 @@ def test_offloaded_states_train_the_same(pool, setting):
             assert found == pytest.approx(wanted, abs=1e-6)
 
 
+@each_family_slowly
 def test_a_checkpoint_goes_through_the_stages(pool, setting, tmp_path):
     for answer in pool.run("through_stages", **setting, checkpoints=str(tmp_path / "checkpoints"), overrides=[]):
         assert answer["arrived"] == [True, True]

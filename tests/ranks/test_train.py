@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mrg_r1.tracking.report import print_report
+from tests.conftest import each_world_slowly
 
 pytestmark = pytest.mark.ranks
 
@@ -22,6 +23,7 @@ def completions(run: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted((run / "completions").iterdir())}
 
 
+@each_world_slowly
 def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_path):
     """Two steps, a stop, two more: the same numbers, completions and adapter as four in a row; and what section 8 says
     a run leaves.
@@ -75,6 +77,7 @@ def test_an_interrupted_run_continues_as_the_uninterrupted_one(pool, world, tmp_
         assert keys | {"distinct_share", "held_out_disease_micro13", "hacking_gap"} == summary[side].keys()
 
 
+@each_world_slowly
 def test_members_of_a_group_stand_together_with_their_terms(pool, world, tmp_path):
     """Trap 7 in what a run writes: each study's three members on one rank, each step the loader's studies."""
     run = tmp_path / "run"

@@ -15,12 +15,12 @@ import mrg_r1.training.rehearse as rehearsing
 from mrg_r1 import cli
 from mrg_r1.config.recipe import Recipe, load_recipe
 from mrg_r1.data.study import read_manifest, write_manifest
-from mrg_r1.policy.family import read_config
 from mrg_r1.policy.shallow import Depth
 from mrg_r1.training.rehearse import _at, _whole_step, _write_manifest
 from mrg_r1.types import Study
 from tests.cli.command import refused, run
-from tests.conftest import FAMILIES, each_family, make_study
+from tests.conftest import FAMILIES, make_study
+from tests.ranks.conftest import ROOT
 
 
 def taken(decoder: int, tower: int, **seconds: float) -> dict:
@@ -168,34 +168,37 @@ def test_a_full_disk_is_refused_before_it_is_filled(recipe, tmp_path, capsys, mo
     assert "0.0 GB are free" in message and "--folder" in message
 
 
+SHIPPED = {"iu_7b": "qwen2_5_vl", "qwen3_vl_8b": "qwen3_vl", "medgemma_4b": "gemma3"}
+
+
 @pytest.mark.slow
-@each_family
-def test_a_whole_step_is_taken_at_two_depths_and_exported(
-    tiny_policy_directory: Path, world, tmp_path, capsys, monkeypatch
+@pytest.mark.parametrize(("name", "tiny_policy_directory"), SHIPPED.items(), indirect=["tiny_policy_directory"])
+def test_a_whole_step_of_each_shipped_recipe_is_taken_at_two_depths_and_exported(
+    name, tiny_policy_directory, world, tmp_path, capsys, monkeypatch
 ):
-    """At reduced depth and width; the shapes of 7B are in docs/gpus.md."""
+    """As it stands but for where things lie, at reduced depth and width; the shapes of 7B are in docs/gpus.md."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     source = tmp_path / "published"
     shutil.copytree(tiny_policy_directory, source)
     (source / "model.safetensors").unlink()
     report = tmp_path / "rehearsal.json"
-    asked = [world.recipe(tmp_path / "run"), f"policy.path={source}", "policy.dtype=bfloat16", "grpo.beta=0.1"]
-    asked.append("data.max_pixels=12544")  # of the squares that Gemma 3 makes of all images
+    asked = [ROOT / f"launch/recipes/{name}.yaml", f"policy.path={source}", f"output_dir={tmp_path}/run"]
+    asked += [f"data.manifest={world.folder}/phantoms/manifest.jsonl", f"reward.labeler={world.folder}/labeler"]
     code, said, complaint = run(
-        capsys, "rehearse", *asked, "--new-tokens", 4, "--world-size", 2, "--folder", tmp_path, "--json", report
+        capsys, "rehearse", *asked, "--new-tokens", 4, "--world-size", 7, "--folder", tmp_path, "--json", report
     )
     assert code == 0, complaint
     assert "a rank's step" in said and not (tmp_path / "run").exists()
     result = json.loads(report.read_text())
     depths = [(one["decoder"], one["tower"]) for one in result["depths"]]
-    [family] = [name for name in FAMILIES if name == read_config(source)["model_type"]]
-    assert depths[-1][0] == FAMILIES[family] == result["whole"]["decoder"] and depths[0] != depths[1]
+    assert depths[-1][0] == FAMILIES[SHIPPED[name]] == result["whole"]["decoder"] and depths[0] != depths[1]
     for one in result["depths"]:
         assert {"load", "vision", "rollout", "reference", "update"} <= one["seconds"].keys() and one["memory_gib"] > 0
         assert {"start", "rollout", "update"} <= one["memory_gib_by_phase"].keys()
         assert one["update_tflops"] > 0 and one["update_mfu"] is None  # no card
     assert result["dtype"] == ("bfloat16" if torch.cuda.is_available() else "float32")
     assert result["memory"]["formula_gib_by_phase"].keys() >= {"vision", "rollout", "update"} and "GiB at most" in said
-    assert result["rank_studies"] == 2 and result["new_tokens"] == 4
+    assert result["rank_studies"] == 4 and result["group_size"] == 8 and result["recipe_dtype"] == "bfloat16"
+    assert result["new_tokens"] == 4 and result["recipe_new_tokens"] == 512
     assert result["whole"]["seconds"]["update"] > result["depths"][-1]["seconds"]["update"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("mrg-r1")) == []
