@@ -357,8 +357,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
         torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
         torch.mul(second, cos, out=out_second).addcmul_(first, sin)
     else:
-        out_first.copy_(first * cos - second * sin)  # float32 inside: the angles are
-        out_second.copy_(second * cos + first * sin)
+        torch.addcmul(first * cos, second, sin, value=-1, out=out_first)  # float32 inside: the angles are
+        torch.addcmul(second * cos, first, sin, out=out_second)
     return out
 
 

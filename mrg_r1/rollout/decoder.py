@@ -228,7 +228,7 @@ class Decoder:
         if own_bias is not None:
             to_own.add_(own_bias)
         scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:2], width)], dim=2)
-        weights = scores.softmax(dim=2, dtype=torch.float32).to(x.dtype)
+        weights = scores.softmax(dim=2)  # float32 inside, whatever comes in and goes out
         seen = to_prompt.shape[2]
         attended = torch.matmul(weights[:, :, seen:].view(*q.shape[:4], width), own_values[:, :, :, :width])
         attended.view(studies * key_heads, -1, size).baddbmm_(weights[:, :, :seen], self.prompt_values[number])

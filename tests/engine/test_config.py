@@ -76,7 +76,8 @@ def test_a_key_by_another_name_does_not_go_round_the_checks(
 def test_a_number_without_end_is_named(tmp_path: Path, number: str, key: str, written: str) -> None:
     path = tmp_path / "zero.json"
     path.write_text(f'{{"zero_optimization": {{"stage": 2, "{key}": {written.format(number)}}}}}')
-    with pytest.raises(ValueError, match=f"zero.json: zero_optimization.{key} is "):
+    named = f"zero_optimization.{key} is " if "e" in number else "not valid JSON: a whole number of 401 digits"
+    with pytest.raises(ValueError, match=f"zero.json: {named}"):
         read_config(path)
 
 

@@ -258,7 +258,8 @@ def test_report_says_where_the_references_labels_are_from(tmp_path, capsys):
     assert "references' labels: what the manifest says (labels.said), of all 3 studies" in text
 
 
-def test_radevals_means_are_rows_of_a_run_its_control_and_the_gain_over_seeds(tmp_path, capsys):
+def test_radevals_means_are_rows_of_a_run_its_control_and_the_gain_over_seeds(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # rows are not folded
     runs = [tmp_path / "run0", tmp_path / "run1"]
     for seed, run in enumerate(runs):
         for folder, mean in ((run, 0.5 + 0.2 * seed), (run / "control", 0.4)):
