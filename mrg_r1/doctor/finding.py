@@ -32,7 +32,7 @@ def examined(name: str, look: Callable[[], str]) -> Finding:
         return Finding(name, "ok", look())
     except (ValueError, OSError) as error:
         return Finding(name, "failure", str(error))
-    except Exception as error:
+    except Exception as error:  # a check's own fault, of whatever kind, must not cost the whole report
         place = traceback.extract_tb(error.__traceback__)[-1]
         text = f"this could not be looked at: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
         return Finding(name, "failure", text, "please report it, with the file that it was about")

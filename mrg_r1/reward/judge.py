@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
 
+from mrg_r1.files import parse_json
+
 # invented, to see whether a judge answers
 TRIAL = [
     ("There is a small left pleural effusion.", "Small pleural effusion on the left."),
@@ -213,8 +215,8 @@ class Judge:
 def _numbers(body: bytes, count: int) -> list[float]:
     """`scores` of an answer; NaN and infinities are numbers, for the caller to name the studies."""
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError) as error:  # brackets in brackets in brackets
+        content = parse_json(body)
+    except ValueError as error:
         raise _Problem(f"an answer of {len(body):,} bytes that is not JSON") from error
     scores = content.get("scores") if isinstance(content, dict) else None
     if not isinstance(scores, list):
@@ -223,7 +225,4 @@ def _numbers(body: bytes, count: int) -> list[float]:
         raise _Problem(f"{len(scores)} scores for {count} reports")
     if any(isinstance(one, bool) or not isinstance(one, int | float) for one in scores):
         raise _Problem("scores that are no numbers")
-    try:
-        return [float(one) for one in scores]
-    except OverflowError as error:  # JSON's integers have no end
-        raise _Problem("scores larger than any float") from error
+    return [float(one) for one in scores]

@@ -40,7 +40,7 @@ def test_reports_are_scored_in_batches_in_order(server: Judging) -> None:
         ("null", "scores that are no numbers"),
         ("words", "scores that are no numbers"),
         ("nested", "an answer of 100,000 bytes that is not JSON"),
-        ("large", "scores larger than any float"),
+        ("large", "that is not JSON"),
         ("larger", "that is not JSON"),
         ("bare", 'an answer without {"scores"'),
         ("cut", "an answer that ends 10 bytes before its length"),
