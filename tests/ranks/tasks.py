@@ -4,6 +4,7 @@ carry.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -223,13 +224,24 @@ def weights_in_memory(ranks: Ranks, **setting: Any) -> dict[str, Any]:
     whole: list[tuple[StorageWeakRef, int]] = []  # memory that weights brought together have been in
     most = 0
 
+    def held(at_most: int) -> int:
+        """Elements, after up to 0.2 s in which gloo's own thread may let go of what it brought together: where the
+        cores are busy it does so some milliseconds after the ranks have met.
+        """
+        patience = time.monotonic() + 0.2
+        while True:
+            found = sum(size for reference, size in whole if not reference.expired())
+            if found <= at_most or time.monotonic() > patience:
+                return found
+            time.sleep(0.01)
+
     def note(storages: list[torch.UntypedStorage]) -> None:
         nonlocal most
         for storage in storages:
             reference = StorageWeakRef(storage)
             if all(reference.cdata != known.cdata for known, _ in whole):
                 whole.append((reference, storage.nbytes() // 4))
-        most = max(most, sum(size for reference, size in whole if not reference.expired()))
+        most = max(most, held(at_most=most))
 
     def gathered(parameters: Sequence[nn.Parameter], *, written: bool = False) -> Any:
         @contextmanager
@@ -251,7 +263,7 @@ def weights_in_memory(ranks: Ranks, **setting: Any) -> dict[str, Any]:
         "total": sum(parameter.ds_numel for parameter in frozen),
         "parts": sum(parameter.ds_tensor.numel() for parameter in frozen),
         "absent": sum(parameter.ds_numel for parameter in frozen if is_absent(parameter)),
-        "left": sum(size for reference, size in whole if not reference.expired()),
+        "left": held(at_most=0),
         "most": most,
         "layer": layer,
         "merger": sum(p.ds_numel for p in policy.base.model.visual.merger.parameters() if not p.requires_grad),
