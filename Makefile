@@ -396,10 +396,10 @@ test: $(READY) browser  ## style, types, import rules and every test but the slo
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 20 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --durations 20 -m "not slow and not gpu"
 
 test-slow: $(READY)  ## tests of minutes: training a labeler, a run end to end
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 20 -m "slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --durations 20 -m "slow and not gpu"
 
 test-gpu: $(READY)  ## what needs a CUDA device: kernels, captured graphs, bf16
 	$(BIN)/python -m pytest -m gpu

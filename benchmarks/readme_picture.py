@@ -132,6 +132,8 @@ def _wrapped(text: str, points: float, *, most: int = 11) -> str:
             lines[-1] = longer
         else:
             lines.append(word)
+        if len(lines) > most:
+            break
     return "\n".join(lines if len(lines) <= most else [*lines[: most - 1], "…"])
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.engine.ranks import OneRank
@@ -45,20 +48,32 @@ def pytest_configure(config: pytest.Config) -> None:
         end_with_parent()
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.groups import Groups
+
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two workers (`-n 2 --dist loadgroup`) one has all tests of ranks, which share a pool, and one all that launch
-    jobs as a person does: the two longest lists, so that neither worker waits for the other at the end. Any other file
-    stays together for its fixtures.
+    """The longest first, so that no worker waits for another at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in ("ranks", "launches"))
+
+
+def pytest_collection_finish() -> None:
+    """The libraries' half a million objects are there: the collector, which so many tests call up, would walk through
+    them each time; and what tests leave can wait.
     """
-    for item in items:
-        launches = item.path.parent.name == "launches"
-        ranks = item.get_closest_marker("ranks") is not None
-        item.add_marker(pytest.mark.xdist_group("launches" if launches else "ranks" if ranks else item.path.stem))
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _alone() -> None:
     """One thread of torch, here and in what tests start, and no process left behind."""
+    # transformers writes out each config that it reads, for a log line that nobody sees: a twentieth of a test run
+    PreTrainedConfig.__repr__ = object.__repr__  # type: ignore[method-assign]
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     guard()
@@ -77,6 +92,24 @@ each_family = pytest.mark.parametrize("tiny_policy_directory", FAMILIES, indirec
 _SLOWLY = [pytest.param(family, marks=[] if family == _FIRST else pytest.mark.slow) for family in FAMILIES]
 each_family_slowly = pytest.mark.parametrize("tiny_policy_directory", _SLOWLY, indirect=True)
 each_world_slowly = pytest.mark.parametrize("world", _SLOWLY, indirect=True)  # whole runs
+
+
+def each_family_once(names: str, cases: Sequence[Any], *, ids: Iterable[str] | None = None) -> pytest.MarkDecorator:
+    """The first family with every case, the others with the first; with the rest they are slow."""
+    width = names.count(",") + 1
+    rows = [
+        pytest.param(
+            family,
+            *(case if width > 1 else [case]),
+            id=f"{family}-{name}",
+            marks=[] if family == _FIRST or not number else pytest.mark.slow,
+        )
+        for family in FAMILIES
+        for number, (name, case) in enumerate(zip(ids or map(str, cases), cases, strict=True))
+    ]
+    return pytest.mark.parametrize(f"tiny_policy_directory,{names}", rows, indirect=["tiny_policy_directory"])
+
+
 QWEN = [family for family in FAMILIES if family.startswith("qwen")]
 each_qwen = pytest.mark.parametrize("tiny_policy_directory", QWEN, indirect=True)
 

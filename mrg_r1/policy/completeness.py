@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from mrg_r1.policy.checkpoint_files import StoredTensor, read_layout
 from mrg_r1.policy.family import family_of, load_config, read_config, shape_of
@@ -36,9 +37,10 @@ def empty_model(path: Path, dtype: torch.dtype = torch.float32, device: torch.de
     Raises:
         ValueError: as `load_config` and `shape_of`; numbers of the config.json that contradict one another.
     """
-    load_config(path)  # a value of the wrong kind is named there
+    config = load_config(path)  # first: a value of the wrong kind is named there
     shape_of(path)
-    return family_of(path).empty_model(path, dtype, device or torch.device("cpu"))
+    with no_init_weights():  # nobody reads them
+        return family_of(path).empty_model(path, config, dtype, device or torch.device("cpu"))
 
 
 def is_tied(model: Any) -> bool:

@@ -61,8 +61,9 @@ class Family:
     """
 
     # The checkpoint directory.
-    # Parameters on the meta device, buffers computed on the given one: what loading fills, part by part.
-    empty_model: Callable[[Path, torch.dtype, torch.device], nn.Module]
+    # (directory, its config, dtype, device) -> parameters on the meta device, buffers computed on the given one: what
+    # loading fills, part by part. Called by `completeness.empty_model` alone.
+    empty_model: Callable[[Path, Any, torch.dtype, torch.device], nn.Module]
     # Modules that together hold every parameter; one is whole in memory at a time while loading.
     parts: Callable[[Any], list[nn.Module]]
     # The name in the module tree of a tensor as files store it: published ones may keep the names of an older tree.

@@ -79,9 +79,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: no tokenizer, one of another model, or no chat template in the directory.
     """
-    load_config(path)  # the tokenizer's class is looked up there, and what is wrong with it would be laid to the words
+    config = load_config(path)  # transformers looks the class up in it, and would lay what is wrong there to the words
     with reading(f"{path}: tokenizer.json and tokenizer_config.json"):
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config, local_files_only=True)
     _require_own(path, len(tokenizer), shape_of(path).vocabulary)
     file = path / "chat_template.json"
     # The processor's; the one in tokenizer_config.json, beside it, may be of a model that reads no images.

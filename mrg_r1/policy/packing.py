@@ -89,19 +89,31 @@ def plan_micro_batches(
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         groups.setdefault(study_of_row[row], []).append(row)
     pieces: list[list[int]] = []  # rows of one study that fit together
-    for rows in groups.values():
+    for study, rows in groups.items():
         pieces.append([])
+        room = token_budget - prompt_lengths[study]
         for row in rows:
-            if pieces[-1] and tokens_of([*pieces[-1], row]) > token_budget:
+            if pieces[-1] and lengths[row] > room:
                 pieces.append([])
+                room = token_budget - prompt_lengths[study]
             pieces[-1].append(row)
+            room -= lengths[row]
     batches: list[list[int]] = []
+    sizes: list[int] = []  # tokens of each
     for piece in sorted(pieces, key=tokens_of, reverse=True):  # first fit, largest first
-        fitting = next((batch for batch in batches if tokens_of(batch + piece) <= token_budget), None)
-        if fitting is None:
-            batches.append(piece)
+        study, own = study_of_row[piece[0]], sum(lengths[row] for row in piece)
+        for number, batch in enumerate(batches):
+            if sizes[number] + own > token_budget:
+                continue
+            there = any(study_of_row[row] == study for row in batch)
+            more = own if there else own + prompt_lengths[study]
+            if sizes[number] + more <= token_budget:
+                batch += piece
+                sizes[number] += more
+                break
         else:
-            fitting += piece
+            batches.append(piece)
+            sizes.append(own + prompt_lengths[study])
     while len(batches) < at_least:
         largest = max((batch for batch in batches if len(batch) > 1), key=tokens_of)
         batches.remove(largest)

@@ -79,7 +79,7 @@ def in_thread(work: Callable[[], Any]) -> None:
 
 def test_a_node_whose_ranks_look_no_more_is_gone_and_the_others_ask_for_a_requeue(left, capfd):
     everyone = watches(dist.HashStore(), lost_after=3)
-    time.sleep(1)  # they have been seen
+    wait(lambda: all(watch._moved.get(rank, (0,))[0] > 0 for watch in everyone[:2] for rank in (2, 3)))  # seen alive
     for watch in everyone[2:]:
         watch.stop()
     wait(lambda: len(left) == 2)
@@ -91,6 +91,7 @@ def test_a_node_whose_ranks_look_no_more_is_gone_and_the_others_ask_for_a_requeu
     )
 
 
+@pytest.mark.slow
 def test_ranks_that_wait_for_one_another_for_long_are_not_gone(left, capfd):
     everyone = watches(dist.HashStore(), lost_after=3)
     time.sleep(5)
@@ -101,7 +102,7 @@ def test_ranks_that_wait_for_one_another_for_long_are_not_gone(left, capfd):
 
 def test_a_broken_connection_names_the_rank_that_is_gone(left, capfd):
     everyone = watches(dist.HashStore())
-    time.sleep(0.5)
+    wait(lambda: all(watch._looks for watch in everyone))
     everyone[3].stop()
     # what it wrote last was on its way to the store when the connection broke
     threading.Timer(0.5, lambda: everyone[1]._store.set("pulse 3", str(everyone[3]._looks + 1))).start()
@@ -135,7 +136,7 @@ def test_the_first_rank_that_fails_speaks_and_all_leave_with_its_code(left, capf
     """Rank 0, which keeps the store, last; a second fault that follows from the first stays quiet."""
     everyone = watches(dist.HashStore())
     in_thread(lambda: everyone[1].fail("error: the first", code=3))
-    time.sleep(0.1)
+    wait(lambda: everyone[1]._store.check(["failed"]))
     in_thread(lambda: everyone[2].fail("error: the second", code=2))
     wait(lambda: len(left) >= 4)
     assert set(left) == {3}
@@ -157,7 +158,7 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_store_that_is_gone_or_does_not_answer_takes_rank_0_with_it(left, capfd, number):
     """SIGSTOP is a node without power to those who have a connection to it: nothing is closed, and nothing comes."""
     keeper = subprocess.Popen([sys.executable, "-c", KEEPER], stdout=subprocess.PIPE, text=True)

@@ -143,6 +143,7 @@ def check(one: Published, logits: Tensor, *, agreement: float) -> None:
         assert (said == one.classes).mean() >= agreement
 
 
+@pytest.mark.slow
 def test_labels_and_logits_are_the_plain_implementations(published: Published) -> None:
     labeler = Labeler.load(published.path, tokenizer=str(published.vocabulary))
     assert labeler.model.bert.config.num_hidden_layers == 12 and labeler.model.bert.config.vocab_size == SIZE

@@ -171,7 +171,8 @@ def test_weights_are_told_apart_by_what_they_are(tmp_path: Path, monkeypatch: py
         one.close()
         return str(one.about["metrics"]["bleu"]["weights_sha256"])
 
-    assert len(weights(0)) == 64 and weights(0) == weights(0) != weights(1)
+    first = weights(0)
+    assert len(first) == 64 and weights(0) == first != weights(1)
 
 
 def test_means_have_intervals_over_the_same_studies() -> None:

@@ -17,6 +17,7 @@ import mrg_r1.policy.attention as attention
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.grpo.loss import LossConfig, grpo_loss
 from mrg_r1.policy.attention import PackedAttention, SeqLens, attend
+from mrg_r1.policy.completeness import empty_model
 from mrg_r1.policy.family import find_family
 from mrg_r1.policy.layers import Norm
 from mrg_r1.policy.load import load_image_processor
@@ -140,7 +141,7 @@ def wide(request, tmp_path):
 
 def policy_of(folder, *, lora):
     """On the meta device, frozen but for LoRA on these targets, or all of it trained."""
-    model = find_family(folder.name).empty_model(folder, torch.bfloat16, torch.device("cpu"))
+    model = empty_model(folder, torch.bfloat16)
     policy = Policy(model.requires_grad_(not lora), tokenizer=AutoTokenizer.from_pretrained(folder), temperature=0.7)
     if lora:
         add_lora(policy, rank=32, alpha=64, seed=0, targets=lora)
@@ -170,9 +171,10 @@ def some_end(eos):
 
 # Beside the plain recipe: what is documented for a small card, and LoRA beyond the decoder.
 SMALL = "gradient_checkpointing and reuse_prefill"
+QUICK = {("qwen2_5_vl", None), ("qwen2_5_vl", SMALL), ("qwen2_5_vl", "all"), ("gemma3", None)}
 SETTINGS = [
-    pytest.param(family, setting, marks=pytest.mark.slow if setting and number else [])
-    for number, family in enumerate(FAMILIES)
+    pytest.param(family, setting, marks=[] if (family, setting) in QUICK else pytest.mark.slow)
+    for family in FAMILIES
     for setting in (None, SMALL, *list(find_family(family).lora_targets)[1:])
 ]
 

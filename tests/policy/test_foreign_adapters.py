@@ -17,7 +17,7 @@ from mrg_r1.policy.export.export import export
 from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.lora import load_adapter, merge_adapter
 from mrg_r1.policy.qwen_vl.checkpoint import LORA_TARGETS
-from tests.conftest import each_family, each_family_slowly
+from tests.conftest import each_family_once, each_family_slowly
 
 
 def written(checkpoint, folder, config, *, source=None):
@@ -45,13 +45,13 @@ HEAD = r".*lm_head|.*language_model.*\.q_proj"
 EMBEDDING = r".*embed_tokens|.*language_model.*\.q_proj"
 
 
-@pytest.mark.parametrize(
-    ("head", "config"),
+@each_family_once(
+    "head,config",
     [
+        ("tied", lora(r".*visual.*\.qkv|.*vision_tower.*\.q_proj")),
         ("tied", lora()),
         ("tied", lora(use_rslora=True)),
         ("tied", lora(rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.up_proj": 3, "k_proj": 16})),
-        ("tied", lora(r".*visual.*\.qkv|.*vision_tower.*\.q_proj")),
         ("untied", lora(HEAD)),
         (
             "tied",
@@ -63,11 +63,10 @@ EMBEDDING = r".*embed_tokens|.*language_model.*\.q_proj"
         ("tied", lora(["q_proj", "qkv"], exclude_modules=r".*layers\.0\..*")),
     ],
     ids=[
-        *("plain", "rslora", "patterns", "vision", "untied head", "rslora and patterns", "orthogonal", "EVA"),
+        *("vision", "plain", "rslora", "patterns", "untied head", "rslora and patterns", "orthogonal", "EVA"),
         *("one layer", "some excluded"),
     ],
 )
-@each_family
 def test_what_is_merged_has_the_logits_of_pefts_own_merge(tiny_policy_directory, untied, tmp_path, head, config):
     checkpoint = tiny_policy_directory if head == "tied" else untied
     adapter = written(checkpoint, tmp_path / "adapter", config)
@@ -133,7 +132,7 @@ def state(adapter, **settings):
 
 
 @pytest.mark.parametrize("case", MORE_THAN_LORA.values(), ids=MORE_THAN_LORA.keys())
-@each_family
+@each_family_slowly
 def test_what_a_merge_would_pass_over_is_refused_by_all(world, tiny_policy_directory, untied, tmp_path, case):
     head, config, message, *settings = case
     checkpoint = tiny_policy_directory if head == "tied" else untied

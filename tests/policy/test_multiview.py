@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from mrg_r1.rollout import decode
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
 from mrg_r1.types import Completions, Prompts, Study, StudyImage
-from tests.conftest import each_family, each_family_slowly, each_qwen, make_study
+from tests.conftest import FAMILIES, QWEN, make_study
 from tests.shared_data import shared_data
 
 VIEWS = (3, 1, 2, 2, 1, 3, 2, 1)  # of eight studies
@@ -48,7 +49,18 @@ def real(_: Path) -> list[Study]:
     return studies
 
 
-@pytest.fixture(params=["generated", "real"])
+def each(families, *, slowly=False):
+    """Each of the families with generated studies and with real ones. Slow are the real ones of all but the first, or
+    whatever is not the first of both.
+    """
+    cases = [
+        pytest.param(family, kind, marks=pytest.mark.slow if number > (0 if slowly else 1) and (slowly or real) else [])
+        for number, (family, (real, kind)) in enumerate(product(families, enumerate(("generated", "real"))))
+    ]
+    return pytest.mark.parametrize(("tiny_policy_directory", "studies"), cases, indirect=True)
+
+
+@pytest.fixture
 def studies(request, tmp_path) -> list[Study]:
     return {"generated": generated, "real": real}[request.param](tmp_path)
 
@@ -75,7 +87,7 @@ def merged_patches(prompts: Prompts) -> list[int]:
     return [sum(next(per_image) for _ in range(count)) for count in prompts.images_per_study]
 
 
-@each_qwen
+@each(QWEN)
 def test_image_tokens_are_a_quarter_of_the_patches_or_nothing_goes_on(policy, studies, build):
     prompts = build(policy)(studies)
     assert prompts.images_per_study == list(VIEWS)
@@ -100,7 +112,7 @@ def test_image_tokens_are_a_quarter_of_the_patches_or_nothing_goes_on(policy, st
             policy.layout.positions(cut.input_ids, cut.attention_mask, cut.images)
 
 
-@each_family
+@each(FAMILIES)
 def test_views_stand_in_the_manifests_order_each_with_its_own_pixels(policy, studies, build):
     builder = build(policy)
     prompts = builder(studies)
@@ -116,7 +128,7 @@ def test_views_stand_in_the_manifests_order_each_with_its_own_pixels(policy, stu
         assert places == sorted(places) and text.count(" view:") == len(named)
 
 
-@each_family
+@each(FAMILIES)
 def test_log_probs_follow_their_study_through_permuting_and_slicing(lora_policy, studies, build):
     """Trap 10: other views, or another order of a study's own, give other log-probs."""
     prompts = build(lora_policy)(studies)
@@ -153,7 +165,7 @@ def sampled(policy, loader: StudyLoader, step: int) -> dict[str, list[list[int]]
     }
 
 
-@each_family_slowly
+@each(FAMILIES, slowly=True)
 def test_groups_are_whole_and_the_same_on_one_two_and_four_ranks_and_after_a_resume(lora_policy, studies, build):
     """Trap 7: each study's members on one rank, in their order, whatever the shuffle put beside it."""
     builder = build(lora_policy)
@@ -182,7 +194,7 @@ def test_groups_are_whole_and_the_same_on_one_two_and_four_ranks_and_after_a_res
             assert {study: group for rank in ranks for study, group in rank.items()} == alone[step]
 
 
-@each_family_slowly
+@each(FAMILIES, slowly=True)
 def test_a_prompt_of_three_views_that_is_too_long_is_refused_with_its_study(policy, studies, build):
     """Trap 12: no view is cut."""
     lengths = build(policy)(studies).attention_mask.sum(dim=1).tolist()
@@ -196,7 +208,7 @@ def test_a_prompt_of_three_views_that_is_too_long_is_refused_with_its_study(poli
     assert build(policy, max_tokens=lengths[longest])(studies).input_ids.shape[1] == lengths[longest]
 
 
-@each_family
+@each(FAMILIES)
 def test_what_needs_most_memory_comes_first_in_a_step(lora_policy, studies, build, monkeypatch):
     """The tower takes all images at once; prefill and decoding go part by part, scoring and updates pass by pass,
     largest first.

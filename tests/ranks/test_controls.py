@@ -12,7 +12,7 @@ from tests.ranks.test_train import completions, metrics
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize("control", ["rft", "random"])
+@pytest.mark.parametrize("control", ["rft", pytest.param("random", marks=pytest.mark.slow)])
 def test_an_interrupted_control_continues_as_the_uninterrupted_one(pool, world, tmp_path, control):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     overrides = [f"control={control}", "evaluation.test=false", "evaluation.before=false", "evaluation.every=2"]

@@ -23,7 +23,7 @@ def test_grpo_takes_reference_labels_from_the_manifest_where_there_is_no_report(
     manifest, studies = labels_only(world, tmp_path / "mixed", every_other)
     run = tmp_path / "run"
     overrides = [manifest, WEIGHTS, "steps=2", "evaluation.every=1"]
-    pool.run("train", recipe=str(world.recipe(run)), overrides=overrides, service=True)
+    pool.run("train", recipe=str(world.recipe(run)), overrides=overrides)
     rows = lines(run / "evaluation/test_predictions.jsonl")
     bare = [row for row in rows if row["reference"] is None]
     assert len(rows) == 8 and len(bare) == 4

@@ -4,6 +4,7 @@ test run.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import sys
@@ -20,7 +21,10 @@ from mrg_r1.engine.ranks import finish_ranks, start_ranks
 def main() -> None:
     folder = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--")))
     torch.set_num_threads(1)
+    tasks = importlib.import_module("tests.ranks.tasks")
     ranks = start_ranks(seed=0)
+    gc.collect()
+    gc.freeze()  # DeepSpeed calls up the collector in each start at stage 3: a second of walking through libraries
     number = 0
     while True:
         task = folder / f"task_{number}.json"
@@ -31,7 +35,7 @@ def main() -> None:
             time.sleep(0.02)
         order = json.loads(task.read_text())
         try:
-            function = getattr(importlib.import_module("tests.ranks.tasks"), order["function"])
+            function = getattr(tasks, order["function"])
             answer = {"value": function(ranks, **order["arguments"])}
         except BaseException:  # the test that gave the task shows it
             answer = {"error": traceback.format_exc()}

@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def judging() -> Iterator[Judging]:
     server = Judging()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield server
     server.shutdown()

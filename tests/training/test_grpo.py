@@ -21,7 +21,7 @@ from mrg_r1.training import update
 from mrg_r1.training.rewards import on_all_ranks
 from mrg_r1.training.validation import warn_of_gap
 from mrg_r1.types import Experience, Rewards
-from tests.conftest import OneRank, each_family
+from tests.conftest import OneRank, each_family, each_family_once
 from tests.reward.in_process import InProcessRewards
 from tests.reward.keyword_labeler import KeywordLabeler
 
@@ -118,8 +118,7 @@ def test_first_update_moves_towards_the_better_reports(lora_policy, experience, 
     assert squares > 0 and objective() - before == pytest.approx(squares / rate, rel=0.05)  # what ascent gains
 
 
-@each_family
-@pytest.mark.parametrize("budget,recompute", [(1, False), (100, False), (100_000, False), (100, True)])
+@each_family_once("budget,recompute", [(100, False), (1, False), (100_000, False), (100, True)])
 def test_going_on_from_the_prefill_gives_the_same_update(lora_policy, experience, world, tmp_path, budget, recompute):
     """The rollout's prompt pass kept with its graph: the same gradient, however completions are cut into passes, and
     one update.

@@ -50,7 +50,10 @@ def teach(folder: Path, studies: dict[str, list[Study]], **settings: Any) -> dic
     return seeing.teach_tower(folder, studies["train"], studies["val"], image_side=SIDE, **settings)
 
 
-@pytest.mark.parametrize(("family", "head"), [("qwen2_5_vl", "tokens"), ("qwen3_vl", "tokens"), ("qwen2_5_vl", "mean")])
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("qwen2_5_vl", "tokens"), pytest.param("qwen3_vl", "tokens", marks=pytest.mark.slow), ("qwen2_5_vl", "mean")],
+)
 def test_a_taught_tower_tells_findings_apart_and_the_language_model_is_as_it_was(
     tmp_path: Path, studies: dict[str, list[Study]], family: str, head: str
 ) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from mrg_r1.policy.endings import read_generation
-from mrg_r1.policy.family import load_config, reading
+from mrg_r1.policy.family import reading
 
 # A bare list of names would also hit the vision tower, whose layers share some of them.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -33,9 +33,10 @@ def lora_targets(*, merger: str, tower: str) -> dict[str, str]:
     }
 
 
-def empty_model(kind: type[PreTrainedModel], path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def empty_model(
+    kind: type[PreTrainedModel], path: Path, config: Any, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
     """The module without weights; its rotary frequencies, computed and never stored, on `device`."""
-    config = load_config(path)
     with reading(path / "config.json"):  # numbers that contradict one another
         with torch.device("meta"):
             model: Any = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")

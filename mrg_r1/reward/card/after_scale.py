@@ -104,8 +104,7 @@ def after_scale(
                 pushes: list[list[dict[Scale, float]]] = [[], []]  # by what the others do, by state
                 for references, reports in states:
                     if rest != "drawn":
-                        each = references if rest == "right" else np.broadcast_to(fixed, references.shape)
-                        reports = np.repeat(each[:, None], group_size, axis=1)
+                        reports = references if rest == "right" else np.broadcast_to(fixed, references.shape)
                     for other, label in enumerate((NEGATIVE, BLANK)):
                         pushes[other].append(_pushes(term, reports, references, sayers, column, label))
                 for scale in found:
@@ -132,13 +131,20 @@ def _pushes(
     """By scale, the mean over groups of the summed advantages of those that say the observation.
 
     Args:
-        rest: [GROUPS, G, 14] the reports but for the observation.
+        rest: [GROUPS, G, 14] the reports but for the observation, or [GROUPS, 14] where a group's are alike.
         other: what the others say of it, a class.
     """
     reports = rest.copy()
-    reports[..., column] = np.where(sayers, POSITIVE, other)
-    against = np.repeat(references, reports.shape[1], axis=0)
-    rewards = torch.from_numpy(term.score(reports.reshape(-1, reports.shape[2]), against)).reshape(sayers.shape)
+    if rest.ndim == 2:  # a group's rewards are two
+        scored = []
+        for label in (POSITIVE, other):
+            reports[:, column] = label
+            scored.append(term.score(reports, references)[:, None])
+        rewards = torch.from_numpy(np.where(sayers, *scored))
+    else:
+        reports[..., column] = np.where(sayers, POSITIVE, other)
+        against = np.repeat(references, reports.shape[1], axis=0)
+        rewards = torch.from_numpy(term.score(reports.reshape(-1, reports.shape[2]), against)).reshape(sayers.shape)
     scales: tuple[Scale, ...] = ("group", "none")
     return {
         scale: float((group_advantages(rewards, scale=scale).numpy() * sayers).sum(axis=1).mean(dtype=np.float64))

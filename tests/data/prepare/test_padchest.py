@@ -182,13 +182,14 @@ def test_rows_of_a_study_that_contradict_each_other_refuse_it(tmp_path: Path) ->
 def test_patients_are_split_and_stay_where_they_are(tmp_path: Path) -> None:
     rows = [row(f"{patient}-{n}", "one", f"p{patient}") for patient in range(200) for n in range(2)]
     prepared(tmp_path, rows)
+    everyone = kept(tmp_path)
     split_of: dict[str, set[str]] = {}
-    for study in kept(tmp_path).values():
+    for study in everyone.values():
         split_of.setdefault(study.patient_id, set()).add(study.split)
     counts = [sum(found == {split} for found in split_of.values()) for split in ("train", "val", "test")]
     assert sum(counts) == 200 and 140 <= counts[0] <= 180 and min(counts[1:]) >= 8
     prepared(tmp_path, rows[100:], "fewer")
-    assert all(kept(tmp_path)[name].split == study.split for name, study in kept(tmp_path, "fewer").items())
+    assert all(everyone[name].split == study.split for name, study in kept(tmp_path, "fewer").items())
 
 
 def test_the_table_may_be_packed_and_images_may_lie_in_one_folder(

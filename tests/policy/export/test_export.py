@@ -22,7 +22,7 @@ from mrg_r1.policy.family import family_of
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import load_adapter, merge_adapter, save_adapter
 from mrg_r1.policy.qwen_vl.checkpoint import LORA_TARGETS
-from tests.conftest import each_family, each_qwen, inputs_of_modules
+from tests.conftest import each_family, each_family_once, each_qwen, inputs_of_modules
 
 GATE = "base_model.model.model.language_model.layers.1.mlp.gate_proj"
 
@@ -83,17 +83,16 @@ def one_study(policy, studies, build):
 
 
 COLD_STARTS = {
+    "vision tower too": {"targets": r".*(self_attn\.v_proj|blocks\.\d\.mlp\.gate_proj)"},
     "none": None,
     "same modules": {},
     "fewer modules": {"targets": ["q_proj", "down_proj"], "exclude_modules": r".*visual.*"},
-    "vision tower too": {"targets": r".*(self_attn\.v_proj|blocks\.\d\.mlp\.gate_proj)"},
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": {"layers.0.mlp.up_proj": 2, "k_proj": 3}, "alpha_pattern": {"k_proj": 12}},
 }
 
 
-@each_family
-@pytest.mark.parametrize("settings", COLD_STARTS.values(), ids=COLD_STARTS.keys())
+@each_family_once("settings", list(COLD_STARTS.values()), ids=COLD_STARTS)
 def test_plain_transformers_and_plain_peft_give_the_policys_logits(
     run, tiny_policy_directory, tmp_path, studies, build, settings
 ):

@@ -213,6 +213,7 @@ def test_an_answer_that_is_lost_is_asked_for_again(start: Start) -> None:
     service.close()
 
 
+@pytest.mark.slow
 def test_processor_seconds_of_a_service_that_was_killed_are_not_lost(start: Start) -> None:
     supervisor = start()
     service, first = connected(supervisor), supervisor.cpu_seconds

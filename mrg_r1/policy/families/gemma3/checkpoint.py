@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Gemma3ForConditionalGeneration
 
 from mrg_r1.policy.endings import read_generation
-from mrg_r1.policy.family import load_config, reading
+from mrg_r1.policy.family import reading
 
 # The tower's layers share some of these names.
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -44,11 +44,10 @@ def module_name(key: str) -> str:
     return key
 
 
-def empty_model(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def empty_model(path: Path, config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The module without weights; what is computed and never stored (rotary frequencies, the embeddings' scale, numbers
     of patches) on `device`.
     """
-    config = load_config(path)
     with reading(path / "config.json"):  # numbers that contradict one another
         with torch.device("meta"):
             model: Any = Gemma3ForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")

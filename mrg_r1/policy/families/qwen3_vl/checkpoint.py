@@ -12,8 +12,8 @@ from transformers import Qwen3VLForConditionalGeneration
 from mrg_r1.policy.qwen_vl import checkpoint
 
 
-def empty_model(path: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    return checkpoint.empty_model(Qwen3VLForConditionalGeneration, path, dtype, device)
+def empty_model(path: Path, config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    return checkpoint.empty_model(Qwen3VLForConditionalGeneration, path, config, dtype, device)
 
 
 def parts(model: Any) -> list[nn.Module]:
