@@ -16,7 +16,7 @@ from mrg_r1.data.images import image_problem
 from mrg_r1.doctor.finding import Finding, examined
 from mrg_r1.doctor.fitting import Place, memory_findings
 from mrg_r1.doctor.inputs import check_disk, check_output, check_stage, most_images, read_splits, studies_to_learn
-from mrg_r1.doctor.labeler import check_labeler, device_of_labeler, held_out_finding
+from mrg_r1.doctor.labeler import check_labeler, device_findings, held_out_finding
 from mrg_r1.doctor.machine import Device, chosen_attention, cuda_devices, package_findings
 from mrg_r1.doctor.memory import Task
 from mrg_r1.doctor.reward import judge_findings, own_term_findings, radeval_finding, reward_findings
@@ -114,7 +114,7 @@ def static_findings(
         findings += [
             examined("labeler", lambda: check_labeler(reward.labeler, reward.tokenizer)),
             *held_out_finding(recipe),
-            device_of_labeler(recipe, place.gpus),
+            *device_findings(recipe, place.gpus),
             *radeval_finding(recipe),
             *judge_findings(recipe),
         ]

@@ -48,7 +48,7 @@ def memory_findings(recipe: Recipe, *, task: Task, place: Place, images: int) ->
         host["labeler"] = 2 * labeler
     findings = []
     if devices:
-        shared = shared_device(recipe)
+        shared = shared_device(recipe.reward.device)
         for device in devices[:ranks_here]:
             prediction = predict(shape, workload(labeler if device.index == shared else 0))
             findings.append(_memory(f"memory cuda:{device.index}", prediction, device.free, recipe))

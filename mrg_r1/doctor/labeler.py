@@ -66,11 +66,10 @@ def labeler_bytes(recipe: Recipe) -> int:
     return file.stat().st_size // 4 * _BYTES[recipe.reward.dtype] if file.is_file() and recipe.phases != "update" else 0
 
 
-def shared_device(recipe: Recipe) -> int | None:
-    """The index at which this process sees the labeler's GPU; None: on none of them, or its number is not to be
-    told.
+def shared_device(name: str) -> int | None:
+    """The index at which this process sees the GPU of a `reward.device`; None: on none of them, or its number is not to
+    be told.
     """
-    name = recipe.reward.device
     if not name.startswith("cuda:"):
         return None
     physical, visible = name.removeprefix("cuda:"), os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -80,23 +79,28 @@ def shared_device(recipe: Recipe) -> int | None:
     return seen.index(physical) if physical in seen else None
 
 
-def device_of_labeler(recipe: Recipe, gpus: int) -> Finding:
-    """Whether reward.device is there."""
-    device = recipe.reward.device
+def device_findings(recipe: Recipe, gpus: int) -> list[Finding]:
+    """Whether the labelers' devices are there; RadEval's is when its process starts."""
+    evaluation = recipe.evaluation
+    found = [_device("labeler's device", "reward.device", recipe.reward.device, gpus, slow=gpus > 0)]
+    if evaluation.held_out_labeler is not None and recipe.phases == "all":
+        device = evaluation.held_out_device
+        found.append(_device("held-out labeler's device", "evaluation.held_out_device", device, gpus))
+    return found
+
+
+def _device(subject: str, field: str, device: str, gpus: int, *, slow: bool = False) -> Finding:
+    """
+    Args:
+        slow: steps may wait for what is on the CPU.
+    """
     if device == "cpu":
-        slow = gpus > 0
-        text = (
-            "cpu: with a BERT-base and a policy on GPUs, steps may wait for rewards (time/reward_exposed)"
-            if slow
-            else "cpu"
-        )
-        return Finding("labeler's device", "ok", text)
+        waits = ": with a BERT-base and a policy on GPUs, steps may wait for rewards (time/reward_exposed)"
+        return Finding(subject, "ok", f"cpu{waits if slow else ''}")
     if not gpus:
-        return Finding(
-            "labeler's device", "failure", f"reward.device {device}: this machine shows no GPU", "set reward.device=cpu"
-        )
-    index = shared_device(recipe)
+        return Finding(subject, "failure", f"{field} {device}: this machine shows no GPU", f"set {field}=cpu")
+    index = shared_device(device)
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and index is not None and index >= gpus:
-        text = f"reward.device {device}: this machine has {gpus} GPU(s), numbered from 0"
-        return Finding("labeler's device", "failure", text, "name one of them, or cpu")
-    return Finding("labeler's device", "ok", f"{device}, a physical number" if device.startswith("cuda:") else device)
+        text = f"{field} {device}: this machine has {gpus} GPU(s), numbered from 0"
+        return Finding(subject, "failure", text, "name one of them, or cpu")
+    return Finding(subject, "ok", f"{device}, a physical number" if device.startswith("cuda:") else device)

@@ -178,6 +178,11 @@ def file_above_output(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
     return [folder.parent / "taken", "output_dir"]
 
 
+def another_labeler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    shutil.copytree(folder / "labeler", folder / "another")
+    return ["evaluation.held_out_device=cpu"]
+
+
 def full_disk(folder: Path, patch: pytest.MonkeyPatch) -> list[object]:
     usage = namedtuple("usage", "total used free")
     patch.setattr(shutil, "disk_usage", lambda path: usage(GB, GB, 1000))
@@ -207,6 +212,11 @@ def names(*said: object) -> Callable[[Path, pytest.MonkeyPatch], list[object]]:
         ("held-out labeler", names("held_out_labeler /nowhere"), ["evaluation.held_out_labeler=/nowhere"]),
         ("held-out labeler", names("is reward.labeler"), ["evaluation.held_out_labeler={parent}/world/labeler"]),
         ("labeler's device", names("reward.device=cpu"), ["reward.device=cuda:7"]),
+        (
+            "held-out labeler's device",
+            another_labeler,
+            ["evaluation.held_out_labeler={parent}/world/another", "evaluation.held_out_device=cuda:7"],
+        ),
         ("images", truncated_image, []),
         ("data", names("data.test_split 'tset'", "['test', 'train', 'val']"), ["data.test_split=tset"]),
         ("output_dir", file_above_output, ["output_dir={parent}/taken/run"]),
