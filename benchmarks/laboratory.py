@@ -45,14 +45,14 @@ SFT_STEPS = 4  # in a unit
 
 
 def make_recipe(folder: Path, task: Task) -> Recipe:
-    """The demo's own recipe of GRPO or of its cold start, on random weights."""
+    """The demo's own recipe: of GRPO, from a policy that has learned to write, or of its cold start."""
     data = folder / "demo-shaped"
     keys = [
         f"output_dir={folder / f'run-{task.unit}-{task.studies}'}",
         f"steps={OPTIMIZER_STEPS}",
         f"seed={SEED}",
         f"data.manifest={data / 'manifest.jsonl'}",
-        f"policy.path={data / 'policy'}",
+        f"policy.path={data / ('taught' if task.unit == 'lab_grpo' else 'policy')}",
         f"reward.labeler={data / 'labeler'}",
         "evaluation.every=0",
         "tracking.completions_every=0",
@@ -73,10 +73,9 @@ def make_recipe(folder: Path, task: Task) -> Recipe:
     return load_recipe(Path("launch/recipes/demo_sft.yaml"), keys)
 
 
-def grpo_unit(run: Run, task: Task) -> Callable[[], Phases]:
-    """One GRPO step; every report has exactly `task.new_tokens`."""
+def grpo_unit(run: Run, task: Task, lengths: list[float]) -> Callable[[], Phases]:
+    """One GRPO step, which adds the mean tokens of its reports to `lengths`."""
     recipe, clock, taken = run.recipe, Clock(), 0
-    run.policy.banned[run.policy.eos_ids] = True
     add_lora(run.policy, rank=recipe.policy.lora.rank, alpha=recipe.policy.lora.alpha, seed=recipe.seed)
     run.policy.train()
     engine, loader = build_engine(run), _loader(run, task)
@@ -85,12 +84,10 @@ def grpo_unit(run: Run, task: Task) -> Callable[[], Phases]:
     def unit() -> Phases:
         nonlocal taken
         parts = grpo_step(taken, run=run, engine=engine, loader=loader, reward_service=run.rewards.service, clock=clock)
-        total, count = parts["groups/length"]
-        if float(total / count) != task.new_tokens:
-            raise RuntimeError(f"reports of {float(total / count)} tokens on average, {task.new_tokens} were asked for")
+        total, count = run.ranks.sum(torch.stack([part.cpu() for part in parts["groups/length"]])).tolist()
+        lengths.append(total / count)
         taken += 1
-        labeler = float(parts["time/labeler_cpu"][0])
-        return _seconds(clock) | {"labeler_cpu": labeler}
+        return _seconds(clock) | {"labeler_cpu": float(parts["time/labeler_cpu"][0])}
 
     return unit
 
@@ -169,15 +166,19 @@ def _seconds(clock: Clock) -> Phases:
     return {name.removeprefix("time/"): seconds for name, seconds in clock.end_step().items()}
 
 
-def arithmetic(run: Run, task: Task) -> dict[str, Any]:
-    """What the unit's shapes ask for, over all ranks: `rollouts` or `studies`, and `counted` by phase."""
+def arithmetic(run: Run, task: Task, *, length: float | None) -> dict[str, Any]:
+    """What the unit's shapes ask for, over all ranks: `rollouts` or `studies`, and `counted` by phase.
+
+    Args:
+        length: mean tokens of a report that GRPO samples.
+    """
     config = run.policy.base.config.to_dict()
     prompts = run.build(run.studies["train"][:1])
     grid = prompts.images.tensors["image_grid_thw"]
     shapes = Shapes.of(config, prompt=prompts.input_ids.shape[1], patches=int(grid.prod(dim=1).sum()))
-    if task.unit == "lab_grpo":
+    if length is not None:
         rank = run.recipe.policy.lora.rank
-        counted = count_grpo(shapes, studies=task.studies, group=task.group, tokens=task.new_tokens, lora=rank)
+        counted = count_grpo(shapes, studies=task.studies, group=task.group, tokens=length, lora=rank)
         return {"rollouts": task.studies * task.group, "counted": {name: asdict(one) for name, one in counted.items()}}
     words = [len(run.policy.tokenizer(study.report)["input_ids"]) + 1 for study in run.studies["train"]]
     studies = task.studies * SFT_STEPS
@@ -235,7 +236,8 @@ def main() -> None:
     channel = Channel() if first else None
     others = start_second_ranks(folder, task) if first else []
     run = open_laboratory(folder, task)
-    unit = (grpo_unit if task.unit == "lab_grpo" else sft_unit)(run, task)
+    lengths: list[float] = []
+    unit = grpo_unit(run, task, lengths) if task.unit == "lab_grpo" else sft_unit(run, task)
     if channel is None:
         follow(run.ranks, unit)
     else:
@@ -246,8 +248,10 @@ def main() -> None:
             run.ranks.barrier()  # the step ends with its last rank
             return phases
 
-        settings = {"ranks": task.ranks, "threads": torch.get_num_threads(), "new_tokens": task.new_tokens}
-        serve(channel, together, settings | arithmetic(run, task))
+        together()
+        length = lengths[0] if lengths else None  # a step's arithmetic is counted from the first one's reports
+        settings = {"ranks": task.ranks, "threads": torch.get_num_threads(), "length": length}
+        serve(channel, together, settings | arithmetic(run, task, length=length))
         run.ranks.agree(False)
     finish_ranks()
     run.close()

@@ -147,7 +147,7 @@ class Shapes:
         return product(tokens, self.hidden, self.vocabulary)
 
 
-def count_grpo(shapes: Shapes, *, studies: int, group: int, tokens: int, lora: int) -> dict[str, Work]:
+def count_grpo(shapes: Shapes, *, studies: int, group: int, tokens: float, lora: int) -> dict[str, Work]:
     """Work by phase of one step whose rollout's prompt pass is kept for the update.
 
     Backward passes: once the products again for the inputs' gradient, LoRA's twice; attention two and a half times,

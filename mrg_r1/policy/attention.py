@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mrg_r1.policy import flash_attention
+from mrg_r1.policy.prefixes import PrefixTree
 from mrg_r1.policy.rectangles import RectangleAttention, Rectangles
 from mrg_r1.types import to_device
 
@@ -314,6 +315,7 @@ class GroupLens:
     prompts: SeqLens  # the prompts' axis, a sequence a study
     completions: SeqLens  # the completions' axis, a sequence a completion
     key_heads: int
+    tree: PrefixTree | None = None  # where completions share tokens: then only rectangles can read the axis
 
     @cached_property
     def longest(self) -> int:
@@ -333,6 +335,8 @@ class GroupLens:
     @cached_property
     def members(self) -> list[list[int]]:
         """Of each study the lengths of its completions."""
+        if self.tree is not None:
+            return self.tree.members
         lengths, studies = iter(self.completions.lengths), []
         for tokens in self.groups.lengths:
             group: list[int] = []
@@ -343,7 +347,8 @@ class GroupLens:
 
     @cached_property
     def _rectangles(self) -> Rectangles | None:
-        return Rectangles.of_groups(self.members, self.prompts.lengths, key_heads=self.key_heads)
+        nodes = None if self.tree is None else self.tree.nodes
+        return Rectangles.of_groups(self.members, self.prompts.lengths, key_heads=self.key_heads, nodes=nodes)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from mrg_r1.policy.attention import GroupLens, SeqLens
 from mrg_r1.policy.family import Family, Rotation
 from mrg_r1.policy.layers import DecoderLayer, Norm
 from mrg_r1.policy.masks import PromptSight, attend_group
+from mrg_r1.policy.prefixes import PrefixTree
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,25 @@ class LanguageModel:
         return PromptCache(tuple(layers), self.norm(x), prompts.seq_lens)
 
     def completion_pass(
-        self, completions: Packed, groups: SeqLens, states: PromptCache, *, recompute: bool = False
+        self,
+        completions: Packed,
+        groups: SeqLens,
+        states: PromptCache,
+        *,
+        tree: PrefixTree | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """Run completions after their prompts.
 
         Args:
             groups: how many of the tokens belong to each study of `states`.
+            tree: where the tokens are its nodes.
 
         Returns:
             [T, H] normalised hidden states.
         """
         key_heads = states.layers[0][0].shape[1]
-        x, lens = completions.embeddings, GroupLens(groups, states.seq_lens, completions.seq_lens, key_heads)
+        x, lens = completions.embeddings, GroupLens(groups, states.seq_lens, completions.seq_lens, key_heads, tree)
         for number in range(self.depth):
             x = self._run(recompute, self._completion_layer, number, x, completions, lens, *states.layers[number])
         return self.norm(x)

@@ -7,13 +7,17 @@ tested against.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mrg_r1.policy.language import PromptCache
+from mrg_r1.policy.language import LanguageModel, PromptCache
 from mrg_r1.policy.packing import pack_completions, pack_prompts, plan_micro_batches
+from mrg_r1.policy.prefixes import PrefixTree
+from mrg_r1.policy.rectangles import fits
 from mrg_r1.policy.weights import PolicyWeights
 from mrg_r1.types import Completions, Prompts, VisionFeatures, to_device
 
@@ -66,14 +70,16 @@ def completion_logprobs(
     # that token in vain
     in_vain = max(lengths) == 1 and policy.partition is not None
     language = policy.read_language()
+    tree = _tree(language, prompts, token_ids, rows, lengths, study_list)
     with policy.gathered(policy.language_model.embed_tokens):
         prompt_tokens = None if states is not None else pack_prompts(policy, language, prompts, vision, studies)
         completion_tokens = None
         if max(lengths) > 1 or in_vain:
-            inputs = {
-                study: [token_ids[row, : max(lengths[row] - 1, in_vain)] for row in rows if study_list[row] == study]
-                for study in studies
-            }
+            begins = dict.fromkeys(rows, 0) if tree is None else dict(zip(rows, tree.begins, strict=True))
+            inputs: dict[int, list[tuple[int, Tensor]]] = {study: [] for study in studies}
+            for row, begin in begins.items():
+                ids = token_ids[row, begin : max(lengths[row] - 1, in_vain)]
+                inputs[study_list[row]].append((begin, ids))
             completion_tokens = pack_completions(policy, language, prompts, inputs)
     if prompt_tokens is not None:
         states = language.prompt_pass(prompt_tokens, recompute=policy.recompute)
@@ -81,21 +87,50 @@ def completion_logprobs(
         assert states is not None
         states = states.select(studies)
 
-    # A first token is predicted by the prompt's last. A product with a 0/1 matrix copies a study's state to each of its
-    # completions, and its gradient adds them up in a fixed order, which indexing does not do on a GPU.
-    slots = to_device(torch.tensor([studies.index(study_list[row]) for row in rows]), mask.device)
-    hidden = torch.nn.functional.one_hot(slots, len(studies)).to(states.last.dtype) @ states.last
-    if completion_tokens is not None:
-        own = language.completion_pass(*completion_tokens, states, recompute=policy.recompute)
-        hidden = hidden + 0.0 * own.sum() if in_vain else torch.cat([hidden, own])
     columns = token_ids.shape[1]
-    places = [torch.tensor([row * columns for row in rows])] + [
-        torch.arange(1, lengths[row]) + row * columns for row in rows
-    ]
-    index = to_device(torch.cat(places), hidden.device)  # of each prediction in [R * C]
-    logp, entropy = token_logprobs(policy, hidden, token_ids.flatten()[index], entropies=entropies)
+    if tree is None:
+        # A first token is predicted by the prompt's last. A product with a 0/1 matrix copies a study's state to each of
+        # its completions, and its gradient adds them up in a fixed order, which indexing does not do on a GPU.
+        slots = to_device(torch.tensor([studies.index(study_list[row]) for row in rows]), mask.device)
+        hidden = torch.nn.functional.one_hot(slots, len(studies)).to(states.last.dtype) @ states.last
+        if completion_tokens is not None:
+            own = language.completion_pass(*completion_tokens, states, recompute=policy.recompute)
+            hidden = hidden + 0.0 * own.sum() if in_vain else torch.cat([hidden, own])
+        places = [torch.tensor([row * columns for row in rows])] + [
+            torch.arange(1, lengths[row]) + row * columns for row in rows
+        ]
+        index = to_device(torch.cat(places), hidden.device)  # of each prediction in [R * C]
+        logp, entropy = token_logprobs(policy, hidden, token_ids.flatten()[index], entropies=entropies)
+    else:
+        assert completion_tokens is not None
+        own = language.completion_pass(*completion_tokens, states, tree=tree, recompute=policy.recompute)
+        hidden = torch.cat([states.last, own])[tree.parents]
+        of_nodes = token_logprobs(policy, hidden, token_ids[rows].flatten()[tree.places], entropies=entropies)
+        logp, entropy = (of_node[tree.predicted] for of_node in of_nodes)
+        index = torch.cat([torch.arange(lengths[row]) + row * columns for row in rows])
     empty = torch.zeros(mask.numel(), device=hidden.device)
     return empty.index_copy(0, index, logp).view(mask.shape), empty.index_copy(0, index, entropy).view(mask.shape)
+
+
+def _tree(
+    language: LanguageModel,
+    prompts: Prompts,
+    token_ids: Tensor,
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    study_of_row: Sequence[int],
+) -> PrefixTree | None:
+    """What the completions share, where the attention that can read it will be used: short ones, float32 on a CPU."""
+    if token_ids.device.type != "cpu" or language.norm.weight.dtype != torch.float32:
+        return None
+    studies = sorted({study_of_row[row] for row in rows})
+    prompt_lengths = [prompts.lengths[study] for study in studies]
+    read = [lengths[row] - 1 for row in rows]
+    windows = [layer.window for layer in language.layers if layer.window is not None]
+    if not fits([read], prompt_lengths) or max(prompt_lengths) + max(read) > min(windows, default=math.inf):
+        return None
+    slots = [studies.index(study_of_row[row]) for row in rows]
+    return PrefixTree.of(token_ids[rows], [lengths[row] for row in rows], slots)
 
 
 def token_logprobs(

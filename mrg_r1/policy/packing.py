@@ -34,24 +34,31 @@ def pack_prompts(
 
 
 def pack_completions(
-    policy: PolicyWeights, language: LanguageModel, prompts: Prompts, completions: Mapping[int, Sequence[Tensor]]
+    policy: PolicyWeights,
+    language: LanguageModel,
+    prompts: Prompts,
+    completions: Mapping[int, Sequence[tuple[int, Tensor]]],
 ) -> tuple[Packed, SeqLens]:
     """Completion tokens behind one another; their positions go on where their prompt ended.
 
     Args:
-        completions: study -> id tensors, each [length - 1]: the last token predicts nothing that is scored, so it is
-            never an input.
+        completions: study -> (tokens before these, ids [...]) of each completion. The last token predicts nothing that
+            is scored, so it is never an input.
 
     Returns:
         The packed tokens, a sequence a completion, and the same axis with a sequence a study.
     """
-    own = [ids for group in completions.values() for ids in group]
+    own = [ids for group in completions.values() for _, ids in group]
     device = prompts.input_ids.device
-    steps = torch.arange(max(len(ids) for ids in own), device=device)
+    steps = torch.arange(max(first + len(ids) for group in completions.values() for first, ids in group), device=device)
     positions = torch.cat(
-        [prompts.next_position[b] + steps[: len(ids)] for b, group in completions.items() for ids in group]
+        [
+            prompts.next_position[b] + steps[first : first + len(ids)]
+            for b, group in completions.items()
+            for first, ids in group
+        ]
     )
-    groups = SeqLens(tuple(sum(len(ids) for ids in group) for group in completions.values()), device)
+    groups = SeqLens(tuple(sum(len(ids) for _, ids in group) for group in completions.values()), device)
     seq_lens = SeqLens(tuple(len(ids) for ids in own), device)
     return Packed(policy.embed(torch.cat(own)), *language.rotation(positions), seq_lens), groups
 

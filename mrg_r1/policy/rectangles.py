@@ -20,6 +20,12 @@ LONGEST_COMPLETION, LONGEST_PROMPT = 64, 256
 TOKENS_OF_A_CALL = 64  # of the flash kernel, which takes neighbours of equal lengths together
 
 
+def fits(groups: Sequence[Sequence[int]], prompts: Sequence[int]) -> bool:
+    """Whether completions and prompts of these lengths are short enough."""
+    longest = max((length for group in groups for length in group), default=0)
+    return 0 < longest <= LONGEST_COMPLETION and max(prompts) <= LONGEST_PROMPT
+
+
 @dataclass(frozen=True)
 class Rectangle:
     """Studies that lie behind one another on both padded axes: completions [studies, key heads, members, length], and
@@ -63,8 +69,9 @@ class Axis:
 
     into: Tensor  # [padded] int64, of packed rows; padding repeats one
     back: Tensor  # [T * key heads] int64, of padded rows
-    padding: Tensor  # int64, the padded rows that stand for nothing
+    padding: Tensor  # int64, the padded rows that stand for nothing, or for what another stands for
     outside: Tensor  # int64, the packed rows that are in no rectangle
+    copies: Tensor  # int64, the padded rows that stand for what another stands for too
 
     def put(self, packed: Tensor, key_heads: int) -> Tensor:
         """[T, n * key heads, D] -> [padded, n * D]."""
@@ -74,6 +81,13 @@ class Axis:
         """[padded, n * D] -> [T, n * key heads, D], 0 where there was none."""
         packed = padded.index_select(0, self.back).index_fill_(0, self.outside, 0.0)
         return packed.view(len(self.back) // key_heads, -1, size)
+
+    def gather(self, padded: Tensor, key_heads: int, size: int) -> Tensor:
+        """What `take` takes, copies added up."""
+        packed = self.take(padded, key_heads, size)
+        if len(self.copies):
+            packed.view(len(self.back), -1).index_add_(0, self.into[self.copies], padded[self.copies])
+        return packed
 
 
 @dataclass(frozen=True)
@@ -86,22 +100,32 @@ class Rectangles:
     key_heads: int
 
     @classmethod
-    def of_groups(cls, groups: Sequence[Sequence[int]], prompts: Sequence[int], *, key_heads: int) -> Self | None:
+    def of_groups(
+        cls,
+        groups: Sequence[Sequence[int]],
+        prompts: Sequence[int],
+        *,
+        key_heads: int,
+        nodes: tuple[Tensor, Tensor] | None = None,
+    ) -> Self | None:
         """
         Args:
             groups: of each study the lengths of its completions, in the order of the packed axis.
             prompts: tokens of each study's prompt.
+            nodes: where completions share tokens, `PrefixTree.nodes`: which packed token each of them is, and whether
+                it is this completion's own. Flash attention cannot read them: no other way is asked for then.
 
         Returns:
             None where flash attention is the better way.
         """
         members = [len(group) for group in groups]
         longest = [max(group, default=0) for group in groups]
-        if not 0 < max(longest) <= LONGEST_COMPLETION or max(prompts) > LONGEST_PROMPT:
-            return None
-        calls = sum(1 for _ in groupby(length for group in groups for length in group))
-        if sum(map(sum, groups)) > TOKENS_OF_A_CALL * calls:
-            return None
+        if nodes is None:
+            if not fits(groups, prompts):
+                return None
+            calls = sum(1 for _ in groupby(length for group in groups for length in group))
+            if sum(map(sum, groups)) > TOKENS_OF_A_CALL * calls:
+                return None
 
         def shape(studies: Sequence[int]) -> tuple[int, int, int]:
             return tuple(max(sizes[study] for study in studies) for sizes in (prompts, longest, members))  # type: ignore[return-value]
@@ -142,7 +166,7 @@ class Rectangles:
                     absent=None if there.all() else torch.where(there, 0.0, float("-inf")).unsqueeze(1),
                 )
             )
-        return cls(tuple(rectangles), own.axis(firsts[-1]), shared.axis(prompt_firsts[-1]), key_heads)
+        return cls(tuple(rectangles), own.axis(firsts[-1], nodes), shared.axis(prompt_firsts[-1]), key_heads)
 
 
 class RectangleAttention(torch.autograd.Function):
@@ -194,7 +218,7 @@ class RectangleAttention(torch.autograd.Function):
             torch.bmm(to_prompt.transpose(1, 2), piece.together(q, size), out=piece.prompts(d_shared_k, size))
             torch.bmm(to_own, piece.each(k, size), out=piece.each(dq, size))
             piece.together(dq, size).baddbmm_(to_prompt, piece.prompts(shared_k, size))
-        d_completions = [own.take(part, heads, size) for part in (dq.mul_(size**-0.5), dk, dv)]
+        d_completions = own.take(dq.mul_(size**-0.5), heads, size), *(own.gather(d, heads, size) for d in (dk, dv))
         return *d_completions, *(shared.take(part, heads, size) for part in (d_shared_k, d_shared_v)), None
 
 
@@ -235,9 +259,16 @@ class _AxisBuilder:
         start, self.end = self.end, self.end + real.numel()
         return slice(start, self.end)
 
-    def axis(self, tokens: int) -> Axis:
+    def axis(self, tokens: int, nodes: tuple[Tensor, Tensor] | None = None) -> Axis:
         into, real = torch.cat(self.into), torch.cat(self.real)
+        copies = torch.zeros_like(real)
+        if nodes is not None:
+            node, is_own = nodes
+            token, head = into // len(self.heads), into % len(self.heads)
+            copies = real & ~is_own[token]
+            into, real, tokens = node[token] * len(self.heads) + head, real & ~copies, int(node.max()) + 1
         back = torch.full((tokens * len(self.heads),), -1)
         back[into[real]] = real.nonzero().squeeze(1)
         outside = (back < 0).nonzero().squeeze(1)
-        return Axis(into, back.clamp_min(0), (~real).nonzero().squeeze(1), outside)
+        of_no_token, copied = ((~real).nonzero().squeeze(1), copies.nonzero().squeeze(1))
+        return Axis(into, back.clamp_min(0), of_no_token, outside, copied)

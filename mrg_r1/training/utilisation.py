@@ -2,7 +2,8 @@
 
 Counted are the products of the language model's linear layers, of LoRA and of the head, at two operations a weight and
 token. Frozen weights cost one forward product and one for the gradient of their input, trained ones another for their
-own. Not counted: attention's products, what is computed again in a backward pass, and the vision tower.
+own. Not counted: attention's products, what is computed again in a backward pass, and the vision tower. Tokens that
+completions share (`policy.prefixes`, on a CPU) are counted as often as they stand there.
 """
 
 from __future__ import annotations

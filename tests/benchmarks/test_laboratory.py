@@ -23,7 +23,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bench")
-    assert write_demo_shaped(directory, studies=8) == write_demo_shaped(directory, studies=8)
+    few = {"splits": {"train": 8, "sft": 8, "val": 2, "test": 2}, "steps": 2}
+    assert write_demo_shaped(directory, **few) == write_demo_shaped(directory, **few)
     assert not list(directory.glob("*.tmp"))
     return directory
 
@@ -49,6 +50,7 @@ def test_every_unit_runs_and_reports_what_it_took(unit: str, ranks: int, phases:
     assert all(answer["seconds"] > 0 and phases <= set(answer["phases"]) for answer in answers)
     if unit == "lab_grpo":
         assert settings["rollouts"] == 8 and answers[1]["phases"]["labeler_cpu"] > 0
+        assert 0 < settings["length"] <= 6
         assert {"vision", "rollout", "reference", "update"} == set(settings["counted"])
 
 

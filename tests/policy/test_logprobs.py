@@ -10,6 +10,7 @@ from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.logprobs import completion_logprobs, group_logprobs
 from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.policy.lora import reference
+from mrg_r1.policy.prefixes import PrefixTree
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
 from tests.conftest import EOS, each_family, inputs_of_modules, with_lora
@@ -192,30 +193,40 @@ def gradient_of(policy, arguments, *, score=None):
     return logp.detach(), entropy, torch.cat([p.grad.float().flatten() for p in trained])
 
 
-def ragged(policy, prompts):
+def ragged(policy, prompts, *, tokens=292):
     """Eleven completions of four studies in no order: an empty one, single tokens, equal and unequal lengths, a study
-    with one.
+    with one. Of few different `tokens` some begin alike and two are the same.
     """
     lengths = torch.tensor([13, 1, 5, 0, 7, 7, 2, 13, 4, 1, 3])
-    ids = torch.randint(8, 300, (11, 13), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(8, 8 + tokens, (11, 13), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(13) < lengths[:, None]
     return prompts, policy.encode_images(prompts), ids, mask, torch.tensor([1, 0, 1, 2, 3, 3, 0, 1, 3, 1, 0])
 
 
 @each_family
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_shared_prefix_equals_the_naive_pass(lora_policy, studies, build, temperature):
+@pytest.mark.parametrize("tokens,wide", [(292, False), (2, False), (2, True), (1, True)])
+def test_shared_prefix_equals_the_naive_pass(lora_policy, studies, build, temperature, tokens, wide, monkeypatch):
     """Trap 13: log-probs, entropies and gradients on ragged groups, one and two images of unequal size, grouped-query
-    attention.
+    attention; also where completions begin alike or one is another's beginning, within the layers' windows and beyond.
     """
     lora_policy.temperature = temperature
-    arguments = ragged(lora_policy, build(lora_policy)(studies))
+    if wide and lora_policy.base.config.model_type == "gemma3":
+        lora_policy.base.config.text_config.sliding_window = 1024
+        for layer in lora_policy.language_model.layers:
+            layer.self_attn.sliding_window = layer.self_attn.sliding_window and 1024
+    trees = []
+    make = PrefixTree.of
+    monkeypatch.setattr(PrefixTree, "of", lambda *given: trees.append(make(*given)) or trees[-1])
+    arguments = ragged(lora_policy, build(lora_policy)(studies), tokens=tokens)
     naive, naive_entropy, naive_gradient = gradient_of(lora_policy, arguments, score=completion_logprobs_plain)
     logp, entropy, gradient = gradient_of(lora_policy, arguments)
     assert torch.equal(logp != 0, arguments[3])
     torch.testing.assert_close(logp, naive, atol=1e-5, rtol=0)
     torch.testing.assert_close(entropy, naive_entropy, atol=1e-5, rtol=0)
     assert (gradient - naive_gradient).norm() / naive_gradient.norm() < 1e-5
+    one_window = wide or lora_policy.base.config.model_type != "gemma3"
+    assert [tree is not None for tree in trees] == [tokens < 292] * one_window
 
 
 @each_family
