@@ -19,6 +19,7 @@ from mrg_r1.types import to_device
 
 Embed = Callable[[Tensor], Tensor]  # [R] ids -> [R, H]
 Logits = Callable[[Tensor], Tensor]  # [R, H] -> [R, V] float32, the distribution that is sampled and scored
+_WORTH = 0.9  # of the places, what may be left to compute for the copying to pay
 _WIDTH_STEP = {"cpu": 1, "cuda": 128}  # own keys are read in multiples of this: a graph has one shape for many steps
 
 
@@ -41,6 +42,14 @@ class Answers:
             mask=torch.zeros(rows + 1, length, dtype=torch.bool, device=device),
             ended=ended,
         )
+
+
+@dataclass(frozen=True)
+class SharedStates:
+    """Which places a step computes: the others have ended, or have read the same prompt and tokens as one of these."""
+
+    places: Tensor  # [U] int64
+    of_place: Tensor  # [S * M] int64, which of them stands for each place; any of them for one that has ended
 
 
 class Decoder:
@@ -95,6 +104,8 @@ class Decoder:
         self.own_keys = [empty(shape, dtype=self.dtype, device=device) for _ in prompt_cache]
         self.own_values = [empty(shape, dtype=self.dtype, device=device) for _ in prompt_cache]
         self.tokens = torch.zeros(places, dtype=torch.long, device=device)
+        self.states = torch.arange(places, device=device) // members
+        self.shared: SharedStates | None = None
         self._take_places()
         self.step = torch.zeros(1, dtype=torch.long, device=device)  # the column that is written next
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -102,7 +113,7 @@ class Decoder:
 
     def start(self, hidden: Tensor) -> None:
         """Sample the first tokens from the prompts' last hidden states [S, H]."""
-        self._sample(hidden.repeat_interleave(self.rows.shape[1], dim=0))
+        self._sample(hidden, self.states)
 
     def advance(self, written: int) -> None:
         """One more token for every row, `written` of which are there already."""
@@ -166,8 +177,9 @@ class Decoder:
         taken = blocks.unsqueeze(2) * running.shape[1] + order.unsqueeze(1)  # [S', K, M'] of the places' own caches
         self.own_keys = [_taken(keys, taken) for keys in self.own_keys]
         self.own_values = [_taken(values, taken) for values in self.own_values]
-        self.tokens = self.tokens[places]
+        self.tokens, self.states = self.tokens[places], self.states[places]
         self._take_places()
+        self._share(self.states)
 
     def _advance(self, width: int) -> None:
         """Feed the last tokens, sample the next ones; own keys are read up to `width`: on a CPU as many as there are,
@@ -175,12 +187,15 @@ class Decoder:
         """
         language, members = self.language, self.rows.shape[1]
         position = (self.next_position + self.step - 1).repeat_interleave(members)  # of the tokens that are fed
+        tokens, shared = self.tokens, self.shared
+        if shared is not None:
+            position, tokens = position[shared.places], tokens[shared.places]
         cos, sin = language.rotation(position)
         biases = {window: self._biases(window, width) for window in {layer.window for layer in language.layers}}
-        x = self.embed(self.tokens)
+        x = self.embed(tokens)
         for number, layer in enumerate(language.layers):
             x = self._layer(number, layer, x, cos, sin, *biases[layer.window], width)
-        self._sample(language.norm(x))
+        self._sample(language.norm(x), None if shared is None else shared.of_place)
 
     def _biases(self, window: int | None, width: int) -> tuple[Tensor | None, Tensor | None]:
         """What hides keys from the tokens that are fed: of prompts [S, P] or [1, P], of their own [width]."""
@@ -209,6 +224,8 @@ class Decoder:
         width: int,
     ) -> Tensor:
         q, k, v = layer.heads(x, cos, sin)
+        if self.shared is not None:
+            q, k, v = (part.index_select(0, self.shared.of_place) for part in (q, k, v))
         studies, key_heads, (_, heads, size) = len(self.rows), self.key_heads, q.shape
         own_keys, own_values = self.own_keys[number], self.own_values[number]
         for cache, fresh in ((own_keys, k), (own_values, v)):
@@ -232,26 +249,43 @@ class Decoder:
         seen = to_prompt.shape[2]
         attended = torch.matmul(weights[:, :, seen:].view(*q.shape[:4], width), own_values[:, :, :, :width])
         attended.view(studies * key_heads, -1, size).baddbmm_(weights[:, :, :seen], self.prompt_values[number])
-        return layer.finish(x, attended.transpose(1, 2).reshape(len(x), heads, size))
+        attended = attended.transpose(1, 2).reshape(-1, heads, size)
+        return layer.finish(x, attended if self.shared is None else attended.index_select(0, self.shared.places))
 
     def _by_study(self, heads: Tensor) -> Tensor:
         """[S * M, n * K, D] -> [S, K, M, n, D], a view: members of a study side by side under each key head."""
         studies, members = self.rows.shape
         return heads.view(studies, members, self.key_heads, -1, heads.shape[2]).transpose(1, 2)
 
-    def _sample(self, hidden: Tensor) -> None:
-        log_probs = self.logits(hidden).log_softmax(dim=-1)  # [S * M, V]
-        if self.own_uniforms is None:
-            tokens = log_probs.argmax(dim=-1)
+    def _share(self, states: Tensor) -> None:
+        """Let places of equal `states` [S * M], which stand for all that was read so far, be computed once, and places
+        that have ended not at all. Not on a GPU, where a step's shapes are fixed and waiting for it costs more.
+        """
+        if self.rows.is_cuda:
+            return
+        going = (~self.ended).nonzero().squeeze(1)
+        different, of_going = states[going].unique(return_inverse=True)
+        self.states = torch.zeros_like(states).index_copy_(0, going, of_going)
+        first = torch.full((len(different),), len(states)).scatter_reduce_(0, of_going, going, "amin")
+        self.shared = SharedStates(first, self.states) if len(first) <= _WORTH * len(states) else None
+
+    def _sample(self, hidden: Tensor, of_place: Tensor | None) -> None:
+        """A token for each place from the hidden states [U, H]: its own, or those that `of_place` [S * M] says."""
+        log_probs = self.logits(hidden).log_softmax(dim=-1)  # [U, V]
+        if self.own_uniforms is not None:
+            tokens = sample_tokens(log_probs, self.own_uniforms.index_select(1, self.step).squeeze(1), of_place)
         else:
-            tokens = sample_tokens(log_probs, self.own_uniforms.index_select(1, self.step).squeeze(1))
+            likeliest = log_probs.argmax(dim=-1)
+            tokens = likeliest if of_place is None else likeliest[of_place]
+        chosen = log_probs.gather(1, tokens.unsqueeze(1)) if of_place is None else log_probs[of_place, tokens][:, None]
         going = ~self.ended  # the EOS itself is a token that was chosen, and is scored (docs/traps.md #8)
         self.token_ids.index_copy_(1, self.step, torch.where(going, tokens, self.pad_id).unsqueeze(1))
-        self.logp.index_copy_(1, self.step, log_probs.gather(1, tokens.unsqueeze(1)) * going.unsqueeze(1))
+        self.logp.index_copy_(1, self.step, chosen * going.unsqueeze(1))
         self.mask.index_copy_(1, self.step, going.unsqueeze(1))
         self.ended.logical_or_((tokens.unsqueeze(1) == self.eos).any(dim=1))
         self.tokens.copy_(tokens)
         self.step += 1
+        self._share(self.states * log_probs.shape[1] + tokens)
 
 
 def _taken(cache: Tensor, places: Tensor) -> Tensor:

@@ -67,17 +67,20 @@ def keyed_uniforms(
     return torch.stack(rows)
 
 
-def sample_tokens(log_probs: Tensor, uniforms: Tensor) -> Tensor:
+def sample_tokens(log_probs: Tensor, uniforms: Tensor, of_row: Tensor | None = None) -> Tensor:
     """Draw one token a row by inverting the distribution function.
 
     Args:
-        log_probs: [R, V] normalised; -inf where a token can never be drawn.
+        log_probs: [U, V] normalised; -inf where a token can never be drawn.
         uniforms: [R] in [0, 1).
+        of_row: [R] int64, which distribution is each row's; None: its own.
 
     Returns:
         [R] int64. A token of probability 0 is never drawn, also where rounding puts u at the very end.
     """
     cumulative = log_probs.double().exp().cumsum(dim=-1)
+    if of_row is not None:
+        cumulative = cumulative.index_select(0, of_row)
     total = cumulative[:, -1:]
     # The last ids may be banned: their cumulative equals the total, so u * total must stay strictly below it.
     target = torch.minimum(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mrg_r1.rollout import decode
+from mrg_r1.rollout import decode, decoder
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.rollout.sampling import Sampling, keyed_uniforms, sample_tokens
@@ -225,6 +225,45 @@ def test_compaction_changes_nothing(lora_policy, studies, build, monkeypatch):
     for other in answers[1:]:
         assert torch.equal(other.token_ids, answers[0].token_ids) and torch.equal(other.mask, answers[0].mask)
         torch.testing.assert_close(other.logp, answers[0].logp, atol=2e-6, rtol=0)
+
+
+@each_family
+@pytest.mark.parametrize("compact_below", [0.0, 0.75])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_places_of_one_state_are_computed_once_and_ended_ones_not_at_all(
+    lora_policy, studies, build, monkeypatch, sampled, compact_below
+):
+    """The same tokens, and the same log-probs but for the order of sums."""
+    ends = EOS[lora_policy.base.config.model_type]
+    lora_policy.banned[[one for one in range(len(lora_policy.banned)) if one > 14 and one not in ends]] = True
+    eager_to_end(lora_policy, chance=-1.0 if sampled else 0.0)  # of few tokens, so that members of a group begin alike
+    prompts = build(lora_policy)(studies)
+    monkeypatch.setattr(decode, "_COMPACT_BELOW", compact_below)
+    computed, inner = [], decoder.Decoder._advance
+
+    def counted(one, width):
+        going = int((~one.ended).sum())
+        computed.append((len(one.ended), going, len(one.ended if one.shared is None else one.shared.places)))
+        inner(one, width)
+
+    monkeypatch.setattr(decoder.Decoder, "_advance", counted)
+    answers, totals = [], []
+    for share in (0.0, 1.0):
+        computed.clear()
+        monkeypatch.setattr(decoder, "_WORTH", share)
+        if sampled:
+            answers.append(sample(lora_policy, prompts, group_size=12, max_new_tokens=40))
+        else:
+            answers.append(greedy(lora_policy, prompts, lora_policy.encode_images(prompts), max_new_tokens=40))
+        totals.append([sum(column) for column in zip(*computed, strict=True)])
+    (places, going, without), (_, _, shared) = totals
+    assert without == places and (shared < going if sampled else shared == going)
+    lengths = answers[0].lengths
+    assert not sampled or lengths.min() < 10 < lengths.max()
+    for name in ("token_ids", "mask", "ended"):
+        assert torch.equal(getattr(answers[1], name), getattr(answers[0], name))
+    assert answers[1].texts == answers[0].texts
+    torch.testing.assert_close(answers[1].logp, answers[0].logp, atol=5e-6, rtol=0)
 
 
 @each_family
