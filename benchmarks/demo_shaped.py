@@ -48,10 +48,11 @@ def write_demo_shaped(folder: Path, *, splits: dict[str, int] = _SPLITS, steps: 
     """
     transformers_logging.disable_progress_bar()
     whole = folder / "demo-shaped"
-    if whole.is_dir():
+    if (whole / "taught").is_dir():
         return whole
     fresh = folder / "demo-shaped.tmp"
-    shutil.rmtree(fresh, ignore_errors=True)
+    for old in (fresh, whole):  # half-written, or an earlier bench's, which taught nothing
+        shutil.rmtree(old, ignore_errors=True)
     cores = read_cores().usable
     manifest = write_phantoms(
         fresh, preset="five", seed=SEED, side=SIDE, splits=splits, workers=cores, faint=_FAINT, habits=_HABITS
