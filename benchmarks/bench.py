@@ -7,7 +7,7 @@ What is compared, on one thread each, in turns:
   rollout_*   from pixels to token ids, the same policy in both, LoRA attached.
   scoring_*   log-probs of a fixed rollout with their gradient.
   growth_*    our own step as group, prompt, completion or batch grow.
-  rollouts    GRPO steps of a policy of the demo's shapes on two ranks, tiny labeler included: rollouts a second.
+  rollouts    GRPO steps of the demo's policy on two ranks, tiny labeler included: rollouts a second.
   sft_all     SFT of all its parameters: ours, and the checkpoint's own modules, one padded row a study.
   labeler_*   reports labelled by CheXbert, random weights of BERT-base's size: ours, and the plain ways of it.
 
@@ -37,7 +37,7 @@ from benchmarks.cases import CASES, RATIOS, SIDES, Case
 from benchmarks.figures import compute_figures, figure_table, roofline, roofline_table
 from benchmarks.kept import KEPT, keep, read_kept, worse_than_kept
 from benchmarks.results import HOW, CaseResult, Measurement, Table, case_table, phase_table, ratio_table, write_results
-from benchmarks.workers import Worker, WorkerError
+from benchmarks.workers import WORKER_ENVIRONMENT, Worker, WorkerError
 
 READY_SECONDS = 180.0  # imports and loading take about 10
 UNIT_SECONDS = 300.0  # no unit of a working contender takes a minute
@@ -45,13 +45,6 @@ UNIT_SECONDS = 300.0  # no unit of a working contender takes a minute
 # Both sides get the same allocator: glibc told to keep freed memory. By itself it hands large blocks back to the kernel
 # and faults them in again at the next allocation; TRL was a tenth slower then, and ours a little (README.md).
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "67108864"}
-WORKER_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 class Budget:

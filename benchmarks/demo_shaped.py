@@ -16,6 +16,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.task import INSTRUCTION, SEED
+from benchmarks.workers import WORKER_ENVIRONMENT
 from mrg_r1.cores import read_cores
 from mrg_r1.data.prepare.phantoms import write_phantoms
 from mrg_r1.data.study import read_manifest
@@ -84,7 +85,7 @@ def _teach(folder: Path, *, steps: int) -> None:
     ran = subprocess.run(
         [*command, *(f"{name}={value}" for name, value in keys.items())],
         cwd=_ROOT,
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)},
+        env=os.environ | WORKER_ENVIRONMENT | {"PYTHONPATH": str(_ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

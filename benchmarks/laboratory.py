@@ -248,7 +248,8 @@ def main() -> None:
             run.ranks.barrier()  # the step ends with its last rank
             return phases
 
-        together()
+        if task.unit == "lab_grpo":
+            together()  # what is resident is taken after it
         length = lengths[0] if lengths else None  # a step's arithmetic is counted from the first one's reports
         settings = {"ranks": task.ranks, "threads": torch.get_num_threads(), "length": length}
         serve(channel, together, settings | arithmetic(run, task, length=length))

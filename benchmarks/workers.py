@@ -22,6 +22,15 @@ from benchmarks.memory import peak_mb, reset_peak, resident_mb
 
 Phases = dict[str, float]
 
+# what every process of a bench runs under: one thread, no card, no hub
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
 
 class WorkerError(Exception):
     """A worker that ended or went silent; the message is what its log says last."""

@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from tests.groups import Groups
 
-    return Groups(config, log)
+    return Groups(config, log) if config.getvalue("dist") == "load" else None  # what `-n` alone asks for
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -329,8 +329,19 @@ class GroupLens:
         if q.device.type == "cpu" and q.dtype == torch.float32 and self._rectangles is not None:
             result: Tensor = RectangleAttention.apply(q, k, v, prompt_k, prompt_v, self._rectangles)
         else:
+            assert self.tree is None, "flash attention cannot read a tree"
             result = GroupAttention.apply(q, k, v, prompt_k, prompt_v, self.groups, self.prompts, self.completions)
         return result
+
+    def spread(self, *tokens: Tensor) -> tuple[Tensor, ...]:
+        """Each [T, heads, D] with what completions share once for each of them, as `members` has them."""
+        if self.tree is None:
+            return tokens
+        return tuple(part.index_select(0, self.tree.nodes[0]) for part in tokens)
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """[T, heads, D] again of what was `spread`."""
+        return tokens if self.tree is None else tokens.index_select(0, self.tree.nodes[1].nonzero().squeeze(1))
 
     @cached_property
     def members(self) -> list[list[int]]:

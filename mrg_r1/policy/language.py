@@ -123,10 +123,11 @@ class LanguageModel:
             q, k, v = layer.heads(x, completions.cos, completions.sin)
             if layer.window is None or lens.longest <= layer.window:
                 return layer.finish(x, lens.attend(q, k, v, prompt_k, prompt_v))
+            q, k, v = lens.spread(q, k, v)
             attended = attend_group(
                 q, k, v, prompt_k, prompt_v, members=lens.members, prompts=lens.prompts, window=layer.window
             )
-            return layer.finish(x, attended)
+            return layer.finish(x, lens.own(attended))
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,13 @@ tested against.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mrg_r1.policy.language import LanguageModel, PromptCache
+from mrg_r1.policy.language import PromptCache
 from mrg_r1.policy.packing import pack_completions, pack_prompts, plan_micro_batches
 from mrg_r1.policy.prefixes import PrefixTree
 from mrg_r1.policy.rectangles import fits
@@ -70,7 +69,7 @@ def completion_logprobs(
     # that token in vain
     in_vain = max(lengths) == 1 and policy.partition is not None
     language = policy.read_language()
-    tree = _tree(language, prompts, token_ids, rows, lengths, study_list)
+    tree = _tree(policy, prompts, token_ids, rows, lengths, study_list)
     with policy.gathered(policy.language_model.embed_tokens):
         prompt_tokens = None if states is not None else pack_prompts(policy, language, prompts, vision, studies)
         completion_tokens = None
@@ -104,16 +103,17 @@ def completion_logprobs(
     else:
         assert completion_tokens is not None
         own = language.completion_pass(*completion_tokens, states, tree=tree, recompute=policy.recompute)
-        hidden = torch.cat([states.last, own])[tree.parents]
+        # not by indexing, whose gradient adds up in no fixed order with several threads
+        hidden = torch.cat([states.last, own]).index_select(0, tree.parents)
         of_nodes = token_logprobs(policy, hidden, token_ids[rows].flatten()[tree.places], entropies=entropies)
-        logp, entropy = (of_node[tree.predicted] for of_node in of_nodes)
+        logp, entropy = (of_node.index_select(0, tree.predicted) for of_node in of_nodes)
         index = torch.cat([torch.arange(lengths[row]) + row * columns for row in rows])
     empty = torch.zeros(mask.numel(), device=hidden.device)
     return empty.index_copy(0, index, logp).view(mask.shape), empty.index_copy(0, index, entropy).view(mask.shape)
 
 
 def _tree(
-    language: LanguageModel,
+    policy: PolicyWeights,
     prompts: Prompts,
     token_ids: Tensor,
     rows: Sequence[int],
@@ -121,13 +121,11 @@ def _tree(
     study_of_row: Sequence[int],
 ) -> PrefixTree | None:
     """What the completions share, where the attention that can read it will be used: short ones, float32 on a CPU."""
-    if token_ids.device.type != "cpu" or language.norm.weight.dtype != torch.float32:
+    # the head's dtype is the policy's; a family's norms may be wider
+    if token_ids.device.type != "cpu" or policy.base.lm_head.weight.dtype != torch.float32:
         return None
     studies = sorted({study_of_row[row] for row in rows})
-    prompt_lengths = [prompts.lengths[study] for study in studies]
-    read = [lengths[row] - 1 for row in rows]
-    windows = [layer.window for layer in language.layers if layer.window is not None]
-    if not fits([read], prompt_lengths) or max(prompt_lengths) + max(read) > min(windows, default=math.inf):
+    if not fits([[lengths[row] - 1 for row in rows]], [prompts.lengths[study] for study in studies]):
         return None
     slots = [studies.index(study_of_row[row]) for row in rows]
     return PrefixTree.of(token_ids[rows], [lengths[row] for row in rows], slots)

@@ -104,7 +104,8 @@ class Decoder:
         self.own_keys = [empty(shape, dtype=self.dtype, device=device) for _ in prompt_cache]
         self.own_values = [empty(shape, dtype=self.dtype, device=device) for _ in prompt_cache]
         self.tokens = torch.zeros(places, dtype=torch.long, device=device)
-        self.states = torch.arange(places, device=device) // members
+        # of each place a number for what it has read: its study at first, then also what it wrote
+        self.read = torch.arange(places, device=device) // members
         self.shared: SharedStates | None = None
         self._take_places()
         self.step = torch.zeros(1, dtype=torch.long, device=device)  # the column that is written next
@@ -113,7 +114,7 @@ class Decoder:
 
     def start(self, hidden: Tensor) -> None:
         """Sample the first tokens from the prompts' last hidden states [S, H]."""
-        self._sample(hidden, self.states)
+        self._sample(hidden, self.read)
 
     def advance(self, written: int) -> None:
         """One more token for every row, `written` of which are there already."""
@@ -177,9 +178,10 @@ class Decoder:
         taken = blocks.unsqueeze(2) * running.shape[1] + order.unsqueeze(1)  # [S', K, M'] of the places' own caches
         self.own_keys = [_taken(keys, taken) for keys in self.own_keys]
         self.own_values = [_taken(values, taken) for values in self.own_values]
-        self.tokens, self.states = self.tokens[places], self.states[places]
+        self.tokens, self.read = self.tokens[places], self.read[places]
         self._take_places()
-        self._share(self.states)
+        if not self.rows.is_cuda:
+            self._share(self.read)
 
     def _advance(self, width: int) -> None:
         """Feed the last tokens, sample the next ones; own keys are read up to `width`: on a CPU as many as there are,
@@ -257,17 +259,15 @@ class Decoder:
         studies, members = self.rows.shape
         return heads.view(studies, members, self.key_heads, -1, heads.shape[2]).transpose(1, 2)
 
-    def _share(self, states: Tensor) -> None:
-        """Let places of equal `states` [S * M], which stand for all that was read so far, be computed once, and places
-        that have ended not at all. Not on a GPU, where a step's shapes are fixed and waiting for it costs more.
+    def _share(self, read: Tensor) -> None:
+        """Let places of equal `read` [S * M] be computed once, and places
+        that have ended not at all.
         """
-        if self.rows.is_cuda:
-            return
         going = (~self.ended).nonzero().squeeze(1)
-        different, of_going = states[going].unique(return_inverse=True)
-        self.states = torch.zeros_like(states).index_copy_(0, going, of_going)
-        first = torch.full((len(different),), len(states)).scatter_reduce_(0, of_going, going, "amin")
-        self.shared = SharedStates(first, self.states) if len(first) <= _WORTH * len(states) else None
+        different, of_going = read[going].unique(return_inverse=True)
+        self.read = torch.zeros_like(read).index_copy_(0, going, of_going)
+        first = torch.full((len(different),), len(read)).scatter_reduce_(0, of_going, going, "amin")
+        self.shared = SharedStates(first, self.read) if len(first) <= _WORTH * len(read) else None
 
     def _sample(self, hidden: Tensor, of_place: Tensor | None) -> None:
         """A token for each place from the hidden states [U, H]: its own, or those that `of_place` [S * M] says."""
@@ -285,7 +285,8 @@ class Decoder:
         self.ended.logical_or_((tokens.unsqueeze(1) == self.eos).any(dim=1))
         self.tokens.copy_(tokens)
         self.step += 1
-        self._share(self.states * log_probs.shape[1] + tokens)
+        if not self.rows.is_cuda:  # a graph's shapes are fixed, and a look at what is alike would wait for the device
+            self._share(self.read * log_probs.shape[1] + tokens)
 
 
 def _taken(cache: Tensor, places: Tensor) -> Tensor:

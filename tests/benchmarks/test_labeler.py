@@ -10,11 +10,10 @@ import torch
 from transformers import BertConfig
 
 from benchmarks import labeler as bench
-from benchmarks.bench import WORKER_ENVIRONMENT
 from benchmarks.cases import CASES
 from benchmarks.labeler import drawn, find_reports, make_labeler, make_unit
 from benchmarks.task import Task
-from benchmarks.workers import Worker
+from benchmarks.workers import WORKER_ENVIRONMENT, Worker
 from mrg_r1.labels import inference
 from mrg_r1.labels.labeler import Labeler
 

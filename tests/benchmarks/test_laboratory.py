@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from benchmarks import laboratory
-from benchmarks.bench import WORKER_ENVIRONMENT
 from benchmarks.demo_shaped import SIDE, write_demo_shaped
 from benchmarks.task import Task
-from benchmarks.workers import Worker
+from benchmarks.workers import WORKER_ENVIRONMENT, Worker
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.data.study import read_manifest
 from mrg_r1.policy.load import load_image_processor, load_policy

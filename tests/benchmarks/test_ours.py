@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench import WORKER_ENVIRONMENT
 from benchmarks.model import write_model
 from benchmarks.task import Task, images_of
-from benchmarks.workers import Worker
+from benchmarks.workers import WORKER_ENVIRONMENT, Worker
 
 
 @pytest.fixture(scope="module")

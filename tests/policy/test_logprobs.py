@@ -225,27 +225,32 @@ def test_shared_prefix_equals_the_naive_pass(lora_policy, studies, build, temper
     torch.testing.assert_close(logp, naive, atol=1e-5, rtol=0)
     torch.testing.assert_close(entropy, naive_entropy, atol=1e-5, rtol=0)
     assert (gradient - naive_gradient).norm() / naive_gradient.norm() < 1e-5
-    one_window = wide or lora_policy.base.config.model_type != "gemma3"
-    assert [tree is not None for tree in trees] == [tokens < 292] * one_window
+    assert [tree is not None for tree in trees] == [tokens < 292]
 
 
 @each_family
-def test_shared_prefix_in_bf16_is_as_near_to_fp32_as_the_naive_pass(tiny_policy_directory, studies, build):
-    """bf16 rounds, so two bf16 passes differ; neither may be farther from the fp32 pass than the other by much."""
+@pytest.mark.parametrize("tokens", [292, 2])
+def test_shared_prefix_in_bf16_is_as_near_to_fp32_as_the_naive_pass(
+    tiny_policy_directory, studies, build, tokens, monkeypatch
+):
+    """bf16 rounds, so two bf16 passes differ; neither may be farther from the fp32 pass than the other by much. What
+    completions share is not looked for: its attention is float32's.
+    """
 
     def passes(dtype):
         policy = with_lora(load_policy(tiny_policy_directory, dtype=dtype))
-        arguments = ragged(policy, build(policy)(studies))
+        arguments = ragged(policy, build(policy)(studies), tokens=tokens)
         return [gradient_of(policy, arguments, score=score) for score in (None, completion_logprobs_plain)]
 
     (exact, _, exact_gradient), _ = passes(torch.float32)
+    monkeypatch.setattr(PrefixTree, "of", lambda *given: pytest.fail("a tree in bfloat16"))
     errors, gradient_errors = [], []
     for logp, _, gradient in passes(torch.bfloat16):
         errors.append((logp - exact).abs().mean())
         gradient_errors.append((gradient - exact_gradient).norm() / exact_gradient.norm())
     assert errors[0] < 0.05 and errors[0] < 1.5 * errors[1]
-    # four norms a layer round more often, in both passes
-    assert gradient_errors[0] < (0.15 if tiny_policy_directory.name == "gemma3" else 0.1)
+    # four norms a layer round more often, and so do alternatives that are alike, in both passes
+    assert gradient_errors[0] < (0.15 if tiny_policy_directory.name == "gemma3" else 0.1) * (1 if tokens > 2 else 4)
     assert gradient_errors[0] < 1.5 * gradient_errors[1]
 
 

@@ -64,7 +64,9 @@ def pair(tiny_policy_directory):
 
 
 @each_family
-def test_scores_gradients_and_samples_are_those_of_the_whole_policy(pair, studies, build):
+@pytest.mark.parametrize("alike", [False, True])
+def test_scores_gradients_and_samples_are_those_of_the_whole_policy(pair, studies, build, alike):
+    """Also where completions begin alike and share what they begin with."""
     results = []
     for policy in pair:
         prompts = build(policy)(studies)
@@ -72,6 +74,8 @@ def test_scores_gradients_and_samples_are_those_of_the_whole_policy(pair, studie
         done = rollout(
             policy, prompts, vision, Sampling(group_size=3, max_new_tokens=9, seed=0, step=0, cache_tokens=200)
         )
+        if alike:
+            done.token_ids[:, :, :5] = 8
         with reference(policy):
             base = group_logprobs(policy, prompts, vision, done, token_budget=200)
         ids, mask = done.token_ids.flatten(0, 1), done.mask.flatten(0, 1)
