@@ -260,9 +260,7 @@ class Decoder:
         return heads.view(studies, members, self.key_heads, -1, heads.shape[2]).transpose(1, 2)
 
     def _share(self, read: Tensor) -> None:
-        """Let places of equal `read` [S * M] be computed once, and places
-        that have ended not at all.
-        """
+        """Let places of equal `read` [S * M] be computed once, and places that have ended not at all."""
         going = (~self.ended).nonzero().squeeze(1)
         different, of_going = read[going].unique(return_inverse=True)
         self.read = torch.zeros_like(read).index_copy_(0, going, of_going)
