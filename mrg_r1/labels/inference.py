@@ -26,12 +26,11 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 
 from mrg_r1.labels.chexbert import CheXbert
+from mrg_r1.products import ONEDNN, onednn_takes
 
 # Padding that a row may get so that attention takes it together with longer ones: a CPU does as well with none, a GPU
 # wants few kernels.
 SLACK = {"cpu": 0.0, "cuda": 0.2}
-# A private name of torch, so it may go; then labelling on a CPU is a tenth slower and nothing else.
-_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 
 @dataclass(frozen=True)
@@ -166,26 +165,22 @@ def _norm(module: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
-    if _by_onednn(x):
-        return _ONEDNN(x, module.weight, module.bias, "none", [], "")
+    if onednn_takes(x):
+        return ONEDNN(x, module.weight, module.bias, "none", [], "")
     return F.linear(x, module.weight, module.bias)
 
 
 def _linear_add(module: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
-    if _by_onednn(x):
-        return _ONEDNN.binary(x, residual, module.weight, module.bias, "add")
+    if onednn_takes(x):
+        return ONEDNN.binary(x, residual, module.weight, module.bias, "add")
     return F.linear(x, module.weight, module.bias).add_(residual)
 
 
 def _activated(intermediate: Any, x: Tensor) -> Tensor:
     module, activation = intermediate.dense, intermediate.intermediate_act_fn
-    if _by_onednn(x) and isinstance(activation, GELUActivation):
-        return _ONEDNN(x, module.weight, module.bias, "gelu", [], "none")
+    if onednn_takes(x) and isinstance(activation, GELUActivation):
+        return ONEDNN(x, module.weight, module.bias, "gelu", [], "none")
     return activation(F.linear(x, module.weight, module.bias))
-
-
-def _by_onednn(x: Tensor) -> bool:
-    return _ONEDNN is not None and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _send(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ from mrg_r1.types import to_device
 # Private names of torch, so they may go: `_plain` takes their place (on the CPU it costs memory, not exactness).
 _CPU_FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _CPU_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+_PART, _LONGEST_IN_PARTS = 100, 1024  # queries, see `_in_parts`
 _CUDA_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -180,10 +181,33 @@ def _summed(piece: Tensor, like: Tensor) -> Tensor:
     return packed.reshape(like.shape[0], like.shape[1], -1, packed.shape[2]).sum(dim=2)
 
 
+def _in_parts(q: Tensor, causal: bool) -> bool:
+    """Whether queries that see what came before them are faster in parts, each with no more keys than its last one
+    sees: torch's kernel for CPUs computes 512 keys at a time, those that are masked too.
+    """
+    return causal and q.dtype == torch.float32 and 2 * _PART <= q.shape[2] < _LONGEST_IN_PARTS
+
+
+def _parts(q: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Of causal queries [count, heads, L, D] in order: which, and -inf [queries, keys] where a key comes later."""
+    length = q.shape[2]
+    count = length // _PART
+    for number in range(count):
+        part = slice(length * number // count, length * (number + 1) // count)
+        later = torch.full((part.stop, part.stop), float("-inf")).triu(1)
+        yield part, later[part].contiguous()
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu" and _CPU_FORWARD is not None:
-        out, lse = _CPU_FORWARD(q, k, v, 0.0, causal)
-        return out, lse
+        if not _in_parts(q, causal):
+            out, lse = _CPU_FORWARD(q, k, v, 0.0, causal)
+            return out, lse
+        pieces = [
+            _CPU_FORWARD(q[:, :, part], k[:, :, : part.stop], v[:, :, : part.stop], 0.0, False, attn_mask=later)
+            for part, later in _parts(q)
+        ]
+        return torch.cat([out for out, _ in pieces], dim=2), torch.cat([lse for _, lse in pieces], dim=2)
     out, _, lse = _plain(q, k, v, causal)
     return out, lse
 
@@ -192,7 +216,17 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.device.type == "cpu" and _CPU_BACKWARD is not None:
-        dq, dk, dv = _CPU_BACKWARD(grad, q, k, v, out, lse, 0.0, causal)
+        if not _in_parts(q, causal):
+            dq, dk, dv = _CPU_BACKWARD(grad, q, k, v, out, lse, 0.0, causal)
+            return dq, dk, dv
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for part, later in _parts(q):
+            keys, queries = slice(part.stop), (grad[:, :, part], q[:, :, part])
+            made = (out[:, :, part], lse[:, :, part])
+            pieces = _CPU_BACKWARD(*queries, k[:, :, keys], v[:, :, keys], *made, 0.0, False, attn_mask=later)
+            dq[:, :, part] = pieces[0]
+            dk[:, :, keys] += pieces[1]
+            dv[:, :, keys] += pieces[2]
         return dq, dk, dv
     scale = q.shape[-1] ** -0.5
     _, scores, _ = _plain(q, k, v, causal)
@@ -214,40 +248,6 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tenso
         )
     lse = scores.logsumexp(dim=-1)
     return ((scores - lse.unsqueeze(-1)).exp() @ v.float()).to(q.dtype), scores, lse
-
-
-class Rotated(torch.autograd.Function):
-    """[T, heads + 2 * key heads, D] as it leaves the projection -> rotated queries and keys, and values."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        key_heads = (qkv.shape[1] - heads) // 2
-        ctx.save_for_backward(cos, sin)
-        q, k, v = qkv.split([heads, key_heads, key_heads], dim=1)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v.clone()  # a view would keep the other two in memory
-
-    @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        sizes = [dq.shape[1], dk.shape[1], dv.shape[1]]
-        grad = dq.new_empty(dq.shape[0], sum(sizes), dq.shape[2])
-        q, k, v = grad.split(sizes, dim=1)
-        rotate(dq, cos, -sin, out=q)
-        rotate(dk, cos, -sin, out=k)
-        v.copy_(dv)
-        return grad, None, None, None
-
-
-def rotated_heads(qkv: Tensor, heads: int, key_heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[T, heads + 2 * key heads, D] as it leaves the projection -> rotated queries and keys, and values.
-
-    Without gradients they are views of one rotated tensor and of `qkv`, which costs the decode step two kernels less.
-    """
-    if torch.is_grad_enabled():
-        q, k, v = Rotated.apply(qkv, heads, cos, sin)
-        return q, k, v
-    qk = rotate(qkv[:, : heads + key_heads], cos, sin)
-    return qk[:, :heads], qk[:, heads:], qkv[:, heads + key_heads :]
 
 
 class PackedAttention(torch.autograd.Function):
@@ -360,22 +360,6 @@ class GroupLens:
     def _rectangles(self) -> Rectangles | None:
         nodes = None if self.tree is None else self.tree.nodes
         return Rectangles.of_groups(self.members, self.prompts.lengths, key_heads=self.key_heads, nodes=nodes)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotary embedding of [T, heads, D] by [T, 1, D / 2] float32: pairs (i, i + D / 2). The inverse is the same with
-    -sin.
-    """
-    first, second = x.chunk(2, dim=-1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    out_first, out_second = out.chunk(2, dim=-1)
-    if x.dtype == torch.float32:
-        torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-        torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    else:
-        torch.addcmul(first * cos, second, sin, value=-1, out=out_first)  # float32 inside: the angles are
-        torch.addcmul(second * cos, first, sin, out=out_second)
-    return out
 
 
 def merge_parts(first: Tensor, first_log_weight: Tensor, second: Tensor, second_log_weight: Tensor) -> Tensor:

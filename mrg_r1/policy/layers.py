@@ -16,6 +16,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 
+from mrg_r1.products import product
+
 # A private name of torch, so it may go; then decoding on a CPU is slower and nothing else.
 _PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if torch.backends.mkldnn.is_available() else None
 
@@ -114,7 +116,9 @@ class Projection:
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         if not self.adapters:
-            return F.linear(x, self.weight, self.bias)
+            if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+                return F.linear(x, self.weight, self.bias)
+            return product(x, self.weight, self.bias)
         pairs = [tensor for adapter in self.adapters for tensor in (adapter.a, adapter.b)]
         result: Tensor = _LoraLinear.apply(x, self, *pairs)
         return result
@@ -145,9 +149,11 @@ class Norm:
     epsilon: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., H] -> [..., H]; torch's fused kernel, but for gradients on the CPU, where there is none."""
-        if x.is_cuda or not torch.is_grad_enabled():
+        """[..., H] -> [..., H]; torch's fused kernel where there is one: not on the CPU."""
+        if x.is_cuda or (x.dtype != torch.float32 and not torch.is_grad_enabled()):
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
+        if not torch.is_grad_enabled():
+            return (x * _inverse_rms(x, self.epsilon)).mul_(self.weight)
         result: Tensor = _RmsNorm.apply(x, self.weight, self.epsilon)
         return result
 
@@ -173,22 +179,24 @@ class _LoraLinear(torch.autograd.Function):
         ctx.adapters = adapters
         up, down = _joined(adapters, pairs, weight)
         if x.dtype == torch.float32:  # in fewer bits an update of LoRA may be too small for the sum
-            return F.linear(x, torch.addmm(weight, up, down), projection.bias)
+            return product(x, torch.addmm(weight, up, down), projection.bias)
         return F.linear(x, weight, projection.bias).addmm_(x @ down.t(), up.t())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *pairs = ctx.saved_tensors
         up, down = _joined(ctx.adapters, pairs, weight)
-        d_inner = grad @ up  # [T, sum of ranks]
-        d_up, d_down = grad.t() @ (x @ down.t()), d_inner.t() @ x
+        inner, d_inner = product(x, down), x.new_empty(len(x), len(down))  # [T, sum of ranks]
         gradients, first = [], 0
-        for adapter, a in zip(ctx.adapters, pairs[::2], strict=True):
-            ranks = slice(first, first := first + len(a))
-            gradients += [d_down[ranks], d_up[adapter.rows, ranks] * adapter.scale]
+        for adapter, b in zip(ctx.adapters, pairs[1::2], strict=True):
+            part, ranks = grad[:, adapter.rows], slice(first, first := first + b.shape[1])
+            d_inner[:, ranks] = product(part, (b * adapter.scale).t())
+            gradients.append((inner[:, ranks].t() @ part).t() * adapter.scale)
+        d_down = product(d_inner.t(), x.t()).split([b.shape[1] for b in pairs[1::2]])
+        gradients = [each for pair in zip(d_down, gradients, strict=True) for each in pair]
         d_x = None
         if ctx.needs_input_grad[0] and x.dtype == torch.float32:
-            d_x = grad @ torch.addmm(weight, up, down)
+            d_x = product(grad, torch.addmm(weight, up, down).t())
         elif ctx.needs_input_grad[0]:
             d_x = (grad @ weight).addmm_(d_inner, down)
         return d_x, None, *gradients
@@ -227,13 +235,19 @@ class _Swiglu(torch.autograd.Function):
         return result
 
 
+def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
+    """[..., H] -> [..., 1]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(x.new_full((), epsilon), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
 class _RmsNorm(torch.autograd.Function):
     """RMSNorm with the gradients of its input and, where it is trained, of its weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = x.float()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        scale = _inverse_rms(wide, epsilon)
         ctx.save_for_backward(x, scale, weight)
         return (wide * scale).mul_(weight).to(x.dtype)
 

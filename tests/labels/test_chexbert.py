@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 from transformers import BertModel
 
+from mrg_r1 import products
 from mrg_r1.labels import inference
 from mrg_r1.labels.chexbert import CheXbert
 from mrg_r1.labels.labeler import Labeler
@@ -182,7 +183,7 @@ def test_inference_gives_the_modules_logits(
 ) -> None:
     model = tiny_model(num_attention_heads=2, num_hidden_layers=3, hidden_act=activation)
     if not onednn:
-        monkeypatch.setattr(inference, "_ONEDNN", None)
+        monkeypatch.setattr(products, "ONEDNN", None)
     labeler = Labeler(model, tiny_tokenizer(), name="tiny")
     rng = np.random.default_rng(0)
     lengths = sorted([2, 2, 3, 5, 5, 8, 9, 30, 31, 40], reverse=True)

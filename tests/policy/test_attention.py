@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import mrg_r1.policy.attention as attention
-from mrg_r1.policy.attention import SeqLens, attend, attend_backward, merge_parts, rotate
+from mrg_r1.policy.attention import SeqLens, attend, attend_backward, merge_parts
+from mrg_r1.policy.rotation import rotate
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize("kernel", ["flash", "plain"])
+@pytest.mark.parametrize("kernel", ["flash", "flash in parts", "plain"])
 @pytest.mark.parametrize("heads,key_heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("q_lengths,k_lengths,causal", RUNS)
 def test_attention_of_unequal_runs_and_its_gradients(
@@ -52,6 +53,8 @@ def test_attention_of_unequal_runs_and_its_gradients(
     if kernel == "plain":  # what runs where torch has no flash kernel
         monkeypatch.setattr(attention, "_CPU_FORWARD", None)
         monkeypatch.setattr(attention, "_CPU_BACKWARD", None)
+    if kernel == "flash in parts":  # as long prompts are taken
+        monkeypatch.setattr(attention, "_PART", 2)
     q_runs, k_runs = SeqLens(q_lengths, CPU), SeqLens(k_lengths, CPU)
     q, k, v = tensors(q_runs.total, k_runs.total, heads=heads, key_heads=key_heads)
     expected = plain(q, k, v, q_runs, k_runs, causal)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from mrg_r1 import products
 from mrg_r1.policy.load import load_policy, save_policy
 from mrg_r1.policy.lora import add_lora, reference
 from mrg_r1.rollout.decode import rollout
@@ -19,8 +20,10 @@ def qkv_modules(policy, layer=0):
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
+@pytest.mark.parametrize("worth", [0, 2**60])
 @each_family
-def test_projection_and_its_gradients_are_those_of_the_peft_modules(lora_policy):
+def test_projection_and_its_gradients_are_those_of_the_peft_modules(lora_policy, worth, monkeypatch):
+    monkeypatch.setattr(products, "WORTH", worth)  # oneDNN's products, or torch's
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     modules = qkv_modules(lora_policy)
     trained = [module.get_parameter(f"lora_{half}.default.weight") for module in modules for half in "AB"]

@@ -56,8 +56,8 @@ def counted(policy, tokens, *, lora, frozen):
 def test_operations_of_an_update_of_lora_are_those_that_torch_dispatches(
     lora_policy, studies, build, world, tmp_path, prefilled
 ):
-    """But for two things: the gradient of the first layer's input, which nothing asks for, and what the last layer
-    makes of prompts beyond their keys and values.
+    """But for three things: the gradient of the first layer's input, which nothing asks for, what the last layer makes
+    of prompts beyond their keys and values, and LoRA's forward products, which in float32 are part of the layers' own.
     """
     changed = ["grpo.group_size=4", "engine.micro_batch_tokens=100000", "grpo.beta=0"]
     recipe = load_recipe(world.recipe(tmp_path / "run"), changed)
@@ -81,9 +81,12 @@ def test_operations_of_an_update_of_lora_are_those_that_torch_dispatches(
         formula.append(counted(lora_policy, tokens[-1], lora=shape.lora_parameters(4), frozen=True))
     first = 2 * shape.hidden * (shape.qkv_rows + 3 * 4)  # of a token
     more = tokens[1].completions - tokens[0].completions
-    assert formula[1] - formula[0] - first * more <= found[1] - found[0] <= formula[1] - formula[0]
+    merged = 2 * shape.lora_parameters(4)  # of a token that goes forward
+    assert formula[1] - formula[0] - (first + merged) * more <= found[1] - found[0]
+    assert found[1] - found[0] <= formula[1] - formula[0] - merged * more
     last = (2 if prefilled else 4) * shape.layer_matrices * tokens[1].prompts
-    assert formula[1] - first * (tokens[1].prompts + tokens[1].completions) - 1.1 * last <= found[1] <= formula[1]
+    least = formula[1] - first * (tokens[1].prompts + tokens[1].completions) - 1.1 * last
+    assert least - merged * (tokens[1].prompts_forward + tokens[1].completions) <= found[1] <= formula[1]
 
 
 @each_family

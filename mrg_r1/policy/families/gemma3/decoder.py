@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model
 
-from mrg_r1.policy.attention import rotated_heads
 from mrg_r1.policy.families.gemma3.images import image_numbers, in_order
 from mrg_r1.policy.layers import DecoderLayer, Norm, Projection, frozen_values
+from mrg_r1.policy.rotation import rotated_heads
 
 _SLIDING = "sliding_attention"
 _KINDS = (_SLIDING, "full_attention")  # as the rotation's second axis has them

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mrg_r1.policy.attention import PackedAttention, SeqLens, rotated_heads
+from mrg_r1.policy.attention import PackedAttention, SeqLens
 from mrg_r1.policy.family import Gathered
 from mrg_r1.policy.layers import Norm, Projection, swiglu
 from mrg_r1.policy.qwen_vl.positions import GRIDS, PIXELS, places_of_patches
+from mrg_r1.policy.rotation import rotated_heads
 from mrg_r1.types import ImageInputs, to_device
 
 _ROTARY_BASE = 10_000.0  # of the published towers; transformers keeps it as a constant too
@@ -95,13 +96,13 @@ def run_tower(
     def run_block(number: int, x: Tensor) -> Tensor:
         block = visual.blocks[number]
         with gathered(block):
-            qkv = block.attn.qkv(_norm(block.norm1, x)).view(len(x), 3 * heads, size)
+            qkv = Projection.read([block.attn.qkv])(_norm(block.norm1, x)).view(len(x), 3 * heads, size)
             q, k, v = rotated_heads(qkv, heads, heads, cos, sin)
             seq_lens = frames if number in config.fullatt_block_indexes else windows
             attended = PackedAttention.apply(q, k, v, seq_lens, seq_lens, False)
-            x = block.attn.proj(attended.flatten(1)).add_(x)
+            x = Projection.read([block.attn.proj])(attended.flatten(1)).add_(x)
             gate_up = Projection.read([block.mlp.gate_proj, block.mlp.up_proj])
-            return block.mlp.down_proj(swiglu(gate_up(_norm(block.norm2, x)))).add_(x)
+            return Projection.read([block.mlp.down_proj])(swiglu(gate_up(_norm(block.norm2, x)))).add_(x)
 
     for number in range(len(visual.blocks)):
         x = checkpoint(run_block, number, x, use_reentrant=False) if recompute else run_block(number, x)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrg_r1.policy.attention import rotated_heads
 from mrg_r1.policy.layers import DecoderLayer, Norm, Projection, swiglu
 from mrg_r1.policy.qwen_vl import decoder as qwen_vl
 from mrg_r1.policy.qwen_vl.decoder import MultimodalRotation, read_norm
+from mrg_r1.policy.rotation import rotated_heads
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mrg_r1.policy.attention import PackedAttention, SeqLens, rotated_heads
+from mrg_r1.policy.attention import PackedAttention, SeqLens
 from mrg_r1.policy.family import Gathered
 from mrg_r1.policy.qwen_vl.positions import GRIDS, PIXELS, places_of_patches
+from mrg_r1.policy.rotation import rotated_heads
 from mrg_r1.types import ImageInputs, to_device
 
 
