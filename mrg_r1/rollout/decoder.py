@@ -107,6 +107,7 @@ class Decoder:
         # of each place a number for what it has read: its study at first, then also what it wrote
         self.read = torch.arange(places, device=device) // members
         self.shared: SharedStates | None = None
+        self.apart = False  # whether all places that go on have read different things, and so always will
         self._take_places()
         self.step = torch.zeros(1, dtype=torch.long, device=device)  # the column that is written next
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -262,9 +263,13 @@ class Decoder:
     def _share(self, read: Tensor) -> None:
         """Let places of equal `read` [S * M] be computed once, and places that have ended not at all."""
         going = (~self.ended).nonzero().squeeze(1)
-        different, of_going = read[going].unique(return_inverse=True)
-        self.read = torch.zeros_like(read).index_copy_(0, going, of_going)
-        first = torch.full((len(different),), len(read)).scatter_reduce_(0, of_going, going, "amin")
+        if self.apart:
+            first, self.read = going, (~self.ended).cumsum(dim=0).sub_(1).clamp_min_(0)
+        else:
+            different, of_going = read[going].unique(return_inverse=True)
+            self.read = torch.zeros_like(read).index_copy_(0, going, of_going)
+            first = torch.full((len(different),), len(read)).scatter_reduce_(0, of_going, going, "amin")
+            self.apart = len(first) == len(going)
         self.shared = SharedStates(first, self.read) if len(first) <= _WORTH * len(read) else None
 
     def _sample(self, hidden: Tensor, of_place: Tensor | None) -> None:
