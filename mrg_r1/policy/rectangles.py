@@ -208,10 +208,9 @@ class RectangleAttention(torch.autograd.Function):
             d_each, d_together = piece.each(grad, size), piece.together(grad, size)
             torch.bmm(to_own.transpose(1, 2), d_each, out=piece.each(dv, size))
             torch.bmm(to_prompt.transpose(1, 2), d_together, out=piece.prompts(d_shared_v, size))
-            d_weights = torch.empty_like(weights)
-            to_prompt, to_own = piece.split(d_weights)
-            torch.bmm(d_together, piece.prompts(shared_v, size).transpose(1, 2), out=to_prompt)
-            torch.bmm(d_each, piece.each(v, size).transpose(1, 2), out=to_own)
+            to_prompt = torch.bmm(d_together, piece.prompts(shared_v, size).transpose(1, 2))
+            to_own = torch.bmm(d_each, piece.each(v, size).transpose(1, 2))
+            d_weights = torch.cat([to_prompt.view(*to_own.shape[:2], -1), to_own], dim=2)
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             to_prompt, to_own = piece.split(d_scores)
             torch.bmm(to_own.transpose(1, 2), piece.each(q, size), out=piece.each(dk, size))
@@ -225,14 +224,13 @@ class RectangleAttention(torch.autograd.Function):
 def _weights(piece: Rectangle, q: Tensor, k: Tensor, prompt_k: Tensor, size: int) -> Tensor:
     """Probabilities [studies * key heads * members, length * heads a key head, prompt + length]; `q` is scaled."""
     queries = piece.each(q, size)
-    scores = q.new_empty(*queries.shape[:2], piece.prompt + piece.length)
-    to_prompt, to_own = piece.split(scores)
-    torch.bmm(piece.together(q, size), piece.prompts(prompt_k, size).transpose(1, 2), out=to_prompt)
-    torch.bmm(queries, piece.each(k, size).transpose(1, 2), out=to_own)
+    # not into one tensor at once: of parts of another tensor torch makes a product for each batch
+    to_prompt = torch.bmm(piece.together(q, size), piece.prompts(prompt_k, size).transpose(1, 2))
+    to_own = torch.bmm(queries, piece.each(k, size).transpose(1, 2))
     to_own.view(len(to_own), piece.length, -1, piece.length).add_(piece.later)
     if piece.absent is not None:
-        scores.view(piece.studies, -1, scores.shape[2])[:, :, : piece.prompt].add_(piece.absent)
-    return scores.softmax(dim=2)
+        to_prompt.view(piece.studies, -1, piece.prompt).add_(piece.absent)
+    return torch.cat([to_prompt.view(*to_own.shape[:2], -1), to_own], dim=2).softmax(dim=2)
 
 
 class _AxisBuilder:
