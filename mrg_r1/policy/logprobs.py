@@ -167,7 +167,7 @@ class _TokenLogp(torch.autograd.Function):
                 continue
             probs = log_probs.exp()
             if entropies:
-                entropy[chunk] = -(probs * log_probs.masked_fill_(policy.banned, 0.0)).sum(dim=-1)
+                entropy[chunk] = -torch.linalg.vecdot(probs, log_probs.masked_fill_(policy.banned, 0.0))
             if jacobian is not None:
                 expected = probs.to(head.dtype) @ head
                 torch.sub(head[ids[chunk]], expected, out=jacobian[chunk]).div_(policy.temperature)
