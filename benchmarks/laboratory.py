@@ -32,6 +32,7 @@ from mrg_r1.data.loader import StudyLoader
 from mrg_r1.engine.ranks import Ranks, finish_ranks, start_ranks
 from mrg_r1.policy.lora import add_lora
 from mrg_r1.policy.policy import Policy
+from mrg_r1.products import product
 from mrg_r1.tracking.log import Clock
 from mrg_r1.training.grpo import grpo_step
 from mrg_r1.training.run import Run, build_engine, open_run
@@ -141,12 +142,11 @@ def use_the_checkpoints_modules(policy: Policy) -> None:
 
 
 def gemm_unit() -> Phases:
-    """`GEMM_PRODUCTS` products of the shape `GEMM`."""
+    """`GEMM_PRODUCTS` products of the shape `GEMM`, by what the policy's large ones are made by."""
     rows, inputs, outputs = GEMM
-    left, right = torch.ones(rows, inputs), torch.ones(inputs, outputs)
-    out = torch.empty(rows, outputs)
+    left, right = torch.ones(rows, inputs), torch.ones(outputs, inputs)
     for _ in range(GEMM_PRODUCTS):
-        torch.mm(left, right, out=out)
+        product(left, right)
     return {}
 
 

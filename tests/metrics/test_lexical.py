@@ -68,6 +68,7 @@ def test_a_java_that_ends_while_it_scores_costs_meteor_alone(monkeypatch: pytest
     ] == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(why_no_meteor() is not None, reason=f"METEOR: {why_no_meteor()}")
 def test_meteor_is_that_of_its_own_program(capfd: pytest.CaptureFixture[str]) -> None:
     predicted, reference = ["the heart is large", "no effusion", ""], ["the heart is large", "no effusion", "clear"]

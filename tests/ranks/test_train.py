@@ -104,13 +104,9 @@ def test_members_of_a_group_stand_together_with_their_terms(pool, world, tmp_pat
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("targets", "stage"),
-    [("language+merger", 3)]
-    + [
-        pytest.param(*more, marks=pytest.mark.slow)
-        for more in (("all", 2), ("all", 3), ("language+merger", 2), ("all", 1))
-    ],
+    ("targets", "stage"), [("language+merger", 3), ("all", 2), ("all", 3), ("language+merger", 2), ("all", 1)]
 )
 def test_a_run_that_trains_merger_or_tower_is_interrupted_and_ends(pool, world, tmp_path, capsys, targets, stage):
     """Cold start by SFT of the same targets, merged; minibatches, groups sampled again, validation, a resume."""
