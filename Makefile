@@ -51,15 +51,17 @@ help:  ## this list
 
 setup: $(READY)  ## the virtual environment in .venv
 
-# DeepSpeed is a source distribution whose build imports torch: torch first, and no isolated build.
+# DeepSpeed is a source distribution whose build imports torch: torch first, and no isolated build. Modules are
+# compiled by all cores at the end and not by one as pip does; some are templates that are no Python, as pip knows too.
 $(READY): setup.py constraints.txt
 	$(SAY) 'setup: torch, DeepSpeed and what else is needed, into $(VENV) (a few minutes, once)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ sudo -n apt-get install -y python3-venv || apt-get install -y python3-venv; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "make PYTHON=python3.11, or newer")'
-	@$(BIN)/pip install --quiet -c constraints.txt setuptools wheel ninja packaging torch numpy
-	@$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation deepspeed
-	@$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(BIN)/pip install --quiet --no-compile -c constraints.txt setuptools wheel ninja packaging torch numpy
+	@$(BIN)/pip install --quiet --no-compile -c constraints.txt --no-build-isolation deepspeed
+	@$(BIN)/pip install --quiet --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 # ---- the demo: phantoms -> labeler -> tiny policy -> SFT stopped early -> GRPO -> table. Finished stages are not run again.
@@ -304,8 +306,8 @@ TRL_VENV := .venv-trl
 
 $(TRL_VENV)/.ready: benchmarks/trl-constraints.txt | $(READY)
 	test -x $(TRL_VENV)/bin/python || $(BIN)/python -m venv $(TRL_VENV)
-	$(TRL_VENV)/bin/pip install --quiet -c benchmarks/trl-constraints.txt torch
-	$(TRL_VENV)/bin/pip install --quiet -c benchmarks/trl-constraints.txt trl transformers peft datasets accelerate pillow
+	$(TRL_VENV)/bin/pip install --quiet --no-compile -c benchmarks/trl-constraints.txt torch
+	$(TRL_VENV)/bin/pip install --quiet --no-compile -c benchmarks/trl-constraints.txt trl transformers peft datasets accelerate pillow
 	touch $@
 
 bench: $(READY) $(TRL_VENV)/.ready  ## our step beside TRL's, our rollout beside generate (at most 20 minutes)

@@ -1,8 +1,8 @@
 """Matrix products in float32 on a CPU by oneDNN: a tenth to a fifth faster than torch's own, which are MKL's, and more
 for thin matrices.
 
-On one core of an AMD EPYC with AVX-512 products of 2,200 x 256 x 512 reach 110 GFLOP/s here and 91 there.
-`benchmarks/README.md` says how that was measured.
+On one core of an AMD EPYC with AVX-512 products of 2,200 x 256 x 512 reach 107 to 112 GFLOP/s here and 90 to 92 there, by
+turns in one process.
 """
 
 from __future__ import annotations
