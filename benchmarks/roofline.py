@@ -1,8 +1,8 @@
 """What the phases of a step ask of the machine, counted from shapes: floating-point operations and bytes. Pure.
 
 An operation is a multiplication or an addition. Counted are matrix products (linear layers, LoRA, head, patch
-embedding) and attention, with the masked half of a prompt's square, which the CPU kernel computes too. Norms, rotation,
-softmax and the optimizer are left out: they are what keeps a phase from its peak, not what it is for.
+embedding) and attention, with the masked half of a prompt's square, of which the CPU computes a sixth to all. Norms,
+rotation, softmax and the optimizer are left out: they are what keeps a phase from its peak, not what it is for.
 
 Bytes are those that must pass at least: of a product its inputs, weights and outputs once, of attention queries, keys,
 values and outputs once; on small shapes a cache holds most of them.

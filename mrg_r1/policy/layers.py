@@ -116,9 +116,8 @@ class Projection:
         if self.packed is not None:
             return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         if not self.adapters:
-            if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-                return F.linear(x, self.weight, self.bias)
-            return product(x, self.weight, self.bias)
+            wanted = any(one is not None and one.requires_grad for one in (x, self.weight, self.bias))
+            return (F.linear if wanted and torch.is_grad_enabled() else product)(x, self.weight, self.bias)
         pairs = [tensor for adapter in self.adapters for tensor in (adapter.a, adapter.b)]
         result: Tensor = _LoraLinear.apply(x, self, *pairs)
         return result
@@ -149,7 +148,7 @@ class Norm:
     epsilon: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., H] -> [..., H]; torch's fused kernel where there is one: not on the CPU."""
+        """[..., H] -> [..., H]; torch's own but in float32 on the CPU, and for gradients there: it is no kernel."""
         if x.is_cuda or (x.dtype != torch.float32 and not torch.is_grad_enabled()):
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
         if not torch.is_grad_enabled():

@@ -78,7 +78,7 @@ def sample_tokens(log_probs: Tensor, uniforms: Tensor, of_row: Tensor | None = N
     Returns:
         [R] int64. A token of probability 0 is never drawn, also where rounding puts u at the very end.
     """
-    cumulative = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
+    cumulative = log_probs.exp().double().cumsum_(dim=-1)
     if of_row is not None:
         cumulative = cumulative.index_select(0, of_row)
     total = cumulative[:, -1:]

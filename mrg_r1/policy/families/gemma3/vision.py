@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from mrg_r1.policy.attention import PackedAttention, SeqLens
 from mrg_r1.policy.families.gemma3.images import PIXELS
 from mrg_r1.policy.family import Gathered
+from mrg_r1.policy.layers import Projection
 from mrg_r1.types import ImageInputs
 
 
@@ -39,9 +40,11 @@ def see(model: Any, images: ImageInputs, gathered: Gathered, recompute: bool) ->
         with gathered(block):
             normed = block.layer_norm1(x)
             projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-            q, k, v = (projection(normed).view(len(x), heads, -1) for projection in projections)
-            x = x + attention.out_proj(PackedAttention.apply(q, k, v, lens, lens, False).flatten(1))
-            return x + block.mlp(block.layer_norm2(x))
+            q, k, v = (Projection.read([one])(normed).view(len(x), heads, -1) for one in projections)
+            attended = PackedAttention.apply(q, k, v, lens, lens, False)
+            x = x + Projection.read([attention.out_proj])(attended.flatten(1))
+            inner = block.mlp.activation_fn(Projection.read([block.mlp.fc1])(block.layer_norm2(x)))
+            return x + Projection.read([block.mlp.fc2])(inner)
 
     x = x.flatten(0, 1)
     for number in range(len(tower.encoder.layers)):

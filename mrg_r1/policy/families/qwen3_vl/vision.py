@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mrg_r1.policy.attention import PackedAttention, SeqLens
 from mrg_r1.policy.family import Gathered
+from mrg_r1.policy.layers import Projection
 from mrg_r1.policy.qwen_vl.positions import GRIDS, PIXELS, places_of_patches
 from mrg_r1.policy.rotation import rotated_heads
 from mrg_r1.types import ImageInputs, to_device
@@ -90,11 +91,12 @@ def run_tower(
     def run_block(number: int, x: Tensor) -> Tensor:
         block = visual.blocks[number]
         with gathered(block):
-            qkv = block.attn.qkv(block.norm1(x)).view(len(x), 3 * heads, size)
+            qkv = Projection.read([block.attn.qkv])(block.norm1(x)).view(len(x), 3 * heads, size)
             q, k, v = rotated_heads(qkv, heads, heads, cos, sin)
             attended = PackedAttention.apply(q, k, v, frames, frames, False)
-            x = x + block.attn.proj(attended.flatten(1))
-            return x + block.mlp(block.norm2(x))
+            x = x + Projection.read([block.attn.proj])(attended.flatten(1))
+            inner = block.mlp.act_fn(Projection.read([block.mlp.linear_fc1])(block.norm2(x)))
+            return x + Projection.read([block.mlp.linear_fc2])(inner)
 
     deeper: dict[int, Tensor] = {}  # by the number of its merger
     for number in range(len(visual.blocks)):
