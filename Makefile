@@ -306,8 +306,8 @@ TRL_VENV := .venv-trl
 
 $(TRL_VENV)/.ready: benchmarks/trl-constraints.txt | $(READY)
 	test -x $(TRL_VENV)/bin/python || $(BIN)/python -m venv $(TRL_VENV)
-	$(TRL_VENV)/bin/pip install --quiet --no-compile -c benchmarks/trl-constraints.txt torch
-	$(TRL_VENV)/bin/pip install --quiet --no-compile -c benchmarks/trl-constraints.txt trl transformers peft datasets accelerate pillow
+	$(TRL_VENV)/bin/pip install --quiet -c benchmarks/trl-constraints.txt torch
+	$(TRL_VENV)/bin/pip install --quiet -c benchmarks/trl-constraints.txt trl transformers peft datasets accelerate pillow
 	touch $@
 
 bench: $(READY) $(TRL_VENV)/.ready  ## our step beside TRL's, our rollout beside generate (at most 20 minutes)

@@ -29,7 +29,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [T, out].
     """
-    if onednn_takes(x) and len(x) * weight.numel() >= max(WORTH, 1) and _lies_close(x) and _lies_close(weight):
+    if onednn_takes(x) and len(x) * weight.numel() >= WORTH and _lies_close(x) and _lies_close(weight):
         result: Tensor = ONEDNN(x, weight, bias, "none", [], "")
         return result
     return F.linear(x, weight, bias)

@@ -194,8 +194,7 @@ def _parts(q: Tensor) -> Iterator[tuple[slice, Tensor]]:
     count = length // _PART
     for number in range(count):
         part = slice(length * number // count, length * (number + 1) // count)
-        later = torch.full((part.stop, part.stop), float("-inf")).triu(1)
-        yield part, later[part].contiguous()
+        yield part, torch.full((part.stop - part.start, part.stop), float("-inf")).triu(part.start + 1)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
