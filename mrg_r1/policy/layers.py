@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import functional as F
 
+from mrg_r1.kernels import calls as kernels
 from mrg_r1.products import product
 
 # A private name of torch, so it may go; then decoding on a CPU is slower and nothing else.
@@ -87,7 +88,8 @@ class Projection:
     weight: Tensor  # [out, in]
     bias: Tensor | None  # [out]
     adapters: tuple[Adapter, ...] = ()
-    packed: Tensor | None = None  # the weight in oneDNN's layout for few tokens, without adapters
+    packed: Tensor | None = None  # the weight laid out for few tokens, without adapters: as the kernels have it
+    onednn: Tensor | None = None  # or as oneDNN does
 
     @classmethod
     def read(cls, modules: Sequence[Any]) -> Projection:
@@ -114,7 +116,9 @@ class Projection:
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]."""
         if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            return kernels.linear(x, self.packed, self.bias, len(self.weight))
+        if self.onednn is not None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.onednn, self.bias, "none", [], "")
         if not self.adapters:
             wanted = any(one is not None and one.requires_grad for one in (x, self.weight, self.bias))
             return (F.linear if wanted and torch.is_grad_enabled() else product)(x, self.weight, self.bias)
@@ -130,14 +134,18 @@ class Projection:
         return Projection(weight, self.bias)
 
     def for_few_tokens(self, tokens: int) -> Projection:
-        """The same, faster for about so many tokens a call where oneDNN can lay the weight out for it: float32 on a
-        CPU.
+        """The same, faster for about so many tokens a call: float32 on a CPU, where the kernels or oneDNN can lay the
+        weight out for it.
 
-        Its own product packs a weight anew at each call, which for few tokens costs as much as the product.
+        Torch's own product packs a weight anew at each call, which for few tokens costs as much as the product.
         """
-        if _PACK is None or self.weight.dtype != torch.float32 or self.weight.device.type != "cpu" or self.adapters:
+        if self.adapters:
             return self
-        return replace(self, packed=_PACK(self.weight, tokens))
+        if kernels.ready(self.weight):
+            return replace(self, packed=kernels.pack(self.weight.t()))
+        if _PACK is None or self.weight.dtype != torch.float32 or self.weight.device.type != "cpu":
+            return self
+        return replace(self, onednn=_PACK(self.weight, tokens))
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,8 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]; torch's own but in float32 on the CPU, and for gradients there: it is no kernel."""
+        if not torch.is_grad_enabled() and kernels.ready(x, self.weight):
+            return kernels.rms_norm(x, self.weight, self.epsilon)[0]
         if x.is_cuda or (x.dtype != torch.float32 and not torch.is_grad_enabled()):
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
         if not torch.is_grad_enabled():
@@ -162,8 +172,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         result: Tensor = _Swiglu.apply(gate_up)
         return result
-    gate, up = gate_up.chunk(2, dim=1)
-    return F.silu(gate).mul_(up)
+    return _swiglu(gate_up)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -219,12 +228,13 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=1)
-        return F.silu(gate).mul_(up)
+        return _swiglu(gate_up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
+        if kernels.ready(grad, gate_up):
+            return kernels.swiglu_backward(grad, gate_up)
         gate, up = gate_up.chunk(2, dim=1)
         result = torch.empty_like(gate_up)  # written in place: fresh memory costs more than the arithmetic
         d_gate, d_up = result.chunk(2, dim=1)
@@ -232,6 +242,13 @@ class _Swiglu(torch.autograd.Function):
         torch.mul(grad, up, out=d_gate)
         torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
         return result
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    if kernels.ready(gate_up):
+        return kernels.swiglu(gate_up)
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate).mul_(up)
 
 
 def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
@@ -245,6 +262,10 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        if kernels.ready(x, weight):
+            y, scale = kernels.rms_norm(x, weight, epsilon, scales=True)
+            ctx.save_for_backward(x, scale, weight)
+            return y
         wide = x.float()
         scale = _inverse_rms(wide, epsilon)
         ctx.save_for_backward(x, scale, weight)
@@ -256,6 +277,8 @@ class _RmsNorm(torch.autograd.Function):
         wide, d_weight = x.float(), None
         if ctx.needs_input_grad[1]:  # sum of grad * x / rms(x) over all tokens, as a product with the scales
             d_weight = (scale.flatten() @ (grad * wide).flatten(0, -2)).to(weight.dtype)
+        if kernels.ready(grad, x, weight):
+            return kernels.rms_norm_backward(grad, x, scale, weight), d_weight, None
         grad = grad * weight.float()
         mean = torch.linalg.vecdot(grad, wide).unsqueeze(-1).div_(x.shape[-1]).mul_(scale).mul_(scale)
         return grad.addcmul_(wide, mean, value=-1).mul_(scale).to(x.dtype), d_weight, None

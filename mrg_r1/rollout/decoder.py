@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mrg_r1.kernels import calls as kernels
 from mrg_r1.policy.language import LanguageModel
-from mrg_r1.policy.layers import DecoderLayer
+from mrg_r1.rollout.cache import LayerCache, SharedStates, Sight
 from mrg_r1.rollout.sampling import sample_tokens
 from mrg_r1.types import to_device
 
@@ -42,14 +43,6 @@ class Answers:
             mask=torch.zeros(rows + 1, length, dtype=torch.bool, device=device),
             ended=ended,
         )
-
-
-@dataclass(frozen=True)
-class SharedStates:
-    """Which places a step computes: the others have ended, or have read the same prompt and tokens as one of these."""
-
-    places: Tensor  # [U] int64
-    of_place: Tensor  # [S * M] int64, which of them stands for each place; any of them for one that has ended
 
 
 class Decoder:
@@ -86,23 +79,16 @@ class Decoder:
         self.language, self.embed, self.logits = language.for_few_tokens(rows.numel()), embed, logits
         self.uniforms, self.answers, self.eos, self.pad_id = uniforms, answers, eos, pad_id
         self.length = answers.token_ids.shape[1]
-        # [S * key heads, D, P] and [S * key heads, P, D]: the layouts that the two products read
-        self.prompt_keys = [keys.transpose(2, 3).flatten(0, 1).contiguous() for keys, _ in prompt_cache]
-        self.prompt_values = [values.flatten(0, 1).contiguous() for _, values in prompt_cache]
+        studies, members = rows.shape
+        self.caches = [LayerCache(keys, values, members, self.length) for keys, values in prompt_cache]
         keys = prompt_cache[0][0]
-        self.key_heads, head_size, self.dtype = keys.shape[1], keys.shape[3], keys.dtype
+        self.key_heads, self.dtype, self.prompt = keys.shape[1], keys.dtype, keys.shape[2]
         self.prompt_bias = None
         if prompt_mask is not None:
             self.prompt_bias = torch.where(prompt_mask, 0.0, float("-inf")).to(self.dtype)
         self.rows = rows
         self.next_position = next_position
         places, device = rows.numel(), rows.device
-        studies, members = rows.shape
-        shape = (studies, self.key_heads, members, self.length, head_size)
-        # a graph reads keys and values that nothing was written to yet, with a weight of 0: they must be finite
-        empty = torch.zeros if rows.is_cuda else torch.empty
-        self.own_keys = [empty(shape, dtype=self.dtype, device=device) for _ in prompt_cache]
-        self.own_values = [empty(shape, dtype=self.dtype, device=device) for _ in prompt_cache]
         self.tokens = torch.zeros(places, dtype=torch.long, device=device)
         # of each place a number for what it has read: its study at first, then also what it wrote
         self.read = torch.arange(places, device=device) // members
@@ -172,13 +158,11 @@ class Decoder:
         heads = torch.arange(self.key_heads, device=studies.device)
         blocks = studies.unsqueeze(1) * self.key_heads + heads  # [S', K] of the prompts' caches
         if fewer:
-            self.prompt_keys = [keys[blocks.flatten()] for keys in self.prompt_keys]
-            self.prompt_values = [values[blocks.flatten()] for values in self.prompt_values]
             self.prompt_bias = None if self.prompt_bias is None else self.prompt_bias[studies]
             self.next_position = self.next_position[studies]
         taken = blocks.unsqueeze(2) * running.shape[1] + order.unsqueeze(1)  # [S', K, M'] of the places' own caches
-        self.own_keys = [_taken(keys, taken) for keys in self.own_keys]
-        self.own_values = [_taken(values, taken) for values in self.own_values]
+        for cache in self.caches:
+            cache.take(blocks if fewer else None, taken)
         self.tokens, self.read = self.tokens[places], self.read[places]
         self._take_places()
         if not self.rows.is_cuda:
@@ -194,10 +178,13 @@ class Decoder:
         if shared is not None:
             position, tokens = position[shared.places], tokens[shared.places]
         cos, sin = language.rotation(position)
-        biases = {window: self._biases(window, width) for window in {layer.window for layer in language.layers}}
+        sights = {
+            window: Sight(members, width, self.step, *self._biases(window, width), shared)
+            for window in {layer.window for layer in language.layers}
+        }
         x = self.embed(tokens)
-        for number, layer in enumerate(language.layers):
-            x = self._layer(number, layer, x, cos, sin, *biases[layer.window], width)
+        for layer, cache in zip(language.layers, self.caches, strict=True):
+            x = layer.finish(x, cache.attend(*layer.heads(x, cos, sin), sights[layer.window]))
         self._sample(language.norm(x), None if shared is None else shared.of_place)
 
     def _biases(self, window: int | None, width: int) -> tuple[Tensor | None, Tensor | None]:
@@ -206,7 +193,7 @@ class Decoder:
         if self.rows.is_cuda:
             there = torch.arange(width, device=device) < self.step
             own_bias = torch.where(there, 0.0, float("-inf")).to(self.dtype)
-        prompt = self.prompt_keys[0].shape[2]
+        prompt = self.prompt
         if window is None or prompt + self.length <= window:
             return prompt_bias, own_bias
         # the fed token stands at prompt + step - 1 of its row, prompts ending on the right
@@ -214,51 +201,6 @@ class Decoder:
         within = torch.where(seen, 0.0, float("-inf")).to(self.dtype)
         of_prompt = within[None, :prompt] if prompt_bias is None else prompt_bias + within[:prompt]
         return of_prompt, within[prompt:] if own_bias is None else own_bias + within[prompt:]
-
-    def _layer(
-        self,
-        number: int,
-        layer: DecoderLayer,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        prompt_bias: Tensor | None,
-        own_bias: Tensor | None,
-        width: int,
-    ) -> Tensor:
-        q, k, v = layer.heads(x, cos, sin)
-        if self.shared is not None:
-            q, k, v = (part.index_select(0, self.shared.of_place) for part in (q, k, v))
-        studies, key_heads, (_, heads, size) = len(self.rows), self.key_heads, q.shape
-        own_keys, own_values = self.own_keys[number], self.own_values[number]
-        for cache, fresh in ((own_keys, k), (own_values, v)):
-            if self.rows.is_cuda:  # a graph finds its column in a tensor
-                cache.index_copy_(3, self.step - 1, self._by_study(fresh))
-            else:
-                cache[:, :, :, width - 1 : width].copy_(self._by_study(fresh))
-
-        # query heads that share a key head are so many queries of it: [S, K, M, heads / K, D]
-        q = self._by_study(q).contiguous().mul_(size**-0.5)
-        # the prompt is read once a study
-        to_prompt = torch.bmm(q.view(studies * key_heads, -1, size), self.prompt_keys[number])
-        if prompt_bias is not None:
-            to_prompt.view(studies, key_heads, -1, to_prompt.shape[2]).add_(prompt_bias[:, None, None])
-        # [S, K, M, heads / K, width]
-        to_own = torch.matmul(q, own_keys[:, :, :, :width].transpose(3, 4))
-        if own_bias is not None:
-            to_own.add_(own_bias)
-        scores = torch.cat([to_prompt, to_own.view(*to_prompt.shape[:2], width)], dim=2)
-        weights = scores.softmax(dim=2)  # float32 inside, whatever comes in and goes out
-        seen = to_prompt.shape[2]
-        attended = torch.matmul(weights[:, :, seen:].view(*q.shape[:4], width), own_values[:, :, :, :width])
-        attended.view(studies * key_heads, -1, size).baddbmm_(weights[:, :, :seen], self.prompt_values[number])
-        attended = attended.transpose(1, 2).reshape(-1, heads, size)
-        return layer.finish(x, attended if self.shared is None else attended.index_select(0, self.shared.places))
-
-    def _by_study(self, heads: Tensor) -> Tensor:
-        """[S * M, n * K, D] -> [S, K, M, n, D], a view: members of a study side by side under each key head."""
-        studies, members = self.rows.shape
-        return heads.view(studies, members, self.key_heads, -1, heads.shape[2]).transpose(1, 2)
 
     def _share(self, read: Tensor) -> None:
         """Let places of equal `read` [S * M] be computed once, and places that have ended not at all."""
@@ -274,7 +216,16 @@ class Decoder:
 
     def _sample(self, hidden: Tensor, of_place: Tensor | None) -> None:
         """A token for each place from the hidden states [U, H]: its own, or those that `of_place` [S * M] says."""
-        log_probs = self.logits(hidden).log_softmax(dim=-1)  # [U, V]
+        logits = self.logits(hidden)  # [U, V]
+        if self.own_uniforms is not None and kernels.ready(logits):
+            self.tokens = kernels.sample(
+                logits, self.own_uniforms, of_place, step=int(self.step), eos=self.eos, pad_id=self.pad_id,
+                token_ids=self.token_ids, logp=self.logp, mask=self.mask, ended=self.ended,
+            )  # fmt: skip
+            self.step += 1
+            self._share(self.read * logits.shape[1] + self.tokens)
+            return
+        log_probs = logits.log_softmax(dim=-1)
         if self.own_uniforms is not None:
             tokens = sample_tokens(log_probs, self.own_uniforms.index_select(1, self.step).squeeze(1), of_place)
         else:
@@ -290,8 +241,3 @@ class Decoder:
         self.step += 1
         if not self.rows.is_cuda:  # a graph's shapes are fixed, and a look at what is alike would wait for the device
             self._share(self.read * log_probs.shape[1] + tokens)
-
-
-def _taken(cache: Tensor, places: Tensor) -> Tensor:
-    """[S, K, M, N, D] -> [S', K, M', N, D]: whole blocks are copied, once."""
-    return cache.flatten(0, 2).index_select(0, places.flatten()).view(*places.shape, *cache.shape[3:])

@@ -30,7 +30,7 @@ class MultimodalRotation:
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [T, 3], or [T] of text -> cos and sin [T, 1, D / 2] float32."""
         axes = positions.expand(3, -1) if positions.dim() == 1 else positions.t()
-        angles = axes[self.axis_of_frequency].t().float() * self.inverse_frequencies
+        angles = axes[self.axis_of_frequency].t().contiguous().float() * self.inverse_frequencies
         return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
 

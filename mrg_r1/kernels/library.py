@@ -1,0 +1,127 @@
+"""The C of `source/`, compiled for this machine at first use and kept in the user's cache.
+
+Nothing depends on it: without a compiler torch's own kernels compute the same, slower. That it was compiled or why it
+was not is said by `state`, which a run prints and `mrg-r1 doctor` shows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch  # noqa: F401  brings the OpenMP runtime that the kernels share with it
+
+SWITCH = "MRG_R1_KERNELS"  # 0 in the environment: torch's own kernels only
+_SOURCE = Path(__file__).parent / "source"
+# -fopenmp without linking its runtime: a second one beside torch's would be a second pool of threads
+_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", "-fPIC", "-fopenmp")
+_RUNTIMES = ("libgomp", "libiomp5")  # that know what GCC's OpenMP calls
+
+
+@dataclass(frozen=True)
+class State:
+    """Whether the kernels are in use.
+
+    Attributes:
+        library: None where they are not.
+        text: a line for a person: by what they were compiled, or why they were not.
+        missing: whether installing or mending something would bring them.
+    """
+
+    library: ctypes.CDLL | None
+    text: str
+    missing: bool = False
+
+
+@cache
+def state() -> State:
+    """Compile and load the kernels, once in a process."""
+    if os.environ.get(SWITCH) == "0":
+        return State(None, f"torch's own: {SWITCH}=0")
+    if platform.system() != "Linux":
+        return State(None, "torch's own: ours are for Linux")
+    command = _compiler()
+    if command is None:
+        return State(None, "torch's own: no C compiler was found; with gcc a rollout on a CPU is much faster", True)
+    try:
+        library = _load(_compiled(command))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        return State(None, f"torch's own: {shlex.join(command)} gave no library: {said.strip().splitlines()[-1]}", True)
+    return State(library, f"compiled by {_version(command).splitlines()[0]}")
+
+
+def _compiler() -> list[str] | None:
+    """The command that compiles C: the one named by CC, or GCC."""
+    for name in (os.environ.get("CC"), "gcc", "cc"):
+        words = shlex.split(name) if name else []
+        if words and shutil.which(words[0]):
+            return words
+    return None
+
+
+def _version(command: list[str]) -> str:
+    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _compiled(command: list[str]) -> Path:
+    """The library of these sources by this compiler for this processor; made where it is not there yet."""
+    sources = sorted(_SOURCE.iterdir())
+    known = hashlib.sha256("\n".join([_version(command), *command, *_FLAGS, _processor()]).encode())
+    for source in sources:
+        known.update(source.name.encode() + source.read_bytes())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mrg-r1"
+    library = folder / f"kernels-{known.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    # several ranks may compile at once: each makes its own and the last one's stays
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        objects = []
+        for source in sources:
+            if source.suffix == ".c":
+                objects.append(str(Path(made, source.stem + ".o")))
+                _run([*command, *_FLAGS, "-c", str(source), "-o", objects[-1]])
+        shared = Path(made, library.name)
+        _run([*command, "-shared", *objects, "-o", str(shared), "-lm"])
+        shared.replace(library)
+    return library
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def _processor() -> str:
+    """What this processor can do: a folder may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    kinds = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+    return platform.machine() + "".join(sorted(set(kinds)))
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    runtime = _runtime()
+    if runtime is not None:
+        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)  # the same one: its names become known to what is loaded next
+    return ctypes.CDLL(str(path), mode=os.RTLD_NOW)  # now: a name that is missing is an error here and not in a call
+
+
+def _runtime() -> str | None:
+    """The file of the OpenMP runtime that torch has loaded."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        file = line.split(maxsplit=5)[-1]
+        if file.startswith("/") and Path(file).name.startswith(_RUNTIMES):
+            return file
+    return None
