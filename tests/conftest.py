@@ -19,6 +19,8 @@ from transformers import PreTrainedConfig
 
 from mrg_r1.data.loader import PromptBuilder, PromptWords
 from mrg_r1.engine.ranks import OneRank
+from mrg_r1.kernels import calls as kernels
+from mrg_r1.kernels import library
 from mrg_r1.policy.family import find_family
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.lora import add_lora
@@ -77,6 +79,20 @@ def _alone() -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     guard()
+
+
+def either_way(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that runs by the kernels in C, where there are any, and by torch's own."""
+    cases = pytest.mark.parametrize("_kernels", ["kernels", "torch"], indirect=True)
+    return cases(pytest.mark.usefixtures("_kernels")(test))
+
+
+@pytest.fixture
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "ready", lambda *tensors: False)
+    elif library.state().library is None:
+        pytest.skip(library.state().text)
 
 
 __all__ = ["OneRank"]  # from where tests take it

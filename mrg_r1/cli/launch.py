@@ -26,6 +26,7 @@ from mrg_r1.data.study import ManifestError
 from mrg_r1.engine.checkpoint import CheckpointError
 from mrg_r1.engine.faults import REQUEUE, NotFinite, Requeue, Watch, describe, is_broken_connection, shared_store
 from mrg_r1.engine.ranks import MEET_WITHIN, Ranks, finish_ranks, on_one_node, start_ranks
+from mrg_r1.kernels import library as kernels
 from mrg_r1.reward.compute import RewardError
 from mrg_r1.reward.service.interface import RewardsMissing
 from mrg_r1.tracking.library_log import LibraryLog
@@ -143,6 +144,8 @@ def _use_cores(ranks: Ranks, *, labeler: bool) -> str:
     if ranks.leads_node:
         for note in threads.notes:
             print(f"cores: {note}", file=sys.stderr)
+        if kernels.state().missing:
+            print(f"kernels: {kernels.state().text}", file=sys.stderr)
     return f" x {threads.rank} {'thread' if threads.rank == 1 else 'threads'} (cores: {cores.usable})"
 
 

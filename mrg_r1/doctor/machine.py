@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 
 from mrg_r1.cores import Cores, asked_for, demo_ranks, read_cores, share_cores
 from mrg_r1.doctor.finding import Finding
+from mrg_r1.kernels import library as kernels
 from mrg_r1.metrics.lexical import why_no_meteor
 from mrg_r1.policy import flash_attention
 from mrg_r1.policy.attention import has_cpu_kernels
@@ -52,7 +53,7 @@ def host_memory() -> int:
 def machine_findings(devices: list[Device]) -> list[Finding]:
     """Everything that needs no recipe."""
     found = [*package_findings(), device_finding(devices), kernel_finding(devices), java_finding()]
-    return found if devices else [*found, core_finding(read_cores())]
+    return found if devices else [*found, core_finding(read_cores()), compiled_finding()]
 
 
 def package_findings() -> list[Finding]:
@@ -117,6 +118,13 @@ def core_finding(cores: Cores, environment: Mapping[str, str] = os.environ) -> F
     )
     text = "; ".join([f"{cores.usable} usable: {counted} beside a labeler", *threads.notes])
     return Finding("cores", "warning" if threads.notes else "ok", text)
+
+
+def compiled_finding() -> Finding:
+    """Whether this project's own kernels for CPUs are in use."""
+    state = kernels.state()
+    remedy = "install gcc, or name a C compiler by CC" if state.missing else None
+    return Finding("kernels", "warning" if state.missing else "ok", state.text, remedy)
 
 
 def kernel_finding(devices: list[Device]) -> Finding:

@@ -81,11 +81,16 @@ def pack(matrices: Tensor) -> Tensor:
     `decode_attention`.
     """
     *batch, k, n = matrices.shape
-    panel = _library().panel_columns()
-    packed = matrices.new_empty(*batch, -(-n // panel), k, panel)
+    packed = matrices.new_empty(*batch, *packed_shape(k, n))
     count, apart = (batch[0], matrices.stride(0)) if batch else (1, 0)
     _library().pack(matrices.data_ptr(), count, apart, k, n, *matrices.stride()[-2:], packed.data_ptr())
     return packed
+
+
+def packed_shape(k: int, n: int) -> tuple[int, int, int]:
+    """The shape of a packed [K, N]."""
+    panel = int(_library().panel_columns())
+    return -(-n // panel), k, panel
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -120,7 +125,8 @@ def decode_attention(
         q: [U, heads, D]; k, v: [U, key heads, D], of the rows that are computed.
         prompt_keys: packed [S * key heads, D, P]; prompt_values: packed [S * key heads, P, D].
         prompt_bias: [S, P] or [1, P], added to the scores.
-        own_keys, own_values: [S, key heads, M, N, D]; k and v are written to column `width` - 1 of them.
+        own_keys, own_values: packed [S, key heads, M, D, N] and [S, key heads, M, N, D]; k and v are written to column
+            `width` - 1 of them. What was never written is never read.
         own_bias: [width], added to the scores.
         shared: places [U] int64 that the rows stand for, one study's after another's, and the row of each place
             [S * M] int64; None: row r stands for place r.
@@ -128,18 +134,18 @@ def decode_attention(
     Returns:
         [U, heads, D].
     """
-    studies, key_heads, members, length, size = own_keys.shape
-    rows, heads, _ = q.shape
-    (packed, panels, inner, panel), prompt = prompt_keys.shape, prompt_values.shape[2]
+    rows, heads, size = q.shape
+    (studies, key_heads, members, _, _, panel), length = own_keys.shape, own_values.shape[4]
+    prompt, of_size, prompts = prompt_values.shape[2], -(-size // panel), studies * key_heads
     places, of_place = (None, None) if shared is None else shared
     expected = (
         (q, (rows, heads, size)), (k, (rows, key_heads, size)), (v, (rows, key_heads, size)),
-        (prompt_values, (packed, -(-size // panel), prompt, panel)), (own_values, own_keys.shape),
+        (prompt_keys, (prompts, -(-prompt // panel), size, panel)), (prompt_values, (prompts, of_size, prompt, panel)),
+        (own_keys, (studies, key_heads, members, -(-length // panel), size, panel)),
+        (own_values, (studies, key_heads, members, of_size, length, panel)),
     )  # fmt: skip
-    if any(tensor.shape != shape for tensor, shape in expected) or heads % key_heads:
-        raise ValueError(f"decode_attention: {[(tuple(tensor.shape), shape) for tensor, shape in expected]}")
-    if (packed, inner, panels) != (studies * key_heads, size, -(-prompt // panel)) or not 0 < width <= length:
-        raise ValueError(f"decode_attention: prompts {tuple(prompt_keys.shape)}, own {tuple(own_keys.shape)}, {width}")
+    if any(tensor.shape != shape for tensor, shape in expected) or heads % key_heads or not 0 < width <= length:
+        raise ValueError(f"decode_attention: {[(tuple(tensor.shape), shape) for tensor, shape in expected]}, {width}")
     if any(one.stride(2) != 1 or one.stride(1) != size for one in (q, k, v)):
         raise ValueError(f"decode_attention: heads apart, {q.stride()}, {k.stride()}, {v.stride()}")
     if prompt_bias is not None and (prompt_bias.shape[1] != prompt or len(prompt_bias) not in (1, studies)):

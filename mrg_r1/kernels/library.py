@@ -54,7 +54,7 @@ def state() -> State:
         return State(None, "torch's own: no C compiler was found; with gcc a rollout on a CPU is much faster", True)
     try:
         library = _load(_compiled(command))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         said = getattr(error, "stderr", None) or str(error)
         return State(None, f"torch's own: {shlex.join(command)} gave no library: {said.strip().splitlines()[-1]}", True)
     return State(library, f"compiled by {_version(command).splitlines()[0]}")

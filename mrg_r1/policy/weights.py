@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, Self
@@ -125,16 +126,17 @@ class PolicyWeights(nn.Module):
         embeddings: Tensor = self.language_model.embed_tokens(ids)
         return embeddings
 
-    def next_token_logits(self, hidden: Tensor) -> Tensor:
+    def next_token_logits(self, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits of the distribution that is sampled and scored, the one place where it is defined (docs/traps.md #2).
 
         Args:
             hidden: [..., H] the language model's normalised hidden states.
+            head: the head's product where its weights are laid out otherwise.
 
         Returns:
             [..., vocabulary] float32, divided by the temperature, -inf at banned ids.
         """
-        logits: Tensor = self.base.lm_head(hidden).float()
+        logits = (self.base.lm_head if head is None else head)(hidden).float()
         if self.temperature != 1.0:
             logits.div_(self.temperature)
         return logits.masked_fill_(self.banned, float("-inf"))  # in place: over a large vocabulary a copy costs

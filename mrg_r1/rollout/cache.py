@@ -55,14 +55,17 @@ class LayerCache:
         self.key_heads, self.by_kernel = key_heads, kernels.ready(keys)
         # [S * key heads, D, P] and [S * key heads, P, D]: the layouts that the two products read
         self.prompt_keys, self.prompt_values = keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
+        of_keys: tuple[int, ...] = (length, size)
+        of_values = of_keys
         if self.by_kernel:
             self.prompt_keys, self.prompt_values = kernels.pack(self.prompt_keys), kernels.pack(self.prompt_values)
+            of_keys, of_values = kernels.packed_shape(size, length), kernels.packed_shape(length, size)
         self.prompt_keys, self.prompt_values = self.prompt_keys.contiguous(), self.prompt_values.contiguous()
         # a graph reads keys and values that nothing was written to yet, with a weight of 0: they must be finite
         empty = torch.zeros if keys.is_cuda else torch.empty
-        shape = (studies, key_heads, members, length, size)
-        self.own_keys = empty(shape, dtype=keys.dtype, device=keys.device)
-        self.own_values = empty(shape, dtype=keys.dtype, device=keys.device)
+        rows = (studies, key_heads, members)
+        self.own_keys = empty(*rows, *of_keys, dtype=keys.dtype, device=keys.device)
+        self.own_values = empty(*rows, *of_values, dtype=keys.dtype, device=keys.device)
 
     def take(self, blocks: Tensor | None, places: Tensor) -> None:
         """Keep some places.
@@ -131,5 +134,5 @@ class LayerCache:
 
 
 def _taken(cache: Tensor, places: Tensor) -> Tensor:
-    """[S, K, M, N, D] -> [S', K, M', N, D]: whole blocks are copied, once."""
+    """[S, K, M, ...] -> [S', K, M', ...]: whole blocks are copied, once."""
     return cache.flatten(0, 2).index_select(0, places.flatten()).view(*places.shape, *cache.shape[3:])

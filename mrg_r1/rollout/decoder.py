@@ -20,7 +20,8 @@ from mrg_r1.types import to_device
 
 Embed = Callable[[Tensor], Tensor]  # [R] ids -> [R, H]
 Logits = Callable[[Tensor], Tensor]  # [R, H] -> [R, V] float32, the distribution that is sampled and scored
-_WORTH = 0.9  # of the places, what may be left to compute for the copying to pay
+# of the places, what may be left to compute for sharing to pay: the kernels copy nothing for it, torch does
+_WORTH = {"kernels": 1.0, "torch": 0.9}
 _WIDTH_STEP = {"cpu": 1, "cuda": 128}  # own keys are read in multiples of this: a graph has one shape for many steps
 
 
@@ -82,6 +83,7 @@ class Decoder:
         studies, members = rows.shape
         self.caches = [LayerCache(keys, values, members, self.length) for keys, values in prompt_cache]
         keys = prompt_cache[0][0]
+        self.worth = _WORTH["kernels" if self.caches[0].by_kernel else "torch"]
         self.key_heads, self.dtype, self.prompt = keys.shape[1], keys.dtype, keys.shape[2]
         self.prompt_bias = None
         if prompt_mask is not None:
@@ -204,6 +206,9 @@ class Decoder:
 
     def _share(self, read: Tensor) -> None:
         """Let places of equal `read` [S * M] be computed once, and places that have ended not at all."""
+        if self.apart and not bool(self.ended.any()):
+            self.shared = None
+            return
         going = (~self.ended).nonzero().squeeze(1)
         if self.apart:
             first, self.read = going, (~self.ended).cumsum(dim=0).sub_(1).clamp_min_(0)
@@ -212,7 +217,7 @@ class Decoder:
             self.read = torch.zeros_like(read).index_copy_(0, going, of_going)
             first = torch.full((len(different),), len(read)).scatter_reduce_(0, of_going, going, "amin")
             self.apart = len(first) == len(going)
-        self.shared = SharedStates(first, self.read) if len(first) <= _WORTH * len(read) else None
+        self.shared = SharedStates(first, self.read) if len(first) <= self.worth * len(read) else None
 
     def _sample(self, hidden: Tensor, of_place: Tensor | None) -> None:
         """A token for each place from the hidden states [U, H]: its own, or those that `of_place` [S * M] says."""

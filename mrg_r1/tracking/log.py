@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mrg_r1.files import write_text_atomically
+from mrg_r1.kernels import library as kernels
 from mrg_r1.tracking.backend import Backend, Tracked, TrackingOptions
 from mrg_r1.tracking.backends import open_backends
 from mrg_r1.tracking.sharing import Sample, shared_of, without_paths
@@ -219,6 +220,7 @@ def write_environment(directory: Path, *, world_size: int, device: str, seed: in
         "world_size": world_size,
         "device": device,
         "threads": torch.get_num_threads(),
+        "kernels": kernels.state().text if device == "cpu" else None,
         "seed": seed,
     }
     write_text_atomically(directory / "environment.json", json.dumps(environment, indent=1) + "\n")

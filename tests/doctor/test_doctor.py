@@ -87,7 +87,7 @@ def test_piped_text_is_a_line_a_finding_and_shows_no_report(
 def test_without_a_recipe_it_looks_at_the_machine_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     names = [finding["name"] for finding in json.loads(capsys.readouterr().out)["findings"]]
-    assert names == ["python", "packages", "devices", "attention", "java", "cores"]
+    assert names == ["python", "packages", "devices", "attention", "java", "cores", "kernels"]
 
 
 def test_a_bad_recipe_is_exit_code_2(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from mrg_r1.policy.lora import reference
 from mrg_r1.policy.prefixes import PrefixTree
 from mrg_r1.rollout.decode import rollout
 from mrg_r1.rollout.sampling import Sampling
-from tests.conftest import EOS, each_family, inputs_of_modules, with_lora
+from tests.conftest import EOS, each_family, either_way, inputs_of_modules, with_lora
 
 
 def rolled_out(policy, prompts, *, group_size=3, length=12, step=0, seed=0):
@@ -43,6 +43,7 @@ def plain_forward_logp(policy, prompts, completions, *, banned, temperature):
     return rows
 
 
+@either_way
 @each_family
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_sampled_logp_equals_scored_logp_equals_plain_forward(lora_policy, studies, build, temperature):
@@ -203,6 +204,7 @@ def ragged(policy, prompts, *, tokens=292):
     return prompts, policy.encode_images(prompts), ids, mask, torch.tensor([1, 0, 1, 2, 3, 3, 0, 1, 3, 1, 0])
 
 
+@either_way
 @each_family
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("tokens,wide", [(292, False), (2, False), (2, True), (1, True)])

@@ -10,7 +10,7 @@ from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.logprobs_plain import completion_logprobs_plain
 from mrg_r1.policy.logprobs_trained import trained_logprobs
 from mrg_r1.types import VisionFeatures
-from tests.conftest import each_family
+from tests.conftest import each_family, either_way
 
 
 def ragged(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,6 +64,7 @@ def trained(tiny_policy_directory):
     return policy
 
 
+@either_way
 @each_family
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_loss_and_every_gradient_are_those_of_the_modules(trained, studies, build, temperature):

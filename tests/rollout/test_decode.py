@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from mrg_r1.kernels import calls as kernels
 from mrg_r1.rollout import decode, decoder
 from mrg_r1.rollout.decode import greedy, rollout
 from mrg_r1.rollout.resample import resample_groups
 from mrg_r1.rollout.sampling import Sampling, keyed_uniforms, sample_tokens
-from tests.conftest import EOS, each_family, inputs_of_modules
+from tests.conftest import EOS, each_family, either_way, inputs_of_modules
 
 
 def sample(policy, prompts, on_ended=None, **changes):
@@ -54,6 +56,26 @@ def test_banned_ids_are_never_sampled(policy, studies, build):
 
 
 @each_family
+def test_the_kernels_draw_what_torch_draws(lora_policy, studies, build, monkeypatch):
+    """The same tokens, and the same log-probs but for the order of sums; whatever has ended, parted or never met."""
+    if not kernels.ready(torch.zeros(1)):
+        pytest.skip("no kernels here")
+    eager_to_end(lora_policy)
+    prompts, found = build(lora_policy)(studies), []
+    for there in (True, False):
+        monkeypatch.setattr(kernels, "ready", partial(_ready, there))
+        found.append(sample(lora_policy, prompts, group_size=8, max_new_tokens=40))
+    ours, torchs = found
+    assert torch.equal(ours.token_ids, torchs.token_ids) and torch.equal(ours.mask, torchs.mask)
+    assert torch.equal(ours.ended, torchs.ended) and ours.texts == torchs.texts
+    torch.testing.assert_close(ours.logp, torchs.logp, atol=5e-6, rtol=0)
+
+
+def _ready(there, *tensors):
+    return there and all(one.device.type == "cpu" and one.dtype == torch.float32 for one in tensors)
+
+
+@each_family
 def test_completion_does_not_depend_on_batch_order_or_group(policy, studies, build):
     """Keyed sampling; and docs/traps.md #7: member g of a study is the same wherever the study stands."""
     prompts = build(policy)(studies)
@@ -83,8 +105,8 @@ def test_eos_ends_a_row_and_is_scored(policy, studies, build, eos_index):
     eos = policy.eos_ids[eos_index]
     head = policy.next_token_logits
 
-    def eager_to_end(hidden):
-        logits = head(hidden)
+    def eager_to_end(hidden, **laid_out):
+        logits = head(hidden, **laid_out)
         logits[:, eos] += 6.0
         return logits
 
@@ -177,6 +199,7 @@ def generate_greedily(policy, prompts, length):
     return rows
 
 
+@either_way
 @each_family
 @pytest.mark.parametrize("name", ["policy", "lora_policy"])
 def test_greedy_equals_transformers_generate(request, studies, build, name):
@@ -193,14 +216,15 @@ def eager_to_end(policy, chance=3.0):
     """Rows end early and at different tokens."""
     head = policy.next_token_logits
 
-    def logits(hidden):
-        found = head(hidden)
+    def logits(hidden, **laid_out):
+        found = head(hidden, **laid_out)
         found[:, policy.eos_ids] += chance
         return found
 
     policy.next_token_logits = logits
 
 
+@either_way
 @each_family
 def test_compaction_changes_nothing(lora_policy, studies, build, monkeypatch):
     """Dropping rows that have ended: the same tokens, and the same log-probs but for the order of sums."""
@@ -227,6 +251,7 @@ def test_compaction_changes_nothing(lora_policy, studies, build, monkeypatch):
         torch.testing.assert_close(other.logp, answers[0].logp, atol=2e-6, rtol=0)
 
 
+@either_way
 @each_family
 @pytest.mark.parametrize("compact_below", [0.0, 0.75])
 @pytest.mark.parametrize("sampled", [True, False])
@@ -250,7 +275,7 @@ def test_places_of_one_state_are_computed_once_and_ended_ones_not_at_all(
     answers, totals = [], []
     for share in (0.0, 1.0):
         computed.clear()
-        monkeypatch.setattr(decoder, "_WORTH", share)
+        monkeypatch.setattr(decoder, "_WORTH", {"kernels": share, "torch": share})
         if sampled:
             answers.append(sample(lora_policy, prompts, group_size=12, max_new_tokens=40))
         else:

@@ -14,7 +14,7 @@ typedef struct {
     const float *prompt_values;      /* [studies, key_heads] packed [prompt, size] */
     const float *prompt_bias;        /* [prompt] every bias_row floats, or NULL */
     long prompt, bias_row;
-    float *own_keys, *own_values;    /* [studies, key_heads, members, length, size] */
+    float *own_keys, *own_values;    /* [studies, key_heads, members] packed [size, length] and [length, size] */
     const float *own_bias;           /* [width] or NULL */
     long length, width;              /* the new token is written to column width - 1 */
     float *out;                      /* [rows, heads, size] */
@@ -32,36 +32,6 @@ static float *room(size_t floats) {
     return scratch;
 }
 
-/* scores [width] of one query and keys [width, size] */
-INLINE void scores_of(const float *q, const float *keys, float *scores, long width, const long size) {
-    for (long at = 0; at < width; at++, keys += size) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (long number = 0; number < size; number++) sum += q[number] * keys[number];
-        scores[at] = sum;
-    }
-}
-
-/* out [size] += weights [width] of values [width, size] */
-INLINE void weighted(const float *weights, const float *values, float *out, long width, const long size) {
-    for (long at = 0; at < width; at++, values += size)
-#pragma omp simd
-        for (long number = 0; number < size; number++) out[number] += weights[at] * values[number];
-}
-
-/* A loop over a size that is known is one that is unrolled. */
-static void to_own(const float *q, const float *keys, float *scores, long width, long size) {
-    if (size == 64) scores_of(q, keys, scores, width, 64);
-    else if (size == 128) scores_of(q, keys, scores, width, 128);
-    else scores_of(q, keys, scores, width, size);
-}
-
-static void of_own(const float *weights, const float *values, float *out, long width, long size) {
-    if (size == 64) weighted(weights, values, out, width, 64);
-    else if (size == 128) weighted(weights, values, out, width, 128);
-    else weighted(weights, values, out, width, size);
-}
-
 INLINE void softmax(float *scores, long count) {
     float most = scores[0], sum = 0;
 #pragma omp simd reduction(max : most)
@@ -71,17 +41,26 @@ INLINE void softmax(float *scores, long count) {
     for (long at = 0; at < count; at++) scores[at] /= sum;
 }
 
+static long member_of(const Step *step, long row) { return (step->places ? step->places[row] : row) % step->members; }
+
 /* All rows of one study under one key head; `first` is the first of them. 0, or 1 where there is no memory. */
 static int of_head(const Step *step, long study, long key_head, long first, long count) {
-    long size = step->size, group = step->heads / step->key_heads, queries = count * group, seen = step->prompt + step->width;
-    long block = study * step->key_heads + key_head, panels = (step->prompt + PANEL - 1) / PANEL;
-    float *own_keys = step->own_keys + block * step->members * step->length * size;
-    float *own_values = step->own_values + block * step->members * step->length * size;
+    long size = step->size, group = step->heads / step->key_heads, queries = count * group;
+    long prompt = step->prompt, seen = prompt + step->width, block = study * step->key_heads + key_head;
+    long one_keys = panels_of(step->length) * PANEL * size, one_values = panels_of(size) * PANEL * step->length;
+    float *own_keys = step->own_keys + block * step->members * one_keys;
+    float *own_values = step->own_values + block * step->members * one_values;
     for (long member = 0; member < step->members; member++) {
         long place = study * step->members + member, row = step->of_place ? step->of_place[place] : place;
-        long at = (member * step->length + step->width - 1) * size;
-        memcpy(own_keys + at, step->k + row * step->k_row + key_head * size, 4 * size);
-        memcpy(own_values + at, step->v + row * step->v_row + key_head * size, 4 * size);
+        const float *key = step->k + row * step->k_row + key_head * size;
+        const float *value = step->v + row * step->v_row + key_head * size;
+        long column = step->width - 1;
+        float *keys = own_keys + member * one_keys + column / PANEL * PANEL * size + column % PANEL;
+        float *values = own_values + member * one_values + column * PANEL;
+        for (long at = 0; at < size; at++) {
+            keys[at * PANEL] = key[at];
+            values[at / PANEL * PANEL * step->length + at % PANEL] = value[at];
+        }
     }
     if (!count) return 0;
     float *q = room(queries * (2 * size + seen)), *out = q + queries * size, *scores = out + queries * size;
@@ -91,27 +70,24 @@ static int of_head(const Step *step, long study, long key_head, long first, long
         const float *from = step->q + (first + row) * step->q_row + key_head * group * size;
         for (long at = 0; at < group * size; at++) q[row * group * size + at] = from[at] * scale;
     }
-    const float *keys = step->prompt_keys + block * panels * PANEL * size;
-    for (long panel = 0; panel < panels; panel++)
-        tiles(queries, size, q, size, keys + panel * PANEL * size, scores + panel * PANEL, seen,
-              columns_of(panel, step->prompt), step->prompt_bias ? step->prompt_bias + study * step->bias_row + panel * PANEL : 0, 0);
-    for (long row = 0; row < queries; row++) {
-        long member = (step->places ? step->places[first + row / group] : first + row / group) % step->members;
-        float *of_row = scores + row * seen;
-        to_own(q + row * size, own_keys + member * step->length * size, of_row + step->prompt, step->width, size);
-        if (step->own_bias)
-            for (long at = 0; at < step->width; at++) of_row[step->prompt + at] += step->own_bias[at];
-        softmax(of_row, seen);
+    const float *keys = step->prompt_keys + block * panels_of(prompt) * PANEL * size;
+    const float *values = step->prompt_values + block * panels_of(size) * PANEL * prompt;
+    product(queries, size, q, size, keys, keys + PANEL * size, size, prompt, scores, seen,
+            step->prompt_bias ? step->prompt_bias + study * step->bias_row : 0, 0);
+    for (long row = 0; row < count; row++) {
+        float *of_row = scores + row * group * seen;
+        const float *own = own_keys + member_of(step, first + row) * one_keys;
+        product(group, size, q + row * group * size, size, own, own + one_keys, size, step->width, of_row + prompt, seen,
+                step->own_bias, 0);
+        for (long query = 0; query < group; query++) softmax(of_row + query * seen, seen);
     }
-    const float *values = step->prompt_values + block * ((size + PANEL - 1) / PANEL) * step->prompt * PANEL;
-    for (long panel = 0; panel * PANEL < size; panel++)
-        tiles(queries, step->prompt, scores, seen, values + panel * step->prompt * PANEL, out + panel * PANEL, size,
-              columns_of(panel, size), 0, 0);
-    for (long row = 0; row < queries; row++) {
-        long member = (step->places ? step->places[first + row / group] : first + row / group) % step->members;
-        float *of_row = out + row * size;
-        of_own(scores + row * seen + step->prompt, own_values + member * step->length * size, of_row, step->width, size);
-        memcpy(step->out + ((first + row / group) * step->heads + key_head * group + row % group) * size, of_row, 4 * size);
+    product(queries, prompt, scores, seen, values, values + PANEL * prompt, prompt, size, out, size, 0, 0);
+    for (long row = 0; row < count; row++) {
+        float *of_row = out + row * group * size;
+        const float *own = own_values + member_of(step, first + row) * one_values;
+        product(group, step->width, scores + row * group * seen + prompt, seen, own, own + one_values, step->length, size,
+                of_row, size, 0, 1);
+        memcpy(step->out + ((first + row) * step->heads + key_head * group) * size, of_row, 4 * group * size);
     }
     return 0;
 }

@@ -18,12 +18,11 @@ void pack(const float *from, long count, long apart, long k, long n, long k_stri
 
 /* y [rows, n] = x [rows, k] b + bias [n] */
 void linear(const float *x, const float *packed, const float *bias, float *y, long rows, long k, long n, int threads) {
-    long panels = (n + PANEL - 1) / PANEL;
     for (long first = 0; first < rows; first += ROWS) {
         long count = rows - first < ROWS ? rows - first : ROWS;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-        for (long panel = 0; panel < panels; panel++)
-            tiles(count, k, x + first * k, k, packed + panel * k * PANEL, y + first * n + panel * PANEL, n,
+        for (long panel = 0; panel < panels_of(n); panel++)
+            tiles(count, k, x + first * k, k, packed + panel * k * PANEL, packed + (panel + 1) * k * PANEL, y + first * n + panel * PANEL, n,
                   columns_of(panel, n), bias ? bias + panel * PANEL : 0, 0);
     }
 }

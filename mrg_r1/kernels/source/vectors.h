@@ -23,12 +23,6 @@ INLINE vec load(const float *from) { return *(const loose *)from; }
 INLINE void store(float *to, vec value) { *(loose *)to = value; }
 INLINE vec every(float value) { return value - (vec){0}; }
 
-INLINE float sum_of(vec value) {
-    float sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += value[lane];
-    return sum;
-}
-
 /* exp of a finite number or -inf, within 2 units in the last place; 0 below the smallest normal number. After Cephes:
    2^n times a polynomial of what is left. */
 INLINE float exp_of(float x) {
