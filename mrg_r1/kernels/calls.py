@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int, c_long, c_void_p
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -165,6 +166,103 @@ def decode_attention(
     return out
 
 
+@dataclass(frozen=True)
+class Paths:
+    """Completions of S studies as paths through tokens, for `group_attention`; every tensor int64 on the CPU.
+
+    Attributes:
+        of_study: [S + 1], each study's first completion.
+        prompts: [S + 1], the first token of each study's prompt.
+        starts: [C + 1], where the path of each completion begins in `tokens`.
+        begins: [C], where on it its own tokens begin, which lie behind one another on the packed axis.
+        tokens: [sum of lengths], tokens of the packed axis, each behind what it sees.
+    """
+
+    of_study: Tensor
+    prompts: Tensor
+    starts: Tensor
+    begins: Tensor
+    tokens: Tensor
+
+    def check(self, tokens: int, prompt_tokens: int) -> None:
+        """Raise ValueError for paths that lead out of an axis of `tokens` or of `prompt_tokens`."""
+        lengths = self.starts.diff()
+        rising = all(bool((one.diff() >= 0).all()) and int(one[0]) == 0 for one in self._counts())
+        ends = (len(self.begins), prompt_tokens, len(self.tokens))
+        if not rising or tuple(int(one[-1]) for one in self._counts()) != ends or len(lengths) != len(self.begins):
+            raise ValueError(f"group_attention: paths end at {[int(one[-1]) for one in self._counts()]}, not {ends}")
+        has_own = self.begins < lengths
+        firsts = self.tokens[(self.starts[:-1] + self.begins)[has_own]]
+        own = int((lengths - self.begins).clamp_min(0).sum())
+        last = int((firsts + (lengths - self.begins)[has_own]).max()) if len(firsts) else 0
+        inside = int(self.tokens.min()) >= 0 and int(self.tokens.max()) < tokens if len(self.tokens) else True
+        if not inside or own != tokens or last > tokens or int(self.begins.min()) < 0:
+            raise ValueError(f"group_attention: paths of {own} own tokens up to {last} for {tokens}")
+
+    def _counts(self) -> tuple[Tensor, ...]:
+        return self.of_study, self.prompts, self.starts
+
+
+def group_attention(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, paths: Paths
+) -> tuple[Tensor, Tensor]:
+    """Attention of completions to their study's prompt and to what came before them.
+
+    Args:
+        q: [T, heads, D]; k, v: [T, key heads, D]; prompt_k, prompt_v: [prompt tokens, key heads, D].
+        paths: checked for these lengths.
+
+    Returns:
+        out [T, heads, D] and the log-sum-exp of scaled scores [T, heads].
+    """
+    tokens = [_dense_heads(one) for one in (q, k, v, prompt_k, prompt_v)]
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2])
+    _group_attention(tokens, paths, out, lse)
+    return out, lse
+
+
+def group_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    paths: Paths,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `group_attention`'s out with respect to q, k, v, prompt_k and prompt_v."""
+    tokens = [_dense_heads(one) for one in (q, k, v, prompt_k, prompt_v)]
+    given = (torch.empty_like, torch.zeros_like, torch.zeros_like, torch.empty_like, torch.empty_like)
+    found = [make(one, memory_format=torch.contiguous_format) for make, one in zip(given, tokens, strict=True)]
+    _group_attention(tokens, paths, out, lse, grad.contiguous(), *found)
+    return found[0], found[1], found[2], found[3], found[4]
+
+
+def _group_attention(tokens: list[Tensor], paths: Paths, out: Tensor, lse: Tensor, *backward: Tensor) -> None:
+    q, k, v, prompt_k, prompt_v = tokens
+    (count, heads, size), key_heads = q.shape, k.shape[1]
+    own, shared = (count, key_heads, size), (len(prompt_k), key_heads, size)
+    shapes = [q.shape, own, own, shared, shared, *[q.shape] * 3, own, own, shared, shared]
+    given = [*tokens, out, *backward]
+    if heads % key_heads or any(one.shape != shape for one, shape in zip(given, shapes, strict=False)):
+        raise ValueError(f"group_attention: {[tuple(one.shape) for one in given]}")
+    indices = (paths.of_study, paths.prompts, paths.starts, paths.begins, paths.tokens)
+    group = _Group(
+        *(one.data_ptr() for one in tokens), *(one.stride(0) for one in tokens), *(_at(one) for one in indices),
+        len(paths.of_study) - 1, heads, key_heads, size, _at(out), _at(lse, count * heads),
+        *(_at(one) for one in backward),
+    )  # fmt: skip
+    if _library().group_attention(group, bool(backward), _threads()):
+        raise MemoryError("group_attention: no memory")
+
+
+def _dense_heads(tokens: Tensor) -> Tensor:
+    """[T, heads, D] with a token's heads behind one another."""
+    return tokens if tokens.stride(2) == 1 and tokens.stride(1) == tokens.shape[2] else tokens.contiguous()
+
+
 def sample(
     logits: Tensor,
     uniforms: Tensor,
@@ -245,6 +343,18 @@ class _Step(Structure):
     ]
 
 
+class _Group(Structure):
+    """group.c's Group."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "prompt_k", "prompt_v")),
+        *((name, c_long) for name in ("q_row", "k_row", "v_row", "prompt_k_row", "prompt_v_row")),
+        *((name, c_void_p) for name in ("of_study", "prompts", "starts", "begins", "paths")),
+        *((name, c_long) for name in ("studies", "heads", "key_heads", "size")),
+        *((name, c_void_p) for name in ("out", "lse", "grad", "dq", "dk", "dv", "d_prompt_k", "d_prompt_v")),
+    ]
+
+
 class _Draw(Structure):
     """sampling.c's Draw."""
 
@@ -277,5 +387,6 @@ def _library() -> ctypes.CDLL:
     library.pack.argtypes = [pointer, *[number] * 6, pointer]
     library.linear.argtypes = [pointer, pointer, pointer, pointer, number, number, number, c_int]
     library.decode_attention.argtypes = [POINTER(_Step), c_int]
+    library.group_attention.argtypes = [POINTER(_Group), c_int, c_int]
     library.sample.argtypes = [POINTER(_Draw), c_int]
     return library

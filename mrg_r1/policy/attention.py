@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from mrg_r1.kernels import calls as kernels
 from mrg_r1.policy import flash_attention
 from mrg_r1.policy.prefixes import PrefixTree
 from mrg_r1.policy.rectangles import RectangleAttention, Rectangles
@@ -306,6 +308,24 @@ class GroupAttention(torch.autograd.Function):
         return dq_1.add_(dq_2), dk, dv, d_prompt_k, d_prompt_v, None, None, None
 
 
+class PathAttention(torch.autograd.Function):
+    """What `GroupAttention` computes, by the kernel that takes all of a pass, completions that share tokens too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, paths: kernels.Paths
+    ) -> Tensor:
+        """As `GroupAttention`; float32 on a CPU."""
+        out, lse = kernels.group_attention(q, k, v, prompt_k, prompt_v, paths)
+        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, lse)
+        ctx.paths = paths
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *kernels.group_attention_backward(grad, *ctx.saved_tensors, ctx.paths), None
+
+
 @dataclass(frozen=True)
 class GroupLens:
     """What belongs together in a pass over completions, for all of its layers."""
@@ -325,6 +345,9 @@ class GroupLens:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> Tensor:
         """`GroupAttention` of these tokens, in the way that is fastest for them: [T, heads, D]."""
+        if kernels.ready(q, k, v, prompt_k, prompt_v):
+            by_paths: Tensor = PathAttention.apply(q, k, v, prompt_k, prompt_v, self._paths)
+            return by_paths
         if q.device.type == "cpu" and q.dtype == torch.float32 and self._rectangles is not None:
             result: Tensor = RectangleAttention.apply(q, k, v, prompt_k, prompt_v, self._rectangles)
         else:
@@ -354,6 +377,20 @@ class GroupLens:
                 group.append(next(lengths))
             studies.append(group)
         return studies
+
+    @cached_property
+    def _paths(self) -> kernels.Paths:
+        lengths = torch.tensor([length for group in self.members for length in group], dtype=torch.long)
+        begins = torch.zeros_like(lengths)
+        tokens = torch.arange(int(lengths.sum()))
+        starts = F.pad(lengths.cumsum(0), (1, 0))
+        if self.tree is not None:
+            tokens, own = self.tree.nodes
+            begins = lengths - torch.segment_reduce(own.double(), "sum", lengths=lengths).long()
+        completions = torch.tensor([0, *accumulate(len(group) for group in self.members)])
+        paths = kernels.Paths(completions, torch.tensor(self.prompts.starts), starts, begins, tokens)
+        paths.check(self.groups.total, self.prompts.total)
+        return paths
 
     @cached_property
     def _rectangles(self) -> Rectangles | None:

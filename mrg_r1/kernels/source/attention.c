@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "products.h"
+#include "room.h"
 
 typedef struct {
     const float *q, *k, *v;          /* of computed rows: heads behind one another */
@@ -19,18 +20,6 @@ typedef struct {
     long length, width;              /* the new token is written to column width - 1 */
     float *out;                      /* [rows, heads, size] */
 } Step;
-
-static __thread float *scratch;
-static __thread size_t scratch_floats;
-
-static float *room(size_t floats) {
-    if (floats > scratch_floats) {
-        free(scratch);
-        scratch = aligned_alloc(64, (4 * floats + 63) / 64 * 64);
-        scratch_floats = scratch ? floats : 0;
-    }
-    return scratch;
-}
 
 INLINE void softmax(float *scores, long count) {
     float most = scores[0], sum = 0;
@@ -63,7 +52,7 @@ static int of_head(const Step *step, long study, long key_head, long first, long
         }
     }
     if (!count) return 0;
-    float *q = room(queries * (2 * size + seen)), *out = q + queries * size, *scores = out + queries * size;
+    float *q = room_of(queries * (2 * size + seen)), *out = q + queries * size, *scores = out + queries * size;
     if (!q) return 1;
     float scale = 1.0f / sqrtf((float)size);
     for (long row = 0; row < count; row++) {

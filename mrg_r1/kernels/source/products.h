@@ -6,8 +6,8 @@
 
 #define TILE 8 /* rows of a tile: with two vectors of columns 16 sums, of which each waits for itself alone */
 
-INLINE void tile(int rows, long k, const float *a, long a_row, const float *panel, const float *next, float *c,
-                 long c_row, int columns, const float *bias, int add) {
+INLINE void tile(int rows, long k, const float *a, long a_row, long a_step, const float *panel, const float *next,
+                 float *c, long c_row, int columns, const float *bias, int add) {
     vec left[TILE], right[TILE];
     for (int row = 0; row < rows; row++) left[row] = right[row] = (vec){0};
     for (long at = 0; at < k; at++) {
@@ -15,7 +15,7 @@ INLINE void tile(int rows, long k, const float *a, long a_row, const float *pane
         __builtin_prefetch(next + at * PANEL + LANES);
         vec first = load(panel + at * PANEL), second = load(panel + at * PANEL + LANES);
         for (int row = 0; row < rows; row++) {
-            vec value = every(a[row * a_row + at]);
+            vec value = every(a[row * a_row + at * a_step]);
             left[row] += value * first;
             right[row] += value * second;
         }
@@ -42,26 +42,32 @@ INLINE void tile(int rows, long k, const float *a, long a_row, const float *pane
 }
 
 /* All rows of one panel's columns; the panel at `next` is on its way from memory meanwhile. */
-static void tiles(long rows, long k, const float *a, long a_row, const float *panel, const float *next, float *c,
-                  long c_row, int columns, const float *bias, int add) {
-    long row = 0;
-#define OF(count) tile(count, k, a + row * a_row, a_row, panel, next, c + row * c_row, c_row, columns, bias, add)
-    for (; row + TILE <= rows; row += TILE) OF(TILE);
-    switch (rows - row) {
-    case 7: OF(7); break;
-    case 6: OF(6); break;
-    case 5: OF(5); break;
-    case 4: OF(4); break;
-    case 3: OF(3); break;
-    case 2: OF(2); break;
-    case 1: OF(1); break;
+#define ROWS_OF_A_PANEL(name, a_row, a_step)                                                                           \
+    __attribute__((unused)) static void name(long rows, long k, const float *a, long apart, const float *panel, const float *next,      \
+                     float *c, long c_row, int columns, const float *bias, int add) {                                            \
+        long row = 0;                                                                                                  \
+        for (; row + TILE <= rows; row += TILE) TILE_OF(TILE, a_row, a_step);                                          \
+        switch (rows - row) {                                                                                          \
+        case 7: TILE_OF(7, a_row, a_step); break;                                                                      \
+        case 6: TILE_OF(6, a_row, a_step); break;                                                                      \
+        case 5: TILE_OF(5, a_row, a_step); break;                                                                      \
+        case 4: TILE_OF(4, a_row, a_step); break;                                                                      \
+        case 3: TILE_OF(3, a_row, a_step); break;                                                                      \
+        case 2: TILE_OF(2, a_row, a_step); break;                                                                      \
+        case 1: TILE_OF(1, a_row, a_step); break;                                                                      \
+        }                                                                                                              \
     }
-#undef OF
-}
+#define TILE_OF(count, a_row, a_step)                                                                                  \
+    tile(count, k, a + row * (a_row), a_row, a_step, panel, next, c + row * c_row, c_row, columns, bias, add)
+
+ROWS_OF_A_PANEL(tiles, apart, 1)            /* rows of a are `apart` */
+ROWS_OF_A_PANEL(transposed_tiles, 1, apart) /* its columns are */
 
 INLINE long panels_of(long n) { return (n + PANEL - 1) / PANEL; }
 
 INLINE int columns_of(long panel, long n) { return n - panel * PANEL < PANEL ? (int)(n - panel * PANEL) : PANEL; }
+
+INLINE long padded(long n) { return panels_of(n) * PANEL; }
 
 /* c [rows, n] = a [rows, k] b + bias [n], or with `add` c + a b, of a packed matrix [k, n] that was cut from one [deep,
    n]; the one at `next` is on its way from memory meanwhile. */
