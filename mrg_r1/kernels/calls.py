@@ -176,6 +176,7 @@ class Paths:
         starts: [C + 1], where the path of each completion begins in `tokens`.
         begins: [C], where on it its own tokens begin, which lie behind one another on the packed axis.
         tokens: [sum of lengths], tokens of the packed axis, each behind what it sees.
+        own: whether tokens see themselves and what came before them, not the prompt alone.
     """
 
     of_study: Tensor
@@ -183,6 +184,7 @@ class Paths:
     starts: Tensor
     begins: Tensor
     tokens: Tensor
+    own: bool = True
 
     def check(self, tokens: int, prompt_tokens: int) -> None:
         """Raise ValueError for paths that lead out of an axis of `tokens` or of `prompt_tokens`."""
@@ -209,7 +211,8 @@ def group_attention(
     """Attention of completions to their study's prompt and to what came before them.
 
     Args:
-        q: [T, heads, D]; k, v: [T, key heads, D]; prompt_k, prompt_v: [prompt tokens, key heads, D].
+        q: [T, heads, D]; k, v: [T, key heads, D], of any length where nobody looks at them; prompt_k, prompt_v:
+            [prompt tokens, key heads, D].
         paths: checked for these lengths.
 
     Returns:
@@ -243,7 +246,7 @@ def group_attention_backward(
 def _group_attention(tokens: list[Tensor], paths: Paths, out: Tensor, lse: Tensor, *backward: Tensor) -> None:
     q, k, v, prompt_k, prompt_v = tokens
     (count, heads, size), key_heads = q.shape, k.shape[1]
-    own, shared = (count, key_heads, size), (len(prompt_k), key_heads, size)
+    own, shared = (count if paths.own else len(k), key_heads, size), (len(prompt_k), key_heads, size)
     shapes = [q.shape, own, own, shared, shared, *[q.shape] * 3, own, own, shared, shared]
     given = [*tokens, out, *backward]
     if heads % key_heads or any(one.shape != shape for one, shape in zip(given, shapes, strict=False)):
@@ -251,7 +254,7 @@ def _group_attention(tokens: list[Tensor], paths: Paths, out: Tensor, lse: Tenso
     indices = (paths.of_study, paths.prompts, paths.starts, paths.begins, paths.tokens)
     group = _Group(
         *(one.data_ptr() for one in tokens), *(one.stride(0) for one in tokens), *(_at(one) for one in indices),
-        len(paths.of_study) - 1, heads, key_heads, size, _at(out), _at(lse, count * heads),
+        len(paths.of_study) - 1, heads, key_heads, size, paths.own, _at(out), _at(lse, count * heads),
         *(_at(one) for one in backward),
     )  # fmt: skip
     if _library().group_attention(group, bool(backward), _threads()):
@@ -350,7 +353,7 @@ class _Group(Structure):
         *((name, c_void_p) for name in ("q", "k", "v", "prompt_k", "prompt_v")),
         *((name, c_long) for name in ("q_row", "k_row", "v_row", "prompt_k_row", "prompt_v_row")),
         *((name, c_void_p) for name in ("of_study", "prompts", "starts", "begins", "paths")),
-        *((name, c_long) for name in ("studies", "heads", "key_heads", "size")),
+        *((name, c_long) for name in ("studies", "heads", "key_heads", "size", "own")),
         *((name, c_void_p) for name in ("out", "lse", "grad", "dq", "dk", "dv", "d_prompt_k", "d_prompt_v")),
     ]
 

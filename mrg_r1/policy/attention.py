@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -91,6 +91,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_lens: SeqLens, k_lens: SeqLens, *,
             q, k, v, q_lens.cu_seqlens, k_lens.cu_seqlens, q_lens.longest, k_lens.longest, 0.0, causal, False
         )
         return out, lse
+    if kernels.ready(q, k, v):
+        nothing = k[:0]
+        seen = (k, v, nothing, nothing) if causal else (nothing, nothing, k, v)
+        out, lse = kernels.group_attention(q, *seen, _sequences(q_lens.lengths, k_lens.lengths, causal))
+        return out, lse.t()
     outs, lses = [], []
     for queries, keys, count in _equal_lengths(q_lens, k_lens):
         piece, lse = _forward(_heads_first(q[queries], count), *_expanded(k[keys], v[keys], count, q.shape[1]), causal)
@@ -131,6 +136,11 @@ def attend_backward(
             0.0, causal, rng_state, unused,
         )  # fmt: skip
         return dq, dk, dv
+    if kernels.ready(grad, q, k, v):
+        nothing, paths = k[:0], _sequences(q_lens.lengths, k_lens.lengths, causal)
+        seen = (k, v, nothing, nothing) if causal else (nothing, nothing, k, v)
+        dq, *found = kernels.group_attention_backward(grad, q, *seen, out, lse.t().contiguous(), paths)
+        return (dq, found[0], found[1]) if causal else (dq, found[2], found[3])
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for queries, keys, count in _equal_lengths(q_lens, k_lens):
         pieces = _backward(
@@ -145,6 +155,18 @@ def attend_backward(
             _summed(piece, like) for piece, like in zip(pieces, (q[queries], k[keys], v[keys]), strict=True)
         )
     return dq, dk, dv
+
+
+@lru_cache(maxsize=64)
+def _sequences(q_lengths: tuple[int, ...], k_lengths: tuple[int, ...], causal: bool) -> kernels.Paths:
+    """Sequences behind one another as the kernel takes them: seeing themselves, or keys as if those were prompts."""
+    sequences = torch.arange(len(q_lengths) + 1)
+    starts = torch.tensor([0, *accumulate(q_lengths)])
+    prompts = torch.zeros_like(starts) if causal else torch.tensor([0, *accumulate(k_lengths)])
+    begins = torch.zeros(len(q_lengths), dtype=torch.long)
+    paths = kernels.Paths(sequences, prompts, starts, begins, torch.arange(int(starts[-1])), own=causal)
+    paths.check(int(starts[-1]), int(prompts[-1]))
+    return paths
 
 
 def _equal_lengths(q_lens: SeqLens, k_lens: SeqLens) -> Iterator[tuple[slice, slice, int]]:

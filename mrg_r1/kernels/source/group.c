@@ -1,6 +1,7 @@
 /* A group's attention to its prompt and to itself, with its gradient: completions of a study see its prompt and what
-   came before them in themselves. Completions that begin alike share tokens; each is a path through them. Scores of a
-   few rows at a time are made and, for the gradient, made again (FlashAttention, arXiv 2205.14135). */
+   came before them in themselves. Completions that begin alike share tokens; each is a path through them. Without a
+   prompt it is causal attention, without sight of their own full attention to the prompt. Scores of a few rows at a time
+   are made and, for the gradient, made again (FlashAttention, arXiv 2205.14135). */
 #include <math.h>
 #include <stdlib.h>
 
@@ -18,6 +19,7 @@ typedef struct {
     const int64_t *begins;    /* [completions] where on it its own tokens begin, which lie behind one another */
     const int64_t *paths;     /* tokens of completions */
     long studies, heads, key_heads, size;
+    long own;                 /* whether tokens see themselves and what came before them */
     float *out, *lse;         /* [T, heads, size] and the log-sum-exp of scaled scores [T, heads] */
     const float *grad;        /* of out, in the backward pass, as what follows */
     float *dq, *dk, *dv;      /* [T, heads, size], [T, key heads, size] twice; dk and dv 0 before */
@@ -93,7 +95,8 @@ static void pack_along(const float *rows, long apart, const int64_t *which, long
    heads, in each the prompt's and from padded(prompt) on the path's. lse is written, or where it is known, taken. */
 static void weigh(const Head *head, long token, long tokens, long first, int known) {
     const Group *group = head->group;
-    long size = head->size, rows = tokens * head->each, prompts = padded(head->prompt), seen = first + tokens;
+    long size = head->size, rows = tokens * head->each, prompts = padded(head->prompt);
+    long seen = group->own ? first + tokens : 0;
     float scale = 1.0f / sqrtf((float)size);
     for (long at = 0; at < tokens; at++) {
         const float *from = group->q + (token + at) * group->q_row + head->key_head * head->each * size;
@@ -106,7 +109,7 @@ static void weigh(const Head *head, long token, long tokens, long first, int kno
             head->weights + prompts, head->row, 0, 0);
     for (long row = 0; row < rows; row++) {
         float *of_prompt = head->weights + row * head->row, *own = of_prompt + prompts, *lse;
-        long sees = first + row / head->each + 1;
+        long sees = group->own ? first + row / head->each + 1 : 0;
         lse = group->lse + (token + row / head->each) * group->heads + head->key_head * head->each + row % head->each;
         if (known) {
             float total = *lse;
@@ -115,7 +118,7 @@ static void weigh(const Head *head, long token, long tokens, long first, int kno
 #pragma omp simd
             for (long at = 0; at < sees; at++) own[at] = exp_of(own[at] - total);
         } else {
-            float most = own[0], sum = 0;
+            float most = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : most)
             for (long at = 0; at < head->prompt; at++) most = of_prompt[at] > most ? of_prompt[at] : most;
 #pragma omp simd reduction(max : most)
@@ -138,15 +141,18 @@ static void forward_of(const Head *head, const int64_t *path, long token, long b
     const Group *group = head->group;
     long size = head->size, wide = head->wide, prompts = padded(head->prompt), step = ROWS / head->each;
     step = step ? step : 1;
-    pack_across(group->k + head->key_head * size, group->k_row, path, length, size, head->own_keys);
-    pack_along(group->v + head->key_head * size, group->v_row, path, length, size, head->own_values);
+    if (group->own) {
+        pack_across(group->k + head->key_head * size, group->k_row, path, length, size, head->own_keys);
+        pack_along(group->v + head->key_head * size, group->v_row, path, length, size, head->own_values);
+    }
     for (long first = begin; first < length; first += step, token += step) {
         long tokens = length - first < step ? length - first : step, rows = tokens * head->each;
         weigh(head, token, tokens, first, 0);
         product(rows, head->prompt, head->weights, head->row, head->values, head->values + head->prompt * PANEL,
                 head->prompt, wide, head->out, wide, 0, 0);
-        product(rows, first + tokens, head->weights + prompts, head->row, head->own_values,
-                head->own_values + length * PANEL, length, wide, head->out, wide, 0, 1);
+        if (group->own)
+            product(rows, first + tokens, head->weights + prompts, head->row, head->own_values,
+                    head->own_values + length * PANEL, length, wide, head->out, wide, 0, 1);
         for (long row = 0; row < rows; row++)
             memcpy(group->out + ((token + row / head->each) * group->heads + head->key_head * head->each +
                                  row % head->each) * size,
@@ -158,15 +164,18 @@ static void backward_of(const Head *head, const int64_t *path, long token, long 
     const Group *group = head->group;
     long size = head->size, wide = head->wide, prompts = padded(head->prompt), step = ROWS / head->each;
     step = step ? step : 1;
-    const float *k = group->k + head->key_head * size, *v = group->v + head->key_head * size;
-    pack_across(k, group->k_row, path, length, size, head->own_keys);
-    pack_along(k, group->k_row, path, length, size, head->own_keys_back);
-    pack_across(v, group->v_row, path, length, size, head->own_values);
-    memset(head->d_own_keys, 0, 4 * length * wide);
-    memset(head->d_own_values, 0, 4 * length * wide);
+    if (group->own) {
+        const float *k = group->k + head->key_head * size, *v = group->v + head->key_head * size;
+        pack_across(k, group->k_row, path, length, size, head->own_keys);
+        pack_along(k, group->k_row, path, length, size, head->own_keys_back);
+        pack_across(v, group->v_row, path, length, size, head->own_values);
+        memset(head->d_own_keys, 0, 4 * length * wide);
+        memset(head->d_own_values, 0, 4 * length * wide);
+    }
     float scale = 1.0f / sqrtf((float)size);
     for (long first = begin; first < length; first += step, token += step) {
-        long tokens = length - first < step ? length - first : step, rows = tokens * head->each, seen = first + tokens;
+        long tokens = length - first < step ? length - first : step, rows = tokens * head->each;
+        long seen = group->own ? first + tokens : 0;
         weigh(head, token, tokens, first, 1);
         for (long at = 0; at < tokens; at++)
             memcpy(head->grad + at * head->each * size,
@@ -207,7 +216,7 @@ static void backward_of(const Head *head, const int64_t *path, long token, long 
 #undef ADD
         }
     }
-    for (long at = 0; at < length; at++) {
+    for (long at = 0; group->own && at < length; at++) {
         float *dk = group->dk + (path[at] * group->key_heads + head->key_head) * size;
         float *dv = group->dv + (path[at] * group->key_heads + head->key_head) * size;
         for (long number = 0; number < size; number++) {
@@ -224,7 +233,7 @@ static int of_head(const Group *group, long study, long key_head, int backward) 
     head.size = size;
     head.wide = padded(size);
     for (long one = group->of_study[study]; one < group->of_study[study + 1]; one++) {
-        long length = group->starts[one + 1] - group->starts[one];
+        long length = group->own ? group->starts[one + 1] - group->starts[one] : 0;
         head.length = length > head.length ? length : head.length;
     }
     float *room = room_of(lay_out(&head, 0, backward));
