@@ -71,12 +71,15 @@ class SeqLens:
         return SeqLens((1,) * len(self.lengths), self.device)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, q_lens: SeqLens, k_lens: SeqLens, *, causal: bool) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, q_lens: SeqLens, k_lens: SeqLens, *, causal: bool, compiled: bool = True
+) -> tuple[Tensor, Tensor]:
     """Attention of each sequence of queries to the sequence of keys of the same number.
 
     Args:
         q: [Tq, heads, D]; k, v: [Tk, key heads, D], key heads dividing heads (grouped-query attention).
         causal: query i sees keys 0..i of its sequence; both are then equally long.
+        compiled: by this project's kernel, where it is there.
 
     Returns:
         out [Tq, heads, D] and log-sum-exp of the scaled scores [heads, Tq] float32. A sequence without keys is not
@@ -91,7 +94,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, q_lens: SeqLens, k_lens: SeqLens, *,
             q, k, v, q_lens.cu_seqlens, k_lens.cu_seqlens, q_lens.longest, k_lens.longest, 0.0, causal, False
         )
         return out, lse
-    if kernels.ready(q, k, v):
+    if compiled and kernels.ready(q, k, v):
         nothing = k[:0]
         seen = (k, v, nothing, nothing) if causal else (nothing, nothing, k, v)
         out, lse = kernels.group_attention(q, *seen, _sequences(q_lens.lengths, k_lens.lengths, causal))
@@ -117,6 +120,7 @@ def attend_backward(
     k_lens: SeqLens,
     *,
     causal: bool,
+    compiled: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` with respect to q, k and v.
 
@@ -136,7 +140,7 @@ def attend_backward(
             0.0, causal, rng_state, unused,
         )  # fmt: skip
         return dq, dk, dv
-    if kernels.ready(grad, q, k, v):
+    if compiled and kernels.ready(grad, q, k, v):
         nothing, paths = k[:0], _sequences(q_lens.lengths, k_lens.lengths, causal)
         seen = (k, v, nothing, nothing) if causal else (nothing, nothing, k, v)
         dq, *found = kernels.group_attention_backward(grad, q, *seen, out, lse.t().contiguous(), paths)
@@ -278,16 +282,20 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_lens: SeqLens, k_lens: SeqLens, causal: bool) -> Tensor:
-        out, lse = attend(q, k, v, q_lens, k_lens, causal=causal)
+        # A tower's scores may be so alike that their gradient is mostly rounding: it shall be that of the checkpoint's
+        # modules, whose kernel is torch's
+        compiled = causal or not any(ctx.needs_input_grad)
+        out, lse = attend(q, k, v, q_lens, k_lens, causal=causal, compiled=compiled)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.arguments = q_lens, k_lens, causal
+        ctx.arguments = q_lens, k_lens, causal, compiled
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        q_lens, k_lens, causal = ctx.arguments
-        return *attend_backward(grad, q, k, v, out, lse, q_lens, k_lens, causal=causal), None, None, None
+        q_lens, k_lens, causal, compiled = ctx.arguments
+        grads = attend_backward(grad, q, k, v, out, lse, q_lens, k_lens, causal=causal, compiled=compiled)
+        return *grads, None, None, None
 
 
 class GroupAttention(torch.autograd.Function):
@@ -345,7 +353,8 @@ class PathAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *kernels.group_attention_backward(grad, *ctx.saved_tensors, ctx.paths), None
+        q, k, v, prompt_k, prompt_v, out, lse = ctx.saved_tensors
+        return *kernels.group_attention_backward(grad, q, k, v, prompt_k, prompt_v, out, lse, ctx.paths), None
 
 
 @dataclass(frozen=True)

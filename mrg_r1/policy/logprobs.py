@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrg_r1.kernels import calls as kernels
 from mrg_r1.policy.language import PromptCache
 from mrg_r1.policy.packing import pack_completions, pack_prompts, plan_micro_batches
 from mrg_r1.policy.prefixes import PrefixTree
@@ -120,12 +121,15 @@ def _tree(
     lengths: Sequence[int],
     study_of_row: Sequence[int],
 ) -> PrefixTree | None:
-    """What the completions share, where the attention that can read it will be used: short ones, float32 on a CPU."""
+    """What the completions share, where the attention that can read it will be used: float32 on a CPU, by torch's
+    products short ones alone.
+    """
     # the head's dtype is the policy's; a family's norms may be wider
     if token_ids.device.type != "cpu" or policy.base.lm_head.weight.dtype != torch.float32:
         return None
     studies = sorted({study_of_row[row] for row in rows})
-    if not fits([[lengths[row] - 1 for row in rows]], [prompts.lengths[study] for study in studies]):
+    short = fits([[lengths[row] - 1 for row in rows]], [prompts.lengths[study] for study in studies])
+    if not short and not kernels.ready(policy.base.lm_head.weight):
         return None
     slots = [studies.index(study_of_row[row]) for row in rows]
     return PrefixTree.of(token_ids[rows], [lengths[row] for row in rows], slots)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mrg_r1.kernels import calls as kernels
 from mrg_r1.policy.attention import SeqLens, attend, attend_backward
 from mrg_r1.policy.images import put_features
 from mrg_r1.policy.language import LanguageModel, Packed
@@ -112,7 +113,9 @@ def _pack(
 def _run(language: LanguageModel, packed: Packed, predicting: Tensor, *, recompute: bool) -> Tensor:
     """[T, H] -> [predicting tokens, H] normalised hidden states; the last layer ends for those alone."""
     plain = packed.images is None and all(layer.window is None for layer in language.layers)
-    padding = _Padding.of(packed.seq_lens) if packed.embeddings.device.type == "cpu" and plain else None
+    padding = None
+    if plain and packed.embeddings.device.type == "cpu" and not kernels.ready(packed.embeddings):
+        padding = _Padding.of(packed.seq_lens)  # torch's kernel is a call for each length
 
     def run_layer(number: int, x: Tensor) -> Tensor:
         layer = language.layers[number]
