@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mrg_r1.kernels import calls, library
+from mrg_r1.kernels.attention import decode_attention
 
 pytestmark = pytest.mark.skipif(library.state().library is None, reason=library.state().text)
 
@@ -64,6 +65,12 @@ def test_swiglu_and_its_gradient(rows: int, size: int, threads: int) -> None:
     torch.testing.assert_close(calls.swiglu_backward(grad, gate_up.detach()), d_gate_up, atol=1e-5, rtol=1e-5)
 
 
+def test_exp_reaches_from_nothing_to_infinity_and_keeps_nan() -> None:
+    gate = torch.tensor([-math.inf, -3e38, -1e37, -89.0, -87.0, 0.0, 88.0, 3e38, math.inf, math.nan])
+    found = calls.swiglu(torch.stack([gate, torch.ones_like(gate)], dim=1).flatten(1))[:, 0]
+    torch.testing.assert_close(found, F.silu(gate), atol=1e-30, rtol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("size", [2, 6, 64, 128])
 def test_rotation(size: int, threads: int) -> None:
     whole, angles = random(9, 7, size), random(9, 2, size // 2, seed=1) * 50
@@ -111,7 +118,7 @@ def test_the_attention_of_decoding(step: str, shared: bool, hidden: bool, thread
         v = v[:, :key_heads]
         fed.append((k[of_place], v[of_place]))
         own_bias = torch.where(torch.arange(width) < width - 5, -math.inf, 0.1) if hidden else None
-        found = calls.decode_attention(
+        found = decode_attention(
             q, k, v, prompt_keys=calls.pack(keys.transpose(2, 3).flatten(0, 1)),
             prompt_values=calls.pack(values.flatten(0, 1)), prompt_bias=prompt_bias, own_keys=own_keys,
             own_values=own_values, own_bias=own_bias, width=width, shared=None if at is None else (at, of_place),
@@ -191,7 +198,7 @@ def attention(**changes: Tensor | tuple[Tensor, Tensor] | int) -> Tensor:
         "own_keys": torch.zeros(2, 2, 2, *calls.packed_shape(8, 6)), "own_bias": None, "width": 1, "shared": None,
         "own_values": torch.zeros(2, 2, 2, *calls.packed_shape(6, 8)),
     }  # fmt: skip
-    return calls.decode_attention(**(arguments | changes))  # type: ignore[arg-type]
+    return decode_attention(**(arguments | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -205,6 +212,10 @@ def attention(**changes: Tensor | tuple[Tensor, Tensor] | int) -> Tensor:
         {"own_values": torch.zeros(2, 2, 2, *calls.packed_shape(40, 8))},
         {"prompt_bias": torch.zeros(3, 5)},
         {"own_bias": torch.zeros(2)},
+        {"q": random(2, 4, 8), "k": random(2, 2, 8), "v": random(2, 2, 8)},
+        {"prompt_bias": torch.zeros(2, 5, dtype=torch.float64)},
+        {"q": random(4, 4, 8).requires_grad_()},
+        {"shared": (torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 3]).int())},
         {"shared": (torch.tensor([0, 1, 3, 4]), torch.tensor([0, 1, 2, 3]))},
         {"shared": (torch.tensor([2, 0, 1, 3]), torch.tensor([0, 1, 2, 3]))},
         {"shared": (torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 4]))},
@@ -214,6 +225,27 @@ def test_what_would_be_read_or_written_outside_is_refused(changes: dict[str, obj
     attention()
     with pytest.raises(ValueError):
         attention(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: calls.linear(x.double(), calls.pack(x), None, 4),
+        lambda x: calls.linear(x, calls.pack(x), torch.zeros(4).double(), 4),
+        lambda x: calls.linear(x, calls.pack(x), torch.zeros(3), 4),
+        lambda x: calls.linear(x, calls.pack(x), None, 40),
+        lambda x: calls.linear(x.to("meta"), calls.pack(x), None, 4),
+        lambda x: calls.pack(x.view(1, 1, 4, 4)),
+        lambda x: calls.rms_norm(x, torch.ones(4).double(), 1e-6),
+        lambda x: calls.rms_norm(x, torch.ones(5), 1e-6),
+        lambda x: calls.rotate(x.view(4, 1, 4), x[:, None, :1], x[:, None, :1], x.view(4, 1, 4)),
+        lambda x: calls.rotate(x.view(4, 4, 1), x[:, None, :0], x[:, None, :0], x.view(4, 4, 1)),
+        lambda x: calls.swiglu_backward(x, x),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(call) -> None:
+    with pytest.raises(ValueError):
+        call(random(4, 4))
 
 
 def test_other_dtypes_are_not_for_them() -> None:
@@ -236,19 +268,23 @@ def said(environment: dict[str, str]) -> str:
     [
         ({library.SWITCH: "0"}, f"False torch's own: {library.SWITCH}=0"),
         ({"PATH": "/nowhere", "CC": ""}, "True torch's own: no C compiler was found"),
-        ({"CC": "false"}, "True torch's own: false gave no library"),
+        ({"CC": "false"}, "True torch's own: the C compiler gave no library"),
+        ({"CC": "gcc -DX='"}, "True torch's own: the C compiler gave no library: No closing quotation"),
+        ({"XDG_CACHE_HOME": "/proc"}, "True torch's own: the C compiler gave no library"),
     ],
 )
 def test_why_there_are_none_is_said(environment: dict[str, str], text: str, tmp_path) -> None:
-    assert said(environment | {"XDG_CACHE_HOME": str(tmp_path)}).startswith(text)
+    assert said({"XDG_CACHE_HOME": str(tmp_path)} | environment).startswith(text)
 
 
-def test_they_are_compiled_once_into_the_users_cache(tmp_path) -> None:
-    environment = {"XDG_CACHE_HOME": str(tmp_path)}
-    assert said(environment).startswith("False compiled by ")
-    (made,) = (tmp_path / "mrg-r1").iterdir()
-    before = made.stat().st_mtime_ns
-    assert said(environment).startswith("False compiled by ")
-    assert [made.stat().st_mtime_ns] == [one.stat().st_mtime_ns for one in (tmp_path / "mrg-r1").iterdir()] == [before]
-    made.write_bytes(b"cut off")
-    assert said(environment).startswith("True torch's own: ")
+def test_they_are_compiled_once_into_the_users_cache_and_again_where_that_is_damaged(tmp_path) -> None:
+    def made():
+        assert said({"XDG_CACHE_HOME": str(tmp_path)}).startswith("False compiled by ")
+        (file,) = (tmp_path / "mrg-r1").iterdir()
+        return file, file.stat().st_mtime_ns
+
+    file, when = made()
+    assert made() == (file, when)
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))  # as a power cut leaves it
+    assert made()[1] > when and made()[0].read_bytes() == content

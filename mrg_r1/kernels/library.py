@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch  # noqa: F401  brings the OpenMP runtime that the kernels share with it
+import torch
 
 SWITCH = "MRG_R1_KERNELS"  # 0 in the environment: torch's own kernels only
 _SOURCE = Path(__file__).parent / "source"
 # -fopenmp without linking its runtime: a second one beside torch's would be a second pool of threads
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=gnu11", "-fPIC", "-fopenmp")
+_PATIENCE = 120  # seconds for a file; it takes one
 _RUNTIMES = ("libgomp", "libiomp5")  # that know what GCC's OpenMP calls
 
 
@@ -49,15 +50,15 @@ def state() -> State:
         return State(None, f"torch's own: {SWITCH}=0")
     if platform.system() != "Linux":
         return State(None, "torch's own: ours are for Linux")
-    command = _compiler()
-    if command is None:
-        return State(None, "torch's own: no C compiler was found; with gcc a rollout on a CPU is much faster", True)
     try:
-        library = _load(_compiled(command))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
-        said = getattr(error, "stderr", None) or str(error)
-        return State(None, f"torch's own: {shlex.join(command)} gave no library: {said.strip().splitlines()[-1]}", True)
-    return State(library, f"compiled by {_version(command).splitlines()[0]}")
+        command = _compiler()
+        if command is None:
+            return State(None, "torch's own: no C compiler was found; with gcc a rollout on a CPU is much faster", True)
+        return State(_load(_compiled(command)), f"compiled by {_version(command)}")
+    # a compiler that fails; CC that is no command; a user without a home; a cache that cannot be written
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines() or [type(error).__name__]
+        return State(None, f"torch's own: the C compiler gave no library: {said[-1]}", True)
 
 
 def _compiler() -> list[str] | None:
@@ -70,19 +71,24 @@ def _compiler() -> list[str] | None:
 
 
 def _version(command: list[str]) -> str:
-    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    """The first line that the compiler says of itself."""
+    done = _run([*command, "--version"])
+    return ((done.stdout + done.stderr).strip().splitlines() or ["a compiler that does not say which"])[0]
 
 
 def _compiled(command: list[str]) -> Path:
     """The library of these sources by this compiler for this processor; made where it is not there yet."""
-    sources = sorted(_SOURCE.iterdir())
+    sources = sorted(path for path in _SOURCE.iterdir() if path.suffix in (".c", ".h"))
     known = hashlib.sha256("\n".join([_version(command), *command, *_FLAGS, _processor()]).encode())
     for source in sources:
         known.update(source.name.encode() + source.read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mrg-r1"
-    library = folder / f"kernels-{known.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
+    name = f"kernels-{known.hexdigest()[:16]}"
+    for library in folder.glob(f"{name}-*.so"):
+        # a file that a power cut has damaged would end the process without a word
+        if library.name == _named(name, library.read_bytes()):
+            return library
+        library.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     # several ranks may compile at once: each makes its own and the last one's stays
     with tempfile.TemporaryDirectory(dir=folder) as made:
@@ -91,14 +97,19 @@ def _compiled(command: list[str]) -> Path:
             if source.suffix == ".c":
                 objects.append(str(Path(made, source.stem + ".o")))
                 _run([*command, *_FLAGS, "-c", str(source), "-o", objects[-1]])
-        shared = Path(made, library.name)
+        shared = Path(made, name)
         _run([*command, "-shared", *objects, "-o", str(shared), "-lm"])
+        library = folder / _named(name, shared.read_bytes())
         shared.replace(library)
     return library
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, capture_output=True, text=True, check=True)
+def _named(name: str, content: bytes) -> str:
+    return f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=_PATIENCE)
 
 
 def _processor() -> str:
@@ -119,9 +130,9 @@ def _load(path: Path) -> ctypes.CDLL:
 
 
 def _runtime() -> str | None:
-    """The file of the OpenMP runtime that torch has loaded."""
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-        file = line.split(maxsplit=5)[-1]
-        if file.startswith("/") and Path(file).name.startswith(_RUNTIMES):
-            return file
-    return None
+    """The file of the OpenMP runtime that torch has loaded; other packages may have brought their own."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
+    files = {line.split(maxsplit=5)[-1] for line in maps.splitlines()}
+    found = sorted(file for file in files if file.startswith("/") and Path(file).name.startswith(_RUNTIMES))
+    of_torch = str(Path(torch.__file__).parent)
+    return next((file for file in found if file.startswith(of_torch)), found[0] if found else None)

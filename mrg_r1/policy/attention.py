@@ -15,18 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from mrg_r1.kernels import attention as compiled
 from mrg_r1.kernels import calls as kernels
 from mrg_r1.policy import flash_attention
-from mrg_r1.policy.prefixes import PrefixTree
-from mrg_r1.policy.rectangles import RectangleAttention, Rectangles
 from mrg_r1.types import to_device
 
 # Private names of torch, so they may go: `_plain` takes their place (on the CPU it costs memory, not exactness).
 _CPU_FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _CPU_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-_PART, _LONGEST_IN_PARTS = 100, 1024  # queries, see `_in_parts`
 _CUDA_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -72,14 +69,14 @@ class SeqLens:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, q_lens: SeqLens, k_lens: SeqLens, *, causal: bool, compiled: bool = True
+    q: Tensor, k: Tensor, v: Tensor, q_lens: SeqLens, k_lens: SeqLens, *, causal: bool, by_kernel: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Attention of each sequence of queries to the sequence of keys of the same number.
 
     Args:
         q: [Tq, heads, D]; k, v: [Tk, key heads, D], key heads dividing heads (grouped-query attention).
         causal: query i sees keys 0..i of its sequence; both are then equally long.
-        compiled: by this project's kernel, where it is there.
+        by_kernel: by this project's, where it is there.
 
     Returns:
         out [Tq, heads, D] and log-sum-exp of the scaled scores [heads, Tq] float32. A sequence without keys is not
@@ -94,10 +91,10 @@ def attend(
             q, k, v, q_lens.cu_seqlens, k_lens.cu_seqlens, q_lens.longest, k_lens.longest, 0.0, causal, False
         )
         return out, lse
-    if compiled and kernels.ready(q, k, v):
+    if by_kernel and kernels.ready(q, k, v):
         nothing = k[:0]
         seen = (k, v, nothing, nothing) if causal else (nothing, nothing, k, v)
-        out, lse = kernels.group_attention(q, *seen, _sequences(q_lens.lengths, k_lens.lengths, causal))
+        out, lse = compiled.group_attention(q, *seen, _sequences(q_lens.lengths, k_lens.lengths, causal))
         return out, lse.t()
     outs, lses = [], []
     for queries, keys, count in _equal_lengths(q_lens, k_lens):
@@ -120,7 +117,7 @@ def attend_backward(
     k_lens: SeqLens,
     *,
     causal: bool,
-    compiled: bool = True,
+    by_kernel: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` with respect to q, k and v.
 
@@ -140,10 +137,10 @@ def attend_backward(
             0.0, causal, rng_state, unused,
         )  # fmt: skip
         return dq, dk, dv
-    if compiled and kernels.ready(grad, q, k, v):
+    if by_kernel and kernels.ready(grad, q, k, v):
         nothing, paths = k[:0], _sequences(q_lens.lengths, k_lens.lengths, causal)
         seen = (k, v, nothing, nothing) if causal else (nothing, nothing, k, v)
-        dq, *found = kernels.group_attention_backward(grad, q, *seen, out, lse.t().contiguous(), paths)
+        dq, *found = compiled.group_attention_backward(grad, q, *seen, out, lse.t().contiguous(), paths)
         return (dq, found[0], found[1]) if causal else (dq, found[2], found[3])
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for queries, keys, count in _equal_lengths(q_lens, k_lens):
@@ -162,13 +159,13 @@ def attend_backward(
 
 
 @lru_cache(maxsize=64)
-def _sequences(q_lengths: tuple[int, ...], k_lengths: tuple[int, ...], causal: bool) -> kernels.Paths:
+def _sequences(q_lengths: tuple[int, ...], k_lengths: tuple[int, ...], causal: bool) -> compiled.Paths:
     """Sequences behind one another as the kernel takes them: seeing themselves, or keys as if those were prompts."""
     sequences = torch.arange(len(q_lengths) + 1)
     starts = torch.tensor([0, *accumulate(q_lengths)])
     prompts = torch.zeros_like(starts) if causal else torch.tensor([0, *accumulate(k_lengths)])
     begins = torch.zeros(len(q_lengths), dtype=torch.long)
-    paths = kernels.Paths(sequences, prompts, starts, begins, torch.arange(int(starts[-1])), own=causal)
+    paths = compiled.Paths(sequences, prompts, starts, begins, torch.arange(int(starts[-1])), own=causal)
     paths.check(int(starts[-1]), int(prompts[-1]))
     return paths
 
@@ -209,32 +206,10 @@ def _summed(piece: Tensor, like: Tensor) -> Tensor:
     return packed.reshape(like.shape[0], like.shape[1], -1, packed.shape[2]).sum(dim=2)
 
 
-def _in_parts(q: Tensor, causal: bool) -> bool:
-    """Whether queries that see what came before them are faster in parts, each with no more keys than its last one
-    sees: torch's kernel for CPUs computes 512 keys at a time, those that are masked too.
-    """
-    return causal and q.dtype == torch.float32 and 2 * _PART <= q.shape[2] < _LONGEST_IN_PARTS
-
-
-def _parts(q: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Of causal queries [count, heads, L, D] in order: which, and -inf [queries, keys] where a key comes later."""
-    length = q.shape[2]
-    count = length // _PART
-    for number in range(count):
-        part = slice(length * number // count, length * (number + 1) // count)
-        yield part, torch.full((part.stop - part.start, part.stop), float("-inf")).triu(part.start + 1)
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu" and _CPU_FORWARD is not None:
-        if not _in_parts(q, causal):
-            out, lse = _CPU_FORWARD(q, k, v, 0.0, causal)
-            return out, lse
-        pieces = [
-            _CPU_FORWARD(q[:, :, part], k[:, :, : part.stop], v[:, :, : part.stop], 0.0, False, attn_mask=later)
-            for part, later in _parts(q)
-        ]
-        return torch.cat([out for out, _ in pieces], dim=2), torch.cat([lse for _, lse in pieces], dim=2)
+        out, lse = _CPU_FORWARD(q, k, v, 0.0, causal)
+        return out, lse
     out, _, lse = _plain(q, k, v, causal)
     return out, lse
 
@@ -243,17 +218,7 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.device.type == "cpu" and _CPU_BACKWARD is not None:
-        if not _in_parts(q, causal):
-            dq, dk, dv = _CPU_BACKWARD(grad, q, k, v, out, lse, 0.0, causal)
-            return dq, dk, dv
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for part, later in _parts(q):
-            keys, queries = slice(part.stop), (grad[:, :, part], q[:, :, part])
-            made = (out[:, :, part], lse[:, :, part])
-            pieces = _CPU_BACKWARD(*queries, k[:, :, keys], v[:, :, keys], *made, 0.0, False, attn_mask=later)
-            dq[:, :, part] = pieces[0]
-            dk[:, :, keys] += pieces[1]
-            dv[:, :, keys] += pieces[2]
+        dq, dk, dv = _CPU_BACKWARD(grad, q, k, v, out, lse, 0.0, causal)
         return dq, dk, dv
     scale = q.shape[-1] ** -0.5
     _, scores, _ = _plain(q, k, v, causal)
@@ -284,152 +249,15 @@ class PackedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_lens: SeqLens, k_lens: SeqLens, causal: bool) -> Tensor:
         # A tower's scores may be so alike that their gradient is mostly rounding: it shall be that of the checkpoint's
         # modules, whose kernel is torch's
-        compiled = causal or not any(ctx.needs_input_grad)
-        out, lse = attend(q, k, v, q_lens, k_lens, causal=causal, compiled=compiled)
+        by_kernel = causal or not any(ctx.needs_input_grad)
+        out, lse = attend(q, k, v, q_lens, k_lens, causal=causal, by_kernel=by_kernel)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.arguments = q_lens, k_lens, causal, compiled
+        ctx.arguments = q_lens, k_lens, causal, by_kernel
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        q_lens, k_lens, causal, compiled = ctx.arguments
-        grads = attend_backward(grad, q, k, v, out, lse, q_lens, k_lens, causal=causal, compiled=compiled)
+        q_lens, k_lens, causal, by_kernel = ctx.arguments
+        grads = attend_backward(grad, q, k, v, out, lse, q_lens, k_lens, causal=causal, by_kernel=by_kernel)
         return *grads, None, None, None
-
-
-class GroupAttention(torch.autograd.Function):
-    """Completion tokens see their study's prompt, all of it, and their own completion, causally.
-
-    Two attentions merged by log-sum-exp: the prompt's keys and values stand once, whatever the size of the group.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prompt_k: Tensor,
-        prompt_v: Tensor,
-        groups: SeqLens,
-        prompts: SeqLens,
-        completions: SeqLens,
-    ) -> Tensor:
-        """q [T, heads, D], k and v [T, key heads, D] of completion tokens; prompt_k and prompt_v [prompt tokens, key
-        heads, D].
-        """
-        out_1, lse_1 = attend(q, prompt_k, prompt_v, groups, prompts, causal=False)
-        out_2, lse_2 = attend(q, k, v, completions, completions, causal=True)
-        lse = torch.logaddexp(lse_1, lse_2)
-        out = merge_parts(out_1, lse_1 - lse, out_2, lse_2 - lse)
-        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, lse)
-        ctx.lens = groups, prompts, completions
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, prompt_k, prompt_v, out, lse = ctx.saved_tensors
-        groups, prompts, completions = ctx.lens
-        dq_1, d_prompt_k, d_prompt_v = attend_backward(
-            grad, q, prompt_k, prompt_v, out, lse, groups, prompts, causal=False
-        )
-        dq_2, dk, dv = attend_backward(grad, q, k, v, out, lse, completions, completions, causal=True)
-        return dq_1.add_(dq_2), dk, dv, d_prompt_k, d_prompt_v, None, None, None
-
-
-class PathAttention(torch.autograd.Function):
-    """What `GroupAttention` computes, by the kernel that takes all of a pass, completions that share tokens too."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, paths: kernels.Paths
-    ) -> Tensor:
-        """As `GroupAttention`; float32 on a CPU."""
-        out, lse = kernels.group_attention(q, k, v, prompt_k, prompt_v, paths)
-        ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, lse)
-        ctx.paths = paths
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, prompt_k, prompt_v, out, lse = ctx.saved_tensors
-        return *kernels.group_attention_backward(grad, q, k, v, prompt_k, prompt_v, out, lse, ctx.paths), None
-
-
-@dataclass(frozen=True)
-class GroupLens:
-    """What belongs together in a pass over completions, for all of its layers."""
-
-    groups: SeqLens  # the completions' axis, a sequence a study
-    prompts: SeqLens  # the prompts' axis, a sequence a study
-    completions: SeqLens  # the completions' axis, a sequence a completion
-    key_heads: int
-    tree: PrefixTree | None = None  # where completions share tokens: then only rectangles can read the axis
-
-    @cached_property
-    def longest(self) -> int:
-        """Tokens of the longest prompt with its longest completion."""
-        return max(
-            prompt + max(group, default=0) for prompt, group in zip(self.prompts.lengths, self.members, strict=True)
-        )
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor) -> Tensor:
-        """`GroupAttention` of these tokens, in the way that is fastest for them: [T, heads, D]."""
-        if kernels.ready(q, k, v, prompt_k, prompt_v):
-            by_paths: Tensor = PathAttention.apply(q, k, v, prompt_k, prompt_v, self._paths)
-            return by_paths
-        if q.device.type == "cpu" and q.dtype == torch.float32 and self._rectangles is not None:
-            result: Tensor = RectangleAttention.apply(q, k, v, prompt_k, prompt_v, self._rectangles)
-        else:
-            assert self.tree is None, "flash attention cannot read a tree"
-            result = GroupAttention.apply(q, k, v, prompt_k, prompt_v, self.groups, self.prompts, self.completions)
-        return result
-
-    def spread(self, *tokens: Tensor) -> tuple[Tensor, ...]:
-        """Each [T, heads, D] with what completions share once for each of them, as `members` has them."""
-        if self.tree is None:
-            return tokens
-        return tuple(part.index_select(0, self.tree.nodes[0]) for part in tokens)
-
-    def own(self, tokens: Tensor) -> Tensor:
-        """[T, heads, D] again of what was `spread`."""
-        return tokens if self.tree is None else tokens.index_select(0, self.tree.nodes[1].nonzero().squeeze(1))
-
-    @cached_property
-    def members(self) -> list[list[int]]:
-        """Of each study the lengths of its completions."""
-        if self.tree is not None:
-            return self.tree.members
-        lengths, studies = iter(self.completions.lengths), []
-        for tokens in self.groups.lengths:
-            group: list[int] = []
-            while sum(group) < tokens:
-                group.append(next(lengths))
-            studies.append(group)
-        return studies
-
-    @cached_property
-    def _paths(self) -> kernels.Paths:
-        lengths = torch.tensor([length for group in self.members for length in group], dtype=torch.long)
-        begins = torch.zeros_like(lengths)
-        tokens = torch.arange(int(lengths.sum()))
-        starts = F.pad(lengths.cumsum(0), (1, 0))
-        if self.tree is not None:
-            tokens, own = self.tree.nodes
-            begins = lengths - torch.segment_reduce(own.double(), "sum", lengths=lengths).long()
-        completions = torch.tensor([0, *accumulate(len(group) for group in self.members)])
-        paths = kernels.Paths(completions, torch.tensor(self.prompts.starts), starts, begins, tokens)
-        paths.check(self.groups.total, self.prompts.total)
-        return paths
-
-    @cached_property
-    def _rectangles(self) -> Rectangles | None:
-        nodes = None if self.tree is None else self.tree.nodes
-        return Rectangles.of_groups(self.members, self.prompts.lengths, key_heads=self.key_heads, nodes=nodes)
-
-
-def merge_parts(first: Tensor, first_log_weight: Tensor, second: Tensor, second_log_weight: Tensor) -> Tensor:
-    """Two outputs [T, heads, D] over parts of the keys as one, weighted by exp of [heads, T]; summed in float32."""
-    first_weight, second_weight = (weight.t().exp().unsqueeze(-1) for weight in (first_log_weight, second_log_weight))
-    return (first * first_weight).addcmul_(second.float(), second_weight).to(first.dtype)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mrg_r1.policy.attention import GroupLens, SeqLens
+from mrg_r1.policy.attention import SeqLens
 from mrg_r1.policy.family import Family, Rotation
+from mrg_r1.policy.group_attention import GroupLens
 from mrg_r1.policy.layers import DecoderLayer, Norm
 from mrg_r1.policy.masks import PromptSight, attend_group
 from mrg_r1.policy.prefixes import PrefixTree
@@ -53,9 +54,9 @@ class LanguageModel:
         """The same with LoRA folded into new matrices, for the rollout."""
         return replace(self, layers=tuple(layer.merged() for layer in self.layers))
 
-    def for_few_tokens(self, tokens: int) -> LanguageModel:
-        """The same with weights laid out for decoding about `tokens` rows."""
-        return replace(self, layers=tuple(layer.for_few_tokens(tokens) for layer in self.layers))
+    def for_few_tokens(self) -> LanguageModel:
+        """The same with weights laid out for decoding."""
+        return replace(self, layers=tuple(layer.for_few_tokens() for layer in self.layers))
 
     def prompt_pass(self, prompts: Packed, *, recompute: bool = False) -> PromptCache:
         """Run prompts: what everything after them needs to know of them.
@@ -87,8 +88,7 @@ class LanguageModel:
         Returns:
             [T, H] normalised hidden states.
         """
-        key_heads = states.layers[0][0].shape[1]
-        x, lens = completions.embeddings, GroupLens(groups, states.seq_lens, completions.seq_lens, key_heads, tree)
+        x, lens = completions.embeddings, GroupLens(groups, states.seq_lens, completions.seq_lens, tree)
         for number in range(self.depth):
             x = self._run(recompute, self._completion_layer, number, x, completions, lens, *states.layers[number])
         return self.norm(x)

@@ -19,9 +19,6 @@ from torch.nn import functional as F
 from mrg_r1.kernels import calls as kernels
 from mrg_r1.products import product
 
-# A private name of torch, so it may go; then decoding on a CPU is slower and nothing else.
-_PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if torch.backends.mkldnn.is_available() else None
-
 
 class DecoderLayer(ABC):
     """One decoder layer, the attention itself left out: a frozen dataclass of projections and norms.
@@ -61,9 +58,9 @@ class DecoderLayer(ABC):
         """The same with LoRA folded into new matrices."""
         return self._map(Projection.merged)
 
-    def for_few_tokens(self, tokens: int) -> Self:
-        """The same with matrices laid out for about so many tokens a call."""
-        return self._map(lambda projection: projection.for_few_tokens(tokens))
+    def for_few_tokens(self) -> Self:
+        """The same with matrices laid out for few tokens a call."""
+        return self._map(Projection.for_few_tokens)
 
     def _map(self, change: Callable[[Projection], Projection]) -> Self:
         found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
@@ -88,8 +85,7 @@ class Projection:
     weight: Tensor  # [out, in]
     bias: Tensor | None  # [out]
     adapters: tuple[Adapter, ...] = ()
-    packed: Tensor | None = None  # the weight laid out for few tokens, without adapters: as the kernels have it
-    onednn: Tensor | None = None  # or as oneDNN does
+    packed: Tensor | None = None  # the weight laid out for few tokens, without adapters
 
     @classmethod
     def read(cls, modules: Sequence[Any]) -> Projection:
@@ -117,8 +113,6 @@ class Projection:
         """[T, in] -> [T, out]."""
         if self.packed is not None:
             return kernels.linear(x, self.packed, self.bias, len(self.weight))
-        if self.onednn is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.onednn, self.bias, "none", [], "")
         if not self.adapters:
             wanted = any(one is not None and one.requires_grad for one in (x, self.weight, self.bias))
             return (F.linear if wanted and torch.is_grad_enabled() else product)(x, self.weight, self.bias)
@@ -133,19 +127,14 @@ class Projection:
             weight[adapter.rows].addmm_(adapter.b, adapter.a, alpha=adapter.scale)
         return Projection(weight, self.bias)
 
-    def for_few_tokens(self, tokens: int) -> Projection:
-        """The same, faster for about so many tokens a call: float32 on a CPU, where the kernels or oneDNN can lay the
-        weight out for it.
+    def for_few_tokens(self) -> Projection:
+        """The same with the weight laid out once for many products of few tokens, where there are kernels for it.
 
         Torch's own product packs a weight anew at each call, which for few tokens costs as much as the product.
         """
-        if self.adapters:
+        if self.adapters or not kernels.ready(self.weight):
             return self
-        if kernels.ready(self.weight):
-            return replace(self, packed=kernels.pack(self.weight.t()))
-        if _PACK is None or self.weight.dtype != torch.float32 or self.weight.device.type != "cpu":
-            return self
-        return replace(self, onednn=_PACK(self.weight, tokens))
+        return replace(self, packed=kernels.pack(self.weight.t()))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Log-probs of completions under the policy: the teacher-forced pass behind old, reference and training log-probs.
 
-A study's prompt is computed once for all of its completions that are in the pass (`attention.GroupAttention`);
+A study's prompt is computed once for all of its completions that are in the pass (`group_attention.GroupAttention`);
 `logprobs_plain.py` is the same by the checkpoint's own modules with the prompt once a completion, and what this is
 tested against.
 """
@@ -17,7 +17,6 @@ from mrg_r1.kernels import calls as kernels
 from mrg_r1.policy.language import PromptCache
 from mrg_r1.policy.packing import pack_completions, pack_prompts, plan_micro_batches
 from mrg_r1.policy.prefixes import PrefixTree
-from mrg_r1.policy.rectangles import fits
 from mrg_r1.policy.weights import PolicyWeights
 from mrg_r1.types import Completions, Prompts, VisionFeatures, to_device
 
@@ -70,7 +69,7 @@ def completion_logprobs(
     # that token in vain
     in_vain = max(lengths) == 1 and policy.partition is not None
     language = policy.read_language()
-    tree = _tree(policy, prompts, token_ids, rows, lengths, study_list)
+    tree = _tree(policy, token_ids, rows, lengths, study_list)
     with policy.gathered(policy.language_model.embed_tokens):
         prompt_tokens = None if states is not None else pack_prompts(policy, language, prompts, vision, studies)
         completion_tokens = None
@@ -114,23 +113,13 @@ def completion_logprobs(
 
 
 def _tree(
-    policy: PolicyWeights,
-    prompts: Prompts,
-    token_ids: Tensor,
-    rows: Sequence[int],
-    lengths: Sequence[int],
-    study_of_row: Sequence[int],
+    policy: PolicyWeights, token_ids: Tensor, rows: Sequence[int], lengths: Sequence[int], study_of_row: Sequence[int]
 ) -> PrefixTree | None:
-    """What the completions share, where the attention that can read it will be used: float32 on a CPU, by torch's
-    products short ones alone.
-    """
+    """What the completions share, where the attention that can read it will be used."""
     # the head's dtype is the policy's; a family's norms may be wider
-    if token_ids.device.type != "cpu" or policy.base.lm_head.weight.dtype != torch.float32:
+    if not kernels.ready(policy.base.lm_head.weight):
         return None
     studies = sorted({study_of_row[row] for row in rows})
-    short = fits([[lengths[row] - 1 for row in rows]], [prompts.lengths[study] for study in studies])
-    if not short and not kernels.ready(policy.base.lm_head.weight):
-        return None
     slots = [studies.index(study_of_row[row]) for row in rows]
     return PrefixTree.of(token_ids[rows], [lengths[row] for row in rows], slots)
 

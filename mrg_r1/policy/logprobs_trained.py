@@ -15,15 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mrg_r1.kernels import calls as kernels
-from mrg_r1.policy.attention import SeqLens, attend, attend_backward
+from mrg_r1.policy.attention import SeqLens
 from mrg_r1.policy.images import put_features
 from mrg_r1.policy.language import LanguageModel, Packed
 from mrg_r1.policy.logprobs import CHUNK_ELEMENTS
 from mrg_r1.policy.weights import PolicyWeights
 from mrg_r1.types import Prompts, VisionFeatures, to_device
-
-_SHORTEST = 0.75  # of the longest in a batch of attention: a call costs more than a quarter of its arithmetic does
 
 
 def trained_logprobs(
@@ -112,18 +109,11 @@ def _pack(
 
 def _run(language: LanguageModel, packed: Packed, predicting: Tensor, *, recompute: bool) -> Tensor:
     """[T, H] -> [predicting tokens, H] normalised hidden states; the last layer ends for those alone."""
-    plain = packed.images is None and all(layer.window is None for layer in language.layers)
-    padding = None
-    if plain and packed.embeddings.device.type == "cpu" and not kernels.ready(packed.embeddings):
-        padding = _Padding.of(packed.seq_lens)  # torch's kernel is a call for each length
 
     def run_layer(number: int, x: Tensor) -> Tensor:
         layer = language.layers[number]
         q, k, v = layer.heads(x, packed.cos, packed.sin)
-        if padding is None:
-            attended = packed.sight.attend(q, k, v, layer.window)
-        else:
-            attended = _PaddedAttention.apply(q, k, v, padding)
+        attended = packed.sight.attend(q, k, v, layer.window)
         if number == language.depth - 1:
             return layer.finish(x[predicting], attended[predicting])
         x = layer.finish(x, attended)
@@ -133,57 +123,6 @@ def _run(language: LanguageModel, packed: Packed, predicting: Tensor, *, recompu
     for number in range(language.depth):
         x = checkpoint(run_layer, number, x, use_reentrant=False) if recompute else run_layer(number, x)
     return language.norm(x)
-
-
-class _Padding:
-    """Sequences made as long as their neighbours for the attention alone, so that they are one call on a CPU.
-
-    A causal sequence may be padded on its right: no real token sees what comes after it.
-    """
-
-    def __init__(self, seq_lens: SeqLens, padded: SeqLens) -> None:
-        self.padded = padded
-        self.places = torch.cat(  # [T] int64, where each token lies among the padded
-            [
-                torch.arange(start, start + length)
-                for start, length in zip(padded.starts, seq_lens.lengths, strict=False)
-            ]
-        )
-
-    @classmethod
-    def of(cls, seq_lens: SeqLens) -> _Padding | None:
-        """Of sequences that come longest first; None where there is nothing to pad."""
-        padded, longest = [], 0
-        for length in seq_lens.lengths:
-            if length < _SHORTEST * longest or not longest:
-                longest = length
-            padded.append(longest)
-        if tuple(padded) == seq_lens.lengths:
-            return None
-        return cls(seq_lens, SeqLens(tuple(padded), seq_lens.device))
-
-    def put(self, packed: Tensor) -> Tensor:
-        """[T, ...] -> [padded tokens, ...], zeros between."""
-        return packed.new_zeros(self.padded.total, *packed.shape[1:]).index_copy_(0, self.places, packed)
-
-
-class _PaddedAttention(torch.autograd.Function):
-    """Each sequence causally to itself, by way of `_Padding`."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, padding: _Padding) -> Tensor:
-        q, k, v = padding.put(q), padding.put(k), padding.put(v)
-        out, lse = attend(q, k, v, padding.padded, padding.padded, causal=True)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.padding = padding
-        return out[padding.places]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        padding: _Padding = ctx.padding
-        q, k, v, out, lse = ctx.saved_tensors
-        grads = attend_backward(padding.put(grad), q, k, v, out, lse, padding.padded, padding.padded, causal=True)
-        return *(part[padding.places] for part in grads), None
 
 
 class _TargetLogp(torch.autograd.Function):

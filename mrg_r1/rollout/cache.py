@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mrg_r1.kernels import calls as kernels
+from mrg_r1.kernels.attention import decode_attention
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class LayerCache:
         """
         if self.by_kernel:
             shared = None if sight.shared is None else (sight.shared.places, sight.shared.of_place)
-            return kernels.decode_attention(
+            return decode_attention(
                 q, k, v, prompt_keys=self.prompt_keys, prompt_values=self.prompt_values, prompt_bias=sight.prompt_bias,
                 own_keys=self.own_keys, own_values=self.own_values, own_bias=sight.own_bias, width=sight.width,
                 shared=shared,

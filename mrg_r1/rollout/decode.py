@@ -117,7 +117,7 @@ def _decode(
     decoder = Decoder(
         language,
         embed=policy.language_model.embed_tokens,
-        logits=partial(policy.next_token_logits, head=_head(policy, rows)),
+        logits=partial(policy.next_token_logits, head=_head(policy)),
         prompt_cache=[(_padded(keys, places, kept), _padded(values, places, kept)) for keys, values in states.layers],
         prompt_mask=None if min(prompts.lengths) == kept.shape[1] else kept,
         rows=torch.arange(rows, device=device).view(studies, group_size),
@@ -167,12 +167,12 @@ def _decode(
     )
 
 
-def _head(policy: Policy, rows: int) -> Callable[[Tensor], Tensor] | None:
+def _head(policy: Policy) -> Callable[[Tensor], Tensor] | None:
     """The head laid out for few rows where that is faster; None: the module as it is."""
     module = policy.base.lm_head
     if type(module) is not torch.nn.Linear or not kernels.ready(module.weight):
         return None
-    return Projection.read([module]).for_few_tokens(rows)
+    return Projection.read([module]).for_few_tokens()
 
 
 def _places(prompts: Prompts) -> Tensor:

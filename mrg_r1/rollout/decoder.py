@@ -77,7 +77,7 @@ class Decoder:
         pad_id: int,
         answers: Answers,
     ) -> None:
-        self.language, self.embed, self.logits = language.for_few_tokens(rows.numel()), embed, logits
+        self.language, self.embed, self.logits = language.for_few_tokens(), embed, logits
         self.uniforms, self.answers, self.eos, self.pad_id = uniforms, answers, eos, pad_id
         self.length = answers.token_ids.shape[1]
         studies, members = rows.shape

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mrg_r1.policy import flash_attention
-from mrg_r1.policy.attention import GroupAttention, PackedAttention, SeqLens, attend, attend_backward
+from mrg_r1.policy.attention import PackedAttention, SeqLens, attend, attend_backward
 from mrg_r1.policy.flash_attention import FlashAttention, choose, find
+from mrg_r1.policy.group_attention import GroupAttention
 from tests.policy.fake_cuda import FakeCuda
 from tests.policy.flash_attn_stand_in import stand_in
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mrg_r1.kernels import calls as kernels
 from mrg_r1.policy import logprobs as scoring
 from mrg_r1.policy.load import load_policy
 from mrg_r1.policy.logprobs import completion_logprobs, group_logprobs
@@ -227,7 +228,8 @@ def test_shared_prefix_equals_the_naive_pass(lora_policy, studies, build, temper
     torch.testing.assert_close(logp, naive, atol=1e-5, rtol=0)
     torch.testing.assert_close(entropy, naive_entropy, atol=1e-5, rtol=0)
     assert (gradient - naive_gradient).norm() / naive_gradient.norm() < 1e-5
-    assert [tree is not None for tree in trees] == [tokens < 292]
+    # only the kernel reads a tree
+    assert [tree is not None for tree in trees] == ([tokens < 292] if kernels.ready(logp) else [])
 
 
 @each_family

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mrg_r1.policy.attention import GroupLens, SeqLens
+from mrg_r1.policy.attention import SeqLens
+from mrg_r1.policy.group_attention import GroupLens
 from mrg_r1.policy.masks import PromptSight, attend_group
 
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_completions_see_what_their_window_still_covers(window):
     """Unequal members and prompts, a study without a completion, a window that ends in the prompt and one past it."""
     members, prompts = [[5, 2], [], [8]], SeqLens((9, 4, 6), CPU)
     own = SeqLens(tuple(length for group in members for length in group), CPU)
-    lens = GroupLens(SeqLens(tuple(map(sum, members)), CPU), prompts, own, KEY_HEADS)
+    lens = GroupLens(SeqLens(tuple(map(sum, members)), CPU), prompts, own)
     assert lens.longest == 14
     q, k, v = heads(own.total, 0)
     _, prompt_k, prompt_v = heads(prompts.total, 1)

@@ -73,8 +73,8 @@ long sample(const Draw *draw, int threads) {
         long row = draw->of_place ? draw->of_place[place] : place, at = place * draw->length + draw->step;
         const float *weights = draw->logits + row * draw->tokens;
         const double *sums = draw->sums + row * (blocks + 1);
-        double total = sums[blocks], target = draw->uniforms[at] * total, most = nextafter(total, 0);
-        long token = search(weights, sums, draw->tokens, target < most ? target : most);
+        double total = sums[blocks], target = fmax(draw->uniforms[at], 0) * total, most = nextafter(total, 0);
+        long token = search(weights, sums, draw->tokens, fmin(target, most));
         int going = !draw->ended[place];
         draw->drawn[place] = token;
         draw->token_ids[at] = going ? token : draw->pad;
