@@ -10,6 +10,7 @@ import torch
 from mrg_r1.cli import launch
 from mrg_r1.cores import Cores
 from mrg_r1.engine.ranks import Node, Ranks
+from mrg_r1.kernels import library
 
 
 @pytest.mark.parametrize("place", [0, 1, 2], ids=["before the recipe", "after it", "at the end"])
@@ -55,10 +56,11 @@ def test_a_rank_takes_its_share_of_the_cores_and_the_first_says_so(
     taken = []
     monkeypatch.setattr(launch, "read_cores", lambda: Cores(len(masks[0]), limit))
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(library, "state", lambda: library.State(None, "torch's own: no compiler", missing=not words))
     for rank in range(2):
         ranks = Two(rank, 2, torch.device("cpu"), (Node(0, "here", 0, 2),))
         said = launch._use_cores(ranks, labeler=True)
         assert said.startswith(f" x {threads} thread")
     assert taken == [threads, threads]
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == bool(words) and (not words or lines[0].startswith(words))
+    assert len(lines) == 1 and lines[0].startswith(words or "kernels: torch's own: no compiler")

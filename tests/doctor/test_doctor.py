@@ -19,6 +19,7 @@ from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.study import read_manifest
 from mrg_r1.doctor import checks, fitting, machine
 from mrg_r1.doctor.machine import Device
+from mrg_r1.kernels import library
 from mrg_r1.tracking import tensorboard_run
 from mrg_r1.training import run as run_module
 from mrg_r1.training.run import open_run
@@ -88,6 +89,14 @@ def test_without_a_recipe_it_looks_at_the_machine_alone(capsys: pytest.CaptureFi
     assert cli.main(["doctor", "--json"]) == 0
     names = [finding["name"] for finding in json.loads(capsys.readouterr().out)["findings"]]
     assert names == ["python", "packages", "devices", "attention", "java", "cores", "kernels"]
+
+
+def test_missing_kernels_are_a_warning_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "state", lambda: library.State(None, "torch's own: no compiler", missing=True))
+    finding = machine.compiled_finding()
+    assert (finding.state, finding.text) == ("warning", "torch's own: no compiler") and "gcc" in (finding.remedy or "")
+    monkeypatch.setattr(library, "state", lambda: library.State(None, "torch's own: as you wish"))
+    assert machine.compiled_finding().state == "ok"
 
 
 def test_a_bad_recipe_is_exit_code_2(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import mrg_r1.training.run as run_module
 from mrg_r1.config.recipe import RecipeError, load_recipe
 from mrg_r1.data.study import ManifestError, read_manifest, write_manifest
+from mrg_r1.kernels import library
 from mrg_r1.policy.family import find_family
 from mrg_r1.training.preflight import is_finished
 from mrg_r1.training.probe import probe
@@ -136,6 +137,7 @@ def test_a_good_run_opens_and_says_what_it_is(world, tmp_path, inline_rewards):
     assert load_recipe(tmp_path / "run" / "config.yaml") == run.recipe
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["seed"] == 0 and environment["world_size"] == 1 and environment["packages"]["torch"]
+    assert environment["kernels"] == library.state().text
     assert not any(parameter.requires_grad for parameter in run.policy.parameters())
     assert not is_finished(run.directory, run.ranks)
     run.write_summary({"status": "complete"})
