@@ -34,6 +34,7 @@ typedef struct {
     float *keys, *values, *own_keys, *own_values;          /* as the first products read them */
     float *keys_back, *own_keys_back;                      /* as the gradient of queries does */
     float *d_keys, *d_values, *d_own_keys, *d_own_values;  /* [prompt or length, wide] */
+    float *factors;                                        /* of rows whose weights do not add up to 1 yet */
     float *q, *q_panels, *grad, *grad_panels, *out, *weights, *d_scores;
 } Head;
 
@@ -53,6 +54,7 @@ static long lay_out(Head *head, float *room, int backward) {
     head->values = part(&at, (backward ? prompts : head->prompt) * wide);
     head->own_values = part(&at, (backward ? lengths : head->length) * wide);
     long rows = ROWS + head->each;
+    head->factors = part(&at, rows);
     head->q = part(&at, rows * size);
     head->out = part(&at, rows * wide);
     head->weights = part(&at, rows * head->row);
@@ -92,7 +94,8 @@ static void pack_along(const float *rows, long apart, const int64_t *which, long
 }
 
 /* Probabilities of `tokens` own tokens of a completion from place `first` of its path on: rows of each token's query
-   heads, in each the prompt's and from padded(prompt) on the path's. lse is written, or where it is known, taken. */
+   heads, in each the prompt's and from padded(prompt) on the path's. Where lse is not known yet it is written, and the
+   weights are to be multiplied by the row's factor. */
 static void weigh(const Head *head, long token, long tokens, long first, int known) {
     const Group *group = head->group;
     long size = head->size, rows = tokens * head->each, prompts = padded(head->prompt);
@@ -127,9 +130,7 @@ static void weigh(const Head *head, long token, long tokens, long first, int kno
             for (long at = 0; at < head->prompt; at++) sum += of_prompt[at] = exp_of(of_prompt[at] - most);
 #pragma omp simd reduction(+ : sum)
             for (long at = 0; at < sees; at++) sum += own[at] = exp_of(own[at] - most);
-            float factor = 1.0f / sum;
-            for (long at = 0; at < head->prompt; at++) of_prompt[at] *= factor;
-            for (long at = 0; at < sees; at++) own[at] *= factor;
+            head->factors[row] = 1.0f / sum;
             *lse = most + logf(sum);
         }
         for (long at = head->prompt; at < prompts; at++) of_prompt[at] = 0;
@@ -153,10 +154,11 @@ static void forward_of(const Head *head, const int64_t *path, long token, long b
         if (group->own)
             product(rows, first + tokens, head->weights + prompts, head->row, head->own_values,
                     head->own_values + length * PANEL, length, wide, head->out, wide, 0, 1);
-        for (long row = 0; row < rows; row++)
-            memcpy(group->out + ((token + row / head->each) * group->heads + head->key_head * head->each +
-                                 row % head->each) * size,
-                   head->out + row * wide, 4 * size);
+        for (long row = 0; row < rows; row++) {
+            float *out = group->out + ((token + row / head->each) * group->heads + head->key_head * head->each +
+                                       row % head->each) * size;
+            for (long at = 0; at < size; at++) out[at] = head->out[row * wide + at] * head->factors[row];
+        }
     }
 }
 

@@ -23,11 +23,13 @@ INLINE vec load(const float *from) { return *(const loose *)from; }
 INLINE void store(float *to, vec value) { *(loose *)to = value; }
 INLINE vec every(float value) { return value - (vec){0}; }
 
+#define ROUNDING 12582912.0f /* 1.5 * 2^23: added to a small number it leaves its nearest integer in the low bits */
+
 /* exp within 2 units in the last place: 0 below -87, where normal numbers nearly end, and infinite above 88.
-   After Cephes: 2^n times a polynomial of what is left. NaN stays NaN. */
+   After Cephes: 2^n times a polynomial of what is left. NaN stays NaN, since neither comparison holds for it. */
 INLINE float exp_of(float x) {
-    float within = x > -87.0f ? (x < 88.0f ? x : 88.0f) : -87.0f;
-    float n = __builtin_floorf(within * 1.44269504088896341f + 0.5f);
+    float within = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+    float rounded = within * 1.44269504088896341f + ROUNDING, n = rounded - ROUNDING;
     float r = within - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -36,11 +38,12 @@ INLINE float exp_of(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    uint32_t bits;
     float power;
+    memcpy(&bits, &rounded, sizeof bits);
+    bits = (bits + 127) << 23;
     memcpy(&power, &bits, sizeof power);
-    float found = x < -87.0f ? 0.0f : (x > 88.0f ? __builtin_inff() : p * power);
-    return x == x ? found : x;
+    return x < -87.0f ? 0.0f : (x > 88.0f ? __builtin_inff() : p * power);
 }
 
 #endif
