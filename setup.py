@@ -67,7 +67,9 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["mrg_r1", "mrg_r1.*"]),
-    package_data={"mrg_r1": ["py.typed", "**/templates/*", "**/vendor/*", "**/source/*", "**/*.json", "**/*.yaml", "**/*.txt"]},
+    package_data={
+        "mrg_r1": ["py.typed", "**/templates/*", "**/vendor/*", "**/source/*", "**/*.json", "**/*.yaml", "**/*.txt"]
+    },
     cmdclass={"build_py": BuildWithRecipes},
     install_requires=[
         "torch>=2.6",
