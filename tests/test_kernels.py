@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,37 +253,61 @@ def test_other_dtypes_are_not_for_them() -> None:
     assert not calls.ready(x, x.double()) and not calls.ready(x.bfloat16()) and not calls.ready(x.to("meta"))
 
 
-def said(environment: dict[str, str]) -> str:
-    code = "from mrg_r1.kernels.library import state; print(state().missing, state().text)"
-    inherited = {name: value for name, value in os.environ.items() if name != library.SWITCH}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=inherited | environment
-    )
-    return done.stdout
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A source that is compiled at once, and a cache of its own."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "one.c").write_text("long panel_columns(void) { return 1; }\n")
+    monkeypatch.setattr(library, "_SOURCE", source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(library.SWITCH, raising=False)
+    return tmp_path / "cache/mrg-r1"
+
+
+def state() -> library.State:
+    return library.state.__wrapped__()  # what a fresh process would find
 
 
 @pytest.mark.parametrize(
-    ("environment", "text"),
+    ("environment", "missing", "text"),
     [
-        ({library.SWITCH: "0"}, f"False torch's own: {library.SWITCH}=0"),
-        ({"PATH": "/nowhere", "CC": ""}, "True torch's own: no C compiler was found"),
-        ({"CC": "false"}, "True torch's own: the C compiler gave no library"),
-        ({"CC": "gcc -DX='"}, "True torch's own: the C compiler gave no library: No closing quotation"),
-        ({"XDG_CACHE_HOME": "/proc"}, "True torch's own: the C compiler gave no library"),
+        ({library.SWITCH: "0"}, False, f"torch's own: {library.SWITCH}=0"),
+        ({"PATH": "/nowhere", "CC": ""}, True, "torch's own: no C compiler was found"),
+        ({"CC": "false"}, True, "torch's own: the C compiler gave no library"),
+        ({"CC": "gcc -DX='"}, True, "torch's own: the C compiler gave no library: No closing quotation"),
+        ({"CC": "gcc --no-such-option"}, True, "torch's own: the C compiler gave no library: "),
+        ({"XDG_CACHE_HOME": "/proc"}, True, "torch's own: the C compiler gave no library"),
     ],
 )
-def test_why_there_are_none_is_said(environment: dict[str, str], text: str, tmp_path) -> None:
-    assert said({"XDG_CACHE_HOME": str(tmp_path)} | environment).startswith(text)
+def test_why_there_are_none_is_said(
+    environment: dict[str, str], missing: bool, text: str, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = state()
+    assert found.library is None and found.missing == missing and found.text.startswith(text)
 
 
-def test_they_are_compiled_once_into_the_users_cache_and_again_where_that_is_damaged(tmp_path) -> None:
-    def made():
-        assert said({"XDG_CACHE_HOME": str(tmp_path)}).startswith("False compiled by ")
-        (file,) = (tmp_path / "mrg-r1").iterdir()
+def test_a_compiler_that_hangs_is_given_up(small: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CC", str(slow))
+    monkeypatch.setattr(library, "_PATIENCE", 0.2)
+    assert "timed out" in state().text and state().missing
+
+
+def test_they_are_compiled_once_into_the_users_cache_and_again_where_that_is_damaged(small: Path) -> None:
+    def made() -> tuple[Path, int]:
+        found = state()
+        assert found.library is not None and found.text.startswith("compiled by ")
+        (file,) = small.iterdir()
         return file, file.stat().st_mtime_ns
 
     file, when = made()
     assert made() == (file, when)
     content = file.read_bytes()
+    file.unlink()  # what is loaded here keeps the old file
     file.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))  # as a power cut leaves it
     assert made()[1] > when and made()[0].read_bytes() == content
