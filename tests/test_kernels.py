@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mrg_r1.kernels import calls, library
+from mrg_r1.kernels import bindings, calls, library
 from mrg_r1.kernels.attention import decode_attention
 
 pytestmark = pytest.mark.skipif(library.state().library is None, reason=library.state().text)
@@ -21,7 +21,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest):
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bindings, "_WORTH", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -245,6 +246,15 @@ def test_what_would_be_read_or_written_outside_is_refused(changes: dict[str, obj
 def test_arguments_that_do_not_fit_are_refused(call) -> None:
     with pytest.raises(ValueError):
         call(random(4, 4))
+
+
+def test_threads_are_woken_for_what_is_worth_it() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert [bindings.threads(work) for work in (0, 2**20 - 1, 2**20)] == [1, 1, 2]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_other_dtypes_are_not_for_them() -> None:

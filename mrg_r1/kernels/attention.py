@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mrg_r1.kernels.bindings import Group, Step, at, heads_at, library, threads
 
+_WIDE = 256  # keys that a token sees, about, for a guess at the work
+
 
 def decode_attention(
     q: Tensor,
@@ -64,7 +66,7 @@ def decode_attention(
         prompt, 0 if prompt_bias is None or len(prompt_bias) == 1 else prompt,
         at(own_keys), at(own_values), at(own_bias, width), length, width, at(out),
     )  # fmt: skip
-    failed = library().decode_attention(step, threads())
+    failed = library().decode_attention(step, threads(rows * heads * size * (prompt + width) * 2))
     if failed:
         raise MemoryError("decode_attention: no memory") if failed == 1 else ValueError("decode_attention: places")
     return out
@@ -162,7 +164,7 @@ def _group_attention(tokens: list[Tensor], paths: Paths, out: Tensor, lse: Tenso
         len(paths.of_study) - 1, heads, key_heads, size, paths.own, at(out), at(lse, count * heads),
         *(at(one) for one in backward),
     )  # fmt: skip
-    if library().group_attention(group, bool(backward), threads()):
+    if library().group_attention(group, bool(backward), threads(count * heads * size * _WIDE)):
         raise MemoryError("group_attention: no memory")
 
 

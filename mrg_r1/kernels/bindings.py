@@ -13,6 +13,9 @@ from torch import Tensor
 
 from mrg_r1.kernels.library import state
 
+_WORTH = 2**20  # multiplications, some 20 microseconds
+OF_AN_ELEMENT = 32  # as many take as long as a norm or a rotation of an element from and to memory
+
 
 def at(tensor: Tensor | None, elements: int | None = None, dtype: torch.dtype = torch.float32) -> int | None:
     """Where a tensor begins.
@@ -43,8 +46,9 @@ def _begin(tensor: Tensor, dtype: torch.dtype) -> int:
     return tensor.data_ptr()
 
 
-def threads() -> int:
-    return torch.get_num_threads()
+def threads(multiplications: int) -> int:
+    """How many to compute with: torch's, or one where so little is to do that waking them costs more."""
+    return torch.get_num_threads() if multiplications >= _WORTH else 1
 
 
 class Step(Structure):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mrg_r1.kernels.bindings import Draw, at, heads_at, library, threads
+from mrg_r1.kernels.bindings import OF_AN_ELEMENT, Draw, at, heads_at, library, threads
 from mrg_r1.kernels.library import state
 
 
@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, *, scales: bool = False)
     x = x.contiguous()
     y, size = torch.empty_like(x), x.shape[-1]
     factors = x.new_empty(*x.shape[:-1], 1) if scales else None
-    library().rms_norm(at(x), at(weight, size), epsilon, at(y), at(factors), _rows(x), size, threads())
+    library().rms_norm(at(x), at(weight, size), epsilon, at(y), at(factors), _rows(x), size, _threads(x))
     return y, factors
 
 
@@ -34,7 +34,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, scales: Tensor, weight: Tensor) -
     grad, x, size, rows = grad.contiguous(), x.contiguous(), x.shape[-1], _rows(x)
     d_x = torch.empty_like(x)
     arguments = at(grad, rows * size), at(x), at(scales, rows), at(weight, size), at(d_x), rows, size
-    library().rms_norm_backward(*arguments, threads())
+    library().rms_norm_backward(*arguments, _threads(x))
     return d_x
 
 
@@ -43,7 +43,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(rows, size)
-    library().swiglu(at(gate_up, 2 * rows * size), at(y), rows, size, threads())
+    library().swiglu(at(gate_up, 2 * rows * size), at(y), rows, size, _threads(gate_up))
     return y
 
 
@@ -52,7 +52,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     grad, gate_up = grad.contiguous(), gate_up.contiguous()
     rows, size = grad.shape
     d_gate_up = torch.empty_like(gate_up)
-    library().swiglu_backward(at(grad), at(gate_up, 2 * rows * size), at(d_gate_up), rows, size, threads())
+    library().swiglu_backward(at(grad), at(gate_up, 2 * rows * size), at(d_gate_up), rows, size, _threads(gate_up))
     return d_gate_up
 
 
@@ -65,7 +65,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, *, back: bool = Fal
         raise ValueError(f"rotate: {tuple(x.shape)} by angles {tuple(cos.shape)} into {tuple(out.shape)}")
     library().rotate(
         heads_at(x), x.stride(0), heads_at(out), out.stride(0), heads_at(cos), heads_at(sin), cos.stride(0),
-        -1.0 if back else 1.0, tokens, heads, size, threads(),
+        -1.0 if back else 1.0, tokens, heads, size, _threads(x),
     )  # fmt: skip
     return out
 
@@ -97,7 +97,7 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) ->
         raise ValueError(f"linear: {k} -> {out_features} by a packed matrix {tuple(packed.shape)}")
     y = x.new_empty(rows, out_features)
     bias_at = None if bias is None else at(bias, out_features)
-    library().linear(at(x), at(packed), bias_at, at(y), rows, k, out_features, threads())
+    library().linear(at(x), at(packed), bias_at, at(y), rows, k, out_features, threads(rows * k * out_features))
     return y
 
 
@@ -141,7 +141,7 @@ def sample(
         at(drawn, dtype=torch.long), at(token_ids, dtype=torch.long), at(logp, places * length),
         at(mask, places * length, torch.bool), at(ended, places, torch.bool),
     )  # fmt: skip
-    failed = library().sample(draw, threads())
+    failed = library().sample(draw, _threads(logits))
     if failed < 0:
         raise ValueError(f"sample: a place of no row, of {rows}")
     if failed:
@@ -151,3 +151,7 @@ def sample(
 
 def _rows(x: Tensor) -> int:
     return x.numel() // max(1, x.shape[-1])
+
+
+def _threads(elements: Tensor) -> int:
+    return threads(elements.numel() * OF_AN_ELEMENT)

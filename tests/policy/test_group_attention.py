@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mrg_r1.kernels import bindings, library
 from mrg_r1.kernels import calls as kernels
-from mrg_r1.kernels import library
 from mrg_r1.policy.attention import SeqLens
 from mrg_r1.policy.group_attention import GroupAttention, GroupLens
 
@@ -59,6 +59,18 @@ def test_the_kernel_equals_two_attentions_also_in_the_gradient(monkeypatch, case
         if not sum(group):
             own = slice(lens.prompts.starts[study], lens.prompts.starts[study + 1])
             assert not ours[3][own].any() and not ours[4][own].any()
+
+
+def test_threads_change_nothing(monkeypatch):
+    """To the last bit: each study under each key head is one thread's."""
+    monkeypatch.setattr(bindings, "_WORTH", 0)
+    lens, found = lens_of(*CASES["more than a block of rows"]), []
+    given = tensors(lens, heads=6, key_heads=2, size=33)
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        out = lens.attend(*given)
+        found.append([out.detach(), *torch.autograd.grad(out.square().sum(), given)])
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 
 def test_heads_may_be_views_of_larger_tensors():
