@@ -82,7 +82,11 @@ class Paths:
         starts: [C + 1], where the path of each completion begins in `tokens`.
         begins: [C], where on it its own tokens begin, which lie behind one another on the packed axis.
         tokens: [sum of lengths], tokens of the packed axis, each behind what it sees.
+        axes: T and the prompts' tokens, which the paths are for.
         own: whether tokens see themselves and what came before them, not the prompt alone.
+
+    Raises:
+        ValueError: paths that lead out of their axes.
     """
 
     of_study: Tensor
@@ -90,11 +94,11 @@ class Paths:
     starts: Tensor
     begins: Tensor
     tokens: Tensor
+    axes: tuple[int, int]
     own: bool = True
 
-    def check(self, tokens: int, prompt_tokens: int) -> None:
-        """Raise ValueError for paths that lead out of an axis of `tokens` or of `prompt_tokens`."""
-        lengths = self.starts.diff()
+    def __post_init__(self) -> None:
+        (tokens, prompt_tokens), lengths = self.axes, self.starts.diff()
         rising = all(bool((one.diff() >= 0).all()) and int(one[0]) == 0 for one in self._counts())
         ends = (len(self.begins), prompt_tokens, len(self.tokens))
         if not rising or tuple(int(one[-1]) for one in self._counts()) != ends or len(lengths) != len(self.begins):
@@ -104,7 +108,7 @@ class Paths:
         own = int((lengths - self.begins).clamp_min(0).sum())
         last = int((firsts + (lengths - self.begins)[has_own]).max()) if len(firsts) else 0
         inside = int(self.tokens.min()) >= 0 and int(self.tokens.max()) < tokens if len(self.tokens) else True
-        if not inside or own != tokens or last > tokens or int(self.begins.min()) < 0:
+        if not inside or own != tokens or last > tokens or bool((self.begins < 0).any()):
             raise ValueError(f"group_attention: paths of {own} own tokens up to {last} for {tokens}")
 
     def _counts(self) -> tuple[Tensor, ...]:
@@ -119,7 +123,7 @@ def group_attention(
     Args:
         q: [T, heads, D]; k, v: [T, key heads, D], of any length where nobody looks at them; prompt_k, prompt_v:
             [prompt tokens, key heads, D].
-        paths: checked for these lengths.
+        paths: of axes of these lengths.
 
     Returns:
         out [T, heads, D] and the log-sum-exp of scaled scores [T, heads].
@@ -155,7 +159,11 @@ def _group_attention(tokens: list[Tensor], paths: Paths, out: Tensor, lse: Tenso
     own, shared = (count if paths.own else len(k), key_heads, size), (len(prompt_k), key_heads, size)
     shapes = [q.shape, own, own, shared, shared, *[q.shape] * 3, own, own, shared, shared]
     given = [*tokens, out, *backward]
-    if heads % key_heads or any(one.shape != shape for one, shape in zip(given, shapes, strict=False)):
+    if (
+        (count, len(prompt_k)) != paths.axes
+        or heads % key_heads
+        or any(one.shape != shape for one, shape in zip(given, shapes, strict=False))
+    ):
         raise ValueError(f"group_attention: {[tuple(one.shape) for one in given]}")
     indices = (paths.of_study, paths.prompts, paths.starts, paths.begins, paths.tokens)
     group = Group(

@@ -165,9 +165,8 @@ def _sequences(q_lengths: tuple[int, ...], k_lengths: tuple[int, ...], causal: b
     starts = torch.tensor([0, *accumulate(q_lengths)])
     prompts = torch.zeros_like(starts) if causal else torch.tensor([0, *accumulate(k_lengths)])
     begins = torch.zeros(len(q_lengths), dtype=torch.long)
-    paths = compiled.Paths(sequences, prompts, starts, begins, torch.arange(int(starts[-1])), own=causal)
-    paths.check(int(starts[-1]), int(prompts[-1]))
-    return paths
+    axes = int(starts[-1]), int(prompts[-1])
+    return compiled.Paths(sequences, prompts, starts, begins, torch.arange(axes[0]), axes, own=causal)
 
 
 def _equal_lengths(q_lens: SeqLens, k_lens: SeqLens) -> Iterator[tuple[slice, slice, int]]:

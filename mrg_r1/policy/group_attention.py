@@ -134,9 +134,8 @@ class GroupLens:
             tokens, own = self.tree.nodes
             begins = lengths - torch.segment_reduce(own.double(), "sum", lengths=lengths).long()
         completions = torch.tensor([0, *accumulate(len(group) for group in self.members)])
-        paths = compiled.Paths(completions, torch.tensor(self.prompts.starts), starts, begins, tokens)
-        paths.check(self.groups.total, self.prompts.total)
-        return paths
+        axes = self.groups.total, self.prompts.total
+        return compiled.Paths(completions, torch.tensor(self.prompts.starts), starts, begins, tokens, axes)
 
 
 def merge_parts(first: Tensor, first_log_weight: Tensor, second: Tensor, second_log_weight: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mrg_r1.kernels import bindings, library
 from mrg_r1.kernels import calls as kernels
+from mrg_r1.kernels.attention import group_attention
 from mrg_r1.policy.attention import SeqLens
 from mrg_r1.policy.group_attention import GroupAttention, GroupLens
 
@@ -95,6 +98,16 @@ CHANGES = {
 def test_paths_that_lead_outside_are_refused(change):
     lens, (name, at, value) = lens_of(*CASES["ragged"]), CHANGES[change]
     paths = lens._paths
-    getattr(paths, name)[at] = value
+    changed = getattr(paths, name).clone()
+    changed[at] = value
     with pytest.raises(ValueError, match="group_attention"):
-        paths.check(lens.completions.total, lens.prompts.total)
+        replace(paths, **{name: changed})
+
+
+def test_paths_of_other_axes_are_refused():
+    lens = lens_of(*CASES["ragged"])
+    given = [one.detach() for one in tensors(lens, heads=4, key_heads=2)]
+    for cut in (0, 3):
+        fewer = [one[:-1] if number // 3 == cut // 3 else one for number, one in enumerate(given)]
+        with pytest.raises(ValueError, match="group_attention"):
+            group_attention(*fewer, lens._paths)
