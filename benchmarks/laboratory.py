@@ -30,6 +30,7 @@ from benchmarks.workers import Channel, Phases, serve
 from mrg_r1.config.recipe import Recipe, load_recipe
 from mrg_r1.data.loader import StudyLoader
 from mrg_r1.engine.ranks import Ranks, finish_ranks, start_ranks
+from mrg_r1.kernels.library import state
 from mrg_r1.policy.lora import add_lora
 from mrg_r1.policy.policy import Policy
 from mrg_r1.products import product
@@ -251,7 +252,7 @@ def main() -> None:
         if task.unit == "lab_grpo":
             together()  # what is resident is taken after it
         length = lengths[0] if lengths else None  # a step's arithmetic is counted from the first one's reports
-        settings = {"ranks": task.ranks, "threads": torch.get_num_threads(), "length": length}
+        settings = {"ranks": task.ranks, "threads": torch.get_num_threads(), "length": length, "kernels": state().text}
         serve(channel, together, settings | arithmetic(run, task, length=length))
         run.ranks.agree(False)
     finish_ranks()

@@ -27,6 +27,7 @@ from benchmarks.workers import Channel, Phases, serve
 from mrg_r1.config.recipe import Recipe
 from mrg_r1.data.loader import PromptBuilder, PromptWords, StudyLoader
 from mrg_r1.engine.ranks import finish_ranks, start_ranks
+from mrg_r1.kernels.library import state
 from mrg_r1.labels.observations import OBSERVATIONS
 from mrg_r1.policy.load import load_image_processor, load_policy
 from mrg_r1.policy.logprobs import completion_logprobs, micro_batches
@@ -331,6 +332,7 @@ def main() -> None:
         ),
         "parameters": sum(parameter.numel() for parameter in run.policy.parameters()),
         "threads": torch.get_num_threads(),
+        "kernels": state().text,
         "versions": {name: metadata.version(name) for name in ("mrg-r1", "torch", "transformers", "peft", "deepspeed")},
     }
     serve(channel, make_unit(run, task, prompts), settings)

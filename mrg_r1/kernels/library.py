@@ -54,7 +54,8 @@ def state() -> State:
         command = _compiler()
         if command is None:
             return State(None, "torch's own: no C compiler was found; with gcc a rollout on a CPU is much faster", True)
-        return State(_load(_compiled(command)), f"compiled by {_version(command)}")
+        version = _version(command)
+        return State(_load(_compiled(command, version)), f"compiled by {version}")
     # a compiler that fails; CC that is no command; a user without a home; a cache that cannot be written
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         said = str(getattr(error, "stderr", None) or error).strip().splitlines() or [type(error).__name__]
@@ -76,10 +77,10 @@ def _version(command: list[str]) -> str:
     return ((done.stdout + done.stderr).strip().splitlines() or ["a compiler that does not say which"])[0]
 
 
-def _compiled(command: list[str]) -> Path:
+def _compiled(command: list[str], version: str) -> Path:
     """The library of these sources by this compiler for this processor; made where it is not there yet."""
     sources = sorted(path for path in _SOURCE.iterdir() if path.suffix in (".c", ".h"))
-    known = hashlib.sha256("\n".join([_version(command), *command, *_FLAGS, _processor()]).encode())
+    known = hashlib.sha256("\n".join([version, *command, *_FLAGS, _processor()]).encode())
     for source in sources:
         known.update(source.name.encode() + source.read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mrg-r1"

@@ -8,7 +8,7 @@
 typedef struct {
     const float *q, *k, *v;          /* of computed rows: heads behind one another */
     long q_row, k_row, v_row;        /* floats from one row to the next */
-    const int64_t *places;           /* [rows] the place that each computed row stands for, a study's together; NULL: its own */
+    const int64_t *places;           /* [rows] the place that each row stands for, a study's together; NULL: its own */
     const int64_t *of_place;         /* [studies * members] the computed row of each place; NULL: its own */
     long rows, studies, members, heads, key_heads, size;
     const float *prompt_keys;        /* [studies, key_heads] packed [size, prompt] */
@@ -66,16 +66,16 @@ static int of_head(const Step *step, long study, long key_head, long first, long
     for (long row = 0; row < count; row++) {
         float *of_row = scores + row * group * seen;
         const float *own = own_keys + member_of(step, first + row) * one_keys;
-        product(group, size, q + row * group * size, size, own, own + one_keys, size, step->width, of_row + prompt, seen,
-                step->own_bias, 0);
+        product(group, size, q + row * group * size, size, own, own + one_keys, size, step->width, of_row + prompt,
+                seen, step->own_bias, 0);
         for (long query = 0; query < group; query++) softmax(of_row + query * seen, seen);
     }
     product(queries, prompt, scores, seen, values, values + PANEL * prompt, prompt, size, out, size, 0, 0);
     for (long row = 0; row < count; row++) {
         float *of_row = out + row * group * size;
         const float *own = own_values + member_of(step, first + row) * one_values;
-        product(group, step->width, scores + row * group * seen + prompt, seen, own, own + one_values, step->length, size,
-                of_row, size, 0, 1);
+        product(group, step->width, scores + row * group * seen + prompt, seen, own, own + one_values, step->length,
+                size, of_row, size, 0, 1);
         memcpy(step->out + ((first + row) * step->heads + key_head * group) * size, of_row, 4 * group * size);
     }
     return 0;

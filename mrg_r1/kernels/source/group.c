@@ -1,7 +1,7 @@
 /* A group's attention to its prompt and to itself, with its gradient: completions of a study see its prompt and what
    came before them in themselves. Completions that begin alike share tokens; each is a path through them. Without a
-   prompt it is causal attention, without sight of their own full attention to the prompt. Scores of a few rows at a time
-   are made and, for the gradient, made again (FlashAttention, arXiv 2205.14135). */
+   prompt it is causal attention, without sight of their own full attention to the prompt. Scores of a few rows at a
+   time are made and, for the gradient, made again (FlashAttention, arXiv 2205.14135). */
 #include <math.h>
 #include <stdlib.h>
 
@@ -106,8 +106,8 @@ static void weigh(const Head *head, long token, long tokens, long first, int kno
         for (long number = 0; number < head->each * size; number++)
             head->q[at * head->each * size + number] = from[number] * scale;
     }
-    product(rows, size, head->q, size, head->keys, head->keys + size * PANEL, size, prompts, head->weights, head->row, 0,
-            0);
+    product(rows, size, head->q, size, head->keys, head->keys + size * PANEL, size, prompts, head->weights, head->row,
+            0, 0);
     product(rows, size, head->q, size, head->own_keys, head->own_keys + size * PANEL, size, padded(seen),
             head->weights + prompts, head->row, 0, 0);
     for (long row = 0; row < rows; row++) {

@@ -22,7 +22,7 @@ void linear(const float *x, const float *packed, const float *bias, float *y, lo
         long count = rows - first < ROWS ? rows - first : ROWS;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
         for (long panel = 0; panel < panels_of(n); panel++)
-            tiles(count, k, x + first * k, k, packed + panel * k * PANEL, packed + (panel + 1) * k * PANEL, y + first * n + panel * PANEL, n,
-                  columns_of(panel, n), bias ? bias + panel * PANEL : 0, 0);
+            tiles(count, k, x + first * k, k, packed + panel * k * PANEL, packed + (panel + 1) * k * PANEL,
+                  y + first * n + panel * PANEL, n, columns_of(panel, n), bias ? bias + panel * PANEL : 0, 0);
     }
 }

@@ -43,8 +43,9 @@ INLINE void tile(int rows, long k, const float *a, long a_row, long a_step, cons
 
 /* All rows of one panel's columns; the panel at `next` is on its way from memory meanwhile. */
 #define ROWS_OF_A_PANEL(name, a_row, a_step)                                                                           \
-    __attribute__((unused)) static void name(long rows, long k, const float *a, long apart, const float *panel, const float *next,      \
-                     float *c, long c_row, int columns, const float *bias, int add) {                                            \
+    __attribute__((unused)) static void name(long rows, long k, const float *a, long apart, const float *panel,        \
+                                             const float *next, float *c, long c_row, int columns, const float *bias,  \
+                                             int add) {                                                                \
         long row = 0;                                                                                                  \
         for (; row + TILE <= rows; row += TILE) TILE_OF(TILE, a_row, a_step);                                          \
         switch (rows - row) {                                                                                          \

@@ -22,7 +22,7 @@ typedef struct {
     uint8_t *ended;           /* [places] */
 } Draw;
 
-/* exp(logits - most) in place, and in sums what precedes each block, the total last; 1 where there is no distribution */
+/* exp(logits - most) in place, and in sums what precedes each block, the total last; 1 where it is no distribution */
 static int weigh(float *logits, double *sums, long tokens) {
     float most = logits[0];
 #pragma omp simd reduction(max : most)
